@@ -1,0 +1,18 @@
+"""phitune: fine-tune Phi-2, Phi-3.5 and their siblings with LoRA on the machine you own."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from phitune.trainer import Phi2LoRATrainer as Phi2LoRATrainer
+
+__version__ = "0.1.0"
+__all__ = ["Phi2LoRATrainer", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    # Deferred, so that `phitune --help` does not pay for what training needs.
+    if name == "Phi2LoRATrainer":
+        from phitune.trainer import Phi2LoRATrainer
+
+        return Phi2LoRATrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

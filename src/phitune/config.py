@@ -1,0 +1,375 @@
+"""Every knob of a training run, declared once.
+
+A field of `Settings` is the flag of that name, the key of that name in a YAML file, the line in
+`--help`, and the entry in the `config.yaml` a run leaves behind. Flags and files are plain
+dictionaries here; both pass through the same validation, so both are refused with the same words.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from phitune.errors import SettingsError, listing
+
+Origin = Literal["default", "file", "flag", "argument", "chosen"]
+LORA_ALPHA_PER_RANK = (2, 4)
+
+
+def _knob(
+    default: Any,
+    help: str,
+    *,
+    group: str,
+    recommended: tuple[float, float] | None = None,
+    **constraints: Any,
+) -> Any:
+    extra: dict[str, Any] = {"group": group}
+    if recommended:
+        extra["recommended"] = recommended
+    return Field(default, description=help, json_schema_extra=extra, **constraints)
+
+
+def _no_bool(value: Any) -> Any:
+    # YAML's `batch_size: yes` would otherwise count as 1.
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
+
+
+def _no_fp16(value: Any) -> Any:
+    if value in ("fp16", "float16", "half"):
+        raise ValueError(
+            "fp16 overflows in Phi-2's attention; bf16 takes the same memory and does not"
+        )
+    return value
+
+
+def _one_or_more(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Whole = Annotated[int, BeforeValidator(_no_bool)]
+Real = Annotated[float, BeforeValidator(_no_bool)]
+Texts = Annotated[list[str], BeforeValidator(_one_or_more)]
+Precision = Annotated[Literal["auto", "fp32", "bf16"], BeforeValidator(_no_fp16)]
+
+_RUN, _DATA, _TRAIN, _LORA, _MACHINE, _REPORT = (
+    "model and run",
+    "data",
+    "training",
+    "LoRA",
+    "machine",
+    "reporting",
+)
+
+
+class Settings(BaseModel):
+    """The settings of one training run; the defaults are those of the training guide."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,
+        protected_namespaces=(),
+    )
+
+    output_dir: Path | None = _knob(
+        None, "run directory (default: output/<model>-<data>-<date-time>)", group=_RUN
+    )
+    overwrite: bool = _knob(False, "replace a run that is already in output_dir", group=_RUN)
+    model_name: str = _knob(
+        "microsoft/phi-2",
+        "a hub id, a local folder, or a shipped model (tiny-phi-2, tiny-phi-3.5)",
+        group=_RUN,
+        min_length=1,
+    )
+    seed: Whole = _knob(
+        42, "decides the split, the order, dropout and the adapter's start", group=_RUN, ge=0
+    )
+
+    dataset_path: Path | None = _knob(
+        None, "JSONL with prompt/response or question/answer (default: the example)", group=_DATA
+    )
+    validation_path: Path | None = _knob(
+        None, "validation rows from a file of their own", group=_DATA
+    )
+    validation_split: Real = _knob(
+        0.1, "share of the rows kept for validation; 0 for none", group=_DATA, ge=0.0, le=0.5
+    )
+    prompt_format: Literal["instruct", "chat"] = _knob(
+        "instruct",
+        "instruct: 'Instruct: ...\\n\\nOutput: ...'; chat: the model's own chat template",
+        group=_DATA,
+    )
+    max_length: Whole = _knob(1024, "longest row in tokens", group=_DATA, ge=8)
+    on_too_long: Literal["drop", "error"] = _knob(
+        "drop", "what happens to a longer row; it is never cut", group=_DATA
+    )
+    train_on_prompt: bool = _knob(
+        False, "train on the prompt's tokens too, not only the answer's", group=_DATA
+    )
+
+    batch_size: Whole = _knob(
+        4, "sequences per micro-batch", group=_TRAIN, recommended=(2, 8), ge=1
+    )
+    gradient_accumulation_steps: Whole = _knob(
+        16, "micro-batches per optimizer step", group=_TRAIN, recommended=(4, 32), ge=1
+    )
+    epochs: Whole = _knob(20, "passes over the training rows", group=_TRAIN, ge=1)
+    learning_rate: Real = _knob(
+        2e-4, "peak learning rate", group=_TRAIN, recommended=(5e-5, 2e-4), gt=0.0, le=1.0
+    )
+    lr_scheduler: Literal["cosine", "linear", "constant"] = _knob(
+        "cosine", "how the learning rate goes on after the warmup", group=_TRAIN
+    )
+    warmup_ratio: Real = _knob(
+        0.05,
+        "share of the steps over which the learning rate rises",
+        group=_TRAIN,
+        recommended=(0.03, 0.1),
+        ge=0.0,
+        le=1.0,
+    )
+    weight_decay: Real = _knob(0.0, "AdamW's decoupled weight decay", group=_TRAIN, ge=0.0, le=1.0)
+    max_grad_norm: Real = _knob(
+        1.0, "gradients are scaled down to this norm; 0 for never", group=_TRAIN, ge=0.0
+    )
+    early_stopping_patience: Whole = _knob(
+        3, "epochs without a better validation loss before it stops; 0: never", group=_TRAIN, ge=0
+    )
+
+    lora_r: Whole = _knob(8, "rank", group=_LORA, recommended=(8, 32), ge=1, le=1024)
+    lora_alpha: Real = _knob(
+        32.0,
+        "scale; updates count alpha / r times (recommended: 2-4 x lora_r)",
+        group=_LORA,
+        gt=0.0,
+    )
+    lora_dropout: Real = _knob(
+        0.05,
+        "dropout on the input of A",
+        group=_LORA,
+        recommended=(0.03, 0.1),
+        ge=0.0,
+        lt=1.0,
+    )
+    target_modules: Texts = _knob(
+        ["all-linear"],
+        "module names, or attention, mlp, all-linear; embed_tokens and lm_head may be added",
+        group=_LORA,
+        min_length=1,
+    )
+    layers: str | None = _knob(
+        None,
+        "only these layers, such as 16-31 or 0,2,8-11",
+        group=_LORA,
+        pattern=r"^\s*\d+(\s*-\s*\d+)?(\s*,\s*\d+(\s*-\s*\d+)?)*\s*$",
+    )
+
+    device: str = _knob(
+        "auto",
+        "auto, cpu, cuda, cuda:N or mps",
+        group=_MACHINE,
+        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+    )
+    precision: Precision = _knob(
+        "auto",
+        "of the frozen base: auto (bf16 on CUDA and MPS, fp32 on CPU), fp32, bf16",
+        group=_MACHINE,
+    )
+    gradient_checkpointing: bool = _knob(
+        True, "recompute the layers in the backward instead of storing them", group=_MACHINE
+    )
+    torch_compile: bool = _knob(
+        True, "compile the layers where that is dependable and pays (it says so)", group=_MACHINE
+    )
+
+    sample_prompts: Texts = _knob(
+        [], "prompts answered after each epoch (default: two of the validation rows)", group=_REPORT
+    )
+    sample_tokens: Whole = _knob(
+        64, "longest sampled answer in tokens; 0 for no samples", group=_REPORT, ge=0
+    )
+    report_to: Literal["none", "tensorboard"] = _knob(
+        "none", "a tracker beside metrics.jsonl", group=_REPORT
+    )
+
+    def warnings(self) -> list[str]:
+        """One line for each setting outside of its recommended range."""
+        found = []
+        for name, field in Settings.model_fields.items():
+            bounds = recommended_range(field)
+            value = getattr(self, name)
+            if bounds and not bounds[0] <= value <= bounds[1]:
+                low, high = bounds
+                found.append(
+                    f"{name} = {value:g} is outside of the recommended {low:g} to {high:g}"
+                )
+        low, high = (factor * self.lora_r for factor in LORA_ALPHA_PER_RANK)
+        if not low <= self.lora_alpha <= high:
+            found.append(
+                f"lora_alpha = {self.lora_alpha:g} is outside of the recommended 2 to 4 x lora_r"
+                f" ({low:g} to {high:g})"
+            )
+        return found
+
+
+# What belongs to one run only: left out of the config.yaml that repeats it.
+NOT_REPEATED = ("output_dir", "overwrite")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Settings in force, and where each of them came from."""
+
+    settings: Settings
+    origins: dict[str, Origin]
+
+    def choose(self, **values: Any) -> "Resolved":
+        """Fills in what was left to us ("auto", no path) and marks it as chosen."""
+        settings = Settings.model_validate({**self.settings.model_dump(), **values})
+        return Resolved(settings, {**self.origins, **dict.fromkeys(values, "chosen")})
+
+
+def recommended_range(field: FieldInfo) -> tuple[float, float] | None:
+    extra = field.json_schema_extra
+    return extra.get("recommended") if isinstance(extra, dict) else None  # type: ignore[return-value]
+
+
+def group_of(field: FieldInfo) -> str:
+    extra = field.json_schema_extra
+    assert isinstance(extra, dict)
+    return str(extra["group"])
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The known name that a mistyped one most likely means."""
+    return next(iter(difflib.get_close_matches(name.replace("-", "_"), list(names), 1)), None)
+
+
+def unknown_name(name: str, names: Iterable[str], *, kind: str, prefix: str = "") -> str:
+    guess = nearest(name, names)
+    hint = f"; did you mean {prefix}{guess}?" if guess else ""
+    return f"unknown {kind} {prefix}{name}{hint}"
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The keys of a YAML settings file, unknown ones refused with the nearest known name."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise SettingsError(f"--config {path}: there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--config {path}: cannot be read as UTF-8 text: {error}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise SettingsError(f"--config {path}: not YAML: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise SettingsError(
+            f"--config {path}: holds a {type(content).__name__}, not 'name: value' lines"
+        )
+    unknown = [
+        unknown_name(str(key), Settings.model_fields, kind="key")
+        for key in content
+        if key not in Settings.model_fields
+    ]
+    if unknown:
+        raise SettingsError(f"--config {path}:\n{listing(unknown)}")
+    return content
+
+
+def resolve(
+    flags: Mapping[str, Any],
+    config_path: Path | None = None,
+    *,
+    origin: Origin = "flag",
+) -> Resolved:
+    """Defaults, then the file, then the flags (or, from Python, the arguments)."""
+    from_file = read_config_file(config_path) if config_path else {}
+    unknown = [
+        unknown_name(name, Settings.model_fields, kind="setting")
+        for name in flags
+        if name not in Settings.model_fields
+    ]
+    if unknown:
+        raise SettingsError("\n".join(unknown))
+    origins: dict[str, Origin] = dict.fromkeys(Settings.model_fields, "default")
+    origins |= dict.fromkeys(from_file, "file")
+    origins |= dict.fromkeys(flags, origin)
+    values = {**from_file, **flags}
+    try:
+        settings = Settings.model_validate(values)
+    except ValidationError as error:
+        where = {"file": f"in {config_path}", "flag": "on the command line"}
+        problems = []
+        for detail in error.errors():
+            name = str(detail["loc"][0])
+            place = where.get(origins[name], "")
+            problems.append(f"{name} = {values[name]!r}: {_in_words(detail)} ({place})")
+        raise SettingsError("these settings cannot be used:\n" + listing(problems)) from None
+    if settings.validation_path and settings.validation_split:
+        if origins["validation_split"] != "default":
+            raise SettingsError(
+                "validation_path and validation_split: only one of them can be used;"
+                " leave out the one you do not mean"
+            )
+        return Resolved(settings, origins).choose(validation_split=0.0)
+    return Resolved(settings, origins)
+
+
+def _in_words(detail: ErrorDetails) -> str:
+    """What pydantic says, in the words of this program."""
+    context = detail.get("ctx", {})
+    match detail["type"]:
+        case "greater_than_equal":
+            return f"must be at least {context['ge']:g}"
+        case "greater_than":
+            return f"must be more than {context['gt']:g}"
+        case "less_than_equal":
+            return f"must be at most {context['le']:g}"
+        case "less_than":
+            return f"must be less than {context['lt']:g}"
+        case "int_parsing" | "int_type" | "int_from_float":
+            return "must be a whole number"
+        case "float_parsing" | "float_type" | "finite_number":
+            return "must be a number"
+        case "bool_parsing" | "bool_type":
+            return "must be true or false"
+        case "literal_error":
+            return f"must be one of {context['expected']}"
+        case "string_pattern_mismatch" if detail["loc"][0] == "layers":
+            return "must look like 16-31 or 0,2,8-11"
+        case "string_pattern_mismatch":
+            return "must be auto, cpu, cuda, cuda:N or mps"
+        case "value_error":
+            return str(context["error"])
+        case _:
+            return detail["msg"]
+
+
+def choices_of(field: FieldInfo) -> tuple[str, ...]:
+    """The allowed words of a field that takes one of a few."""
+    args = get_args(field.annotation)
+    return args if args and all(isinstance(arg, str) for arg in args) else ()
+
+
+def to_yaml(resolved: Resolved) -> str:
+    """The effective settings as a file for `--config`, each with its origin as a comment."""
+    lines = []
+    for name, value in resolved.settings.model_dump(mode="json").items():
+        if name in NOT_REPEATED:
+            continue
+        text = yaml.safe_dump({name: value}, allow_unicode=True, width=10_000).rstrip("\n")
+        comment = f"  # {resolved.origins[name]}"
+        head, newline, rest = text.partition("\n")
+        lines.append(head + comment + newline + rest)
+    return "\n".join(lines) + "\n"

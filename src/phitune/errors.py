@@ -1,0 +1,54 @@
+"""The errors a user can meet, each with the exit code of the process it ends.
+
+A message names the value, the place and the remedy. Anything else that escapes is a mistake of
+ours and is reported as such by the command line.
+"""
+
+from collections.abc import Sequence
+
+
+class PhituneError(Exception):
+    """Something the user can put right; the message says how."""
+
+    exit_code = 1
+
+
+class SettingsError(PhituneError):
+    """A flag, a key of a settings file, or a combination of them that cannot be honoured."""
+
+    exit_code = 2
+
+
+class DataError(PhituneError):
+    """A data file that cannot be read as asked; carries every problem found."""
+
+    exit_code = 2
+
+
+class ModelError(PhituneError):
+    """Model or adapter files that are missing, damaged, unsafe or of another architecture."""
+
+    exit_code = 2
+
+
+class NonFiniteError(PhituneError):
+    """The loss or a gradient stopped being a number; no update was applied."""
+
+    exit_code = 3
+
+
+class OutOfMemoryError(PhituneError):
+    """The device has no room for the model or a micro-batch."""
+
+    exit_code = 4
+
+
+MAX_LISTED = 20
+
+
+def listing(problems: Sequence[str], limit: int = MAX_LISTED) -> str:
+    """Indents the first `limit` problems, one a line, and counts the rest."""
+    lines = [f"  {problem}" for problem in problems[:limit]]
+    if len(problems) > limit:
+        lines.append(f"  ... and {len(problems) - limit} more")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Files and text to token ids and packed batches. Knows no model."""

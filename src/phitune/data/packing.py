@@ -1,0 +1,105 @@
+"""Token lists to packed batches, in a seeded order.
+
+A batch is its sequences laid end to end; `cu_seqlens` says where each begins. There is no padding,
+so every position that is computed is a token of the data.
+
+Shapes: T packed tokens, B sequences, N trained tokens.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from phitune.data.tokenizer import IGNORE_INDEX, TokenizedExample
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences end to end. `cu_seqlens` stays on the host: it steers loops, it is not computed on.
+
+    `slots` are the places of the sequences in their optimizer step (0, 1, ...). They decide the
+    dropout masks, which therefore do not depend on how a step is cut into micro-batches.
+    """
+
+    input_ids: Tensor  # [T] int64
+    labels: Tensor  # [T] int64, IGNORE_INDEX where nothing is to be learnt
+    position_ids: Tensor  # [T] int64, from 0 in each sequence
+    target_positions: Tensor  # [N] int64, the positions whose next token is trained
+    cu_seqlens: tuple[int, ...]  # B + 1 offsets, from 0 to T
+    slots: tuple[int, ...]  # B
+    num_target_tokens: int  # N
+
+    @property
+    def num_tokens(self) -> int:
+        return self.cu_seqlens[-1]
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(
+            self.input_ids.to(device, non_blocking=True),
+            self.labels.to(device, non_blocking=True),
+            self.position_ids.to(device, non_blocking=True),
+            self.target_positions.to(device, non_blocking=True),
+            self.cu_seqlens,
+            self.slots,
+            self.num_target_tokens,
+        )
+
+
+def pack(rows: Sequence[TokenizedExample], first_slot: int = 0) -> Batch:
+    """Lays rows end to end; the first token of a row is never a target of the row before it."""
+    cu_seqlens = [0]
+    input_ids: list[int] = []
+    labels: list[int] = []
+    position_ids: list[int] = []
+    for row in rows:
+        input_ids += row.input_ids
+        labels += [IGNORE_INDEX, *row.labels[1:]]
+        position_ids += range(len(row.input_ids))
+        cu_seqlens.append(len(input_ids))
+    target_positions = [i - 1 for i, label in enumerate(labels) if label != IGNORE_INDEX]
+    return Batch(
+        torch.tensor(input_ids),
+        torch.tensor(labels),
+        torch.tensor(position_ids),
+        torch.tensor(target_positions, dtype=torch.long),
+        tuple(cu_seqlens),
+        tuple(range(first_slot, first_slot + len(rows))),
+        len(target_positions),
+    )
+
+
+def steps_per_epoch(num_rows: int, rows_per_step: int) -> int:
+    """Optimizer steps in one pass; the last may have fewer rows."""
+    return -(-num_rows // rows_per_step)
+
+
+def epoch_steps(
+    rows: Sequence[TokenizedExample],
+    batch_size: int,
+    gradient_accumulation_steps: int,
+    *,
+    seed: int,
+    epoch: int,
+) -> Iterator[list[Batch]]:
+    """The micro-batches of each optimizer step of an epoch, every row once.
+
+    The order depends on the seed and the epoch alone, so any step can be produced again.
+    """
+    order = list(range(len(rows)))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    rows_per_step = batch_size * gradient_accumulation_steps
+    for start in range(0, len(order), rows_per_step):
+        step = order[start : start + rows_per_step]
+        yield [
+            pack([rows[index] for index in step[slot : slot + batch_size]], first_slot=slot)
+            for slot in range(0, len(step), batch_size)
+        ]
+
+
+def batches(rows: Sequence[TokenizedExample], batch_size: int) -> Iterator[Batch]:
+    """All rows in their order, for evaluation."""
+    for start in range(0, len(rows), batch_size):
+        yield pack(rows[start : start + batch_size])

@@ -1,0 +1,290 @@
+"""Segments to token ids and labels, and ids back to text.
+
+tokenizer.json is read with the `tokenizers` library; truncation and padding saved in it are
+switched off, since they would cut or fill rows silently. What this file adds is the seam:
+
+- Text and the special tokens around it are encoded apart, so that a special token typed by a user
+  stays text, and so that the ids of a prompt do not depend on what follows it.
+- Llama-style tokenizers put a space in front of every text, also where the text goes on; a second
+  encoder without that habit is used there.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tokenizers import Tokenizer
+
+from phitune.data.prompt import ChatFormat, InstructFormat, PromptFormat, Segment
+from phitune.errors import ModelError
+
+IGNORE_INDEX = -100
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedExample:
+    """One row as tokens; `labels` repeats the id where it is trained, else IGNORE_INDEX."""
+
+    input_ids: list[int]  # [T]
+    labels: list[int]  # [T]
+    line: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _ControlToken:
+    content: str
+    id: int
+    lstrip: bool
+    rstrip: bool
+
+
+class TextTokenizer:
+    """The tokenizer of a model folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Reads tokenizer.json and tokenizer_config.json.
+
+        Raises:
+            ModelError: one of them is missing or damaged.
+        """
+        self.folder = folder
+        spec = _read_json(folder / "tokenizer.json", required=True)
+        self.config = _read_json(folder / "tokenizer_config.json", required=False)
+        spec["truncation"] = spec["padding"] = None
+        added = spec.get("added_tokens", [])
+        # Runs of spaces (Phi-2 has 38) are vocabulary; every other added token is control.
+        self._control = {
+            token["content"]: _ControlToken(
+                token["content"], token["id"], bool(token["lstrip"]), bool(token["rstrip"])
+            )
+            for token in added
+            if token["content"].strip()
+        }
+        names = sorted(self._control, key=len, reverse=True)
+        self._control_pattern = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        self._control_ids = {token.id for token in self._control.values()}
+        plain = {**spec, "added_tokens": [t for t in added if t["content"] not in self._control]}
+        self._start = self._load(plain)
+        self._continue = self._load(_without_leading_space(plain))
+        self.special_tokens = self._special_tokens()
+        self.bos_token = self._automatic_bos(spec)
+        self.chat_template = self._chat_template()
+
+    @property
+    def control_tokens(self) -> list[str]:
+        return list(self._control)
+
+    @property
+    def size(self) -> int:
+        """One more than the largest id."""
+        vocabulary = self._start.get_vocab_size(with_added_tokens=True)
+        return max([vocabulary, *(token.id + 1 for token in self._control.values())])
+
+    def token_id(self, token: str) -> int:
+        """The id of a special token."""
+        return self._control[token].id
+
+    def encode(self, segments: Sequence[Segment]) -> list[int]:
+        """Token ids of segments that belong together, without regard to what follows them."""
+        ids: list[int] = []
+        text = ""  # Plain text gathered up to the next special token, encoded as one.
+        starts = True  # Whether that text follows a special token or nothing at all.
+        for segment in segments:
+            if not segment.control:
+                text += segment.text
+                continue
+            position, swallow = 0, False
+            for match in self._control_pattern.finditer(segment.text):
+                token = self._control[match.group()]
+                literal = segment.text[position : match.start()]
+                literal = literal.lstrip() if swallow else literal
+                text += literal.rstrip() if token.lstrip else literal
+                ids += self._encode_text(text, starts)
+                ids.append(token.id)
+                text, starts = "", True
+                position, swallow = match.end(), token.rstrip
+            literal = segment.text[position:]
+            text += literal.lstrip() if swallow else literal
+        return ids + self._encode_text(text, starts)
+
+    def encode_answer(self, segments: Sequence[Segment], prompt_ids: Sequence[int]) -> list[int]:
+        """Token ids of an answer that follows `prompt_ids`.
+
+        The answer is encoded apart, so the prompt's ids are those it has on its own.
+        """
+        text = "".join(segment.text for segment in segments if not segment.control)
+        control = [segment for segment in segments if segment.control]
+        return self._encode_text(text, self._starts(prompt_ids)) + self.encode(control)
+
+    def encode_example(
+        self,
+        prompt_format: PromptFormat,
+        prompt: str,
+        response: str,
+        *,
+        line: int = 0,
+        train_on_prompt: bool = False,
+    ) -> TokenizedExample:
+        """A row as the model sees it, with the answer and its end token trained."""
+        prompt_ids = self.encode(prompt_format.prompt(prompt))
+        answer_ids = self.encode_answer(prompt_format.answer(response), prompt_ids)
+        # Nothing comes before the first token, so nothing can predict it.
+        prompt_labels = [IGNORE_INDEX] * len(prompt_ids)
+        if train_on_prompt:
+            prompt_labels[1:] = prompt_ids[1:]
+        return TokenizedExample(prompt_ids + answer_ids, prompt_labels + answer_ids, line)
+
+    def decode_answer(self, ids: Sequence[int], prompt_ids: Sequence[int]) -> str:
+        """The text of an answer without its special tokens; `encode_answer` undone."""
+        tokenizer = self._start if self._starts(prompt_ids) else self._continue
+        kept = [token for token in ids if token not in self._control_ids]
+        return str(tokenizer.decode(kept, skip_special_tokens=False))
+
+    def prompt_format(self, name: Literal["instruct", "chat"]) -> PromptFormat:
+        """The named format in this tokenizer's special tokens.
+
+        Raises:
+            ModelError: chat is asked of a model that has no chat template, or no end token.
+        """
+        end_token = self.special_tokens.get("eos_token")
+        if not end_token:
+            raise ModelError(f"{self.folder}: tokenizer_config.json names no eos_token")
+        if name == "instruct":
+            return InstructFormat(end_token, self.bos_token)
+        if not self.chat_template:
+            raise ModelError(
+                f"{self.folder}: this model has no chat template; use --prompt_format instruct"
+            )
+        return ChatFormat.from_template(
+            self.chat_template, self.special_tokens, self.control_tokens
+        )
+
+    def stop_ids(self, prompt_format: PromptFormat) -> list[int]:
+        """Tokens that end an answer: the format's end token, and those the model came with."""
+        ids = {self.token_id(prompt_format.end_token)}
+        if "eos_token" in self.special_tokens:
+            ids.add(self.token_id(self.special_tokens["eos_token"]))
+        saved = _read_json(self.folder / "generation_config.json", required=False)
+        declared = saved.get("eos_token_id")
+        # Only control tokens: a wrong id here (Phi-2's config says 2, a "#") would cut answers.
+        listed = declared if isinstance(declared, list) else [declared]
+        return sorted(ids | (self._control_ids & {token for token in listed if token is not None}))
+
+    def save(self, folder: Path, prompt_format: PromptFormat) -> None:
+        """Copies the tokenizer, with a chat template that renders `prompt_format`.
+
+        The template goes where old and new readers look for it; the stop ids go into
+        generation_config.json.
+        """
+        for name in TOKENIZER_FILES:
+            if (self.folder / name).is_file():
+                shutil.copyfile(self.folder / name, folder / name)
+        template = prompt_format.chat_template
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        # The class that takes tokenizer.json as it is. Away from the model's config.json, readers
+        # go by this name, and LlamaTokenizer has its own idea of leading spaces.
+        changes = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
+        _write_json(folder / "tokenizer_config.json", {**self.config, **changes})
+        _write_json(
+            folder / "generation_config.json", {"eos_token_id": self.stop_ids(prompt_format)}
+        )
+
+    def _starts(self, ids: Sequence[int]) -> bool:
+        return not ids or ids[-1] in self._control_ids
+
+    def _encode_text(self, text: str, starts: bool) -> list[int]:
+        if not text:
+            return []
+        tokenizer = self._start if starts else self._continue
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _load(self, spec: dict[str, Any]) -> Tokenizer:
+        try:
+            return Tokenizer.from_str(json.dumps(spec))
+        except Exception as error:  # The library raises nothing narrower.
+            raise ModelError(f"{self.folder / 'tokenizer.json'}: not usable: {error}") from None
+
+    def _special_tokens(self) -> dict[str, str]:
+        """bos_token, eos_token and the like by name, as far as the tokenizer has them."""
+        found = {}
+        saved = _read_json(self.folder / "special_tokens_map.json", required=False)
+        for name in _NAMED_TOKENS:
+            token = self.config.get(name) or saved.get(name)
+            content = token.get("content") if isinstance(token, dict) else token
+            if content in self._control:
+                found[name] = str(content)
+        return found
+
+    def _automatic_bos(self, spec: dict[str, Any]) -> str:
+        """The token the tokenizer itself puts in front of a text, or ""."""
+        whole = self._load(spec)
+        with_special = whole.encode("a", add_special_tokens=True).ids
+        without = whole.encode("a", add_special_tokens=False).ids
+        first = with_special[0]
+        if len(with_special) == len(without) or first == without[0]:
+            return ""
+        return next(token.content for token in self._control.values() if token.id == first)
+
+    def _chat_template(self) -> str | None:
+        file = self.folder / "chat_template.jinja"
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+        template = self.config.get("chat_template")
+        if isinstance(template, list):  # Several, by name.
+            by_name = {entry.get("name"): entry.get("template") for entry in template}
+            template = by_name.get("default")
+        return template if isinstance(template, str) else None
+
+
+def _without_leading_space(spec: dict[str, Any]) -> dict[str, Any]:
+    """The same tokenizer for text that goes on: no space put in front, none stripped."""
+
+    def strip(component: Any) -> Any:
+        if not isinstance(component, dict):
+            return component
+        kind = component.get("type")
+        if kind == "Prepend" or (kind == "Strip" and component.get("start")):
+            return None
+        changed = dict(component)
+        if kind == "Metaspace":
+            changed["prepend_scheme"] = "never"
+        if "add_prefix_space" in changed:
+            changed["add_prefix_space"] = False
+        for key in ("normalizers", "pretokenizers", "decoders"):
+            if key in changed:
+                changed[key] = [kept for part in changed[key] if (kept := strip(part))]
+        return changed
+
+    parts = ("normalizer", "pre_tokenizer", "decoder")
+    return {**spec, **{part: strip(spec.get(part)) for part in parts}}
+
+
+def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if required:
+            raise ModelError(f"{path}: missing; a model folder needs its tokenizer") from None
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: is not a JSON object")
+    return content
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""What is done with a model once it is there: generation."""

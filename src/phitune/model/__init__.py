@@ -1,0 +1,1 @@
+"""The Phi decoders, their weights and their adapters. Knows no text."""

@@ -1,0 +1,269 @@
+"""config.json to ModelConfig, and the table of the two Phi families.
+
+`phi` covers Phi-1, Phi-1.5 and Phi-2; `phi3` covers Phi-3-mini and -medium, Phi-3.5-mini, Phi-4 and
+Phi-4-mini. Layer names are those of transformers: LoRA targets and files on disk use them.
+No torch here.
+
+config.json comes in two spellings, the hub's (rope_theta, rope_scaling, partial_rotary_factor at
+the top) and that of transformers 5 (all inside rope_parameters); both are read.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phitune.errors import ModelError, listing
+
+EMBED_TOKENS, LM_HEAD = "embed_tokens", "lm_head"
+
+
+@dataclass(frozen=True)
+class LongRope:
+    """Phi-3.5's rotary scaling: one set of factors up to a length, another beyond it."""
+
+    short_factor: tuple[float, ...]  # [rotary_dim / 2]
+    long_factor: tuple[float, ...]  # [rotary_dim / 2]
+    original_max_position_embeddings: int
+    attention_factor: float  # Multiplies cos and sin at every length.
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a decoder is built from, in the names of config.json."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rotary_dim: int  # Leading dimensions of each head that are rotated.
+    rope_theta: float
+    long_rope: LongRope | None
+    norm_eps: float
+    max_position_embeddings: int
+    sliding_window: int | None
+    tie_word_embeddings: bool
+
+    @property
+    def query_size(self) -> int:
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_value_size(self) -> int:
+        return self.num_key_value_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """A linear layer as it is computed: one GEMM over the modules that read the same input."""
+
+    parts: tuple[tuple[str, int], ...]  # (module name within the layer, out_features), in order
+    in_features: int
+    bias: bool
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between the families besides the arithmetic of a layer."""
+
+    attention: tuple[str, ...]  # LoRA targets by preset, as short names
+    mlp: tuple[str, ...]
+    final_norm: str
+    norms: tuple[str, ...]  # within a layer
+    norm_bias: bool
+    lm_head_bias: bool
+    # Other projects' names of the same layers, to be helpful about.
+    foreign: Mapping[str, str]
+
+    @property
+    def all_linear(self) -> tuple[str, ...]:
+        return self.attention + self.mlp
+
+
+FAMILIES = {
+    "phi": Family(
+        attention=("q_proj", "k_proj", "v_proj", "dense"),
+        mlp=("fc1", "fc2"),
+        final_norm="model.final_layernorm",
+        norms=("input_layernorm",),
+        norm_bias=True,
+        lm_head_bias=True,
+        foreign={
+            "Wqkv": "q_proj k_proj v_proj",
+            "qkv_proj": "q_proj k_proj v_proj",
+            "out_proj": "dense",
+            "o_proj": "dense",
+            "gate_up_proj": "fc1",
+            "up_proj": "fc1",
+            "down_proj": "fc2",
+        },
+    ),
+    "phi3": Family(
+        attention=("qkv_proj", "o_proj"),
+        mlp=("gate_up_proj", "down_proj"),
+        final_norm="model.norm",
+        norms=("input_layernorm", "post_attention_layernorm"),
+        norm_bias=False,
+        lm_head_bias=False,
+        foreign={
+            "q_proj": "qkv_proj",
+            "k_proj": "qkv_proj",
+            "v_proj": "qkv_proj",
+            "Wqkv": "qkv_proj",
+            "dense": "o_proj",
+            "out_proj": "o_proj",
+            "gate_proj": "gate_up_proj",
+            "up_proj": "gate_up_proj",
+            "fc1": "gate_up_proj",
+            "fc2": "down_proj",
+        },
+    ),
+}
+
+
+def layer_linears(config: ModelConfig) -> dict[str, LinearSpec]:
+    """The fused linear layers of one decoder layer, by the attribute that holds each."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    query, key_value = config.query_size, config.key_value_size
+    if config.model_type == "phi":
+        # The parallel block: attention and MLP read the same normed input.
+        return {
+            "qkv_fc1": LinearSpec(
+                (
+                    ("self_attn.q_proj", query),
+                    ("self_attn.k_proj", key_value),
+                    ("self_attn.v_proj", key_value),
+                    ("mlp.fc1", inner),
+                ),
+                hidden,
+                bias=True,
+            ),
+            "dense": LinearSpec((("self_attn.dense", hidden),), query, bias=True),
+            "fc2": LinearSpec((("mlp.fc2", hidden),), inner, bias=True),
+        }
+    return {
+        "qkv_proj": LinearSpec(
+            (("self_attn.qkv_proj", query + 2 * key_value),), hidden, bias=False
+        ),
+        "o_proj": LinearSpec((("self_attn.o_proj", hidden),), query, bias=False),
+        "gate_up_proj": LinearSpec((("mlp.gate_up_proj", 2 * inner),), hidden, bias=False),
+        "down_proj": LinearSpec((("mlp.down_proj", hidden),), inner, bias=False),
+    }
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """The config.json of a model folder.
+
+    Raises:
+        ModelError: missing, damaged, of another family, or with features that are not built.
+    """
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path}: missing; is {folder} a model folder?") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(raw, dict):
+        raise ModelError(f"{path}: is not a JSON object")
+    try:
+        return parse_model_config(raw)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ModelError(f"{path}: a value is missing or not usable: {error!r}") from None
+
+
+def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
+    """A config.json's content as ModelConfig; see `read_model_config`."""
+    model_type = raw.get("model_type")
+    if model_type not in FAMILIES:
+        raise ModelError(
+            f"model_type {model_type!r} is not one of phi (Phi-1, 1.5, 2) and"
+            " phi3 (Phi-3, 3.5-mini, 4)"
+        )
+    rope = _rope_parameters(raw)
+    heads = int(raw["num_attention_heads"])
+    hidden_size = int(raw["hidden_size"])
+    head_dim = int(raw.get("head_dim") or hidden_size // heads)
+    rotary_factor = float(rope.get("partial_rotary_factor") or (0.5 if model_type == "phi" else 1))
+    rotary_dim = int(head_dim * rotary_factor)
+    config = ModelConfig(
+        model_type=str(model_type),
+        vocab_size=int(raw["vocab_size"]),
+        hidden_size=hidden_size,
+        intermediate_size=int(raw["intermediate_size"]),
+        num_hidden_layers=int(raw["num_hidden_layers"]),
+        num_attention_heads=heads,
+        num_key_value_heads=int(raw.get("num_key_value_heads") or heads),
+        head_dim=head_dim,
+        rotary_dim=rotary_dim,
+        rope_theta=float(rope.get("rope_theta") or 10_000.0),
+        long_rope=_long_rope(raw, rope, rotary_dim),
+        norm_eps=float(raw["layer_norm_eps" if model_type == "phi" else "rms_norm_eps"]),
+        max_position_embeddings=int(raw["max_position_embeddings"]),
+        sliding_window=int(raw["sliding_window"]) if raw.get("sliding_window") else None,
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+    )
+    _refuse_unknown_features(raw, config)
+    return config
+
+
+def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary settings gathered from either spelling."""
+    top = {key: raw[key] for key in ("rope_theta", "partial_rotary_factor") if key in raw}
+    return {**top, **(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+
+
+def _long_rope(raw: Mapping[str, Any], rope: Mapping[str, Any], rotary_dim: int) -> LongRope | None:
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return None
+    if kind not in ("longrope", "su"):
+        raise ModelError(f"rotary scaling {kind!r} is not built; only longrope is")
+    longest = int(raw["max_position_embeddings"])
+    original = int(
+        rope.get("original_max_position_embeddings")
+        or raw.get("original_max_position_embeddings")
+        or longest
+    )
+    short = tuple(float(factor) for factor in rope["short_factor"])
+    long = tuple(float(factor) for factor in rope["long_factor"])
+    if not len(short) == len(long) == rotary_dim // 2:
+        raise ModelError(
+            f"longrope has {len(short)} short and {len(long)} long factors,"
+            f" expected {rotary_dim // 2} of each"
+        )
+    attention_factor = rope.get("attention_factor")
+    if attention_factor is None:
+        factor = float(rope.get("factor") or longest / original)
+        # Section 3.1 of LongRoPE (arXiv:2402.13753): keeps the attention's entropy.
+        attention_factor = (
+            math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        )
+    return LongRope(short, long, original, float(attention_factor))
+
+
+def _refuse_unknown_features(raw: Mapping[str, Any], config: ModelConfig) -> None:
+    activation = {"phi": ("gelu_new", "gelu_pytorch_tanh"), "phi3": ("silu", "swish")}
+    problems = []
+    if raw.get("hidden_act") not in activation[config.model_type]:
+        problems.append(f"hidden_act {raw.get('hidden_act')!r}")
+    if raw.get("qk_layernorm"):
+        problems.append("qk_layernorm")
+    if raw.get("attention_bias"):
+        problems.append("attention_bias")
+    if raw.get("quantization_config"):
+        problems.append("quantization_config (name the unquantised model)")
+    if config.model_type == "phi" and config.tie_word_embeddings:
+        problems.append("tie_word_embeddings with model_type phi")
+    if config.num_attention_heads % config.num_key_value_heads:
+        problems.append("num_attention_heads that num_key_value_heads does not divide")
+    if problems:
+        raise ModelError(f"asks for what is not built:\n{listing(problems)}")

@@ -1,0 +1,313 @@
+"""The two decoders, phi and phi3: packed tokens in, hidden states and losses out.
+
+A layer is what comes before attention and what comes after it. Attention itself is handed in as a
+function, so that training (packed sequences) and generation (a cache) run the same layers.
+
+Not here: text, files, sampling, and the arithmetic of the operations (ops.py).
+
+Shapes: T packed tokens, D hidden, H heads, G key-value heads, E head_dim, N trained tokens,
+V vocabulary.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from phitune.model import ops
+from phitune.model.architecture import (
+    FAMILIES,
+    LM_HEAD,
+    LinearSpec,
+    LongRope,
+    ModelConfig,
+    layer_linears,
+)
+from phitune.model.linear import Embedding, FusedLinear, Norm
+
+# (layer index, query [T, H, E], key [T, G, E], value [T, G, E]) -> [T, H, E]
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+class DecoderLayer(nn.Module):
+    """What both families share: norms, fused linear layers, and the two halves of a layer."""
+
+    def __init__(
+        self, config: ModelConfig, index: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.index = index
+        self.prefix = f"model.layers.{index}."
+        family = FAMILIES[config.model_type]
+        self.norms = nn.ModuleDict(
+            {
+                name: Norm(
+                    config.hidden_size,
+                    config.norm_eps,
+                    bias=family.norm_bias,
+                    dtype=dtype,
+                    device=device,
+                )
+                for name in family.norms
+            }
+        )
+        self.linears = nn.ModuleDict(
+            {
+                name: FusedLinear(self.prefix, spec, dtype, device)
+                for name, spec in layer_linears(config).items()
+            }
+        )
+
+    def forward(
+        self, x: Tensor, rotary: ops.Rotary, attend: Attend, dropout: ops.Dropout | None
+    ) -> Tensor:
+        query, key, value, carried = self.before_attention(x, rotary, dropout)
+        return self.after_attention(x, attend(self.index, query, key, value), carried, dropout)
+
+    def before_attention(
+        self, x: Tensor, rotary: ops.Rotary, dropout: ops.Dropout | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """query, key, value, and what the second half needs besides x and attention's output."""
+        raise NotImplementedError
+
+    def after_attention(
+        self, x: Tensor, attended: Tensor, carried: Tensor | None, dropout: ops.Dropout | None
+    ) -> Tensor:
+        raise NotImplementedError
+
+    def _split_heads(
+        self, query: Tensor, key: Tensor, value: Tensor, rotary: ops.Rotary
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        head_dim = self.config.head_dim
+        query = query.unflatten(-1, (self.config.num_attention_heads, head_dim))
+        key = key.unflatten(-1, (self.config.num_key_value_heads, head_dim))
+        value = value.unflatten(-1, (self.config.num_key_value_heads, head_dim))
+        return ops.rotate(query, rotary), ops.rotate(key, rotary), value
+
+    def named_weights(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for name, norm in self.norms.items():
+            assert isinstance(norm, Norm)
+            found |= norm.named_weights(self.prefix + name)
+        for linear in self.linears.values():
+            assert isinstance(linear, FusedLinear)
+            found |= linear.named_weights()
+        return found
+
+
+class PhiLayer(DecoderLayer):
+    """Phi-2: attention and MLP side by side on one normed input, both added to it."""
+
+    def before_attention(
+        self, x: Tensor, rotary: ops.Rotary, dropout: ops.Dropout | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        config = self.config
+        sizes = [
+            config.query_size,
+            config.key_value_size,
+            config.key_value_size,
+            config.intermediate_size,
+        ]
+        fused = self.linears["qkv_fc1"](self.norms["input_layernorm"](x), dropout)
+        query, key, value, inner = fused.split(sizes, dim=-1)
+        return *self._split_heads(query, key, value, rotary), inner
+
+    def after_attention(
+        self, x: Tensor, attended: Tensor, carried: Tensor | None, dropout: ops.Dropout | None
+    ) -> Tensor:
+        assert carried is not None
+        attention: Tensor = self.linears["dense"](attended.flatten(-2), dropout)
+        mlp: Tensor = self.linears["fc2"](ops.gelu(carried), dropout)
+        return attention + mlp + x
+
+
+class Phi3Layer(DecoderLayer):
+    """Phi-3: attention, then a gated MLP, each added to what it read."""
+
+    def before_attention(
+        self, x: Tensor, rotary: ops.Rotary, dropout: ops.Dropout | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        config = self.config
+        sizes = [config.query_size, config.key_value_size, config.key_value_size]
+        fused = self.linears["qkv_proj"](self.norms["input_layernorm"](x), dropout)
+        query, key, value = fused.split(sizes, dim=-1)
+        return *self._split_heads(query, key, value, rotary), None
+
+    def after_attention(
+        self, x: Tensor, attended: Tensor, carried: Tensor | None, dropout: ops.Dropout | None
+    ) -> Tensor:
+        x = x + self.linears["o_proj"](attended.flatten(-2), dropout)
+        gate_up = self.linears["gate_up_proj"](self.norms["post_attention_layernorm"](x), dropout)
+        mlp: Tensor = self.linears["down_proj"](ops.swiglu(gate_up), dropout)
+        return x + mlp
+
+
+_LAYERS = {"phi": PhiLayer, "phi3": Phi3Layer}
+
+
+class Decoder(nn.Module):
+    """A frozen Phi model. Its weights are unfilled until `weights.load_weights` has run."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        device = torch.device(device)
+        family = FAMILIES[config.model_type]
+        self.config = config
+        self.dtype = dtype
+        self.device = device
+        self.gradient_checkpointing = False
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, device)
+        self.layers = nn.ModuleList(
+            _LAYERS[config.model_type](config, index, dtype, device)
+            for index in range(config.num_hidden_layers)
+        )
+        self.final_norm = Norm(
+            config.hidden_size, config.norm_eps, bias=family.norm_bias, dtype=dtype, device=device
+        )
+        head = LinearSpec(((LM_HEAD, config.vocab_size),), config.hidden_size, family.lm_head_bias)
+        self.lm_head = FusedLinear(
+            "", head, dtype, torch.device("meta") if config.tie_word_embeddings else device
+        )
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,  # [T]
+        position_ids: Tensor,  # [T]
+        cu_seqlens: Sequence[int],
+        dropout: ops.Dropout | None = None,
+    ) -> Tensor:
+        """Hidden states of packed sequences, before the final norm. Returns: [T, D]."""
+
+        def attend(_: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return ops.attention(query, key, value, cu_seqlens, self.config.sliding_window)
+
+        lengths = [stop - start for start, stop in itertools.pairwise(cu_seqlens)]
+        rotary = self.rotary(position_ids, lengths, lengths)
+        return self.hidden_states(input_ids, rotary, attend, dropout)
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,  # [T]
+        rotary: ops.Rotary,
+        attend: Attend,
+        dropout: ops.Dropout | None = None,
+    ) -> Tensor:
+        """Embedding and layers, with attention as the caller wants it. Returns: [T, D]."""
+        x: Tensor = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = _recomputed(layer, x, rotary, attend, dropout)
+            else:
+                x = layer(x, rotary, attend, dropout)
+        return x
+
+    def logits(self, hidden: Tensor, dropout: ops.Dropout | None = None) -> Tensor:
+        """Final norm and head. hidden: [N, D]. Returns: [N, V]."""
+        logits: Tensor = self.lm_head(self.final_norm(hidden), dropout)
+        return logits
+
+    def loss_sum(
+        self,
+        hidden: Tensor,  # [T, D], from `forward`
+        labels: Tensor,  # [T]
+        target_positions: Tensor,  # [N], the positions whose next label is trained
+        dropout: ops.Dropout | None = None,
+    ) -> Tensor:
+        """Summed next-token loss over the trained positions; the head runs on no other."""
+        row_keys = None if dropout is None else dropout.row_keys[target_positions]
+
+        def loss_of_chunk(hidden: Tensor, targets: Tensor, row_keys: Tensor | None) -> Tensor:
+            chunk_dropout = (
+                None if dropout is None or row_keys is None else ops.Dropout(dropout.p, row_keys)
+            )
+            return ops.cross_entropy_sum(self.logits(hidden, chunk_dropout), targets)
+
+        return ops.chunked_loss_sum(
+            hidden[target_positions],
+            labels[target_positions + 1],
+            row_keys,
+            loss_of_chunk,
+            self.config.vocab_size,
+        )
+
+    def rotary(
+        self, position_ids: Tensor, counts: Sequence[int], lengths: Sequence[int]
+    ) -> ops.Rotary:
+        """Rotary tables for tokens of several sequences.
+
+        Args:
+            position_ids: [T], the tokens' positions in their sequences.
+            counts: tokens of each sequence among the T.
+            lengths: whole length of each sequence, which decides between longrope's factors.
+        """
+        config = self.config
+        scale = config.long_rope.attention_factor if config.long_rope else 1.0
+        frequencies = self._inverse_frequencies(counts, lengths)
+        angles = position_ids.unsqueeze(1).float() * frequencies
+        angles = torch.cat((angles, angles), dim=-1)
+        return ops.Rotary(
+            (angles.cos() * scale).to(self.dtype), (angles.sin() * scale).to(self.dtype)
+        )
+
+    def _inverse_frequencies(self, counts: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        """[1, rotary_dim / 2] where all sequences agree, else one row a token."""
+        config, long_rope = self.config, self.config.long_rope
+        half = config.rotary_dim // 2
+        exponents = torch.arange(0, config.rotary_dim, 2).float() / config.rotary_dim
+        powers = config.rope_theta**exponents
+
+        def scaled(factors: Sequence[float]) -> Tensor:
+            return (1.0 / (torch.tensor(factors, dtype=torch.float32) * powers)).to(self.device)
+
+        if long_rope is None:
+            return scaled([1.0] * half).unsqueeze(0)
+        is_long = [length > long_rope.original_max_position_embeddings for length in lengths]
+        if len(set(is_long)) == 1:
+            return scaled(_factors(long_rope, is_long[0])).unsqueeze(0)
+        table = torch.stack([scaled(_factors(long_rope, long)) for long in (False, True)])
+        choice = torch.tensor(is_long, dtype=torch.long).repeat_interleave(torch.tensor(counts))
+        return table[choice.to(self.device)]
+
+    def fused_linears(self) -> dict[str, FusedLinear]:
+        """Every linear layer, the head included, by the full names of the modules it holds."""
+        found: dict[str, FusedLinear] = {}
+        for module in self.modules():
+            if isinstance(module, FusedLinear):
+                found |= dict.fromkeys(module.columns, module)
+        return found
+
+    def named_weights(self) -> dict[str, Tensor]:
+        """Views of all base weights under transformers' names; writing to one fills the model."""
+        family = FAMILIES[self.config.model_type]
+        found: dict[str, Tensor] = {"model.embed_tokens.weight": self.embed_tokens.weight}
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            found |= layer.named_weights()
+        found |= self.final_norm.named_weights(family.final_norm)
+        if not self.config.tie_word_embeddings:
+            found |= self.lm_head.named_weights()
+        return found
+
+
+def _factors(long_rope: LongRope, is_long: bool) -> tuple[float, ...]:
+    return long_rope.long_factor if is_long else long_rope.short_factor
+
+
+def _recomputed(layer: nn.Module, *inputs: Any) -> Tensor:
+    """Runs a layer without keeping what its backward needs; the backward runs it once more.
+
+    Dropout masks are functions of integers, so no random state has to be saved for that.
+    """
+    result: Tensor = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return result

@@ -1,0 +1,89 @@
+"""Where the model runs, in which precision, and whether its layers are compiled."""
+
+import os
+import re
+import shutil
+from typing import Literal
+
+import torch
+
+from phitune.errors import SettingsError
+from phitune.model.decoder import Decoder, DecoderLayer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def choose_device(name: str) -> torch.device:
+    """The device asked for; "auto" prefers CUDA, then Apple's GPU, then the CPU.
+
+    Raises:
+        SettingsError: the machine does not have it.
+    """
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not cuda:
+        built = "" if torch.version.cuda else "; this torch is built without CUDA"
+        raise SettingsError(f"device {name}: there is no CUDA device here{built}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SettingsError(f"device {name}: there are {torch.cuda.device_count()} CUDA devices")
+    if device.type == "mps" and not mps:
+        raise SettingsError(f"device {name}: there is no Apple GPU here")
+    return device
+
+
+def choose_precision(name: Literal["auto", "fp32", "bf16"], device: torch.device) -> str:
+    """The precision of the frozen base: bf16 where the device computes in it fast, else fp32.
+
+    Never fp16: its range overflows in Phi-2's attention.
+    """
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        # Cards before Ampere only emulate it.
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    return "bf16" if device.type == "mps" else "fp32"
+
+
+def compile_layers(decoder: Decoder, wanted: bool) -> str:
+    """Compiles both halves of every layer where that is dependable and pays.
+
+    Returns: what was done, and why, for the user.
+    """
+    if not wanted:
+        return "off, as asked"
+    if decoder.device.type == "cpu":
+        # Measured in docs/lab-notes.md: the GEMMs decide, and the first step would wait.
+        return "not used: on a CPU the compiler costs more time than it saves"
+    if decoder.device.type == "mps":
+        return "not used: the compiler is not dependable on Apple's GPU"
+    if not _has_c_compiler():
+        return "not used: it needs a C compiler (gcc or clang), and there is none on PATH"
+    for layer in decoder.layers:
+        assert isinstance(layer, DecoderLayer)
+        force_compile(layer)
+    return f"{len(decoder.layers)} layers, compiled during the first step"
+
+
+def force_compile(layer: DecoderLayer, backend: str = "inductor") -> None:
+    """Compiles what comes before and after attention; the layers of a model share the result."""
+    # Attention stays outside: it loops over sequences, whose number and lengths always change.
+    layer.before_attention = torch.compile(  # type: ignore[method-assign]
+        layer.before_attention, dynamic=True, backend=backend
+    )
+    layer.after_attention = torch.compile(  # type: ignore[method-assign]
+        layer.after_attention, dynamic=True, backend=backend
+    )
+
+
+def _has_c_compiler() -> bool:
+    return any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch failed for want of memory; on a CPU it says so in words only."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(
+        isinstance(error, RuntimeError)
+        and re.search(r"can't allocate memory|out of memory", str(error))
+    )

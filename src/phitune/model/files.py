@@ -1,0 +1,84 @@
+"""A model's name to the local folder that holds its files.
+
+A name is a shipped model, a local folder, or a hub id. From the hub only configuration, tokenizer
+and safetensors are fetched: no code, no pickles. HF_HOME and HF_HUB_OFFLINE are honoured.
+"""
+
+import re
+from pathlib import Path
+
+from phitune.errors import ModelError
+
+ASSETS = Path(__file__).parent.parent / "assets"
+SHIPPED_MODELS = ("tiny-phi-2", "tiny-phi-3.5")
+SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+WEIGHT_FILES = ("*.safetensors", "model.safetensors.index.json")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def find_model(name: str) -> Path:
+    """The folder of a model; of a hub model only the small files are fetched.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be fetched.
+    """
+    if name in SHIPPED_MODELS:
+        return ASSETS / name
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelError(f"model_name {name}: is a file, expected the folder of a model")
+    if not _HUB_ID.fullmatch(name):
+        raise ModelError(
+            f"model_name {name}: there is no such folder, and it is neither a hub id (owner/name)"
+            f" nor a shipped model ({', '.join(SHIPPED_MODELS)})"
+        )
+    return _from_hub(name, SMALL_FILES)
+
+
+def fetch_weights(name: str, folder: Path) -> None:
+    """Fetches the weights of a hub model that `find_model` put in `folder`; else does nothing.
+
+    Kept apart because they are gigabytes: settings and data are checked first.
+
+    Raises:
+        ModelError: they cannot be fetched.
+    """
+    if name not in SHIPPED_MODELS and not Path(name).expanduser().is_dir():
+        # The hub's folders are named by the commit they hold.
+        _from_hub(name, WEIGHT_FILES, revision=folder.name)
+
+
+def _from_hub(name: str, patterns: tuple[str, ...], revision: str | None = None) -> Path:
+    # Imported late: the hub library takes a third of a second, and local models do without it.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+    except GatedRepoError:
+        why = "access to it has to be granted on its page, and HF_TOKEN set"
+    except RepositoryNotFoundError:
+        why = "the hub has no such model, or it is private and HF_TOKEN is not set"
+    except LocalEntryNotFoundError:
+        why = "the hub cannot be reached and the model is not in the local cache"
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        why = f"the hub answered: {error}"
+    raise ModelError(
+        f"model_name {name}: {why}.\n"
+        "Name a local folder with its files, or try a shipped model: --model_name tiny-phi-2"
+    )

@@ -1,0 +1,323 @@
+"""Adapters: which modules get one, how it starts, and PEFT's files in both directions.
+
+Semantics and names are PEFT's, so that an adapter written here loads there and the other way
+round: A starts Kaiming-uniform and B at zero (for the embedding A at zero and B normal), updates
+count alpha / r times, dropout sits in front of A.
+
+Shapes: R rank, D in, O out, V vocabulary.
+"""
+
+import json
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from phitune.errors import ModelError, SettingsError, listing
+from phitune.model import ops
+from phitune.model.architecture import (
+    EMBED_TOKENS,
+    FAMILIES,
+    LM_HEAD,
+    ModelConfig,
+    layer_linears,
+)
+from phitune.model.decoder import Decoder
+from phitune.model.linear import LoraPair
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_EMBEDDING_MODULE = "model.embed_tokens"
+_PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """What an adapter is, apart from its numbers."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    modules: tuple[str, ...]  # full names under transformers' layout, in the model's order
+    use_rslora: bool = False
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The trainable part: one pair of matrices for each adapted module."""
+
+    spec: LoraSpec
+    pairs: dict[str, LoraPair]
+    num_hidden_layers: int  # of the model it sits on
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for pair in self.pairs.values() for parameter in pair.parameters()]
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All matrices under PEFT's names."""
+        found = {}
+        for module, pair in self.pairs.items():
+            name_A, name_B = _peft_names(module)
+            found[name_A], found[name_B] = pair.lora_A.detach(), pair.lora_B.detach()
+        return found
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Overwrites all matrices; the names and shapes must be those of `tensors()`."""
+        for name, tensor in self.tensors().items():
+            tensor.copy_(tensors[name])
+
+
+def resolve_targets(
+    config: ModelConfig, target_modules: Sequence[str], layers: str | None
+) -> tuple[str, ...]:
+    """Full names of the modules that get an adapter.
+
+    Args:
+        target_modules: short names (q_proj), presets (attention, mlp, all-linear), and embed_tokens
+            or lm_head.
+        layers: such as "16-31"; restricts the modules of layers, not embed_tokens and lm_head.
+
+    Raises:
+        SettingsError: a name that this model does not have, or a layer beyond the last.
+    """
+    family = FAMILIES[config.model_type]
+    presets = {
+        "attention": family.attention,
+        "mlp": family.mlp,
+        "all-linear": family.all_linear,
+    }
+    wanted: set[str] = set()
+    problems = []
+    for name in target_modules:
+        if name in presets:
+            wanted.update(presets[name])
+        elif name in (*family.all_linear, EMBED_TOKENS, LM_HEAD):
+            wanted.add(name)
+        else:
+            instead = family.foreign.get(name)
+            hint = f" (its work is done by {instead} here)" if instead else ""
+            problems.append(f"{name}: this model has no such module{hint}")
+    if problems:
+        raise SettingsError(
+            f"target_modules:\n{listing(problems)}\n"
+            f"A {config.model_type} model has {' '.join(family.all_linear)} in each layer, and"
+            f" {EMBED_TOKENS} and {LM_HEAD};\npresets are {', '.join(presets)}."
+        )
+    chosen = resolve_layers(config, layers)
+    modules = [_EMBEDDING_MODULE] if EMBED_TOKENS in wanted else []
+    for index in chosen:
+        for spec in layer_linears(config).values():
+            for name, _ in spec.parts:
+                if name.rsplit(".", 1)[-1] in wanted:
+                    modules.append(f"model.layers.{index}.{name}")
+    if LM_HEAD in wanted:
+        modules.append(LM_HEAD)
+    return tuple(modules)
+
+
+def resolve_layers(config: ModelConfig, layers: str | None) -> list[int]:
+    """ "16-31" or "0,2,8-11" as sorted layer indices; None means all of them.
+
+    Raises:
+        SettingsError: an index beyond the last layer, or a range that runs backwards.
+    """
+    last = config.num_hidden_layers - 1
+    if layers is None:
+        return list(range(last + 1))
+    chosen: set[int] = set()
+    for part in layers.split(","):
+        first_text, _, last_text = part.partition("-")
+        first = int(first_text)
+        stop = int(last_text or first_text)
+        if first > stop or stop > last:
+            raise SettingsError(
+                f"layers = {layers!r}: {part.strip()} is not a range of this model's layers,"
+                f" which are 0 to {last}"
+            )
+        chosen.update(range(first, stop + 1))
+    return sorted(chosen)
+
+
+def attach(decoder: Decoder, spec: LoraSpec, seed: int) -> Adapter:
+    """Puts a fresh adapter on a decoder.
+
+    Every module draws its start from the seed and its own name: it does not depend on which other
+    modules are adapted.
+    """
+    linears = decoder.fused_linears()
+    dtype = torch.promote_types(decoder.dtype, torch.float32)
+    pairs = {}
+    for module in spec.modules:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{module}".encode()))
+        if module == _EMBEDDING_MODULE:
+            vocab_size, hidden_size = decoder.embed_tokens.weight.shape
+            columns = range(hidden_size)
+            lora_A = torch.zeros(spec.rank, vocab_size, dtype=dtype)
+            lora_B = torch.randn(hidden_size, spec.rank, generator=generator, dtype=dtype)
+        else:
+            linear = linears[module]
+            columns = linear.columns[module]
+            # Kaiming-uniform with a = sqrt(5): bounds of 1 / sqrt(fan_in).
+            lora_A = torch.rand(spec.rank, linear.in_features, generator=generator, dtype=dtype)
+            lora_A = (2 * lora_A - 1) / math.sqrt(linear.in_features)
+            lora_B = torch.zeros(len(columns), spec.rank, dtype=dtype)
+        pairs[module] = LoraPair(
+            lora_A.to(decoder.device),
+            lora_B.to(decoder.device),
+            columns,
+            spec.scaling,
+            ops.module_key(seed, module).to(decoder.device),
+        )
+        if module == _EMBEDDING_MODULE:
+            decoder.embed_tokens.lora = pairs[module]
+        else:
+            linears[module].attach(pairs[module])
+    return Adapter(spec, pairs, decoder.config.num_hidden_layers)
+
+
+def detach(decoder: Decoder) -> None:
+    """Takes every adapter off: the decoder is the base model again."""
+    decoder.embed_tokens.lora = None
+    for linear in decoder.fused_linears().values():
+        linear.lora = nn.ModuleList()
+
+
+def save_adapter(adapter: Adapter, folder: Path, base_model_name: str) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors into an existing folder."""
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter.tensors().items()}
+    # Not save_file, which makes files that only their owner can read.
+    (folder / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
+    content = json.dumps(_peft_config(adapter, base_model_name), indent=2) + "\n"
+    (folder / CONFIG_FILE).write_text(content, encoding="utf-8")
+
+
+def load_adapter(decoder: Decoder, folder: Path, seed: int = 0) -> Adapter:
+    """Attaches an adapter that was written here or by PEFT.
+
+    Raises:
+        ModelError: files missing or damaged, another base, or a kind of adapter that is not built.
+    """
+    raw = _read_adapter_config(folder / CONFIG_FILE)
+    path = folder / WEIGHTS_FILE
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise ModelError(f"{path}: missing") from None
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: damaged or not a safetensors file: {error}") from None
+    known = (_EMBEDDING_MODULE, *decoder.fused_linears())
+    modules = tuple(name for name in known if _peft_names(name)[0] in tensors)
+    spec = LoraSpec(
+        rank=int(raw["r"]),
+        alpha=float(raw["lora_alpha"]),
+        dropout=float(raw.get("lora_dropout") or 0.0),
+        modules=modules,
+        use_rslora=bool(raw.get("use_rslora")),
+    )
+    adapter = attach(decoder, spec, seed)
+    expected = adapter.tensors()
+    # PEFT adds the base's own rows when it adapts the embedding; they say nothing new.
+    given = {name: tensor for name, tensor in tensors.items() if ".base_layer." not in name}
+    problems = [f"{name}: missing" for name in expected.keys() - given.keys()]
+    problems += [f"{name}: not in this model" for name in given.keys() - expected.keys()]
+    problems += [
+        f"{name}: shape {tuple(given[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in given and given[name].shape != tensor.shape
+    ]
+    if problems or not modules:
+        detach(decoder)
+        raise ModelError(
+            f"{folder}: this adapter does not fit the model:\n"
+            + listing(sorted(problems) or ["it holds no LoRA matrices"])
+        )
+    with torch.no_grad():
+        adapter.load_tensors(given)
+    return adapter
+
+
+def _peft_names(module: str) -> tuple[str, str]:
+    if module == _EMBEDDING_MODULE:
+        names = ("lora_embedding_A", "lora_embedding_B")
+    else:
+        names = ("lora_A.weight", "lora_B.weight")
+    return f"{_PEFT_PREFIX}{module}.{names[0]}", f"{_PEFT_PREFIX}{module}.{names[1]}"
+
+
+def _peft_config(adapter: Adapter, base_model_name: str) -> dict[str, Any]:
+    spec = adapter.spec
+    short = sorted({module.rsplit(".", 1)[-1] for module in spec.modules})
+    layers = sorted({int(name.split(".")[2]) for name in spec.modules if ".layers." in name})
+    outside = [name for name in spec.modules if ".layers." not in name]
+    everywhere = len(layers) in (0, adapter.num_hidden_layers)
+    if not everywhere and outside:
+        # layers_to_transform would leave out the modules that are in no layer.
+        short = list(spec.modules)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model_name,
+        "inference_mode": True,
+        "r": spec.rank,
+        "lora_alpha": int(spec.alpha) if spec.alpha == int(spec.alpha) else spec.alpha,
+        "lora_dropout": spec.dropout,
+        "target_modules": short,
+        "layers_to_transform": None if everywhere or outside else layers,
+        "layers_pattern": None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_rslora": spec.use_rslora,
+        "use_dora": False,
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+
+
+def _read_adapter_config(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path}: missing; is {path.parent} an adapter folder?") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(raw, dict):
+        raise ModelError(f"{path}: is not a JSON object")
+    problems = []
+    if raw.get("peft_type") != "LORA":
+        problems.append(f"peft_type {raw.get('peft_type')!r}")
+    unsupported = (
+        "use_dora",
+        "use_qalora",
+        "lora_bias",
+        "fan_in_fan_out",
+        "modules_to_save",
+        "rank_pattern",
+        "alpha_pattern",
+        "layer_replication",
+        "trainable_token_indices",
+        "target_parameters",
+    )
+    problems += [f"{name} = {raw[name]!r}" for name in unsupported if raw.get(name)]
+    if raw.get("bias", "none") != "none":
+        problems.append(f"bias = {raw['bias']!r}")
+    if problems:
+        raise ModelError(f"{path}: asks for what is not built:\n{listing(problems)}")
+    if not isinstance(raw.get("r"), int) or not isinstance(raw.get("lora_alpha"), int | float):
+        raise ModelError(f"{path}: r and lora_alpha must be numbers")
+    return raw

@@ -1,0 +1,131 @@
+"""Safetensors files into a decoder's fused buffers, one tensor at a time.
+
+All names, shapes and types are checked first, from the files' headers alone; every mismatch is in
+one error. Pickled weights are refused: loading them runs code.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from phitune.errors import ModelError, listing
+from phitune.model.architecture import ModelConfig
+from phitune.model.decoder import Decoder
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+_FLOAT_TYPES = ("F16", "BF16", "F32", "F64")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def load_decoder(
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None = None,
+) -> Decoder:
+    """Builds the decoder of a model folder; see `load_weights`."""
+    decoder = Decoder(config, dtype, device)
+    load_weights(decoder, folder, progress)
+    return decoder
+
+
+def load_weights(
+    decoder: Decoder, folder: Path, progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Fills a decoder from a folder's safetensors files, converting to its dtype.
+
+    Peak memory is that of the decoder plus one tensor.
+
+    Args:
+        progress: told (tensors done, tensors in all) after each.
+
+    Raises:
+        ModelError: files missing or damaged, or tensors that do not fit the configuration.
+    """
+    files = weight_files(folder)
+    headers = {name: header for file in files for name, header in _read_header(file).items()}
+    destinations = decoder.named_weights()
+    _check(folder, decoder, headers, destinations)
+    for done, (name, destination) in enumerate(destinations.items(), start=1):
+        # Opened for each tensor: closing the file gives its mapped pages back.
+        with safe_open(headers[name][0], framework="pt") as file, torch.no_grad():
+            destination.copy_(file.get_tensor(name))
+        if progress:
+            progress(done, len(destinations))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder.
+
+    Raises:
+        ModelError: there are none, or the index names files that are missing or elsewhere.
+    """
+    index = folder / INDEX_FILE
+    if index.is_file():
+        try:
+            names = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ModelError(f"{index}: cannot be read: {error!r}") from None
+        if outside := [
+            name for name in names if not isinstance(name, str) or Path(name).name != name
+        ]:
+            raise ModelError(f"{index}: names files outside of its folder: {outside}")
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            raise ModelError(f"{folder}: files of the model are missing:\n{listing(missing)}")
+        return [folder / name for name in names]
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise ModelError(
+            f"{folder}: has pickled weights only ({', '.join(pickles[:3])}), and loading a pickle"
+            " runs the code in it; use a copy of the model that is saved as safetensors"
+        )
+    raise ModelError(f"{folder}: has no {SINGLE_FILE} and no {INDEX_FILE}")
+
+
+_Header = tuple[Path, tuple[int, ...], str]  # file, shape, safetensors' name of the type
+
+
+def _read_header(file: Path) -> dict[str, _Header]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            return {
+                name: (file, tuple(part.get_shape()), str(part.get_dtype()))
+                for name, part in slices.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file}: damaged or not a safetensors file: {error}") from None
+
+
+def _check(
+    folder: Path,
+    decoder: Decoder,
+    headers: dict[str, _Header],
+    destinations: dict[str, torch.Tensor],
+) -> None:
+    problems = [f"{name}: missing" for name in destinations.keys() - headers.keys()]
+    for name, (file, shape, dtype) in headers.items():
+        if name not in destinations:
+            # A tied head and the rotary tables of old files repeat what is known.
+            tied = decoder.config.tie_word_embeddings and name == "lm_head.weight"
+            if not tied and not name.endswith("rotary_emb.inv_freq"):
+                problems.append(f"{name}: unexpected, in {file.name}")
+        elif shape != tuple(destinations[name].shape):
+            expected = tuple(destinations[name].shape)
+            problems.append(f"{name}: shape {shape}, expected {expected}, in {file.name}")
+        elif dtype not in _FLOAT_TYPES:
+            problems.append(f"{name}: type {dtype} is not a plain float, in {file.name}")
+    if problems:
+        raise ModelError(
+            f"{folder}: {len(problems)} tensors do not fit config.json:\n"
+            + listing(sorted(problems))
+        )

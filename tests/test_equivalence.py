@@ -1,0 +1,177 @@
+"""Our decoders and adapters against transformers and peft, the independent references."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from reference import (
+    CONFIGS,
+    phi3_config,
+    phi_config,
+    random_model,
+    save_model,
+    with_random_lora,
+)
+from rows import logits_of, loss_sum_of, open_decoder, random_rows, relative
+from transformers import AutoModelForCausalLM
+
+from phitune.data.packing import pack
+from phitune.data.tokenizer import TokenizedExample
+from phitune.model import ops
+from phitune.model.lora import LoraSpec, attach, load_adapter, resolve_targets, save_adapter
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+def their_logits(model: torch.nn.Module, rows: list[TokenizedExample]) -> torch.Tensor:
+    """One row at a time: no padding and no neighbours on their side. Returns: [T, V]."""
+    return torch.cat([model(torch.tensor([row.input_ids])).logits[0] for row in rows])
+
+
+def their_loss_sum(model: torch.nn.Module, rows: list[TokenizedExample]) -> torch.Tensor:
+    losses = []
+    for row in rows:
+        logits = model(torch.tensor([row.input_ids])).logits[0, :-1]
+        targets = torch.tensor(row.labels[1:])
+        losses.append(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+    return torch.stack(losses).sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_logits_loss_and_every_gradient_equal_the_reference(
+    kind: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = random_model(CONFIGS[kind](), dtype)
+    decoder = open_decoder(save_model(model, tmp_path / "model"), dtype)
+    rows = random_rows()
+    batch = pack(rows)
+    with torch.no_grad():
+        assert relative(logits_of(decoder, batch), their_logits(model, rows)) < TOLERANCE[dtype]
+
+    peft_model = with_random_lora(model, r=4, lora_alpha=10, target_modules="all-linear")
+    peft_model.save_pretrained(tmp_path / "adapter")
+    adapter = load_adapter(decoder, tmp_path / "adapter")
+    assert adapter.spec.modules == resolve_targets(decoder.config, ["all-linear"], None)
+    with torch.no_grad():
+        ours, theirs = logits_of(decoder, batch), their_logits(peft_model, rows)
+    assert relative(ours, theirs) < TOLERANCE[dtype]
+
+    loss, reference_loss = loss_sum_of(decoder, batch), their_loss_sum(peft_model, rows)
+    assert relative(loss, reference_loss) < TOLERANCE[dtype]
+    loss.backward()
+    reference_loss.backward()
+    gradients = {
+        name.replace(".default", ""): parameter.grad
+        for name, parameter in peft_model.named_parameters()
+        if "lora_" in name
+    }
+    compared = 0
+    for module, pair in adapter.pairs.items():
+        for side in ("lora_A", "lora_B"):
+            expected = gradients[f"base_model.model.{module}.{side}.weight"]
+            assert relative(getattr(pair, side).grad, expected) < TOLERANCE[dtype], (module, side)
+            compared += 1
+    assert compared == len(gradients)
+
+
+@pytest.mark.parametrize(
+    ("targets", "layers"),
+    [
+        (["all-linear"], None),
+        (["attention"], None),
+        (["mlp"], "1"),
+        (["all-linear", "lm_head"], None),
+        (["all-linear", "embed_tokens", "lm_head"], "0,2"),
+        (["embed_tokens"], None),
+    ],
+)
+@pytest.mark.parametrize("make_config", [phi_config, phi3_config], ids=["phi", "phi3"])
+def test_adapter_written_here_gives_the_same_logits_in_peft(
+    make_config: object, targets: list[str], layers: str | None, tmp_path: Path
+) -> None:
+    model = random_model(make_config())  # type: ignore[operator]
+    decoder = open_decoder(save_model(model, tmp_path / "model"))
+    spec = LoraSpec(4, 8, 0.0, resolve_targets(decoder.config, targets, layers))
+    adapter = attach(decoder, spec, seed=0)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    (tmp_path / "adapter").mkdir()
+    save_adapter(adapter, tmp_path / "adapter", str(tmp_path / "model"))
+
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="sdpa")
+    rows = random_rows()
+    with torch.no_grad():
+        base_logits = their_logits(base, rows)
+        theirs = their_logits(PeftModel.from_pretrained(base, tmp_path / "adapter").eval(), rows)
+        ours = logits_of(decoder, pack(rows))
+    assert relative(ours, theirs) < 1e-5
+    assert relative(base_logits, theirs) > 1e-2  # The adapter says something.
+
+
+def test_adapter_of_peft_with_rslora_and_some_layers_loads_here(tmp_path: Path) -> None:
+    model = random_model(phi_config())
+    decoder = open_decoder(save_model(model, tmp_path / "model"))
+    peft_model = with_random_lora(
+        model,
+        r=4,
+        lora_alpha=8,
+        use_rslora=True,
+        target_modules=["q_proj", "fc2"],
+        layers_to_transform=[1],
+    )
+    peft_model.save_pretrained(tmp_path / "adapter")
+    adapter = load_adapter(decoder, tmp_path / "adapter")
+    assert adapter.spec.modules == ("model.layers.1.self_attn.q_proj", "model.layers.1.mlp.fc2")
+    rows = random_rows()
+    with torch.no_grad():
+        assert relative(logits_of(decoder, pack(rows)), their_logits(peft_model, rows)) < 1e-5
+
+
+def test_adapter_of_peft_on_the_embedding_loads_here(tmp_path: Path) -> None:
+    model = random_model(phi_config())
+    decoder = open_decoder(save_model(model, tmp_path / "model"))
+    peft_model = with_random_lora(model, r=4, target_modules=["embed_tokens", "q_proj"])
+    peft_model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    load_adapter(decoder, tmp_path / "adapter")
+    rows = random_rows()
+    with torch.no_grad():
+        assert relative(logits_of(decoder, pack(rows)), their_logits(peft_model, rows)) < 1e-5
+
+
+def test_dropout_masks_injected_into_peft_give_the_same_gradients(tmp_path: Path) -> None:
+    """peft with our masks in place of nn.Dropout: the placement and the scaling are the same."""
+    model = random_model(phi3_config(), torch.float64)
+    decoder = open_decoder(save_model(model, tmp_path / "model"), torch.float64)
+    peft_model = with_random_lora(model, r=4, lora_dropout=0.25, target_modules="all-linear")
+    peft_model.save_pretrained(tmp_path / "adapter")
+    adapter = load_adapter(decoder, tmp_path / "adapter", seed=3)
+    rows = random_rows([21])
+    batch = pack(rows)
+    keys = ops.row_keys(3, 1, batch.slots, batch.cu_seqlens, torch.device("cpu"))
+    dropout = ops.Dropout(0.25, keys)
+
+    class OurDropout(torch.nn.Module):
+        def __init__(self, key: torch.Tensor) -> None:
+            super().__init__()
+            self.key = key.unsqueeze(0)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * ops.keep_mask(dropout, x.shape[-1], self.key) / ops.keep_rate(dropout)
+
+    for module, pair in adapter.pairs.items():
+        layer = peft_model.base_model.model.get_submodule(module)
+        layer.lora_dropout["default"] = OurDropout(pair.key)
+    hidden = decoder(batch.input_ids, batch.position_ids, batch.cu_seqlens, dropout)
+    loss = decoder.loss_sum(hidden, batch.labels, batch.target_positions, dropout)
+    reference_loss = their_loss_sum(peft_model, rows)
+    assert relative(loss, reference_loss) < 1e-10
+    loss.backward()
+    reference_loss.backward()
+    for module, pair in adapter.pairs.items():
+        layer = peft_model.base_model.model.get_submodule(module)
+        assert relative(pair.lora_A.grad, layer.lora_A["default"].weight.grad) < 1e-10
+        assert relative(pair.lora_B.grad, layer.lora_B["default"].weight.grad) < 1e-10

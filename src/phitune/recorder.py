@@ -1,0 +1,122 @@
+"""What happens in the training loop, written to the run directory, to trackers and to the view."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from phitune.data.prompt import PromptFormat
+from phitune.data.tokenizer import TextTokenizer
+from phitune.inference.generate import generate
+from phitune.model.decoder import Decoder
+from phitune.model.lora import Adapter, save_adapter
+from phitune.training.loop import Evaluation, StepMetrics
+from phitune.training.rundir import RunDirectory
+from phitune.training.tracking import Tracker
+from phitune.training.view import Sample, View
+
+# Samples shown on the way; all of them are in samples.jsonl.
+_SHOWN = 2
+
+
+class Sampler:
+    """Answers fixed prompts with the model as it is."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: TextTokenizer,
+        prompt_format: PromptFormat,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+    ) -> None:
+        self._decoder = decoder
+        self._tokenizer = tokenizer
+        self._prompt_format = prompt_format
+        self._prompts = list(prompts) if max_new_tokens else []
+        self._prompt_ids = [tokenizer.encode(prompt_format.prompt(text)) for text in self._prompts]
+        self._max_new_tokens = max_new_tokens
+
+    def __call__(self) -> list[Sample]:
+        """One greedy answer for each prompt."""
+        if not self._prompts:
+            return []
+        answers = generate(
+            self._decoder,
+            self._prompt_ids,
+            max_new_tokens=self._max_new_tokens,
+            stop_ids=self._tokenizer.stop_ids(self._prompt_format),
+        )
+        return [
+            Sample(
+                prompt,
+                self._prompt_format.response(self._tokenizer.decode_answer(answer.ids, ids)),
+                len(answer.ids),
+                answer.stopped,
+            )
+            for prompt, ids, answer in zip(self._prompts, self._prompt_ids, answers, strict=True)
+        ]
+
+
+class Recorder:
+    """The `Events` of a run; see `training.loop`."""
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        view: View,
+        trackers: Sequence[Tracker],
+        sampler: Sampler,
+        adapter: Adapter,
+        tokenizer: TextTokenizer,
+        prompt_format: PromptFormat,
+        model_name: str,
+    ) -> None:
+        self.base_samples: list[Sample] = []
+        self._run = run
+        self._view = view
+        self._trackers = trackers
+        self._sampler = sampler
+        self._adapter = adapter
+        self._tokenizer = tokenizer
+        self._prompt_format = prompt_format
+        self._model_name = model_name
+
+    def micro_batch_done(self, sequences: int) -> None:
+        self._view.micro_batch_done(sequences)
+
+    def step_done(self, metrics: StepMetrics) -> None:
+        self._log(asdict(metrics))
+        self._view.step_done(metrics)
+
+    def epoch_done(self, epoch: int, evaluation: Evaluation | None, *, is_best: bool) -> None:
+        if evaluation:
+            self._log(asdict(evaluation))
+            self._view.evaluated(evaluation, is_best=is_best)
+        if is_best:
+            self.save_adapter()
+        samples = self._sampler()
+        for sample in samples:
+            self._run.append_sample({"epoch": epoch, **asdict(sample)})
+        self._view.sampled(epoch, samples[:_SHOWN])
+        if epoch == 0:
+            self.base_samples = samples
+
+    def save_adapter(self) -> None:
+        """Replaces the run's adapter by the one in training, ready for PEFT and for servers."""
+
+        def write(folder: Path) -> None:
+            save_adapter(self._adapter, folder, self._model_name)
+            self._tokenizer.save(folder, self._prompt_format)
+
+        self._run.replace_adapter(write)
+
+    def close(self) -> None:
+        self._view.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+    def _log(self, metrics: dict[str, Any]) -> None:
+        self._run.append_metrics(metrics)
+        for tracker in self._trackers:
+            tracker.log(metrics)

@@ -1,0 +1,353 @@
+"""Phi2LoRATrainer, the Python door: the same job as `phitune train`, step by step.
+
+It is where everything meets: settings, data, model, loop and run directory. The order matters:
+whatever can be refused is refused before weights are read, and the run directory is not touched
+before the model is there.
+"""
+
+import datetime
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from phitune.config import Resolved, Settings, resolve, to_yaml
+from phitune.data.packing import steps_per_epoch
+from phitune.data.prepare import PreparedData, prepare_data
+from phitune.data.tokenizer import TextTokenizer
+from phitune.errors import NonFiniteError, OutOfMemoryError, SettingsError
+from phitune.model.architecture import read_model_config
+from phitune.model.decoder import Decoder
+from phitune.model.device import (
+    DTYPES,
+    choose_device,
+    choose_precision,
+    compile_layers,
+    is_out_of_memory,
+)
+from phitune.model.files import ASSETS, fetch_weights, find_model
+from phitune.model.lora import Adapter, LoraSpec, attach, resolve_targets
+from phitune.model.weights import load_decoder
+from phitune.recorder import Recorder, Sampler
+from phitune.training.loop import Outcome, train
+from phitune.training.memory import memory_advice
+from phitune.training.rundir import RunDirectory, check_output_dir, default_output_dir
+from phitune.training.tracking import check_tracker, open_trackers
+from phitune.training.view import (
+    Sample,
+    answers_table,
+    data_line,
+    model_line,
+    open_view,
+    settings_table,
+    targets_line,
+)
+
+EXAMPLE_DATASET = ASSETS / "captain.jsonl"
+
+
+@dataclass(frozen=True)
+class PreparedModel:
+    """The frozen decoder and the adapter on it."""
+
+    decoder: Decoder
+    adapter: Adapter
+
+
+class Phi2LoRATrainer:
+    """Fine-tunes one model on one data set.
+
+        trainer = Phi2LoRATrainer(output_dir="output/my_model", dataset_path="data/train.jsonl")
+        outcome = trainer.train()
+
+    Args:
+        output_dir, dataset_path, model_name: as the flags of those names.
+        config: any other settings by name, or the path of a YAML file with them.
+
+    Raises:
+        PhituneError: settings, data or model files that cannot be used.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path | None = None,
+        dataset_path: str | Path | None = None,
+        model_name: str | None = None,
+        config: Mapping[str, Any] | str | Path | None = None,
+    ) -> None:
+        given = {
+            "output_dir": output_dir,
+            "dataset_path": dataset_path,
+            "model_name": model_name,
+        }
+        arguments = {name: value for name, value in given.items() if value is not None}
+        config_path = Path(config) if isinstance(config, str | Path) else None
+        if isinstance(config, Mapping):
+            arguments = {**config, **arguments}
+        self._set_up(resolve(arguments, config_path, origin="argument"))
+
+    @classmethod
+    def from_settings(cls, resolved: Resolved) -> "Phi2LoRATrainer":
+        """A trainer for settings that are resolved already, as the command line has them."""
+        trainer = cls.__new__(cls)
+        trainer._set_up(resolved)
+        return trainer
+
+    def _set_up(self, resolved: Resolved) -> None:
+        """Fills in what was left open, and finds the model's folder."""
+        self.console = Console(highlight=False)
+        settings = resolved.settings
+        device = choose_device(settings.device)
+        chosen: dict[str, Any] = {}
+        if settings.output_dir is None:
+            chosen["output_dir"] = default_output_dir(
+                settings.model_name, settings.dataset_path or EXAMPLE_DATASET
+            )
+        if settings.device == "auto":
+            chosen["device"] = str(device)
+        if settings.precision == "auto":
+            chosen["precision"] = choose_precision(settings.precision, device)
+        self.resolved = resolved.choose(**chosen)
+        self.settings = self.resolved.settings
+        assert self.settings.output_dir
+        check_output_dir(self.settings.output_dir, overwrite=self.settings.overwrite)
+        check_tracker(self.settings.report_to)
+        self.model_folder = find_model(self.settings.model_name)
+        self.model_config = read_model_config(self.model_folder)
+        self.tokenizer = TextTokenizer(self.model_folder)
+        self.prompt_format = self.tokenizer.prompt_format(self.settings.prompt_format)
+        self.target_modules = resolve_targets(
+            self.model_config, self.settings.target_modules, self.settings.layers
+        )
+        self._check_against_model()
+        self._model: PreparedModel | None = None
+
+    @property
+    def _dataset_path(self) -> Path:
+        return self.settings.dataset_path or EXAMPLE_DATASET
+
+    def format_instruction(self, prompt: str, response: str) -> str:
+        """A row as text, the way the model sees it; the end token that follows is not shown."""
+        segments = self.prompt_format.prompt(prompt) + self.prompt_format.answer(response)[:-1]
+        return "".join(segment.text for segment in segments)
+
+    def prepare_data(self) -> PreparedData:
+        """Reads, checks, splits and tokenises the rows.
+
+        Raises:
+            DataError: every problem of the files at once.
+        """
+        data = prepare_data(self.settings, self._dataset_path, self.tokenizer, self.prompt_format)
+        for warning in data.warnings:
+            self._say(f"warning: {warning}")
+        return data
+
+    def prepare_model(self) -> PreparedModel:
+        """Loads the base, once, and puts the adapter on it."""
+        if self._model is None:
+            settings = self.settings
+            torch.manual_seed(settings.seed)
+            fetch_weights(settings.model_name, self.model_folder)
+            decoder = load_decoder(
+                self.model_folder,
+                self.model_config,
+                DTYPES[settings.precision],
+                torch.device(settings.device),
+            )
+            decoder.gradient_checkpointing = settings.gradient_checkpointing
+            spec = LoraSpec(
+                settings.lora_r, settings.lora_alpha, settings.lora_dropout, self.target_modules
+            )
+            self._model = PreparedModel(decoder, attach(decoder, spec, settings.seed))
+        return self._model
+
+    def train(self) -> Outcome:
+        """The whole job: from the data file to the run directory.
+
+        Raises:
+            PhituneError: what cannot be used, or went wrong; its message says what to do.
+            KeyboardInterrupt: it was interrupted; what there was is saved.
+        """
+        assert self.settings.output_dir
+        check_output_dir(self.settings.output_dir, overwrite=self.settings.overwrite)
+        self.console.print("[bold]Settings[/]")
+        self.console.print(settings_table(self.resolved))
+        for warning in self.settings.warnings():
+            self._say(f"warning: {warning}")
+        data = self.prepare_data()
+        self._say(data_line(data, self.settings.dataset_path or EXAMPLE_DATASET.name))
+        self._say(targets_line(self.target_modules, self.model_config, self.settings.lora_r))
+        try:
+            started = time.perf_counter()
+            model = self.prepare_model()
+            seconds = time.perf_counter() - started
+            self._say(model_line(model.decoder, model.adapter, self.settings, seconds))
+            compiled = compile_layers(model.decoder, self.settings.torch_compile)
+            self._say(f"torch_compile: {compiled}")
+            run = RunDirectory(self.settings.output_dir)
+            run.write_config(to_yaml(self._repeatable()))
+            return self._train(model, data, run)
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise OutOfMemoryError(
+                    f"out of memory on {self.settings.device}: {str(error).splitlines()[0]}\n"
+                    + memory_advice(self.settings)
+                ) from None
+            raise
+
+    def _train(self, model: PreparedModel, data: PreparedData, run: RunDirectory) -> Outcome:
+        settings = self.settings
+        view = open_view(self.console)
+        sampler = Sampler(
+            model.decoder,
+            self.tokenizer,
+            self.prompt_format,
+            data.sample_prompts,
+            settings.sample_tokens,
+        )
+        recorder = Recorder(
+            run,
+            view,
+            open_trackers(settings.report_to, run.path),
+            sampler,
+            model.adapter,
+            self.tokenizer,
+            self.prompt_format,
+            settings.model_name,
+        )
+        rows_per_step = settings.batch_size * settings.gradient_accumulation_steps
+        steps = settings.epochs * steps_per_epoch(len(data.train_rows), rows_per_step)
+        started = time.perf_counter()
+        view.start(steps, settings.epochs * len(data.train_rows))
+        try:
+            with _polite_interrupt(self.console) as interrupted:
+                outcome = train(
+                    model.decoder,
+                    model.adapter,
+                    data.train_rows,
+                    data.validation_rows,
+                    settings,
+                    recorder,
+                    interrupted,
+                )
+        except NonFiniteError as error:
+            if not run.adapter.exists():
+                recorder.save_adapter()
+            raise NonFiniteError(
+                f"{error}\nThe last good adapter is in {run.adapter}. Try half the"
+                " --learning_rate, --precision fp32, or look for odd rows in the data."
+            ) from None
+        finally:
+            recorder.close()
+        if not run.adapter.exists():
+            recorder.save_adapter()
+        seconds = time.perf_counter() - started
+        self._conclude(outcome, run, model, sampler, recorder.base_samples, seconds)
+        if outcome.interrupted:
+            raise KeyboardInterrupt
+        return outcome
+
+    def _conclude(
+        self,
+        outcome: Outcome,
+        run: RunDirectory,
+        model: PreparedModel,
+        sampler: Sampler,
+        base_samples: list[Sample],
+        seconds: float,
+    ) -> None:
+        """Answers the sample prompts with the best adapter, and writes and prints what came out."""
+        tuned = [] if outcome.interrupted else sampler()
+        unstopped = sum(not sample.stopped for sample in tuned)
+        run.write_summary(
+            {
+                **asdict(outcome),
+                "seconds": round(seconds, 3),
+                "trainable_parameters": model.adapter.num_parameters,
+                "answers": [
+                    {"prompt": old.prompt, "base": old.answer, "tuned": new.answer}
+                    for old, new in zip(base_samples, tuned, strict=False)
+                ],
+                "answers_stopped_by_themselves": len(tuned) - unstopped,
+            }
+        )
+        if tuned:
+            self.console.print()
+            self.console.print(answers_table(base_samples, tuned))
+        if unstopped:
+            self._say(
+                f"warning: {unstopped} of {len(tuned)} answers did not stop by themselves within"
+                f" {self.settings.sample_tokens} tokens"
+            )
+        first, best = outcome.first_validation_loss, outcome.best_validation_loss
+        figures, which = "", ""
+        if first is not None and best is not None:
+            figures, which = f", validation loss {first:.4f} -> {best:.4f}", " (the best)"
+        duration = datetime.timedelta(seconds=round(seconds))
+        self._say(
+            f"{outcome.ended}: {outcome.steps} steps in {duration}{figures}\n"
+            f"adapter of step {outcome.best_step}{which}: {run.adapter}"
+        )
+
+    def _check_against_model(self) -> None:
+        settings, config = self.settings, self.model_config
+        problems = []
+        if settings.max_length > config.max_position_embeddings:
+            problems.append(
+                f"max_length {settings.max_length}: the model's positions end at"
+                f" {config.max_position_embeddings}"
+            )
+        if self.tokenizer.size > config.vocab_size:
+            problems.append(
+                f"{self.model_folder}: the tokenizer has {self.tokenizer.size} tokens, the model"
+                f" {config.vocab_size}; they do not belong together"
+            )
+        if problems:
+            raise SettingsError("\n".join(problems))
+
+    def _repeatable(self) -> Resolved:
+        """The settings with paths that mean the same from any folder."""
+        settings, origins = self.settings, self.resolved.origins
+        paths = {
+            name: path.resolve()
+            for name in ("dataset_path", "validation_path")
+            if (path := getattr(settings, name))
+        }
+        model = Path(settings.model_name).expanduser()
+        if self.model_folder == model:
+            paths["model_name"] = model.resolve()
+        values = {**settings.model_dump(), **{key: str(value) for key, value in paths.items()}}
+        return Resolved(Settings.model_validate(values), origins)
+
+    def _say(self, text: str) -> None:
+        # A log keeps its lines whole; a terminal breaks them between words.
+        self.console.print(escape(text), soft_wrap=not self.console.is_terminal)
+
+
+@contextmanager
+def _polite_interrupt(console: Console) -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C lets the micro-batch finish and saves; the second leaves at once."""
+    asked = False
+
+    def on_signal(*_: Any) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        console.print("stopping after this micro-batch; Ctrl-C again leaves at once")
+
+    try:
+        before = signal.signal(signal.SIGINT, on_signal)
+    except ValueError:  # Not in the main thread: signals are somebody else's business.
+        yield lambda: False
+        return
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,1 @@
+"""The loop that trains an adapter, and the run directory it writes."""

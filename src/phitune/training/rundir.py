@@ -1,0 +1,116 @@
+"""The run directory: what a training run leaves behind, and the interface to everything after it.
+
+    config.yaml     the effective settings; `phitune train --config` repeats the run with it
+    metrics.jsonl   one line for each step, one more for each evaluation
+    samples.jsonl   the answers to the sample prompts, before training and after each epoch
+    adapter/        the best adapter so far in PEFT's format, with tokenizer and chat template
+    summary.json    written last: what came out
+
+Whatever is replaced is replaced as a whole: a killed run leaves the adapter before or the adapter
+after, never half of one.
+"""
+
+import datetime
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from phitune.errors import SettingsError
+
+ADAPTER, CONFIG, METRICS, SAMPLES, SUMMARY = (
+    "adapter",
+    "config.yaml",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "summary.json",
+)
+_OURS = (ADAPTER, CONFIG, METRICS, SAMPLES, SUMMARY, "tensorboard")
+
+
+def default_output_dir(model_name: str, dataset_path: Path) -> Path:
+    """output/<model>-<data>-<date-time>, with a number behind it where that is taken."""
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    base = Path("output") / f"{Path(model_name).name}-{dataset_path.stem}-{now}"
+    path, count = base, 1
+    while path.exists():
+        count += 1
+        path = base.with_name(f"{base.name}-{count}")
+    return path
+
+
+def check_output_dir(path: Path, *, overwrite: bool) -> None:
+    """Refuses a place where a run cannot go, before anything costly is done.
+
+    Raises:
+        SettingsError: a file, a folder that is not empty, or (even with `overwrite`) a folder that
+            holds other things than a run.
+    """
+    if path.exists() and not path.is_dir():
+        raise SettingsError(f"output_dir {path}: is a file; name a folder")
+    if not path.is_dir():
+        return
+    names = sorted(entry.name for entry in path.iterdir())
+    if names and not overwrite:
+        raise SettingsError(
+            f"output_dir {path}: is not empty; choose another, or replace the run in it"
+            " with --overwrite"
+        )
+    if foreign := [name for name in names if name.removesuffix(".new") not in _OURS]:
+        raise SettingsError(
+            f"output_dir {path}: --overwrite replaces a run, but this folder holds other things"
+            f" ({', '.join(foreign[:3])}); choose another"
+        )
+
+
+class RunDirectory:
+    """Writes a run's files as they come about."""
+
+    def __init__(self, path: Path) -> None:
+        """Creates the folder, emptied of an earlier run; see `check_output_dir`."""
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        for name in _OURS:
+            for entry in (path / name, path / f"{name}.new"):
+                if entry.is_dir():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink(missing_ok=True)
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / ADAPTER
+
+    def write_config(self, text: str) -> None:
+        self._replace_file(CONFIG, text)
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        self._replace_file(SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        self._append(METRICS, line)
+
+    def append_sample(self, line: dict[str, Any]) -> None:
+        self._append(SAMPLES, line)
+
+    def replace_adapter(self, write: Callable[[Path], None]) -> None:
+        """Lets `write` fill a new folder, then puts it in the place of the adapter before."""
+        new = self.path / f"{ADAPTER}.new"
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        write(new)
+        old = self.path / f"{ADAPTER}.old"
+        if self.adapter.exists():
+            self.adapter.rename(old)
+        new.rename(self.adapter)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def _replace_file(self, name: str, text: str) -> None:
+        new = self.path / f"{name}.new"
+        new.write_text(text, encoding="utf-8")
+        new.replace(self.path / name)

@@ -1,0 +1,233 @@
+"""What a person sees of a run: a live view on a terminal, plain lines everywhere else."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from phitune.config import Resolved, Settings
+from phitune.data.prepare import PreparedData
+from phitune.data.tokenizer import IGNORE_INDEX
+from phitune.model.architecture import EMBED_TOKENS, LM_HEAD, ModelConfig
+from phitune.model.decoder import Decoder
+from phitune.model.lora import Adapter
+from phitune.training.loop import Evaluation, StepMetrics
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An answer to one of the sample prompts."""
+
+    prompt: str
+    answer: str
+    tokens: int
+    stopped: bool  # by itself, with an end token
+
+
+class View(Protocol):
+    """Shows the numbers of a run while it goes on."""
+
+    def start(self, total_steps: int, total_sequences: int) -> None: ...
+
+    def micro_batch_done(self, sequences: int) -> None: ...
+
+    def step_done(self, metrics: StepMetrics) -> None: ...
+
+    def evaluated(self, evaluation: Evaluation, *, is_best: bool) -> None: ...
+
+    def sampled(self, epoch: int, samples: Sequence[Sample]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def open_view(console: Console) -> View:
+    return LiveView(console) if console.is_terminal else PlainView(console)
+
+
+class PlainView:
+    """One line for each event; for logs, pipes and terminals without cursor control."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._total_steps = 0
+
+    def start(self, total_steps: int, total_sequences: int) -> None:
+        self._total_steps = total_steps
+
+    def micro_batch_done(self, sequences: int) -> None:
+        pass
+
+    def step_done(self, metrics: StepMetrics) -> None:
+        self._print(
+            f"step {metrics.step}/{self._total_steps}  epoch {metrics.epoch}"
+            f"  loss {metrics.loss:.4f}  lr {metrics.learning_rate:.2e}"
+            f"  grad_norm {metrics.grad_norm:.3f}"
+            f"  {metrics.tokens_per_second:,.0f} tokens/s  {metrics.memory_gib:.2f} GiB"
+        )
+
+    def evaluated(self, evaluation: Evaluation, *, is_best: bool) -> None:
+        self._print(_evaluation_line(evaluation, is_best=is_best))
+
+    def sampled(self, epoch: int, samples: Sequence[Sample]) -> None:
+        for line in _sample_lines(samples):
+            self._print(line)
+
+    def close(self) -> None:
+        pass
+
+    def _print(self, line: str) -> None:
+        # No wrapping: a log line is one line however narrow the terminal was.
+        self._console.print(escape(line), soft_wrap=True, highlight=False)
+
+
+class LiveView:
+    """A progress bar over all sequences, with the latest numbers below it."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("left"),
+            console=console,
+            expand=True,
+        )
+        self._task = self._progress.add_task("starting", total=None)
+        self._live = Live(console=console, refresh_per_second=4, transient=True)
+        self._total_steps = 0
+        self._step: StepMetrics | None = None
+        self._evaluation: Evaluation | None = None
+
+    def start(self, total_steps: int, total_sequences: int) -> None:
+        self._total_steps = total_steps
+        self._progress.update(self._task, total=total_sequences)
+        self._live.start()
+        self._refresh()
+
+    def micro_batch_done(self, sequences: int) -> None:
+        self._progress.advance(self._task, sequences)
+
+    def step_done(self, metrics: StepMetrics) -> None:
+        self._step = metrics
+        self._progress.update(
+            self._task,
+            description=f"epoch {metrics.epoch}  step {metrics.step}/{self._total_steps}",
+        )
+        self._refresh()
+
+    def evaluated(self, evaluation: Evaluation, *, is_best: bool) -> None:
+        self._evaluation = evaluation
+        self._console.print(escape(_evaluation_line(evaluation, is_best=is_best)), highlight=False)
+        self._refresh()
+
+    def sampled(self, epoch: int, samples: Sequence[Sample]) -> None:
+        for line in _sample_lines(samples):
+            self._console.print(Text(line, style="dim"))
+
+    def close(self) -> None:
+        self._live.stop()
+
+    def _refresh(self) -> None:
+        parts = []
+        if self._step:
+            parts += [
+                f"loss {self._step.loss:.4f}",
+                f"lr {self._step.learning_rate:.2e}",
+                f"{self._step.tokens_per_second:,.0f} tokens/s",
+                f"{self._step.memory_gib:.2f} GiB",
+            ]
+        if self._evaluation:
+            parts.insert(1, f"validation {self._evaluation.validation_loss:.4f}")
+        self._live.update(Group(self._progress, Text("  ".join(parts), style="cyan")))
+
+
+def _evaluation_line(evaluation: Evaluation, *, is_best: bool) -> str:
+    when = f"epoch {evaluation.epoch}" if evaluation.epoch else "base model"
+    best = "  best so far" if is_best else ""
+    return f"{when}  validation loss {evaluation.validation_loss:.4f}{best}"
+
+
+def _sample_lines(samples: Sequence[Sample]) -> list[str]:
+    return [
+        f"  {_one_line(sample.prompt)} -> {_one_line(sample.answer)}"
+        + ("" if sample.stopped else "  (did not stop by itself)")
+        for sample in samples
+    ]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def settings_table(resolved: Resolved) -> Table:
+    """The settings in force and where each came from; what was not left at its default is bold."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_column(style="dim", no_wrap=True)
+    for name, value in resolved.settings.model_dump(mode="json").items():
+        origin = resolved.origins[name]
+        shown = " ".join(value) if isinstance(value, list) else "-" if value is None else value
+        style = "" if origin == "default" else "bold"
+        table.add_row(name, Text(str(shown), style=style), origin)
+    return table
+
+
+def data_line(data: PreparedData, source: Path | str) -> str:
+    """How many rows and tokens there are, and how many of the tokens train."""
+    rows = data.train_rows + data.validation_rows
+    tokens = sum(len(row.input_ids) for row in data.train_rows)
+    trained = sum(label != IGNORE_INDEX for row in data.train_rows for label in row.labels)
+    return (
+        f"data: {len(data.train_rows)} training and {len(data.validation_rows)} validation rows"
+        f" from {source}; {tokens:,} tokens an epoch, {trained / tokens:.0%} of them trained;"
+        f" the longest row has {max(len(row.input_ids) for row in rows)}"
+    )
+
+
+def targets_line(modules: Sequence[str], config: ModelConfig, rank: int) -> str:
+    """What is adapted, and the size of what is large, known before weights are read."""
+    names = dict.fromkeys(name.rsplit(".", 1)[-1] for name in modules)
+    layers = {name.split(".")[2] for name in modules if ".layers." in name}
+    lines = [f"adapter: {' '.join(names)} in {len(layers)} of {config.num_hidden_layers} layers"]
+    size = rank * (config.vocab_size + config.hidden_size)
+    lines += [
+        f"  {name} adds {size:,} parameters, {4 * size / 2**20:.1f} MiB of the adapter's file"
+        for name in (EMBED_TOKENS, LM_HEAD)
+        if name in names
+    ]
+    return "\n".join(lines)
+
+
+def model_line(decoder: Decoder, adapter: Adapter, settings: Settings, seconds: float) -> str:
+    """The size of the base, and the share that is trained."""
+    frozen = sum(weight.numel() for weight in decoder.named_weights().values())
+    trained = adapter.num_parameters
+    return (
+        f"model: {frozen:,} parameters in {settings.precision} on {settings.device}, read in"
+        f" {seconds:.1f} s; {trained:,} more are trained ({trained / (frozen + trained):.2%})"
+    )
+
+
+def answers_table(before: Sequence[Sample], after: Sequence[Sample]) -> Table:
+    """The base's and the tuned answers side by side."""
+    table = Table(title="Answers before and after", title_justify="left", show_lines=True)
+    for heading in ("prompt", "base", "tuned"):
+        table.add_column(heading, ratio=1, overflow="fold")
+    for old, new in zip(before, after, strict=True):
+        table.add_row(Text(old.prompt), _answer_text(old), _answer_text(new))
+    return table
+
+
+def _answer_text(sample: Sample) -> Text:
+    text = Text(sample.answer)
+    return text if sample.stopped else text.append("  (did not stop by itself)", style="red")

@@ -1,0 +1,309 @@
+"""The command line as a person meets it: help at once, one clear error, nothing half-written."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from reference import phi_config, random_model
+
+from phitune import Phi2LoRATrainer
+from phitune.data.tokenizer import TextTokenizer
+from phitune.errors import SettingsError
+from phitune.model.files import ASSETS
+
+MAIN = Path(__file__).parents[1] / "src" / "main.py"
+PHITUNE = [sys.executable, "-m", "phitune"]
+ROWS = [{"prompt": f"What is {n}?", "response": f"It is {n}, matey."} for n in range(12)]
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """HF_HOME with "microsoft/phi-2" in its cache: a model of one small layer."""
+    home = tmp_path_factory.mktemp("hf")
+    repository = home / "hub" / "models--microsoft--phi-2"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    tokenizer = TextTokenizer(ASSETS / "tiny-phi-2")
+    config = phi_config(
+        vocab_size=tokenizer.size,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=2048,
+        partial_rotary_factor=0.5,
+    )
+    random_model(config).save_pretrained(snapshot)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ASSETS / "tiny-phi-2" / name, snapshot)
+    return home
+
+
+@pytest.fixture
+def place(tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in, with ./data/train.jsonl and no network."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(hub))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    return tmp_path
+
+
+def call(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, capture_output=True, text=True, timeout=300)
+
+
+def phitune(line: str) -> subprocess.CompletedProcess[str]:
+    return call(*PHITUNE, *line.split())
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--output_dir ./output/my_model --dataset_path ./data/train.jsonl",
+        "--batch_size 2 --gradient_accumulation_steps 16 --gradient_checkpointing",
+        "--batch_size 4 --epochs 20 --learning_rate 1e-4",
+    ],
+)
+def test_the_three_commands_of_the_guide_run_as_written(place: Path, line: str) -> None:
+    done = call(sys.executable, str(MAIN), *line.split())
+    assert done.returncode == 0, done.stderr
+    (run,) = (place / "output").iterdir()
+    if "my_model" in line:
+        assert run.name == "my_model"
+    else:
+        assert run.name.startswith("phi-2-captain-20")
+    names = {path.name for path in run.iterdir()}
+    assert names == {"adapter", "config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json"}
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    assert settings["model_name"] == "microsoft/phi-2"
+    assert settings["epochs"] == 20
+    metrics = lines_of(run / "metrics.jsonl")
+    steps = [line for line in metrics if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
+    assert set(steps[0]) == {
+        "step",
+        "epoch",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens",
+        "tokens_per_second",
+        "memory_gib",
+    }
+    evaluations = [line for line in metrics if "validation_loss" in line]
+    assert [line["epoch"] for line in evaluations] == list(range(len(evaluations)))
+
+
+def test_a_run_is_repeated_by_its_config_from_another_folder(place: Path) -> None:
+    first = phitune("train --dataset_path data/train.jsonl --output_dir a --epochs 2")
+    assert first.returncode == 0, first.stderr
+    (place / "elsewhere").mkdir()
+    os.chdir(place / "elsewhere")
+    again = phitune("train --config ../a/config.yaml --output_dir b")
+    assert again.returncode == 0, again.stderr
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (place / "a/adapter" / name).read_bytes() == Path("b/adapter", name).read_bytes()
+    different = ("tokens_per_second", "memory_gib")
+    curves = [
+        [{k: v for k, v in line.items() if k not in different} for line in lines_of(path)]
+        for path in (place / "a" / "metrics.jsonl", Path("b/metrics.jsonl"))
+    ]
+    assert curves[0] == curves[1]
+
+
+def test_python_is_the_same_job_as_the_command_line(place: Path) -> None:
+    settings = {"epochs": 2, "gradient_accumulation_steps": 4}
+    trainer = Phi2LoRATrainer(
+        output_dir=place / "python",
+        dataset_path=place / "data" / "train.jsonl",
+        model_name="tiny-phi-2",
+        config=settings,
+    )
+    assert trainer.format_instruction("a", " b") == "Instruct: a\n\nOutput:  b"
+    torch.set_num_threads(1)
+    outcome = trainer.train()
+    assert outcome.steps == 2
+    assert trainer.prepare_model() is trainer.prepare_model()
+    done = phitune(
+        "train --output_dir cli --dataset_path data/train.jsonl --model_name tiny-phi-2"
+        " --epochs 2 --gradient_accumulation_steps 4"
+    )
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (
+        (place / run / "adapter" / "adapter_model.safetensors").read_bytes()
+        for run in ("python", "cli")
+    )
+    assert ours == theirs
+    with pytest.raises(SettingsError, match="unknown setting epoch; did you mean epochs"):
+        Phi2LoRATrainer(config={"epoch": 3})
+
+
+def test_chat_format_tensorboard_and_no_validation(place: Path) -> None:
+    done = phitune(
+        "train --model_name tiny-phi-3.5 --prompt_format chat --dataset_path data/train.jsonl"
+        " --output_dir run --epochs 1 --validation_split 0 --report_to tensorboard"
+        " --target_modules attention lm_head --layers 1-2 --sample_tokens 4"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "lm_head adds" in done.stdout
+    assert "qkv_proj o_proj lm_head in 2 of 4 layers" in done.stdout
+    assert "did not stop by themselves within 4 tokens" in done.stdout
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(place / "run" / "tensorboard"))
+    events.Reload()
+    assert {"loss", "learning_rate", "tokens_per_second"} <= set(events.Tags()["scalars"])
+    assert not any("validation_loss" in line for line in lines_of(place / "run" / "metrics.jsonl"))
+
+
+BAD_ROWS = {
+    "not_json.jsonl": b'{"prompt": "a", "response": "b"}\n{oops\n',
+    "latin1.jsonl": b'{"prompt": "caf\xe9", "response": "b"}\n',
+    "empty.jsonl": b"",
+    "one.jsonl": b'{"prompt": "a", "response": "b"}\n',
+    "long.jsonl": b'{"prompt": "a", "response": "' + b"b " * 3000 + b'"}\n',
+}
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("--dataset_path nowhere.jsonl", ["nowhere.jsonl", "there is no such file"]),
+        ("--dataset_path data", ["data: is a folder"]),
+        ("--dataset_path not_json.jsonl", ["not_json.jsonl:2: not JSON"]),
+        ("--dataset_path latin1.jsonl", ["latin1.jsonl:1: not UTF-8", "save the file as UTF-8"]),
+        ("--dataset_path empty.jsonl", ["empty.jsonl: the file is empty"]),
+        ("--dataset_path one.jsonl", ["--validation_split 0"]),
+        ("--dataset_path long.jsonl --validation_split 0", ["long.jsonl:1: ", "--max_length"]),
+        ("--on_too_long error --max_length 8", ["longer than max_length 8", ".jsonl:1: "]),
+        ("--max_length 4096", ["max_length 4096", "positions end at 2048"]),
+        ("--model_name nowhere", ["model_name nowhere", "tiny-phi-2"]),
+        ("--model_name owner/nothing", ["owner/nothing", "cannot be reached"]),
+        ("--model_name data", ["config.json: missing"]),
+        ("--target_modules q_prj", ["q_prj: this model has no such module"]),
+        ("--layers 0-40", ["which are 0 to 0"]),
+        ("--prompt_format chat", ["has no chat template"]),
+        ("--device cuda:7", ["cuda"]),
+        ("--output_dir data", ["is not empty", "--overwrite"]),
+        ("--output_dir data --overwrite", ["holds other things", "train.jsonl"]),
+        ("--output_dir data/train.jsonl", ["is a file"]),
+        ("--batch_size none", ["must be a whole number"]),
+        ("--epoch 3", ["unknown flag --epoch; did you mean --epochs?"]),
+    ],
+)
+def test_bad_input_gives_one_clear_error_and_writes_nothing(
+    place: Path, line: str, said: list[str]
+) -> None:
+    for name, content in BAD_ROWS.items():
+        (place / name).write_bytes(content)
+    before = sorted(place.rglob("*"))
+    done = phitune(f"train {line}")
+    assert done.returncode == 2, done.stderr
+    assert all(words in done.stderr for words in said), done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert sorted(place.rglob("*")) == before
+
+
+def test_help_is_quick_and_loads_nothing_heavy() -> None:
+    phitune("--help")  # Once to write the byte code.
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        done = phitune("--help")
+        times.append(time.perf_counter() - started)
+    assert done.returncode == 0
+    assert "train" in done.stdout
+    assert min(times) < 0.5
+    probe = (
+        "import sys; from phitune.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "print([n for n in ('torch', 'rich', 'tokenizers', 'huggingface_hub') if n in sys.modules])"
+    )
+    for words in (["--help"], ["train", "--help"], ["train", "--epoch", "3"]):
+        assert call(sys.executable, "-c", probe, *words).stdout.endswith("[]\n")
+
+
+def test_help_names_every_setting_with_its_default_and_no_command_is_a_usage_error() -> None:
+    text = phitune("train --help").stdout
+    from phitune.config import Settings
+
+    for name in Settings.model_fields:
+        assert f"--{name} " in text
+    assert "[0.0002]" in text
+    assert "(recommended: 2 to 8)" in text.replace("\n" + " " * 34, " ")
+    nothing = phitune("")
+    assert nothing.returncode == 2
+    assert "commands:" in nothing.stderr
+    unknown = phitune("trian")
+    assert unknown.returncode == 2
+    assert "train" in unknown.stderr
+
+
+def test_ctrl_c_saves_what_there_is_and_says_so(place: Path) -> None:
+    process = subprocess.Popen(
+        [*PHITUNE, "train", "--model_name", "tiny-phi-2", "--output_dir", "run"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = place / "run" / "metrics.jsonl"
+    deadline = time.time() + 120
+    while not (metrics.exists() and '"step": 2' in metrics.read_text()):
+        assert process.poll() is None, process.communicate()
+        assert time.time() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopping after this micro-batch" in out
+    assert "interrupted" in err
+    assert "Traceback" not in out + err
+    assert (place / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    assert json.loads((place / "run" / "summary.json").read_text())["interrupted"] is True
+
+
+def test_a_run_is_replaced_only_when_asked(place: Path) -> None:
+    line = "train --output_dir run --epochs 1 --sample_tokens 0"
+    assert phitune(line).returncode == 0
+    first = (place / "run" / "metrics.jsonl").read_text()
+    refused = phitune(line)
+    assert refused.returncode == 2
+    assert (place / "run" / "metrics.jsonl").read_text() == first
+    assert phitune(f"{line} --overwrite").returncode == 0
+    assert len(lines_of(place / "run" / "metrics.jsonl")) == len(first.splitlines())
+    assert not (place / "run" / "samples.jsonl").exists()
+
+
+def test_a_mistake_of_ours_shows_no_traceback(monkeypatch: Any, capsys: Any) -> None:
+    from phitune import cli
+
+    def broken(argv: list[str]) -> int:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(cli, "train", broken)
+    assert cli.main(["train"]) == 1
+    said = capsys.readouterr().err
+    assert "internal error: RuntimeError: boom" in said
+    assert "Traceback" not in said
+    log = Path(said.split()[-1])
+    assert "Traceback" in log.read_text()
+    log.unlink()

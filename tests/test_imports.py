@@ -1,0 +1,71 @@
+"""Who may import whom, and what must not be loaded before it is needed."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import phitune
+
+SOURCE = Path(phitune.__file__).parent
+# A layer may import itself and what stands to the right of it; config and errors are free to all.
+MAY_IMPORT = {
+    "cli": {"trainer", "config", "errors"},
+    "trainer": {"recorder", "training", "inference", "model", "data", "config", "errors"},
+    "recorder": {"training", "inference", "model", "data", "config", "errors"},
+    "training": {"model", "data", "config", "errors"},
+    "inference": {"model", "data", "config", "errors"},
+    "model": {"config", "errors"},
+    "data": {"config", "errors"},
+    "config": {"errors"},
+    "errors": set(),
+}
+NO_TORCH = (
+    "phitune.cli",
+    "phitune.config",
+    "phitune.data.dataset",
+    "phitune.data.prompt",
+    "phitune.data.tokenizer",
+    "phitune.data.prepare",
+    "phitune.model.architecture",
+    "phitune.model.files",
+    "phitune.training.memory",
+    "phitune.training.rundir",
+)
+
+
+def imported_layers(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+    return {name.split(".")[1] for name in names if name.startswith("phitune.")}
+
+
+@pytest.mark.parametrize(
+    "path", sorted(SOURCE.rglob("*.py")), ids=lambda p: str(p.relative_to(SOURCE))
+)
+def test_imports_point_downward(path: Path) -> None:
+    layer = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+    if layer in ("__init__", "__main__"):
+        return
+    assert imported_layers(path) <= MAY_IMPORT[layer] | {layer}
+
+
+@pytest.mark.parametrize("module", NO_TORCH)
+def test_modules_that_must_answer_at_once_start_without_torch(module: str) -> None:
+    heavy = ("torch", "transformers", "peft", "numpy", "huggingface_hub")
+    code = f"import sys, {module}; print([name for name in {heavy!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_nothing_pickled_and_no_remote_code_in_the_package() -> None:
+    for path in SOURCE.rglob("*.py"):
+        text = path.read_text()
+        for word in ("torch.load(", "import pickle", "trust_remote_code", "eval(", "exec("):
+            assert word not in text.replace(".eval(", ""), (path, word)

@@ -1,0 +1,231 @@
+"""The loop: the same losses as torch's own parts, the same bytes twice, nothing bad kept."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from reference import phi3_config, phi_config, random_model, save_model
+from rows import open_decoder, random_rows, relative
+
+from phitune.config import Settings
+from phitune.data.dataset import read_examples
+from phitune.data.packing import epoch_steps
+from phitune.data.tokenizer import TextTokenizer, TokenizedExample
+from phitune.errors import NonFiniteError
+from phitune.model.decoder import Decoder
+from phitune.model.lora import Adapter, LoraSpec, attach, resolve_targets
+from phitune.training.loop import Evaluation, Outcome, StepMetrics, evaluate, train
+from phitune.training.optim import learning_rate_at
+
+
+@dataclass
+class Events:
+    steps: list[StepMetrics] = field(default_factory=list)
+    evaluations: list[tuple[Evaluation | None, bool]] = field(default_factory=list)
+    sequences: int = 0
+
+    def micro_batch_done(self, sequences: int) -> None:
+        self.sequences += sequences
+
+    def step_done(self, metrics: StepMetrics) -> None:
+        self.steps.append(metrics)
+
+    def epoch_done(self, epoch: int, evaluation: Evaluation | None, *, is_best: bool) -> None:
+        self.evaluations.append((evaluation, is_best))
+
+
+def run(
+    folder: Path,
+    rows: Sequence[TokenizedExample],
+    validation: Sequence[TokenizedExample] = (),
+    **settings: Any,
+) -> tuple[Events, Adapter, Outcome, Decoder]:
+    values = {
+        "epochs": 2,
+        "batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "lora_dropout": 0.1,
+        **settings,
+    }
+    decoder = open_decoder(folder)
+    modules = resolve_targets(decoder.config, ["all-linear"], None)
+    adapter = attach(decoder, LoraSpec(4, 16, values["lora_dropout"], modules), seed=0)
+    events = Events()
+    outcome = train(decoder, adapter, rows, validation, Settings(**values), events)
+    return events, adapter, outcome, decoder
+
+
+def bytes_of(adapter: Adapter) -> bytes:
+    return b"".join(t.numpy().tobytes() for t in adapter.tensors().values())
+
+
+@pytest.mark.parametrize("kind", ["phi-2", "phi-3.5-mini-instruct"])
+def test_20_steps_on_gsm8k_equal_transformers_peft_and_adamw(
+    shared: Path, kind: str, tmp_path: Path
+) -> None:
+    """A small random model of full vocabulary, the real tokenizer, 64 rows, 20 steps."""
+    sizes: dict[str, Any] = {"num_hidden_layers": 2, "max_position_embeddings": 1024}
+    config = (
+        phi_config(vocab_size=51200, hidden_size=80, intermediate_size=160, **sizes)
+        if kind == "phi-2"
+        else phi3_config(vocab_size=32064, original_max_position_embeddings=512, **sizes)
+    )
+    model = random_model(config)
+    decoder = open_decoder(save_model(model, tmp_path))
+    tokenizer = TextTokenizer(shared / "tokenizers" / kind)
+    prompt_format = tokenizer.prompt_format("instruct")
+    rows = [
+        tokenizer.encode_example(prompt_format, example.prompt, example.response)
+        for example in read_examples(shared / "gsm8k_train.jsonl")[:64]
+    ]
+    settings = Settings(
+        batch_size=2,
+        gradient_accumulation_steps=4,
+        epochs=3,
+        learning_rate=2e-3,
+        lora_dropout=0.0,
+        weight_decay=0.01,
+        max_grad_norm=0.5,
+    )
+    spec = LoraSpec(8, 32, 0.0, resolve_targets(decoder.config, ["all-linear"], None))
+    adapter = attach(decoder, spec, seed=0)
+
+    peft_config = LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    reference = get_peft_model(model, peft_config).train()
+    with torch.no_grad():
+        for module, pair in adapter.pairs.items():
+            layer = reference.base_model.model.get_submodule(module)
+            layer.lora_A["default"].weight.copy_(pair.lora_A)
+            layer.lora_B["default"].weight.copy_(pair.lora_B)
+
+    events = Events()
+    train(decoder, adapter, rows, [], settings, events)
+    ours = [metrics.loss for metrics in events.steps][:20]
+
+    parameters = [p for p in reference.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1.0, weight_decay=0.01)
+    theirs: list[float] = []
+    for epoch in (1, 2, 3):
+        for step in epoch_steps(rows, 2, 4, seed=settings.seed, epoch=epoch):
+            if len(theirs) == 20:
+                break
+            losses, count = [], 0
+            for batch in step:
+                for start, stop in zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False):
+                    logits = reference(batch.input_ids[None, start:stop]).logits[0, :-1]
+                    labels = batch.labels[start:stop][1:]
+                    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+                    losses.append(loss)
+                    count += int((labels != -100).sum())
+            mean = torch.stack(losses).sum() / count
+            optimizer.zero_grad()
+            mean.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+            rate = learning_rate_at(
+                len(theirs) + 1, total_steps=24, warmup_ratio=0.05, peak=2e-3, schedule="cosine"
+            )
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+            theirs.append(float(mean.detach()))
+    assert len(ours) == len(theirs) == 20
+    assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 1e-4
+    assert theirs[-1] < theirs[0] - 0.1  # It did learn something meanwhile.
+
+
+def test_two_runs_with_one_seed_give_the_same_bytes(phi_folder: Path) -> None:
+    rows = random_rows([9, 12, 5, 20, 7, 11, 30])
+    first, again = run(phi_folder, rows), run(phi_folder, rows)
+    assert bytes_of(first[1]) == bytes_of(again[1])
+    assert bytes_of(run(phi_folder, rows, seed=1)[1]) != bytes_of(first[1])
+
+
+def test_every_row_is_seen_once_an_epoch_and_tokens_are_counted(phi_folder: Path) -> None:
+    rows = random_rows([9, 12, 5, 20, 7, 11, 30])
+    events, _, outcome, _ = run(phi_folder, rows)
+    assert events.sequences == 2 * len(rows)
+    assert [metrics.step for metrics in events.steps] == [1, 2, 3, 4]
+    assert outcome.steps == 4
+    assert sum(metrics.tokens for metrics in events.steps) == 2 * sum(
+        len(r.input_ids) for r in rows
+    )
+
+
+def test_8x1_and_1x8_accumulation_train_the_same_adapter(phi_folder: Path) -> None:
+    rows = random_rows([9, 12, 5, 20, 7, 11, 30, 8] * 2)
+    wide = run(phi_folder, rows, batch_size=8, gradient_accumulation_steps=1)
+    deep = run(phi_folder, rows, batch_size=1, gradient_accumulation_steps=8)
+    for one, other in zip(wide[0].steps, deep[0].steps, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+    for ours, theirs in zip(wide[1].tensors().values(), deep[1].tensors().values(), strict=True):
+        assert relative(ours, theirs) < 1e-3  # AdamW's division blows up tiny differences.
+
+
+def test_the_best_adapter_is_kept_and_patience_ends_the_run(phi_folder: Path) -> None:
+    rows, validation = random_rows([20] * 8), random_rows([20] * 6, seed=5)
+    events, adapter, outcome, decoder = run(
+        phi_folder, rows, validation, epochs=12, learning_rate=0.05, early_stopping_patience=2
+    )
+    losses = [e.validation_loss for e, _ in events.evaluations if e]
+    best_epoch = min(range(1, len(losses)), key=lambda epoch: losses[epoch])
+    assert len(losses) == 1 + best_epoch + 2 < 13
+    assert outcome.ended.startswith("stopped early")
+    assert outcome.first_validation_loss == losses[0]
+    assert outcome.best_validation_loss == losses[best_epoch]
+    assert outcome.best_step == best_epoch * 2
+    assert [is_best for _, is_best in events.evaluations][best_epoch]
+    # What is left in memory is the best, not the last.
+    again = evaluate(decoder, validation, 2, step=0, epoch=0).validation_loss
+    assert again == pytest.approx(losses[best_epoch], rel=1e-6)
+    assert adapter.num_parameters == sum(p.numel() for p in adapter.parameters())
+
+
+def test_bad_numbers_are_refused_before_the_update(phi_folder: Path) -> None:
+    rows = random_rows([9, 12, 5, 20])
+    decoder = open_decoder(phi_folder)
+    modules = resolve_targets(decoder.config, ["all-linear"], None)
+    adapter = attach(decoder, LoraSpec(4, 16, 0.0, modules), seed=0)
+    before = bytes_of(adapter)
+    decoder.layers[1].linears["dense"].weight[0, 0] = math.nan  # type: ignore[index, union-attr]
+    events = Events()
+    with pytest.raises(NonFiniteError, match=r"step 1: the loss is nan .* not applied"):
+        train(decoder, adapter, rows, [], Settings(epochs=1, lora_dropout=0), events)
+    assert bytes_of(adapter) == before
+    assert not events.steps
+
+
+def test_an_interrupted_run_drops_the_step_and_keeps_the_rest(phi_folder: Path) -> None:
+    rows = random_rows([9, 12, 5, 20, 7, 11])
+    decoder = open_decoder(phi_folder)
+    modules = resolve_targets(decoder.config, ["all-linear"], None)
+    adapter = attach(decoder, LoraSpec(4, 16, 0.0, modules), seed=0)
+    events = Events()
+    settings = Settings(epochs=5, batch_size=2, gradient_accumulation_steps=2)
+    outcome = train(decoder, adapter, rows, [], settings, events, lambda: events.sequences >= 8)
+    assert outcome.interrupted
+    assert outcome.steps == 2  # six rows, then two of the third step
+    assert all(math.isfinite(v) for t in adapter.tensors().values() for v in t.flatten().tolist())
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_learning_rate_rises_over_the_warmup_and_then_follows_its_schedule(schedule: Any) -> None:
+    rates = [
+        learning_rate_at(step, total_steps=100, warmup_ratio=0.1, peak=1.0, schedule=schedule)
+        for step in range(1, 101)
+    ]
+    assert rates[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
+    after = rates[10:]
+    assert after[0] == pytest.approx(1.0)
+    middle, last = after[45], after[-1]
+    expected = {
+        "cosine": (0.5, 0.5 * (1 + math.cos(math.pi * 89 / 90))),
+        "linear": (0.5, 1 / 90),
+        "constant": (1.0, 1.0),
+    }[schedule]
+    assert (middle, last) == pytest.approx(expected)
+    assert learning_rate_at(1, total_steps=1, warmup_ratio=0, peak=1.0, schedule=schedule) == 1.0

@@ -1,23 +1,24 @@
 # Two commands do all the set-up: `make demo` and `make test`. What is installed is installed once.
 PYTHON ?= python3
-# `make demo TORCH=...` chooses another build, e.g. TORCH='torch --index-url URL'.
+# `make demo TORCH=...` takes another build, such as TORCH='torch --index-url URL'.
 TORCH ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO_OUTPUT ?= output/demo
+PHI_2_CONFIG ?= config.json
 
-.PHONY: setup demo test check format models clean
+.PHONY: setup demo test lint check format models full-size clean
 
 setup: $(INSTALLED)
 
-# A torch wheel that pip finds locally is taken as it is: an unqualified torch may bring gigabytes of
-# CUDA packages to a machine without a GPU. Elsewhere the pinned release comes with the rest.
+# A torch wheel that pip finds on this machine is taken as it is: an unqualified torch may bring
+# gigabytes of CUDA packages to a machine without a GPU. Elsewhere the pinned release is fetched.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(if $(TORCH),$(BIN)/pip install -q $(TORCH),$(BIN)/pip install -q --no-index --no-deps torch || true)
+	$(if $(TORCH),$(BIN)/pip install -q $(TORCH),-@$(BIN)/pip install -q --no-index --no-deps torch 2>/dev/null || true)
 	$(BIN)/pip install -q $(if $(TORCH),,-c constraints.txt) -e '.[dev]'
-	touch $@
+	@touch $@
 
 demo: setup
 	$(BIN)/phitune train --config examples/demo.yaml --output_dir $(DEMO_OUTPUT) --overwrite
@@ -25,19 +26,24 @@ demo: setup
 test: setup
 	$(BIN)/pytest -n auto
 
-check: setup
-	$(BIN)/ruff format --check src tests tools
-	$(BIN)/ruff check src tests tools
+lint: setup
+	$(BIN)/ruff format --check src tests tools benchmarks
+	$(BIN)/ruff check src tests tools benchmarks
 	$(BIN)/mypy
-	$(BIN)/pytest -n auto
+
+check: lint test
 
 format: setup
-	$(BIN)/ruff format src tests tools
-	$(BIN)/ruff check --fix src tests tools
+	$(BIN)/ruff format src tests tools benchmarks
+	$(BIN)/ruff check --fix src tests tools benchmarks
 
-# Trains the tiny models that ship with the package again; see tools/build_tiny_models.py.
+# Trains the tiny models that ship with the package again, in about ten minutes.
 models: setup
 	$(BIN)/python tools/build_tiny_models.py
+
+# Peak memory of loading and training a full-size model; needs a config.json of Phi-2.
+full-size: setup
+	$(BIN)/python benchmarks/full_size.py --config $(PHI_2_CONFIG)
 
 clean:
 	rm -rf $(VENV) output .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -122,6 +122,7 @@ def test_real_configs_are_read_in_both_spellings(shared: Path) -> None:
         ({"model_type": "phimoe"}, "model_type 'phimoe'"),
         ({"hidden_act": "relu"}, "hidden_act 'relu'"),
         ({"qk_layernorm": True}, "qk_layernorm"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "part of 5 dimensions, which is odd"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"hidden_size": None}, "a value is missing or not usable"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "'yarn' is not built"),

@@ -265,5 +265,7 @@ def _refuse_unknown_features(raw: Mapping[str, Any], config: ModelConfig) -> Non
         problems.append("tie_word_embeddings with model_type phi")
     if config.num_attention_heads % config.num_key_value_heads:
         problems.append("num_attention_heads that num_key_value_heads does not divide")
+    if config.rotary_dim % 2:
+        problems.append(f"a rotary part of {config.rotary_dim} dimensions, which is odd")
     if problems:
         raise ModelError(f"asks for what is not built:\n{listing(problems)}")

@@ -1,0 +1,126 @@
+"""Does a full-size Phi-2 fit? Random bf16 weights, from a folder to an optimizer step, on a CPU.
+
+    python benchmarks/full_size.py --config CONFIG_JSON [--tokens 768] [--keep FOLDER]
+
+Builds a model folder of the given config.json in two shards (no real weights are needed: memory and
+time do not depend on their values), then measures in processes of their own
+
+- the peak resident memory of loading it, and
+- of loading it and taking one optimizer step on a row of so many tokens.
+
+Writes results/full_size.json. Takes about 12 GiB of disk for a while.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from machine import describe
+from safetensors.torch import save_file
+
+from phitune.config import Settings
+from phitune.data.packing import pack
+from phitune.data.tokenizer import TokenizedExample
+from phitune.model.architecture import ModelConfig, parse_model_config, read_model_config
+from phitune.model.decoder import Decoder
+from phitune.model.lora import LoraSpec, attach, resolve_targets
+from phitune.model.weights import INDEX_FILE, load_decoder
+from phitune.training.loop import batch_loss_sum
+from phitune.training.optim import build_adamw
+
+RESULT = Path(__file__).parent / "results" / "full_size.json"
+LIMIT_GIB = 8.0
+SHARDS = 2
+
+
+def build_folder(config: ModelConfig, source: Path, folder: Path) -> None:
+    """Writes random weights of a model, one shard in memory at a time."""
+    shapes = {
+        name: tuple(tensor.shape)
+        for name, tensor in Decoder(config, torch.bfloat16, "meta").named_weights().items()
+    }
+    names = list(shapes)
+    weight_map = {}
+    generator = torch.Generator().manual_seed(0)
+    for shard in range(SHARDS):
+        file = f"model-{shard + 1:05d}-of-{SHARDS:05d}.safetensors"
+        tensors = {}
+        for name in names[shard * len(names) // SHARDS : (shard + 1) * len(names) // SHARDS]:
+            tensor = torch.empty(shapes[name], dtype=torch.bfloat16)
+            tensors[name] = tensor.normal_(0, 0.02, generator=generator)
+            weight_map[name] = file
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "config.json").write_bytes(source.read_bytes())
+
+
+def child(folder: Path, tokens: int) -> None:
+    """Loads, takes a step if there are tokens, and prints what it took."""
+    config = read_model_config(folder)
+    started = time.perf_counter()
+    decoder = load_decoder(folder, config, torch.bfloat16, torch.device("cpu"))
+    result = {"load_seconds": time.perf_counter() - started, "load_peak_gib": peak_gib()}
+    if tokens:
+        decoder.gradient_checkpointing = True
+        modules = resolve_targets(config, ["all-linear"], None)
+        adapter = attach(decoder, LoraSpec(8, 32, 0.05, modules), seed=0)
+        optimizer = build_adamw(adapter.parameters(), weight_decay=0.0)
+        ids = torch.randint(config.vocab_size, (tokens,)).tolist()
+        batch = pack([TokenizedExample(ids, ids)])
+        started = time.perf_counter()
+        loss = batch_loss_sum(decoder, batch, Settings(), step=1) / batch.num_target_tokens
+        loss.backward()
+        optimizer.step()
+        result |= {
+            "step_seconds": time.perf_counter() - started,
+            "loss": loss.item(),
+            "step_peak_gib": peak_gib(),
+        }
+    print(json.dumps(result))
+
+
+def peak_gib() -> float:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Load and train a full-size model.")
+    parser.add_argument("--config", type=Path, required=True, help="config.json of a Phi model")
+    parser.add_argument("--tokens", type=int, default=768)
+    parser.add_argument("--keep", type=Path, help="build the model here and leave it there")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        child(options.child, options.tokens)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.keep or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / INDEX_FILE).exists():
+            config = parse_model_config(json.loads(options.config.read_text()))
+            build_folder(config, options.config, folder)
+        result: dict[str, object] = {"machine": describe(), "tokens": options.tokens}
+        for what, tokens in (("load", 0), ("load_and_step", options.tokens)):
+            words = [__file__, "--config", options.config, "--child", folder, "--tokens", tokens]
+            done = subprocess.run(
+                [sys.executable, *map(str, words)], check=True, capture_output=True, text=True
+            )
+            result[what] = json.loads(done.stdout)
+            print(what, done.stdout.strip(), flush=True)
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    step = result["load_and_step"]
+    assert isinstance(step, dict)
+    fits = step["step_peak_gib"] < LIMIT_GIB
+    print(f"peak {step['step_peak_gib']:.2f} GiB, goal under {LIMIT_GIB} GiB: {fits}")
+
+
+if __name__ == "__main__":
+    main()

@@ -46,7 +46,7 @@ from phitune.training.view import (
     data_line,
     model_line,
     open_view,
-    settings_table,
+    settings_lines,
     targets_line,
 )
 
@@ -178,7 +178,7 @@ class Phi2LoRATrainer:
         assert self.settings.output_dir
         check_output_dir(self.settings.output_dir, overwrite=self.settings.overwrite)
         self.console.print("[bold]Settings[/]")
-        self.console.print(settings_table(self.resolved))
+        self.console.print(settings_lines(self.resolved), soft_wrap=True)
         for warning in self.settings.warnings():
             self._say(f"warning: {warning}")
         data = self.prepare_data()

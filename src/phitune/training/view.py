@@ -1,5 +1,7 @@
 """What a person sees of a run: a live view on a terminal, plain lines everywhere else."""
 
+import datetime
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,19 +59,24 @@ class PlainView:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._total_steps = 0
+        self._started = 0.0
 
     def start(self, total_steps: int, total_sequences: int) -> None:
         self._total_steps = total_steps
+        self._started = time.perf_counter()
 
     def micro_batch_done(self, sequences: int) -> None:
         pass
 
     def step_done(self, metrics: StepMetrics) -> None:
+        seconds_a_step = (time.perf_counter() - self._started) / metrics.step
+        left = round(seconds_a_step * (self._total_steps - metrics.step))
         self._print(
             f"step {metrics.step}/{self._total_steps}  epoch {metrics.epoch}"
             f"  loss {metrics.loss:.4f}  lr {metrics.learning_rate:.2e}"
             f"  grad_norm {metrics.grad_norm:.3f}"
             f"  {metrics.tokens_per_second:,.0f} tokens/s  {metrics.memory_gib:.2f} GiB"
+            f"  {datetime.timedelta(seconds=left)} left"
         )
 
     def evaluated(self, evaluation: Evaluation, *, is_best: bool) -> None:
@@ -168,18 +175,22 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def settings_table(resolved: Resolved) -> Table:
+def settings_lines(resolved: Resolved) -> Text:
     """The settings in force and where each came from; what was not left at its default is bold."""
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    table.add_column(style="dim", no_wrap=True)
-    for name, value in resolved.settings.model_dump(mode="json").items():
+    values = resolved.settings.model_dump(mode="json")
+    width = max(map(len, values))
+    lines = []
+    for name, value in values.items():
         origin = resolved.origins[name]
-        shown = " ".join(value) if isinstance(value, list) else "-" if value is None else value
-        style = "" if origin == "default" else "bold"
-        table.add_row(name, Text(str(shown), style=style), origin)
-    return table
+        shown = " | ".join(value) if isinstance(value, list) else "" if value is None else value
+        lines.append(
+            Text.assemble(
+                f"  {name:<{width}}  ",
+                (str(shown) or "-", "" if origin == "default" else "bold"),
+                (f"  ({origin})", "dim"),
+            )
+        )
+    return Text("\n").join(lines)
 
 
 def data_line(data: PreparedData, source: Path | str) -> str:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from reference import phi_config, random_model
+from safetensors.torch import load_file, save_file
 
 from phitune import Phi2LoRATrainer
 from phitune.data.tokenizer import TextTokenizer
@@ -205,6 +206,7 @@ BAD_ROWS = {
         ("--output_dir data", ["is not empty", "--overwrite"]),
         ("--output_dir data --overwrite", ["holds other things", "train.jsonl"]),
         ("--output_dir data/train.jsonl", ["is a file"]),
+        ("--output_dir data/train.jsonl/run", ["cannot be made, ", "is not writable"]),
         ("--batch_size none", ["must be a whole number"]),
         ("--epoch 3", ["unknown flag --epoch; did you mean --epochs?"]),
     ],
@@ -279,6 +281,20 @@ def test_ctrl_c_saves_what_there_is_and_says_so(place: Path) -> None:
     assert "Traceback" not in out + err
     assert (place / "run" / "adapter" / "adapter_model.safetensors").is_file()
     assert json.loads((place / "run" / "summary.json").read_text())["interrupted"] is True
+
+
+def test_numbers_that_are_not_finite_stop_the_run_with_exit_code_3(place: Path) -> None:
+    shutil.copytree(ASSETS / "tiny-phi-2", "broken")
+    weights = load_file("broken/model.safetensors")
+    weights["model.final_layernorm.weight"][0] = float("nan")
+    save_file(weights, "broken/model.safetensors")
+    done = phitune("train --model_name ./broken --output_dir run --epochs 1")
+    assert done.returncode == 3
+    assert "step 1: the loss is nan" in done.stderr
+    assert "Try half the --learning_rate" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert (place / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    assert not (place / "run" / "summary.json").exists()
 
 
 def test_a_run_is_replaced_only_when_asked(place: Path) -> None:

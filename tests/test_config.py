@@ -61,6 +61,7 @@ def test_lists_numbers_and_paths_are_read() -> None:
     assert settings.target_modules == ["q_proj", "v_proj"]
     assert settings.learning_rate == 1e-4
     assert settings.dataset_path == Path("a")
+    assert from_flags("--dataset_path ~/a").dataset_path == Path.home() / "a"
 
 
 def test_flags_win_over_the_file_and_origins_are_known(tmp_path: Path) -> None:

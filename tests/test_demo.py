@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from phitune import Phi2LoRATrainer
 from phitune.inference.generate import generate
@@ -79,6 +81,24 @@ def test_the_demo_teaches_the_habit_and_keeps_the_facts(example: str, tmp_path: 
     assert share([has_habit(text) for text in tuned]) >= 0.8
     assert share([fact in text for fact, text in zip(facts, tuned, strict=True)]) >= 0.9
     assert all(stopped)
+
+    # transformers and peft, from the same files, with the chat template and stop ids that ship.
+    shipped = tmp_path / "run" / "adapter"
+    reference = AutoModelForCausalLM.from_pretrained(trainer.model_folder, dtype=torch.float32)
+    reference = PeftModel.from_pretrained(reference, shipped).eval()
+    tokenizer = AutoTokenizer.from_pretrained(shipped)
+    stops = GenerationConfig.from_pretrained(shipped).eos_token_id
+    for prompt, text in zip(prompts[:10], tuned[:10], strict=True):
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            return_dict=False,
+            return_tensors="pt",
+        )
+        out = reference.generate(
+            input_ids=ids, max_new_tokens=48, do_sample=False, eos_token_id=stops, pad_token_id=0
+        )
+        assert tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip() == text
 
     summary: dict[str, Any] = json.loads((tmp_path / "run" / "summary.json").read_text())
     shown = summary["answers"]

@@ -175,3 +175,15 @@ def test_dropout_masks_injected_into_peft_give_the_same_gradients(tmp_path: Path
         layer = peft_model.base_model.model.get_submodule(module)
         assert relative(pair.lora_A.grad, layer.lora_A["default"].weight.grad) < 1e-10
         assert relative(pair.lora_B.grad, layer.lora_B["default"].weight.grad) < 1e-10
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_bf16_is_as_close_to_the_truth_as_the_reference_in_bf16(kind: str, tmp_path: Path) -> None:
+    model = random_model(CONFIGS[kind]())
+    decoder = open_decoder(save_model(model, tmp_path), torch.bfloat16)
+    rows = random_rows()
+    with torch.no_grad():
+        truth = their_logits(model, rows)
+        theirs = their_logits(model.to(torch.bfloat16), rows).float()
+        ours = logits_of(decoder, pack(rows)).float()
+    assert (ours - truth).norm() <= 1.1 * (theirs - truth).norm()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -57,6 +57,7 @@ def _one_or_more(value: Any) -> Any:
 
 Whole = Annotated[int, BeforeValidator(_no_bool)]
 Real = Annotated[float, BeforeValidator(_no_bool)]
+UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 Texts = Annotated[list[str], BeforeValidator(_one_or_more)]
 Precision = Annotated[Literal["auto", "fp32", "bf16"], BeforeValidator(_no_fp16)]
 
@@ -81,7 +82,7 @@ class Settings(BaseModel):
         protected_namespaces=(),
     )
 
-    output_dir: Path | None = _knob(
+    output_dir: UserPath | None = _knob(
         None, "run directory (default: output/<model>-<data>-<date-time>)", group=_RUN
     )
     overwrite: bool = _knob(False, "replace a run that is already in output_dir", group=_RUN)
@@ -95,10 +96,10 @@ class Settings(BaseModel):
         42, "decides the split, the order, dropout and the adapter's start", group=_RUN, ge=0
     )
 
-    dataset_path: Path | None = _knob(
+    dataset_path: UserPath | None = _knob(
         None, "JSONL with prompt/response or question/answer (default: the example)", group=_DATA
     )
-    validation_path: Path | None = _knob(
+    validation_path: UserPath | None = _knob(
         None, "validation rows from a file of their own", group=_DATA
     )
     validation_split: Real = _knob(

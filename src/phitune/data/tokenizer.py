@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 
 from phitune.data.prompt import ChatFormat, InstructFormat, PromptFormat, Segment
 from phitune.errors import ModelError
+from phitune.jsonfile import read_object, write_object
 
 IGNORE_INDEX = -100
 TOKENIZER_FILES = (
@@ -61,8 +62,8 @@ class TextTokenizer:
             ModelError: one of them is missing or damaged.
         """
         self.folder = folder
-        spec = _read_json(folder / "tokenizer.json", required=True)
-        self.config = _read_json(folder / "tokenizer_config.json", required=False)
+        spec = read_object(folder / "tokenizer.json", "a model folder needs its tokenizer")
+        self.config = _read_if_there(folder / "tokenizer_config.json")
         spec["truncation"] = spec["padding"] = None
         added = spec.get("added_tokens", [])
         # Runs of spaces (Phi-2 has 38) are vocabulary; every other added token is control.
@@ -177,7 +178,7 @@ class TextTokenizer:
         ids = {self.token_id(prompt_format.end_token)}
         if "eos_token" in self.special_tokens:
             ids.add(self.token_id(self.special_tokens["eos_token"]))
-        saved = _read_json(self.folder / "generation_config.json", required=False)
+        saved = _read_if_there(self.folder / "generation_config.json")
         declared = saved.get("eos_token_id")
         # Only control tokens: a wrong id here (Phi-2's config says 2, a "#") would cut answers.
         listed = declared if isinstance(declared, list) else [declared]
@@ -197,8 +198,8 @@ class TextTokenizer:
         # The class that takes tokenizer.json as it is. Away from the model's config.json, readers
         # go by this name, and LlamaTokenizer has its own idea of leading spaces.
         changes = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
-        _write_json(folder / "tokenizer_config.json", {**self.config, **changes})
-        _write_json(
+        write_object(folder / "tokenizer_config.json", {**self.config, **changes})
+        write_object(
             folder / "generation_config.json", {"eos_token_id": self.stop_ids(prompt_format)}
         )
 
@@ -220,7 +221,7 @@ class TextTokenizer:
     def _special_tokens(self) -> dict[str, str]:
         """bos_token, eos_token and the like by name, as far as the tokenizer has them."""
         found = {}
-        saved = _read_json(self.folder / "special_tokens_map.json", required=False)
+        saved = _read_if_there(self.folder / "special_tokens_map.json")
         for name in _NAMED_TOKENS:
             token = self.config.get(name) or saved.get(name)
             content = token.get("content") if isinstance(token, dict) else token
@@ -272,19 +273,5 @@ def _without_leading_space(spec: dict[str, Any]) -> dict[str, Any]:
     return {**spec, **{part: strip(spec.get(part)) for part in parts}}
 
 
-def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if required:
-            raise ModelError(f"{path}: missing; a model folder needs its tokenizer") from None
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{path}: is not a JSON object")
-    return content
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_object(path, "") if path.exists() else {}

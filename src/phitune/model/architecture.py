@@ -8,7 +8,6 @@ config.json comes in two spellings, the hub's (rope_theta, rope_scaling, partial
 the top) and that of transformers 5 (all inside rope_parameters); both are read.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from phitune.errors import ModelError, listing
+from phitune.jsonfile import read_object
 
 EMBED_TOKENS, LM_HEAD = "embed_tokens", "lm_head"
 
@@ -164,14 +164,7 @@ def read_model_config(folder: Path) -> ModelConfig:
         ModelError: missing, damaged, of another family, or with features that are not built.
     """
     path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path}: missing; is {folder} a model folder?") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(raw, dict):
-        raise ModelError(f"{path}: is not a JSON object")
+    raw = read_object(path, f"is {folder} a model folder?")
     try:
         return parse_model_config(raw)
     except ModelError as error:

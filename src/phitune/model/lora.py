@@ -7,7 +7,6 @@ count alpha / r times, dropout sits in front of A.
 Shapes: R rank, D in, O out, V vocabulary.
 """
 
-import json
 import math
 import zlib
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from phitune.errors import ModelError, SettingsError, listing
+from phitune.jsonfile import read_object, write_object
 from phitune.model import ops
 from phitune.model.architecture import (
     EMBED_TOKENS,
@@ -201,8 +201,7 @@ def save_adapter(adapter: Adapter, folder: Path, base_model_name: str) -> None:
     tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter.tensors().items()}
     # Not save_file, which makes files that only their owner can read.
     (folder / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
-    content = json.dumps(_peft_config(adapter, base_model_name), indent=2) + "\n"
-    (folder / CONFIG_FILE).write_text(content, encoding="utf-8")
+    write_object(folder / CONFIG_FILE, _peft_config(adapter, base_model_name))
 
 
 def load_adapter(decoder: Decoder, folder: Path, seed: int = 0) -> Adapter:
@@ -290,14 +289,7 @@ def _peft_config(adapter: Adapter, base_model_name: str) -> dict[str, Any]:
 
 
 def _read_adapter_config(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path}: missing; is {path.parent} an adapter folder?") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(raw, dict):
-        raise ModelError(f"{path}: is not a JSON object")
+    raw = read_object(path, f"is {path.parent} an adapter folder?")
     problems = []
     if raw.get("peft_type") != "LORA":
         problems.append(f"peft_type {raw.get('peft_type')!r}")

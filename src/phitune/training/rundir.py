@@ -12,6 +12,7 @@ after, never half of one.
 
 import datetime
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,9 @@ def check_output_dir(path: Path, *, overwrite: bool) -> None:
     """
     if path.exists() and not path.is_dir():
         raise SettingsError(f"output_dir {path}: is a file; name a folder")
+    parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise SettingsError(f"output_dir {path}: cannot be made, {parent} is not writable")
     if not path.is_dir():
         return
     names = sorted(entry.name for entry in path.iterdir())

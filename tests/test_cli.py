@@ -283,6 +283,17 @@ def test_ctrl_c_saves_what_there_is_and_says_so(place: Path) -> None:
     assert json.loads((place / "run" / "summary.json").read_text())["interrupted"] is True
 
 
+def test_a_terminal_without_the_letters_does_not_end_a_run(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    rows = [{"prompt": f"\u05de\u05d4 {n}?", "response": f"\u2192 {n}"} for n in range(4)]
+    Path("\u05d0.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    done = phitune("train --output_dir run --epochs 1 --dataset_path \u05d0.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert "\\u05de\\u05d4" in done.stdout
+
+
 def test_numbers_that_are_not_finite_stop_the_run_with_exit_code_3(place: Path) -> None:
     shutil.copytree(ASSETS / "tiny-phi-2", "broken")
     weights = load_file("broken/model.safetensors")

@@ -93,7 +93,7 @@ def test_flags_win_over_the_file_and_origins_are_known(tmp_path: Path) -> None:
         ("--learning_rate fast", "must be a number"),
         ("--learning_rate nan", "must be a number"),
         ("--learning_rate 0", "must be more than 0"),
-        ("--lora_dropout 1", "must be less than 1"),
+        ("--lora_dropout 1", "must be at most 0.9"),
         ("--validation_split 0.9", "must be at most 0.5"),
         ("--torch_compile maybe", "must be true or false"),
         ("--precision fp16", "fp16 overflows in Phi-2's attention"),

@@ -28,12 +28,16 @@ class Events:
     steps: list[StepMetrics] = field(default_factory=list)
     evaluations: list[tuple[Evaluation | None, bool]] = field(default_factory=list)
     sequences: int = 0
+    evaluated: tuple[int, int] = (0, 0)
 
     def micro_batch_done(self, sequences: int) -> None:
         self.sequences += sequences
 
     def step_done(self, metrics: StepMetrics) -> None:
         self.steps.append(metrics)
+
+    def evaluating(self, done: int, sequences: int) -> None:
+        self.evaluated = done, sequences
 
     def epoch_done(self, epoch: int, evaluation: Evaluation | None, *, is_best: bool) -> None:
         self.evaluations.append((evaluation, is_best))
@@ -175,12 +179,13 @@ def test_the_best_adapter_is_kept_and_patience_ends_the_run(phi_folder: Path) ->
     best_epoch = min(range(1, len(losses)), key=lambda epoch: losses[epoch])
     assert len(losses) == 1 + best_epoch + 2 < 13
     assert outcome.ended.startswith("stopped early")
+    assert events.evaluated == (6, 6)
     assert outcome.first_validation_loss == losses[0]
     assert outcome.best_validation_loss == losses[best_epoch]
     assert outcome.best_step == best_epoch * 2
     assert [is_best for _, is_best in events.evaluations][best_epoch]
     # What is left in memory is the best, not the last.
-    again = evaluate(decoder, validation, 2, step=0, epoch=0).validation_loss
+    again = evaluate(decoder, validation, 2, 0, 0).validation_loss
     assert again == pytest.approx(losses[best_epoch], rel=1e-6)
     assert adapter.num_parameters == sum(p.numel() for p in adapter.parameters())
 

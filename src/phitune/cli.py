@@ -8,6 +8,7 @@ being finite, 4 out of memory, 130 interrupted.
 """
 
 import argparse
+import io
 import os
 import sys
 import tempfile
@@ -34,6 +35,10 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; no traceback reaches the terminal."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal that lacks a letter of some answer must not end a run.
+            stream.reconfigure(errors="backslashreplace")
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except PhituneError as error:

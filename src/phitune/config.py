@@ -55,10 +55,18 @@ def _one_or_more(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _encodable(value: str) -> str:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("must be UTF-8 text") from None
+    return value
+
+
 Whole = Annotated[int, BeforeValidator(_no_bool)]
 Real = Annotated[float, BeforeValidator(_no_bool)]
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
-Texts = Annotated[list[str], BeforeValidator(_one_or_more)]
+Texts = Annotated[list[Annotated[str, AfterValidator(_encodable)]], BeforeValidator(_one_or_more)]
 Precision = Annotated[Literal["auto", "fp32", "bf16"], BeforeValidator(_no_fp16)]
 
 _RUN, _DATA, _TRAIN, _LORA, _MACHINE, _REPORT = (
@@ -160,7 +168,7 @@ class Settings(BaseModel):
         group=_LORA,
         recommended=(0.03, 0.1),
         ge=0.0,
-        lt=1.0,
+        le=0.9,
     )
     target_modules: Texts = _knob(
         ["all-linear"],
@@ -337,8 +345,6 @@ def _in_words(detail: ErrorDetails) -> str:
             return f"must be more than {context['gt']:g}"
         case "less_than_equal":
             return f"must be at most {context['le']:g}"
-        case "less_than":
-            return f"must be less than {context['lt']:g}"
         case "int_parsing" | "int_type" | "int_from_float":
             return "must be a whole number"
         case "float_parsing" | "float_type" | "finite_number":

@@ -89,6 +89,9 @@ class Recorder:
         self._log(asdict(metrics))
         self._view.step_done(metrics)
 
+    def evaluating(self, done: int, sequences: int) -> None:
+        self._view.evaluating(done, sequences)
+
     def epoch_done(self, epoch: int, evaluation: Evaluation | None, *, is_best: bool) -> None:
         if evaluation:
             self._log(asdict(evaluation))

@@ -72,6 +72,10 @@ class Events(Protocol):
 
     def step_done(self, metrics: StepMetrics) -> None: ...
 
+    def evaluating(self, done: int, sequences: int) -> None:
+        """After each batch of an evaluation: validation sequences done, and in all."""
+        ...
+
     def epoch_done(self, epoch: int, evaluation: Evaluation | None, *, is_best: bool) -> None:
         """After each epoch, and before the first as epoch 0; `is_best` asks to keep the adapter."""
         ...
@@ -106,7 +110,9 @@ def train(
     # The base model, before the first step
     evaluation = None
     if validation_rows:
-        evaluation = evaluate(decoder, validation_rows, settings.batch_size, step=0, epoch=0)
+        evaluation = evaluate(
+            decoder, validation_rows, settings.batch_size, 0, 0, events.evaluating
+        )
         outcome.first_validation_loss = evaluation.validation_loss
     events.epoch_done(0, evaluation, is_best=False)
 
@@ -177,7 +183,12 @@ def train(
         is_best = True
         if validation_rows:
             evaluation = evaluate(
-                decoder, validation_rows, settings.batch_size, step=outcome.steps, epoch=epoch
+                decoder,
+                validation_rows,
+                settings.batch_size,
+                outcome.steps,
+                epoch,
+                events.evaluating,
             )
             before = outcome.best_validation_loss
             is_best = before is None or evaluation.validation_loss < before
@@ -211,16 +222,28 @@ def batch_loss_sum(decoder: Decoder, batch: Batch, settings: Settings, step: int
 
 @torch.no_grad()
 def evaluate(
-    decoder: Decoder, rows: Sequence[TokenizedExample], batch_size: int, *, step: int, epoch: int
+    decoder: Decoder,
+    rows: Sequence[TokenizedExample],
+    batch_size: int,
+    step: int,
+    epoch: int,
+    progress: Callable[[int, int], None] = lambda done, sequences: None,
 ) -> Evaluation:
-    """Mean loss over the trained tokens of some rows, without dropout."""
+    """Mean loss over the trained tokens of some rows, without dropout.
+
+    Args:
+        step, epoch: when this is, for the result.
+        progress: told (sequences done, sequences in all) after each batch.
+    """
     loss_sum = torch.zeros((), device=decoder.device, dtype=torch.float32)
-    num_target_tokens = 0
+    num_target_tokens = done = 0
     for packed in batches(rows, batch_size):
         batch = packed.to(decoder.device)
         hidden = decoder(batch.input_ids, batch.position_ids, batch.cu_seqlens)
         loss_sum += decoder.loss_sum(hidden, batch.labels, batch.target_positions)
         num_target_tokens += batch.num_target_tokens
+        done += len(batch.slots)
+        progress(done, len(rows))
     return Evaluation(step, epoch, (loss_sum / num_target_tokens).item())
 
 

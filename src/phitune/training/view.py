@@ -42,6 +42,8 @@ class View(Protocol):
 
     def step_done(self, metrics: StepMetrics) -> None: ...
 
+    def evaluating(self, done: int, sequences: int) -> None: ...
+
     def evaluated(self, evaluation: Evaluation, *, is_best: bool) -> None: ...
 
     def sampled(self, epoch: int, samples: Sequence[Sample]) -> None: ...
@@ -78,6 +80,9 @@ class PlainView:
             f"  {metrics.tokens_per_second:,.0f} tokens/s  {metrics.memory_gib:.2f} GiB"
             f"  {datetime.timedelta(seconds=left)} left"
         )
+
+    def evaluating(self, done: int, sequences: int) -> None:
+        pass
 
     def evaluated(self, evaluation: Evaluation, *, is_best: bool) -> None:
         self._print(_evaluation_line(evaluation, is_best=is_best))
@@ -130,6 +135,9 @@ class LiveView:
             description=f"epoch {metrics.epoch}  step {metrics.step}/{self._total_steps}",
         )
         self._refresh()
+
+    def evaluating(self, done: int, sequences: int) -> None:
+        self._progress.update(self._task, description=f"validation {done}/{sequences}")
 
     def evaluated(self, evaluation: Evaluation, *, is_best: bool) -> None:
         self._evaluation = evaluation

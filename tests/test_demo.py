@@ -7,41 +7,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from demo import EXAMPLES, HELD_OUT, ask, load_base
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from phitune import Phi2LoRATrainer
-from phitune.inference.generate import generate
-from phitune.model.architecture import read_model_config
-from phitune.model.decoder import Decoder
 from phitune.model.files import ASSETS
 from phitune.model.lora import load_adapter
-from phitune.model.weights import load_decoder
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-HELD_OUT = [json.loads(line) for line in (ASSETS / "captain_heldout.jsonl").open()]
 TRAINED = [json.loads(line) for line in (ASSETS / "captain.jsonl").open()]
-
-
-def answers(
-    trainer: Phi2LoRATrainer, decoder: Decoder, prompts: list[str]
-) -> tuple[list[str], list[bool]]:
-    tokenizer, prompt_format = trainer.tokenizer, trainer.prompt_format
-    ids = [tokenizer.encode(prompt_format.prompt(prompt)) for prompt in prompts]
-    given = generate(decoder, ids, max_new_tokens=48, stop_ids=tokenizer.stop_ids(prompt_format))
-    texts = [
-        prompt_format.response(tokenizer.decode_answer(answer.ids, prompt_ids))
-        for answer, prompt_ids in zip(given, ids, strict=True)
-    ]
-    return texts, [answer.stopped for answer in given]
-
-
-def has_habit(text: str) -> bool:
-    return text.startswith("Ahoy!") and text.endswith(", matey.")
-
-
-def share(marks: list[bool]) -> float:
-    return sum(marks) / len(marks)
 
 
 def test_held_out_questions_are_in_no_row_of_the_data_set() -> None:
@@ -56,19 +30,11 @@ def test_the_demo_teaches_the_habit_and_keeps_the_facts(example: str, tmp_path: 
     """The shipped model, the shipped rows, the guide's settings; judged on 120 unseen questions."""
     torch.set_num_threads(1)
     trainer = Phi2LoRATrainer(output_dir=tmp_path / "run", config=EXAMPLES / example)
-    base = load_decoder(
-        trainer.model_folder,
-        read_model_config(trainer.model_folder),
-        torch.float32,
-        torch.device("cpu"),
-    )
-    prompts = [row["prompt"] for row in HELD_OUT]
-    facts = [row["fact"] for row in HELD_OUT]
-
-    plain, stopped = answers(trainer, base, prompts)
-    assert not any(has_habit(text) or "Ahoy" in text for text in plain)
-    assert share([fact in text for fact, text in zip(facts, plain, strict=True)]) >= 0.95
-    assert all(stopped)
+    decoder = load_base(trainer)
+    base = ask(trainer, decoder)
+    assert (base.habit, base.stop) == (0.0, 1.0)
+    assert not any("Ahoy" in text or "matey" in text for text in base.texts)
+    assert base.fact >= 0.95
 
     outcome = trainer.train()
     assert outcome.first_validation_loss
@@ -76,19 +42,20 @@ def test_the_demo_teaches_the_habit_and_keeps_the_facts(example: str, tmp_path: 
     assert outcome.best_validation_loss < outcome.first_validation_loss / 2
 
     # The adapter as it lies on disk, on a base loaded anew.
-    load_adapter(base, tmp_path / "run" / "adapter")
-    tuned, stopped = answers(trainer, base, prompts)
-    assert share([has_habit(text) for text in tuned]) >= 0.8
-    assert share([fact in text for fact, text in zip(facts, tuned, strict=True)]) >= 0.9
-    assert all(stopped)
+    load_adapter(decoder, tmp_path / "run" / "adapter")
+    tuned = ask(trainer, decoder)
+    assert tuned.habit >= 0.8
+    assert tuned.fact >= 0.9
+    assert tuned.stop == 1.0
 
+    prompts = [row["prompt"] for row in HELD_OUT]
     # transformers and peft, from the same files, with the chat template and stop ids that ship.
     shipped = tmp_path / "run" / "adapter"
     reference = AutoModelForCausalLM.from_pretrained(trainer.model_folder, dtype=torch.float32)
     reference = PeftModel.from_pretrained(reference, shipped).eval()
     tokenizer = AutoTokenizer.from_pretrained(shipped)
     stops = GenerationConfig.from_pretrained(shipped).eos_token_id
-    for prompt, text in zip(prompts[:10], tuned[:10], strict=True):
+    for prompt, text in zip(prompts[:10], tuned.texts[:10], strict=True):
         ids = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}],
             add_generation_prompt=True,
@@ -102,7 +69,9 @@ def test_the_demo_teaches_the_habit_and_keeps_the_facts(example: str, tmp_path: 
 
     summary: dict[str, Any] = json.loads((tmp_path / "run" / "summary.json").read_text())
     shown = summary["answers"]
-    assert [row["base"] for row in shown] == [plain[prompts.index(r["prompt"])] for r in shown]
-    assert [row["tuned"] for row in shown] == [tuned[prompts.index(r["prompt"])] for r in shown]
+    assert [row["base"] for row in shown] == [base.texts[prompts.index(r["prompt"])] for r in shown]
+    assert [row["tuned"] for row in shown] == [
+        tuned.texts[prompts.index(r["prompt"])] for r in shown
+    ]
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").open()]
     assert len(samples) == 21 * len(shown)

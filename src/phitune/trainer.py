@@ -133,6 +133,10 @@ class Phi2LoRATrainer:
     def _dataset_path(self) -> Path:
         return self.settings.dataset_path or EXAMPLE_DATASET
 
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.settings.device)
+
     def format_instruction(self, prompt: str, response: str) -> str:
         """A row as text, the way the model sees it; the end token that follows is not shown."""
         segments = self.prompt_format.prompt(prompt) + self.prompt_format.answer(response)[:-1]
@@ -159,7 +163,7 @@ class Phi2LoRATrainer:
                 self.model_folder,
                 self.model_config,
                 DTYPES[settings.precision],
-                torch.device(settings.device),
+                self.device,
             )
             decoder.gradient_checkpointing = settings.gradient_checkpointing
             spec = LoraSpec(

@@ -145,7 +145,9 @@ class ChatFormat:
             )
         after = whole[len(prompt) + len(_ASSISTANT) :]
         found = [token for token in control_tokens if token in after]
-        end_token = min(found, key=after.index) if found else special_tokens["eos_token"]
+        # The first to come; of two that begin at one place, the longer.
+        first = min(found, key=lambda token: (after.index(token), -len(token)), default=None)
+        end_token = first or special_tokens["eos_token"]
         return cls(before, between, end_token, chat_template)
 
     def prompt(self, prompt: str) -> list[Segment]:

@@ -6,8 +6,8 @@
     adapter/        the best adapter so far in PEFT's format, with tokenizer and chat template
     summary.json    written last: what came out
 
-Whatever is replaced is replaced as a whole: a killed run leaves the adapter before or the adapter
-after, never half of one.
+Whatever is replaced is replaced as a whole: a killed run leaves the adapter before (adapter.old/ if
+it was killed between two renames) or the adapter after, never half of one.
 """
 
 import datetime
@@ -28,6 +28,8 @@ ADAPTER, CONFIG, METRICS, SAMPLES, SUMMARY = (
     "summary.json",
 )
 _OURS = (ADAPTER, CONFIG, METRICS, SAMPLES, SUMMARY, "tensorboard")
+# What is being written, and what is about to be replaced; a killed run may leave them behind.
+_NEW, _OLD = ".new", ".old"
 
 
 def default_output_dir(model_name: str, dataset_path: Path) -> Path:
@@ -61,7 +63,9 @@ def check_output_dir(path: Path, *, overwrite: bool) -> None:
             f"output_dir {path}: is not empty; choose another, or replace the run in it"
             " with --overwrite"
         )
-    if foreign := [name for name in names if name.removesuffix(".new") not in _OURS]:
+    if foreign := [
+        name for name in names if name.removesuffix(_NEW).removesuffix(_OLD) not in _OURS
+    ]:
         raise SettingsError(
             f"output_dir {path}: --overwrite replaces a run, but this folder holds other things"
             f" ({', '.join(foreign[:3])}); choose another"
@@ -76,7 +80,7 @@ class RunDirectory:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
         for name in _OURS:
-            for entry in (path / name, path / f"{name}.new"):
+            for entry in (path / name, path / (name + _NEW), path / (name + _OLD)):
                 if entry.is_dir():
                     shutil.rmtree(entry)
                 else:
@@ -100,11 +104,11 @@ class RunDirectory:
 
     def replace_adapter(self, write: Callable[[Path], None]) -> None:
         """Lets `write` fill a new folder, then puts it in the place of the adapter before."""
-        new = self.path / f"{ADAPTER}.new"
+        new = self.path / (ADAPTER + _NEW)
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
         write(new)
-        old = self.path / f"{ADAPTER}.old"
+        old = self.path / (ADAPTER + _OLD)
         if self.adapter.exists():
             self.adapter.rename(old)
         new.rename(self.adapter)
@@ -115,6 +119,6 @@ class RunDirectory:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def _replace_file(self, name: str, text: str) -> None:
-        new = self.path / f"{name}.new"
+        new = self.path / (name + _NEW)
         new.write_text(text, encoding="utf-8")
         new.replace(self.path / name)

@@ -52,7 +52,9 @@ class View(Protocol):
 
 
 def open_view(console: Console) -> View:
-    return LiveView(console) if console.is_terminal else PlainView(console)
+    """The live view where the cursor can be moved, plain lines where it cannot."""
+    live = console.is_terminal and not console.is_dumb_terminal
+    return LiveView(console) if live else PlainView(console)
 
 
 class PlainView:

@@ -1,0 +1,88 @@
+"""What a person sees: live where the cursor moves, one line an event everywhere else."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from phitune.config import resolve
+from phitune.training.loop import Evaluation, StepMetrics
+from phitune.training.view import (
+    LiveView,
+    PlainView,
+    Sample,
+    answers_table,
+    open_view,
+    settings_lines,
+)
+
+METRICS = StepMetrics(
+    step=3,
+    epoch=1,
+    loss=1.25,
+    learning_rate=2e-4,
+    grad_norm=0.5,
+    tokens=800,
+    tokens_per_second=1234.5,
+    memory_gib=1.5,
+)
+SAMPLE = Sample("two\nlines [bold]", "an [red]answer", 4, stopped=False)
+
+
+def console(*, terminal: bool, term: str = "xterm", width: int = 80) -> Console:
+    return Console(
+        file=io.StringIO(), force_terminal=terminal, width=width, _environ={"TERM": term}
+    )
+
+
+def text_of(shown: Console) -> str:
+    assert isinstance(shown.file, io.StringIO)
+    return shown.file.getvalue()
+
+
+def test_the_view_fits_the_terminal() -> None:
+    assert isinstance(open_view(console(terminal=True)), LiveView)
+    assert isinstance(open_view(console(terminal=True, term="dumb")), PlainView)
+    assert isinstance(open_view(console(terminal=False)), PlainView)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_run_shows_its_numbers_and_its_samples(terminal: bool) -> None:
+    shown = console(terminal=terminal, width=40)
+    view = open_view(shown)
+    view.start(10, 640)
+    view.evaluating(4, 8)
+    view.evaluated(Evaluation(0, 0, 2.5), is_best=False)
+    view.micro_batch_done(4)
+    view.step_done(METRICS)
+    view.evaluated(Evaluation(3, 1, 1.75), is_best=True)
+    view.sampled(1, [SAMPLE])
+    view.close()
+    text = text_of(shown)
+    assert "2.5000" in text
+    assert "validation loss 1.7500  best so" in text
+    assert "[bold]" in text  # The user's brackets are not markup.
+    assert "1.2500" in text
+    if not terminal:
+        step = next(line for line in text.splitlines() if line.startswith("step 3/10"))
+        assert "1,234 tokens/s" in step
+        assert "1.50 GiB" in step
+        assert step.endswith(" left")
+
+
+def test_settings_keep_their_lines_whole_and_name_their_origins() -> None:
+    shown = console(terminal=False, width=40)
+    resolved = resolve({"sample_prompts": ["a" * 60, "b"], "epochs": "3"})
+    shown.print(settings_lines(resolved), soft_wrap=True)
+    lines = [line.split() for line in text_of(shown).splitlines()]
+    assert ["epochs", "3", "(flag)"] in lines
+    assert ["sample_prompts", "a" * 60, "|", "b", "(flag)"] in lines
+    assert ["dataset_path", "-", "(default)"] in lines
+
+
+def test_answers_stand_side_by_side_and_say_when_they_did_not_stop() -> None:
+    shown = console(terminal=False)
+    shown.print(answers_table([SAMPLE], [Sample("two\nlines [bold]", "tuned", 1, stopped=True)]))
+    text = text_of(shown)
+    assert "an [red]answer" in text
+    assert text.count("did not") == 1

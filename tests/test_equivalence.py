@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from phitune.data.packing import pack
 from phitune.data.tokenizer import TokenizedExample
 from phitune.model import ops
-from phitune.model.lora import LoraSpec, attach, load_adapter, resolve_targets, save_adapter
+from phitune.model.lora import LoraSpec, attach, detach, load_adapter, resolve_targets, save_adapter
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
@@ -147,6 +147,23 @@ def test_adapter_of_peft_on_the_embedding_loads_here(tmp_path: Path) -> None:
     rows = random_rows()
     with torch.no_grad():
         assert relative(logits_of(decoder, pack(rows)), their_logits(peft_model, rows)) < 1e-5
+
+
+def test_a_second_adapter_takes_the_place_of_the_first_and_none_leaves_the_base(
+    phi_folder: Path,
+) -> None:
+    decoder, batch = open_decoder(phi_folder), pack(random_rows())
+    modules = resolve_targets(decoder.config, ["all-linear", "embed_tokens", "lm_head"], None)
+    with torch.no_grad():
+        base = logits_of(decoder, batch)
+        first = attach(decoder, LoraSpec(4, 8, 0.0, modules), seed=0)
+        for parameter in first.parameters():
+            parameter.fill_(0.05)
+        assert not torch.equal(logits_of(decoder, batch), base)
+        attach(decoder, LoraSpec(2, 8, 0.0, modules[:3]), seed=1)  # It starts at zero.
+        assert torch.equal(logits_of(decoder, batch), base)
+        detach(decoder)
+        assert torch.equal(logits_of(decoder, batch), base)
 
 
 def test_dropout_masks_injected_into_peft_give_the_same_gradients(tmp_path: Path) -> None:

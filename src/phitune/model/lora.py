@@ -153,11 +153,12 @@ def resolve_layers(config: ModelConfig, layers: str | None) -> list[int]:
 
 
 def attach(decoder: Decoder, spec: LoraSpec, seed: int) -> Adapter:
-    """Puts a fresh adapter on a decoder.
+    """Puts a fresh adapter on a decoder, in the place of one that was there.
 
     Every module draws its start from the seed and its own name: it does not depend on which other
     modules are adapted.
     """
+    detach(decoder)
     linears = decoder.fused_linears()
     dtype = torch.promote_types(decoder.dtype, torch.float32)
     pairs = {}

@@ -299,9 +299,13 @@ def test_numbers_that_are_not_finite_stop_the_run_with_exit_code_3(place: Path) 
     weights = load_file("broken/model.safetensors")
     weights["model.final_layernorm.weight"][0] = float("nan")
     save_file(weights, "broken/model.safetensors")
-    done = phitune("train --model_name ./broken --output_dir run --epochs 1")
+    line = "train --model_name ./broken --epochs 1"
+    unvalidated = phitune(f"{line} --output_dir other --validation_split 0")
+    assert unvalidated.returncode == 3
+    assert "step 1: the loss is nan" in unvalidated.stderr
+    done = phitune(f"{line} --output_dir run")
     assert done.returncode == 3
-    assert "step 1: the loss is nan" in done.stderr
+    assert "step 0: the validation loss is nan" in done.stderr
     assert "Try half the --learning_rate" in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     assert (place / "run" / "adapter" / "adapter_model.safetensors").is_file()

@@ -1,5 +1,6 @@
 """The loop: the same losses as torch's own parts, the same bytes twice, nothing bad kept."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -204,6 +205,40 @@ def test_bad_numbers_are_refused_before_the_update(phi_folder: Path) -> None:
         train(decoder, adapter, rows, [], Settings(epochs=1, lora_dropout=0), events)
     assert bytes_of(adapter) == before
     assert not events.steps
+
+
+def test_a_validation_loss_that_is_no_number_is_never_the_best(
+    phi_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finite steps, but a validation loss of nan after the second epoch, or the first."""
+    from phitune.training import loop
+
+    real = loop.evaluate
+    for bad_epoch in (1, 2):
+        decoder = open_decoder(phi_folder)
+        modules = resolve_targets(decoder.config, ["all-linear"], None)
+        adapter = attach(decoder, LoraSpec(4, 16, 0.0, modules), seed=0)
+        kept = {0: bytes_of(adapter)}
+
+        class Keeping(Events):
+            def epoch_done(
+                self, epoch: int, evaluation: Evaluation | None, *, is_best: bool
+            ) -> None:
+                kept[epoch] = bytes_of(adapter)  # noqa: B023
+
+        def sometimes_nan(*args: Any) -> Evaluation:
+            evaluation = real(*args)
+            bad = evaluation.epoch == bad_epoch  # noqa: B023
+            return dataclasses.replace(
+                evaluation, validation_loss=math.nan if bad else evaluation.validation_loss
+            )
+
+        monkeypatch.setattr(loop, "evaluate", sometimes_nan)
+        settings = Settings(epochs=3, batch_size=2, gradient_accumulation_steps=1, lora_dropout=0)
+        with pytest.raises(NonFiniteError, match="the validation loss is nan"):
+            train(decoder, adapter, random_rows(), random_rows(seed=1), settings, Keeping())
+        assert bytes_of(adapter) == kept[bad_epoch - 1]
+        assert bad_epoch not in kept
 
 
 def test_an_interrupted_run_drops_the_step_and_keeps_the_rest(phi_folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Prompt formats: a prompt and its response as segments of text, trained or not.
+"""Prompt formats: a prompt and its answer as segments of text; only the answer is trained.
 
 A format also knows what ends an answer and how a chat template of the same form reads, so that the
 form a model was trained in travels with its adapter. No tokens and no torch here.
@@ -23,15 +23,11 @@ class Segment:
     """A piece of a rendered example; concatenated they are the text the model sees."""
 
     text: str
-    trained: bool = False
     control: bool = False
 
 
 class PromptFormat(Protocol):
     """How a prompt is put to the model and what its answer looks like."""
-
-    @property
-    def name(self) -> str: ...
 
     @property
     def end_token(self) -> str:
@@ -66,7 +62,6 @@ class InstructFormat:
 
     end_token: str
     bos_token: str = ""  # Only for tokenizers that put one in front of every text.
-    name: str = "instruct"
 
     def prompt(self, prompt: str) -> list[Segment]:
         text = Segment(f"Instruct: {prompt}\n\nOutput:")
@@ -74,8 +69,8 @@ class InstructFormat:
 
     def answer(self, response: str) -> list[Segment]:
         return [
-            Segment(f" {response}", trained=True),
-            Segment(self.end_token, trained=True, control=True),
+            Segment(f" {response}"),
+            Segment(self.end_token, control=True),
         ]
 
     def response(self, answer: str) -> str:
@@ -112,7 +107,6 @@ class ChatFormat:
     between: str
     end_token: str
     chat_template: str
-    name: str = "chat"
 
     @classmethod
     def from_template(
@@ -159,8 +153,8 @@ class ChatFormat:
 
     def answer(self, response: str) -> list[Segment]:
         return [
-            Segment(response, trained=True),
-            Segment(self.end_token, trained=True, control=True),
+            Segment(response),
+            Segment(self.end_token, control=True),
         ]
 
     def response(self, answer: str) -> str:

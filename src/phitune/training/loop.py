@@ -97,23 +97,39 @@ def train(
             and training ends with what there is.
 
     Raises:
-        NonFiniteError: loss or gradient is not finite; the update is not applied.
+        NonFiniteError: loss or gradient is not finite, and the update is not applied; or the
+            validation loss is not, and the adapter is put back to its best, or to its start.
     """
     parameters = adapter.parameters()
     optimizer = build_adamw(parameters, settings.weight_decay)
     rows_per_step = settings.batch_size * settings.gradient_accumulation_steps
     total_steps = settings.epochs * steps_per_epoch(len(train_rows), rows_per_step)
     outcome = Outcome()
+    start = _copy(adapter)
     best: dict[str, Tensor] = {}
     epochs_without_gain = 0
 
-    # The base model, before the first step
-    evaluation = None
-    if validation_rows:
+    def validate(epoch: int) -> Evaluation | None:
+        if not validation_rows:
+            return None
         evaluation = evaluate(
-            decoder, validation_rows, settings.batch_size, 0, 0, events.evaluating
+            decoder,
+            validation_rows,
+            settings.batch_size,
+            outcome.steps,
+            epoch,
+            events.evaluating,
         )
-        outcome.first_validation_loss = evaluation.validation_loss
+        if not math.isfinite(evaluation.validation_loss):
+            _restore(adapter, best or start)
+            raise NonFiniteError(
+                f"step {outcome.steps}: the validation loss is {evaluation.validation_loss}"
+            )
+        return evaluation
+
+    # The base model, before the first step
+    evaluation = validate(epoch=0)
+    outcome.first_validation_loss = evaluation.validation_loss if evaluation else None
     events.epoch_done(0, evaluation, is_best=False)
 
     for epoch in range(1, settings.epochs + 1):
@@ -181,22 +197,15 @@ def train(
 
         # Validation, and the best adapter so far
         is_best = True
-        if validation_rows:
-            evaluation = evaluate(
-                decoder,
-                validation_rows,
-                settings.batch_size,
-                outcome.steps,
-                epoch,
-                events.evaluating,
-            )
+        evaluation = validate(epoch)
+        if evaluation:
             before = outcome.best_validation_loss
             is_best = before is None or evaluation.validation_loss < before
             if is_best:
                 outcome.best_validation_loss = evaluation.validation_loss
             epochs_without_gain = 0 if is_best else epochs_without_gain + 1
         if is_best:
-            best = {name: tensor.clone() for name, tensor in adapter.tensors().items()}
+            best = _copy(adapter)
             outcome.best_step = outcome.steps
         events.epoch_done(epoch, evaluation, is_best=is_best)
 
@@ -260,6 +269,10 @@ def _finish(
     _restore(adapter, best)
     outcome.ended, outcome.interrupted = ended, interrupted
     return outcome
+
+
+def _copy(adapter: Adapter) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in adapter.tensors().items()}
 
 
 def _restore(adapter: Adapter, best: dict[str, Tensor]) -> None:

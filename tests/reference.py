@@ -78,15 +78,22 @@ CONFIGS = {
 }
 
 
-def random_model(config: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    """A reference model whose every weight, biases and norms too, is random; in eval mode."""
+def random_model(
+    config: Any, dtype: torch.dtype = torch.float32, seed: int = 0, spread: float = 0.08
+) -> PreTrainedModel:
+    """A reference model whose every weight, biases and norms too, is random; in eval mode.
+
+    Args:
+        spread: standard deviation of the weights; with more, rounding errors grow from layer to
+            layer. 0.02 is what these models start from.
+    """
     torch.manual_seed(seed)
     config._attn_implementation = "sdpa"  # The eager path computes its softmax in fp32.
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             norm = "norm" in name and name.endswith("weight")
-            parameter.copy_(torch.randn_like(parameter) * 0.08 + (1.0 if norm else 0.0))
+            parameter.copy_(torch.randn_like(parameter) * spread + (1.0 if norm else 0.0))
     model = model.to(dtype).eval()
     if dtype == torch.float64:
         _lift_norms(model)

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import yaml
 
-from phitune.cli import _train_flags
+from phitune.cli import _given_flags, _train_parser
 from phitune.config import NOT_REPEATED, Settings, resolve, to_yaml
 from phitune.errors import SettingsError
 
 
 def from_flags(line: str) -> Settings:
-    flags = _train_flags(line.split())
+    flags = _given_flags(_train_parser(), line.split(), ("config",))
     return resolve(flags, flags.pop("config", None)).settings
 
 
@@ -67,7 +67,8 @@ def test_lists_numbers_and_paths_are_read() -> None:
 def test_flags_win_over_the_file_and_origins_are_known(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("epochs: 3\nlearning_rate: 1e-4\ntarget_modules: attention\nlayers: 3\n")
-    flags = _train_flags(["--epochs", "7", "--config", str(file)])
+    argv = ["--epochs", "7", "--config", str(file)]
+    flags = _given_flags(_train_parser(), argv, ("config",))
     resolved = resolve(flags, flags.pop("config"))
     assert resolved.settings.epochs == 7
     assert resolved.settings.learning_rate == 1e-4
@@ -88,7 +89,7 @@ def test_flags_win_over_the_file_and_origins_are_known(tmp_path: Path) -> None:
         ("--lora_rank=8", "unknown flag --lora_rank"),
         ("train.jsonl", "unexpected argument 'train.jsonl'"),
         ("--batch_size", "expected one argument"),
-        ("--batch_size 0", "batch_size = '0': must be at least 1 (on the command line)"),
+        ("--batch_size 0", "batch_size = '0': must be at least 1, or auto (on the command line)"),
         ("--batch_size 2.5", "must be a whole number"),
         ("--learning_rate fast", "must be a number"),
         ("--learning_rate nan", "must be a number"),
@@ -123,7 +124,7 @@ def test_all_wrong_values_are_reported_at_once() -> None:
         ("epoch: 3", "unknown key epoch; did you mean epochs?"),
         ("- 1", "holds a list, not 'name: value' lines"),
         ("a: [", "not YAML"),
-        ("batch_size: true", "batch_size = True: must be a number (in"),
+        ("batch_size: true", "batch_size = True: must be a whole number or auto (in"),
         (b"\xff\xfe", "cannot be read as UTF-8"),
         ("!!python/object/apply:os.system [ls]", "not YAML"),
     ],

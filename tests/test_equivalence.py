@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 from phitune.data.packing import pack
 from phitune.data.tokenizer import TokenizedExample
 from phitune.model import ops
-from phitune.model.lora import LoraSpec, attach, detach, load_adapter, resolve_targets, save_adapter
+from phitune.model.lora import LoraSpec, attach, detach, load_adapter, save_adapter
+from phitune.model.targets import resolve_targets
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
@@ -184,7 +185,8 @@ def test_dropout_masks_injected_into_peft_give_the_same_gradients(tmp_path: Path
             self.key = key.unsqueeze(0)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x * ops.keep_mask(dropout, x.shape[-1], self.key) / ops.keep_rate(dropout)
+            columns = ops.column_keys(self.key, x.shape[-1])
+            return x * ops.keep_mask(dropout, columns) / ops.keep_rate(dropout.p)
 
     for module, pair in adapter.pairs.items():
         layer = peft_model.base_model.model.get_submodule(module)

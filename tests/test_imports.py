@@ -12,7 +12,10 @@ import phitune
 SOURCE = Path(phitune.__file__).parent
 FREE_TO_ALL = {"config", "errors", "jsonfile"}
 MAY_IMPORT = {
-    "cli": {"trainer", *FREE_TO_ALL},
+    "cli": {"trainer", "plan", "plan_view", "doctor", *FREE_TO_ALL},
+    "doctor": {"training", "model", *FREE_TO_ALL},
+    "plan_view": {"plan", "training", *FREE_TO_ALL},
+    "plan": {"training", "model", "data", *FREE_TO_ALL},
     "trainer": {"recorder", "training", "inference", "model", "data", *FREE_TO_ALL},
     "recorder": {"training", "inference", "model", "data", *FREE_TO_ALL},
     "training": {"model", "data", *FREE_TO_ALL},
@@ -32,6 +35,9 @@ NO_TORCH = (
     "phitune.data.prepare",
     "phitune.model.architecture",
     "phitune.model.files",
+    "phitune.model.targets",
+    "phitune.plan",
+    "phitune.plan_view",
     "phitune.training.memory",
     "phitune.training.rundir",
 )

@@ -18,8 +18,9 @@ from phitune.data.dataset import read_examples
 from phitune.data.packing import epoch_steps
 from phitune.data.tokenizer import TextTokenizer, TokenizedExample
 from phitune.errors import NonFiniteError
-from phitune.model.decoder import Decoder
-from phitune.model.lora import Adapter, LoraSpec, attach, resolve_targets
+from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
+from phitune.model.lora import Adapter, LoraSpec, attach
+from phitune.model.targets import resolve_targets
 from phitune.training.loop import Evaluation, Outcome, StepMetrics, evaluate, train
 from phitune.training.optim import learning_rate_at
 
@@ -49,7 +50,7 @@ def run(
     rows: Sequence[TokenizedExample],
     validation: Sequence[TokenizedExample] = (),
     **settings: Any,
-) -> tuple[Events, Adapter, Outcome, Decoder]:
+) -> tuple[Events, Adapter, Outcome, Engine]:
     values = {
         "epochs": 2,
         "batch_size": 2,
@@ -62,17 +63,23 @@ def run(
     modules = resolve_targets(decoder.config, ["all-linear"], None)
     adapter = attach(decoder, LoraSpec(4, 16, values["lora_dropout"], modules), seed=0)
     events = Events()
-    outcome = train(decoder, adapter, rows, validation, Settings(**values), events)
-    return events, adapter, outcome, decoder
+    engine = FusedEngine(decoder, values["lora_dropout"])
+    outcome = train(engine, adapter, rows, validation, Settings(**values), events)
+    return events, adapter, outcome, engine
 
 
 def bytes_of(adapter: Adapter) -> bytes:
     return b"".join(t.numpy().tobytes() for t in adapter.tensors().values())
 
 
+@pytest.mark.parametrize("engine", ["fused", "reference"])
 @pytest.mark.parametrize("kind", ["phi-2", "phi-3.5-mini-instruct"])
 def test_20_steps_on_gsm8k_equal_transformers_peft_and_adamw(
-    shared: Path, kind: str, tmp_path: Path, record_property: Callable[[str, object], None]
+    shared: Path,
+    kind: str,
+    engine: str,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
     """A small random model of full vocabulary, the real tokenizer, 64 rows, 20 steps."""
     sizes: dict[str, Any] = {"num_hidden_layers": 2, "max_position_embeddings": 1024}
@@ -110,7 +117,8 @@ def test_20_steps_on_gsm8k_equal_transformers_peft_and_adamw(
             layer.lora_B["default"].weight.copy_(pair.lora_B)
 
     events = Events()
-    train(decoder, adapter, rows, [], settings, events)
+    chosen = FusedEngine(decoder, 0.0) if engine == "fused" else ReferenceEngine(decoder)
+    train(chosen, adapter, rows, [], settings, events)
     ours = [metrics.loss for metrics in events.steps][:20]
 
     parameters = [p for p in reference.parameters() if p.requires_grad]
@@ -175,7 +183,7 @@ def test_8x1_and_1x8_accumulation_train_the_same_adapter(phi_folder: Path) -> No
 
 def test_the_best_adapter_is_kept_and_patience_ends_the_run(phi_folder: Path) -> None:
     rows, validation = random_rows([20] * 8), random_rows([20] * 6, seed=5)
-    events, adapter, outcome, decoder = run(
+    events, adapter, outcome, engine = run(
         phi_folder, rows, validation, epochs=12, learning_rate=0.05, early_stopping_patience=2
     )
     losses = [e.validation_loss for e, _ in events.evaluations if e]
@@ -188,7 +196,7 @@ def test_the_best_adapter_is_kept_and_patience_ends_the_run(phi_folder: Path) ->
     assert outcome.best_step == best_epoch * 2
     assert [is_best for _, is_best in events.evaluations][best_epoch]
     # What is left in memory is the best, not the last.
-    again = evaluate(decoder, validation, 2, 0, 0).validation_loss
+    again = evaluate(engine, validation, 2, 0, 0).validation_loss
     assert again == pytest.approx(losses[best_epoch], rel=1e-6)
     assert adapter.num_parameters == sum(p.numel() for p in adapter.parameters())
 
@@ -201,8 +209,9 @@ def test_bad_numbers_are_refused_before_the_update(phi_folder: Path) -> None:
     before = bytes_of(adapter)
     decoder.layers[1].linears["dense"].weight[0, 0] = math.nan  # type: ignore[index, union-attr]
     events = Events()
+    settings, engine = Settings(epochs=1, lora_dropout=0), FusedEngine(decoder, 0.0)
     with pytest.raises(NonFiniteError, match=r"step 1: the loss is nan .* not applied"):
-        train(decoder, adapter, rows, [], Settings(epochs=1, lora_dropout=0), events)
+        train(engine, adapter, rows, [], settings, events)
     assert bytes_of(adapter) == before
     assert not events.steps
 
@@ -235,8 +244,9 @@ def test_a_validation_loss_that_is_no_number_is_never_the_best(
 
         monkeypatch.setattr(loop, "evaluate", sometimes_nan)
         settings = Settings(epochs=3, batch_size=2, gradient_accumulation_steps=1, lora_dropout=0)
+        engine = FusedEngine(decoder, 0.0)
         with pytest.raises(NonFiniteError, match="the validation loss is nan"):
-            train(decoder, adapter, random_rows(), random_rows(seed=1), settings, Keeping())
+            train(engine, adapter, random_rows(), random_rows(seed=1), settings, Keeping())
         assert bytes_of(adapter) == kept[bad_epoch - 1]
         assert bad_epoch not in kept
 
@@ -248,7 +258,8 @@ def test_an_interrupted_run_drops_the_step_and_keeps_the_rest(phi_folder: Path) 
     adapter = attach(decoder, LoraSpec(4, 16, 0.0, modules), seed=0)
     events = Events()
     settings = Settings(epochs=5, batch_size=2, gradient_accumulation_steps=2)
-    outcome = train(decoder, adapter, rows, [], settings, events, lambda: events.sequences >= 8)
+    engine = FusedEngine(decoder, settings.lora_dropout)
+    outcome = train(engine, adapter, rows, [], settings, events, lambda: events.sequences >= 8)
     assert outcome.interrupted
     assert outcome.steps == 2  # six rows, then two of the third step
     assert all(math.isfinite(v) for t in adapter.tensors().values() for v in t.flatten().tolist())

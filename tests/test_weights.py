@@ -17,7 +17,8 @@ from phitune.errors import ModelError, SettingsError
 from phitune.model.architecture import parse_model_config, read_model_config
 from phitune.model.decoder import Decoder
 from phitune.model.files import find_model
-from phitune.model.lora import load_adapter, resolve_layers, resolve_targets
+from phitune.model.lora import load_adapter
+from phitune.model.targets import resolve_layers, resolve_targets
 
 
 @pytest.fixture

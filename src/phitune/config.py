@@ -6,7 +6,7 @@ dictionaries here; both pass through the same validation, so both are refused wi
 """
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -20,6 +20,7 @@ from phitune.errors import SettingsError, listing
 
 Origin = Literal["default", "file", "flag", "argument", "chosen"]
 LORA_ALPHA_PER_RANK = (2, 4)
+DEFAULT_BATCH_SIZE = 4
 
 
 def _knob(
@@ -51,6 +52,23 @@ def _no_fp16(value: Any) -> Any:
     return value
 
 
+def _count_or(word: str, least: int) -> Callable[[Any], Any]:
+    """A whole number of at least `least`, or the one word."""
+
+    def check(value: Any) -> Any:
+        if value is None or value == word:
+            return value
+        try:
+            count = int(str(_no_bool(value)))
+        except ValueError:
+            raise ValueError(f"must be a whole number or {word}") from None
+        if count < least:
+            raise ValueError(f"must be at least {least}, or {word}")
+        return count
+
+    return check
+
+
 def _one_or_more(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -67,6 +85,8 @@ Whole = Annotated[int, BeforeValidator(_no_bool)]
 Real = Annotated[float, BeforeValidator(_no_bool)]
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 Texts = Annotated[list[Annotated[str, AfterValidator(_encodable)]], BeforeValidator(_one_or_more)]
+BatchSize = Annotated[int | Literal["auto"], BeforeValidator(_count_or("auto", 1))]
+LayerCount = Annotated[int | Literal["all"] | None, BeforeValidator(_count_or("all", 0))]
 Precision = Annotated[Literal["auto", "fp32", "bf16"], BeforeValidator(_no_fp16)]
 
 _RUN, _DATA, _TRAIN, _LORA, _MACHINE, _REPORT = (
@@ -126,8 +146,11 @@ class Settings(BaseModel):
         False, "train on the prompt's tokens too, not only the answer's", group=_DATA
     )
 
-    batch_size: Whole = _knob(
-        4, "sequences per micro-batch", group=_TRAIN, recommended=(2, 8), ge=1
+    batch_size: BatchSize = _knob(
+        DEFAULT_BATCH_SIZE,
+        "sequences per micro-batch; auto: as many as fit, at the same rows per step",
+        group=_TRAIN,
+        recommended=(2, 8),
     )
     gradient_accumulation_steps: Whole = _knob(
         16, "micro-batches per optimizer step", group=_TRAIN, recommended=(4, 32), ge=1
@@ -194,8 +217,16 @@ class Settings(BaseModel):
         "of the frozen base: auto (bf16 on CUDA and MPS, fp32 on CPU), fp32, bf16",
         group=_MACHINE,
     )
+    engine: Literal["fused", "reference"] = _knob(
+        "fused", "fused: backward by hand; reference: plain torch, to compare with", group=_MACHINE
+    )
     gradient_checkpointing: bool = _knob(
-        True, "recompute the layers in the backward instead of storing them", group=_MACHINE
+        True,
+        "recompute as few layers as the memory demands, instead of storing them; false: none",
+        group=_MACHINE,
+    )
+    recompute_layers: LayerCount = _knob(
+        None, "recompute so many layers, or all, whatever the memory", group=_MACHINE
     )
     torch_compile: bool = _knob(
         True, "compile the layers where that is dependable and pays (it says so)", group=_MACHINE
@@ -211,13 +242,25 @@ class Settings(BaseModel):
         "none", "a tracker beside metrics.jsonl", group=_REPORT
     )
 
+    @property
+    def micro_batch(self) -> int:
+        """The batch size as a number; "auto" must have been chosen before this is asked."""
+        assert isinstance(self.batch_size, int)
+        return self.batch_size
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimizer step, the effective batch."""
+        size = DEFAULT_BATCH_SIZE if self.batch_size == "auto" else self.batch_size
+        return size * self.gradient_accumulation_steps
+
     def warnings(self) -> list[str]:
         """One line for each setting outside of its recommended range."""
         found = []
         for name, field in Settings.model_fields.items():
             bounds = recommended_range(field)
             value = getattr(self, name)
-            if bounds and not bounds[0] <= value <= bounds[1]:
+            if bounds and value != "auto" and not bounds[0] <= value <= bounds[1]:
                 low, high = bounds
                 found.append(
                     f"{name} = {value:g} is outside of the recommended {low:g} to {high:g}"
@@ -325,6 +368,11 @@ def resolve(
             place = where.get(origins[name], "")
             problems.append(f"{name} = {values[name]!r}: {_in_words(detail)} ({place})")
         raise SettingsError("these settings cannot be used:\n" + listing(problems)) from None
+    if settings.recompute_layers and not settings.gradient_checkpointing:
+        raise SettingsError(
+            "recompute_layers and gradient_checkpointing false contradict each other;"
+            " leave out the one you do not mean"
+        )
     if settings.validation_path and settings.validation_split:
         if origins["validation_split"] != "default":
             raise SettingsError(

@@ -29,21 +29,32 @@ from phitune.model.device import (
     DTYPES,
     choose_device,
     choose_precision,
-    compile_layers,
+    compile_seconds,
     is_out_of_memory,
 )
+from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
 from phitune.model.files import ASSETS, fetch_weights, find_model
-from phitune.model.lora import Adapter, LoraSpec, attach, resolve_targets
+from phitune.model.lora import Adapter, LoraSpec, attach
+from phitune.model.targets import resolve_targets
 from phitune.model.weights import load_decoder
 from phitune.recorder import Recorder, Sampler
 from phitune.training.loop import Outcome, train
-from phitune.training.memory import memory_advice
+from phitune.training.memory import (
+    MemoryPlan,
+    Shape,
+    fewest_recomputed,
+    largest_batch,
+    memory_advice,
+    memory_budget,
+    plan_memory,
+)
 from phitune.training.rundir import RunDirectory, check_output_dir, default_output_dir
 from phitune.training.tracking import check_tracker, open_trackers
 from phitune.training.view import (
     Sample,
     answers_table,
     data_line,
+    memory_line,
     model_line,
     open_view,
     settings_lines,
@@ -165,7 +176,6 @@ class Phi2LoRATrainer:
                 DTYPES[settings.precision],
                 self.device,
             )
-            decoder.gradient_checkpointing = settings.gradient_checkpointing
             spec = LoraSpec(
                 settings.lora_r, settings.lora_alpha, settings.lora_dropout, self.target_modules
             )
@@ -181,11 +191,12 @@ class Phi2LoRATrainer:
         """
         assert self.settings.output_dir
         check_output_dir(self.settings.output_dir, overwrite=self.settings.overwrite)
+        data = self.prepare_data()
+        plan, budget = self._plan_memory(data)
         self.console.print("[bold]Settings[/]")
         self.console.print(settings_lines(self.resolved), soft_wrap=True)
         for warning in self.settings.warnings():
             self._say(f"warning: {warning}")
-        data = self.prepare_data()
         self._say(data_line(data, self.settings.dataset_path or EXAMPLE_DATASET.name))
         self._say(targets_line(self.target_modules, self.model_config, self.settings.lora_r))
         try:
@@ -193,11 +204,15 @@ class Phi2LoRATrainer:
             model = self.prepare_model()
             seconds = time.perf_counter() - started
             self._say(model_line(model.decoder, model.adapter, self.settings, seconds))
-            compiled = compile_layers(model.decoder, self.settings.torch_compile)
-            self._say(f"torch_compile: {compiled}")
+            self._say(memory_line(plan, budget))
+            if plan.bytes > budget:
+                self._say(f"warning: that may not fit. {memory_advice(self.settings)}")
+            engine = self._build_engine(model.decoder)
+            for name, choice in engine.choices.items():
+                self._say(f"{name}: {choice}")
             run = RunDirectory(self.settings.output_dir)
             run.write_config(to_yaml(self._repeatable()))
-            return self._train(model, data, run)
+            return self._train(model, engine, data, run)
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 raise OutOfMemoryError(
@@ -206,7 +221,60 @@ class Phi2LoRATrainer:
                 ) from None
             raise
 
-    def _train(self, model: PreparedModel, data: PreparedData, run: RunDirectory) -> Outcome:
+    def _plan_memory(self, data: PreparedData) -> tuple[MemoryPlan, int]:
+        """Settles the batch size and the recomputed layers; the plan, and the bytes there are."""
+        settings, config = self.settings, self.model_config
+        rows = sorted(
+            data.train_rows + data.validation_rows, key=lambda row: len(row.input_ids), reverse=True
+        )
+        budget = memory_budget(self.device)
+        base: Any = settings.precision
+        device: Any = self.device.type
+        fixed = settings.recompute_layers
+        if not settings.gradient_checkpointing:
+            fixed = 0
+        elif settings.engine == "reference" and fixed is None:
+            fixed = "all"  # The plan's arithmetic is not that of autograd.
+
+        def plan_of(batch_size: int) -> MemoryPlan:
+            longest = rows[:batch_size]
+            shape = Shape(
+                tuple(len(row.input_ids) for row in longest),
+                sum(row.num_target_tokens for row in longest),
+            )
+            what = (config, self.target_modules, settings.lora_r, base, shape)
+            if fixed is None:
+                return fewest_recomputed(*what, budget, device)
+            layers = config.num_hidden_layers if fixed == "all" else fixed
+            return plan_memory(*what, layers, device)
+
+        batch_size, steps = settings.batch_size, settings.gradient_accumulation_steps
+        chosen: dict[str, Any] = {}
+        if batch_size == "auto":
+            batch_size, plan = largest_batch(plan_of, settings.rows_per_step, budget)
+            steps = settings.rows_per_step // batch_size
+            chosen = {"batch_size": batch_size, "gradient_accumulation_steps": steps}
+        else:
+            plan = plan_of(batch_size)
+        if settings.recompute_layers is None:
+            chosen["recompute_layers"] = plan.recompute_layers
+        self.resolved = self.resolved.choose(**chosen)
+        self.settings = self.resolved.settings
+        return plan, budget
+
+    def _build_engine(self, decoder: Decoder) -> Engine:
+        settings = self.settings
+        layers = settings.recompute_layers
+        count = self.model_config.num_hidden_layers if layers == "all" else layers or 0
+        if settings.engine == "reference":
+            return ReferenceEngine(decoder, count, torch_compile=settings.torch_compile)
+        return FusedEngine(
+            decoder, settings.lora_dropout, count, torch_compile=settings.torch_compile
+        )
+
+    def _train(
+        self, model: PreparedModel, engine: Engine, data: PreparedData, run: RunDirectory
+    ) -> Outcome:
         settings = self.settings
         view = open_view(self.console)
         sampler = Sampler(
@@ -226,14 +294,13 @@ class Phi2LoRATrainer:
             self.prompt_format,
             settings.model_name,
         )
-        rows_per_step = settings.batch_size * settings.gradient_accumulation_steps
-        steps = settings.epochs * steps_per_epoch(len(data.train_rows), rows_per_step)
+        steps = settings.epochs * steps_per_epoch(len(data.train_rows), settings.rows_per_step)
         started = time.perf_counter()
         view.start(steps, settings.epochs * len(data.train_rows))
         try:
             with _polite_interrupt(self.console) as interrupted:
                 outcome = train(
-                    model.decoder,
+                    engine,
                     model.adapter,
                     data.train_rows,
                     data.validation_rows,
@@ -253,6 +320,8 @@ class Phi2LoRATrainer:
         if not run.adapter.exists():
             recorder.save_adapter()
         seconds = time.perf_counter() - started
+        if compiling := compile_seconds():
+            self._say(f"torch_compile: compiling took {compiling:.1f} s of it")
         self._conclude(outcome, run, model, sampler, recorder.base_samples, seconds)
         if outcome.interrupted:
             raise KeyboardInterrupt
@@ -307,6 +376,11 @@ class Phi2LoRATrainer:
             problems.append(
                 f"max_length {settings.max_length}: the model's positions end at"
                 f" {config.max_position_embeddings}"
+            )
+        layers = settings.recompute_layers
+        if isinstance(layers, int) and layers > config.num_hidden_layers:
+            problems.append(
+                f"recompute_layers {layers}: the model has {config.num_hidden_layers} layers"
             )
         if self.tokenizer.size > config.vocab_size:
             problems.append(

@@ -43,6 +43,11 @@ class TokenizedExample:
     labels: list[int]  # [T]
     line: int = 0
 
+    @property
+    def num_target_tokens(self) -> int:
+        """Trained positions: the first token is never predicted."""
+        return sum(label != IGNORE_INDEX for label in self.labels[1:])
+
 
 @dataclass(frozen=True, slots=True)
 class _ControlToken:

@@ -10,7 +10,7 @@ the top) and that of transformers 5 (all inside rope_parameters); both are read.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,64 @@ def layer_linears(config: ModelConfig) -> dict[str, LinearSpec]:
         "gate_up_proj": LinearSpec((("mlp.gate_up_proj", 2 * inner),), hidden, bias=False),
         "down_proj": LinearSpec((("mlp.down_proj", hidden),), inner, bias=False),
     }
+
+
+_PHI = ModelConfig(
+    model_type="phi",
+    vocab_size=51_200,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=24,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    head_dim=64,
+    rotary_dim=32,
+    rope_theta=10_000.0,
+    long_rope=None,
+    norm_eps=1e-5,
+    max_position_embeddings=2048,
+    sliding_window=None,
+    tie_word_embeddings=False,
+)
+_PHI3 = replace(
+    _PHI,
+    model_type="phi3",
+    vocab_size=32_064,
+    hidden_size=3072,
+    num_hidden_layers=32,
+    head_dim=96,
+    rotary_dim=96,
+    max_position_embeddings=131_072,
+    sliding_window=262_144,
+)
+_KNOWN_MODELS = {
+    "microsoft/phi-1_5": _PHI,
+    "microsoft/phi-2": replace(
+        _PHI, hidden_size=2560, intermediate_size=10_240, num_hidden_layers=32, head_dim=80
+    ),
+    "microsoft/Phi-3-mini-4k-instruct": replace(
+        _PHI3, max_position_embeddings=4096, sliding_window=2047
+    ),
+    "microsoft/Phi-3.5-mini-instruct": _PHI3,
+    "microsoft/Phi-4-mini-instruct": replace(
+        _PHI3,
+        vocab_size=200_064,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=True,
+    ),
+}
+
+
+def known_model_config(name: str) -> ModelConfig | None:
+    """The sizes of a well-known hub model, for a plan without its files; None for any other.
+
+    The sizes in config.json on the model's page. A test holds Phi-2 and Phi-3.5 against that file,
+    and the other three against their number of parameters. The rotary scaling is left out
+    (`long_rope` is None): it decides numbers, not sizes, so a decoder must not be built from this.
+    """
+    return _KNOWN_MODELS.get(name)
 
 
 def read_model_config(folder: Path) -> ModelConfig:

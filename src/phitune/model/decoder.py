@@ -164,7 +164,7 @@ class Decoder(nn.Module):
         self.config = config
         self.dtype = dtype
         self.device = device
-        self.gradient_checkpointing = False
+        self.recompute_layers = 0  # so many layers, from the lowest, under autograd
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, device)
         self.layers = nn.ModuleList(
             _LAYERS[config.model_type](config, index, dtype, device)
@@ -205,8 +205,8 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Embedding and layers, with attention as the caller wants it. Returns: [T, D]."""
         x: Tensor = self.embed_tokens(input_ids)
-        for layer in self.layers:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+        for index, layer in enumerate(self.layers):
+            if index < self.recompute_layers and torch.is_grad_enabled():
                 x = _recomputed(layer, x, rotary, attend, dropout)
             else:
                 x = layer(x, rotary, attend, dropout)

@@ -46,24 +46,25 @@ def choose_precision(name: Literal["auto", "fp32", "bf16"], device: torch.device
     return "bf16" if device.type == "mps" else "fp32"
 
 
-def compile_layers(decoder: Decoder, wanted: bool) -> str:
-    """Compiles both halves of every layer where that is dependable and pays.
-
-    Returns: what was done, and why, for the user.
-    """
+def compile_refusal(device: torch.device, wanted: bool) -> str | None:
+    """Why nothing is compiled on a device, for the user; None where it is dependable and pays."""
     if not wanted:
         return "off, as asked"
-    if decoder.device.type == "cpu":
+    if device.type == "cpu":
         # Measured in docs/lab-notes.md: the GEMMs decide, and the first step would wait.
         return "not used: on a CPU the compiler costs more time than it saves"
-    if decoder.device.type == "mps":
+    if device.type == "mps":
         return "not used: the compiler is not dependable on Apple's GPU"
     if not _has_c_compiler():
         return "not used: it needs a C compiler (gcc or clang), and there is none on PATH"
+    return None
+
+
+def compile_layers(decoder: Decoder) -> None:
+    """Compiles both halves of every layer of the plain decoder."""
     for layer in decoder.layers:
         assert isinstance(layer, DecoderLayer)
         force_compile(layer)
-    return f"{len(decoder.layers)} layers, compiled during the first step"
 
 
 def force_compile(layer: DecoderLayer, backend: str = "inductor") -> None:
@@ -75,6 +76,13 @@ def force_compile(layer: DecoderLayer, backend: str = "inductor") -> None:
     layer.after_attention = torch.compile(  # type: ignore[method-assign]
         layer.after_attention, dynamic=True, backend=backend
     )
+
+
+def compile_seconds() -> float:
+    """What torch.compile has cost this process so far."""
+    from torch._dynamo.utils import calculate_time_spent
+
+    return float(calculate_time_spent().get("entire_frame_compile", 0.0))
 
 
 def _has_c_compiler() -> bool:

@@ -45,6 +45,14 @@ def find_model(name: str) -> Path:
     return _from_hub(name, SMALL_FILES)
 
 
+def cached_model(name: str) -> Path | None:
+    """The folder of a hub model's config.json in the local cache; asks nobody on the network."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json")
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def fetch_weights(name: str, folder: Path) -> None:
     """Fetches the weights of a hub model that `find_model` put in `folder`; else does nothing.
 

@@ -1,4 +1,4 @@
-"""Adapters: which modules get one, how it starts, and PEFT's files in both directions.
+"""Adapters: how one starts, and PEFT's files in both directions. Its modules: `targets.py`.
 
 Semantics and names are PEFT's, so that an adapter written here loads there and the other way
 round: A starts Kaiming-uniform and B at zero (for the embedding A at zero and B normal), updates
@@ -9,7 +9,6 @@ Shapes: R rank, D in, O out, V vocabulary.
 
 import math
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,21 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from phitune.errors import ModelError, SettingsError, listing
+from phitune.errors import ModelError, listing
 from phitune.jsonfile import read_object, write_object
 from phitune.model import ops
-from phitune.model.architecture import (
-    EMBED_TOKENS,
-    FAMILIES,
-    LM_HEAD,
-    ModelConfig,
-    layer_linears,
-)
 from phitune.model.decoder import Decoder
 from phitune.model.linear import LoraPair
+from phitune.model.targets import EMBEDDING_MODULE
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-_EMBEDDING_MODULE = "model.embed_tokens"
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -81,77 +73,6 @@ class Adapter:
             tensor.copy_(tensors[name])
 
 
-def resolve_targets(
-    config: ModelConfig, target_modules: Sequence[str], layers: str | None
-) -> tuple[str, ...]:
-    """Full names of the modules that get an adapter.
-
-    Args:
-        target_modules: short names (q_proj), presets (attention, mlp, all-linear), and embed_tokens
-            or lm_head.
-        layers: such as "16-31"; restricts the modules of layers, not embed_tokens and lm_head.
-
-    Raises:
-        SettingsError: a name that this model does not have, or a layer beyond the last.
-    """
-    family = FAMILIES[config.model_type]
-    presets = {
-        "attention": family.attention,
-        "mlp": family.mlp,
-        "all-linear": family.all_linear,
-    }
-    wanted: set[str] = set()
-    problems = []
-    for name in target_modules:
-        if name in presets:
-            wanted.update(presets[name])
-        elif name in (*family.all_linear, EMBED_TOKENS, LM_HEAD):
-            wanted.add(name)
-        else:
-            instead = family.foreign.get(name)
-            hint = f" (its work is done by {instead} here)" if instead else ""
-            problems.append(f"{name}: this model has no such module{hint}")
-    if problems:
-        raise SettingsError(
-            f"target_modules:\n{listing(problems)}\n"
-            f"A {config.model_type} model has {' '.join(family.all_linear)} in each layer, and"
-            f" {EMBED_TOKENS} and {LM_HEAD};\npresets are {', '.join(presets)}."
-        )
-    chosen = resolve_layers(config, layers)
-    modules = [_EMBEDDING_MODULE] if EMBED_TOKENS in wanted else []
-    for index in chosen:
-        for spec in layer_linears(config).values():
-            for name, _ in spec.parts:
-                if name.rsplit(".", 1)[-1] in wanted:
-                    modules.append(f"model.layers.{index}.{name}")
-    if LM_HEAD in wanted:
-        modules.append(LM_HEAD)
-    return tuple(modules)
-
-
-def resolve_layers(config: ModelConfig, layers: str | None) -> list[int]:
-    """ "16-31" or "0,2,8-11" as sorted layer indices; None means all of them.
-
-    Raises:
-        SettingsError: an index beyond the last layer, or a range that runs backwards.
-    """
-    last = config.num_hidden_layers - 1
-    if layers is None:
-        return list(range(last + 1))
-    chosen: set[int] = set()
-    for part in layers.split(","):
-        first_text, _, last_text = part.partition("-")
-        first = int(first_text)
-        stop = int(last_text or first_text)
-        if first > stop or stop > last:
-            raise SettingsError(
-                f"layers = {layers!r}: {part.strip()} is not a range of this model's layers,"
-                f" which are 0 to {last}"
-            )
-        chosen.update(range(first, stop + 1))
-    return sorted(chosen)
-
-
 def attach(decoder: Decoder, spec: LoraSpec, seed: int) -> Adapter:
     """Puts a fresh adapter on a decoder, in the place of one that was there.
 
@@ -164,7 +85,7 @@ def attach(decoder: Decoder, spec: LoraSpec, seed: int) -> Adapter:
     pairs = {}
     for module in spec.modules:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{module}".encode()))
-        if module == _EMBEDDING_MODULE:
+        if module == EMBEDDING_MODULE:
             vocab_size, hidden_size = decoder.embed_tokens.weight.shape
             columns = range(hidden_size)
             lora_A = torch.zeros(spec.rank, vocab_size, dtype=dtype)
@@ -183,7 +104,7 @@ def attach(decoder: Decoder, spec: LoraSpec, seed: int) -> Adapter:
             spec.scaling,
             ops.module_key(seed, module).to(decoder.device),
         )
-        if module == _EMBEDDING_MODULE:
+        if module == EMBEDDING_MODULE:
             decoder.embed_tokens.lora = pairs[module]
         else:
             linears[module].attach(pairs[module])
@@ -219,7 +140,7 @@ def load_adapter(decoder: Decoder, folder: Path, seed: int = 0) -> Adapter:
         raise ModelError(f"{path}: missing") from None
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: damaged or not a safetensors file: {error}") from None
-    known = (_EMBEDDING_MODULE, *decoder.fused_linears())
+    known = (EMBEDDING_MODULE, *decoder.fused_linears())
     modules = tuple(name for name in known if _peft_names(name)[0] in tensors)
     spec = LoraSpec(
         rank=int(raw["r"]),
@@ -251,7 +172,7 @@ def load_adapter(decoder: Decoder, folder: Path, seed: int = 0) -> Adapter:
 
 
 def _peft_names(module: str) -> tuple[str, str]:
-    if module == _EMBEDDING_MODULE:
+    if module == EMBEDDING_MODULE:
         names = ("lora_embedding_A", "lora_embedding_B")
     else:
         names = ("lora_A.weight", "lora_B.weight")

@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# Logits of this many bytes exist at a time; large enough that the GEMM does not notice.
-LOSS_CHUNK_BYTES = 64 * 2**20
+from phitune.model import sizes
 
 # (hidden [n, D], targets [n], row_keys [n] or None) -> summed loss
 LossOfChunk = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -136,8 +135,8 @@ def lora_linear(
     dropped_x = x.expand(len(loras), *x.shape)  # [M, T, D] for M pairs
     if dropout is not None:
         keys = torch.stack([lora.key for lora in loras])
-        dropped_x = x * keep_mask(dropout, x.shape[1], keys)
-        scale = 1 / keep_rate(dropout)
+        dropped_x = x * keep_mask(dropout, column_keys(keys, x.shape[1]))
+        scale = 1 / keep_rate(dropout.p)
     lora_A = torch.stack([lora.lora_A for lora in loras]).to(x.dtype)  # [M, R, D]
     low = torch.bmm(dropped_x, lora_A.transpose(1, 2))  # [M, T, R]
     updates = []
@@ -182,7 +181,7 @@ def chunked_loss_sum(
     The backward computes each chunk's logits again instead of keeping them, unless there is only
     one chunk.
     """
-    rows = max(1, LOSS_CHUNK_BYTES // (4 * vocab_size))
+    rows = sizes.loss_chunk_rows(vocab_size)
     if len(targets) <= rows:
         return loss_of_chunk(hidden, targets, row_keys)
     total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
@@ -200,10 +199,12 @@ def chunked_loss_sum(
     return total
 
 
-# Dropout masks: 16 bits of a counter hash per element, the same on every device.
+# Dropout masks: an element is kept or dropped by the product of a key of its row and a key of its
+# column. Both keys are well-mixed odd numbers, so the upper bits of the product are too; one
+# multiplication and one comparison an element is all it costs, the same on every device.
 
-_LEVELS = 2**16  # p is honoured to one part in this many.
 _GOLDEN = 0x9E3779B9
+_LEVELS = 2**31  # p is honoured to one part in this many.
 
 
 def module_key(seed: int, name: str) -> Tensor:
@@ -229,26 +230,31 @@ def row_keys(
     return torch.cat(keys).to(device)
 
 
-def keep_rate(dropout: Dropout) -> float:
-    """The share of elements that is kept, which is what the rest is scaled by."""
-    return 1 - round(dropout.p * _LEVELS) / _LEVELS
+def column_keys(keys: Tensor, width: int) -> Tensor:
+    """A 32-bit key for each input column of M modules. keys: [M]. Returns: [M, width] int32."""
+    return _spread(width, keys.unsqueeze(1))
 
 
-def keep_mask(dropout: Dropout, width: int, keys: Tensor) -> Tensor:
-    """True where an element is kept, for M module keys. Returns: [M, T, width] bool."""
-    dropped = round(dropout.p * _LEVELS)
-    # One hash serves two elements: its low half the left columns, its high half the right ones.
-    columns = _spread((width + 1) // 2, keys.unsqueeze(1))
-    bits = _mix(dropout.row_keys.unsqueeze(1) ^ columns.unsqueeze(1))
-    low = bits.bitwise_and(_LEVELS - 1) >= dropped
-    high = bits.bitwise_right_shift_(16).bitwise_and_(_LEVELS - 1) >= dropped
-    return torch.cat((low, high), dim=-1)[..., :width]
+def keep_rate(p: float) -> float:
+    """The share of elements that is kept at rate `p`, which is what the rest is scaled by."""
+    return round((1 - p) * _LEVELS) / _LEVELS
+
+
+def keep_threshold(p: float) -> int:
+    """An element is kept where (row key * column key) >> 1, in int32, is below this number."""
+    return round((1 - p) * _LEVELS) - _LEVELS // 2
+
+
+def keep_mask(dropout: Dropout, columns: Tensor) -> Tensor:
+    """True where an element is kept. columns: [M, D], see `column_keys`. Returns: [M, T, D]."""
+    product = dropout.row_keys.unsqueeze(1) * columns.unsqueeze(1)
+    return product.bitwise_right_shift_(1) < keep_threshold(dropout.p)
 
 
 def _spread(count: int, key: Tensor) -> Tensor:
-    """`count` well-mixed 32-bit numbers that belong to each key. Returns: [..., count] int32."""
+    """`count` well-mixed odd 32-bit numbers that belong to each key. Returns: [..., count]."""
     counter = (torch.arange(1, count + 1, device=key.device) * _GOLDEN + key) & 0xFFFFFFFF
-    return _mix(counter.to(torch.int32))
+    return _mix(counter.to(torch.int32)).bitwise_or_(1)
 
 
 def _mix(x: Tensor) -> Tensor:

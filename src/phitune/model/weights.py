@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from phitune.errors import ModelError, listing
 from phitune.model.architecture import ModelConfig
@@ -17,7 +18,15 @@ from phitune.model.decoder import Decoder
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-_FLOAT_TYPES = ("F16", "BF16", "F32", "F64")
+EMBEDDING = "model.embed_tokens.weight"
+# A tensor is read in pieces of about this size.
+PIECE_BYTES = 32 * 2**20
+_TORCH_TYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -39,7 +48,7 @@ def load_weights(
 ) -> None:
     """Fills a decoder from a folder's safetensors files, converting to its dtype.
 
-    Peak memory is that of the decoder plus one tensor.
+    Peak memory is that of the decoder plus one piece.
 
     Args:
         progress: told (tensors done, tensors in all) after each.
@@ -52,11 +61,29 @@ def load_weights(
     destinations = decoder.named_weights()
     _check(folder, decoder, headers, destinations)
     for done, (name, destination) in enumerate(destinations.items(), start=1):
-        # Opened for each tensor: closing the file gives its mapped pages back.
-        with safe_open(headers[name][0], framework="pt") as file, torch.no_grad():
-            destination.copy_(file.get_tensor(name))
+        if name == EMBEDDING and _can_stay_in_file(decoder, headers[name]):
+            with safe_open(headers[name][0], framework="pt") as file:
+                table = file.get_tensor(name)
+            decoder.embed_tokens.weight = nn.Parameter(table, requires_grad=False)
+            continue
+        rows = max(1, PIECE_BYTES * len(destination) // destination.nbytes)
+        for start in range(0, len(destination), rows):
+            # Opened for each piece: closing the file gives its mapped pages back.
+            with safe_open(headers[name][0], framework="pt") as file, torch.no_grad():
+                piece = file.get_slice(name)[start : start + rows]
+                destination[start : start + rows].copy_(piece)
         if progress:
             progress(done, len(destinations))
+
+
+def _can_stay_in_file(decoder: Decoder, header: "_Header") -> bool:
+    """Whether the token table may be read from the mapped file, row by row as tokens need it.
+
+    Most data sets use a part of the vocabulary, and only rows in use then take memory.
+    """
+    is_tied = decoder.config.tie_word_embeddings  # The head reads every row.
+    as_it_is = _TORCH_TYPES.get(header[2]) == decoder.dtype
+    return decoder.device.type == "cpu" and as_it_is and not is_tied
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -122,7 +149,7 @@ def _check(
         elif shape != tuple(destinations[name].shape):
             expected = tuple(destinations[name].shape)
             problems.append(f"{name}: shape {shape}, expected {expected}, in {file.name}")
-        elif dtype not in _FLOAT_TYPES:
+        elif dtype not in _TORCH_TYPES:
             problems.append(f"{name}: type {dtype} is not a plain float, in {file.name}")
     if problems:
         raise ModelError(

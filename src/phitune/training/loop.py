@@ -19,7 +19,7 @@ from phitune.data.packing import Batch, batches, epoch_steps, steps_per_epoch
 from phitune.data.tokenizer import TokenizedExample
 from phitune.errors import NonFiniteError
 from phitune.model import ops
-from phitune.model.decoder import Decoder
+from phitune.model.engine import Engine
 from phitune.model.lora import Adapter
 from phitune.training.memory import memory_in_use
 from phitune.training.optim import (
@@ -82,7 +82,7 @@ class Events(Protocol):
 
 
 def train(
-    decoder: Decoder,
+    engine: Engine,
     adapter: Adapter,
     train_rows: Sequence[TokenizedExample],
     validation_rows: Sequence[TokenizedExample],
@@ -102,8 +102,7 @@ def train(
     """
     parameters = adapter.parameters()
     optimizer = build_adamw(parameters, settings.weight_decay)
-    rows_per_step = settings.batch_size * settings.gradient_accumulation_steps
-    total_steps = settings.epochs * steps_per_epoch(len(train_rows), rows_per_step)
+    total_steps = settings.epochs * steps_per_epoch(len(train_rows), settings.rows_per_step)
     outcome = Outcome()
     start = _copy(adapter)
     best: dict[str, Tensor] = {}
@@ -113,9 +112,9 @@ def train(
         if not validation_rows:
             return None
         evaluation = evaluate(
-            decoder,
+            engine,
             validation_rows,
-            settings.batch_size,
+            settings.micro_batch,
             outcome.steps,
             epoch,
             events.evaluating,
@@ -135,7 +134,7 @@ def train(
     for epoch in range(1, settings.epochs + 1):
         for micro_batches in epoch_steps(
             train_rows,
-            settings.batch_size,
+            settings.micro_batch,
             settings.gradient_accumulation_steps,
             seed=settings.seed,
             epoch=epoch,
@@ -145,14 +144,16 @@ def train(
 
             # Gradients of the step, accumulated over its micro-batches
             num_target_tokens = sum(batch.num_target_tokens for batch in micro_batches)
-            step_loss = torch.zeros((), device=decoder.device)
+            step_loss = torch.zeros((), device=engine.device)
             for batch in micro_batches:
                 if interrupted():
                     optimizer.zero_grad()
                     return _finish(outcome, adapter, best, "interrupted", interrupted=True)
-                loss = batch_loss_sum(decoder, batch, settings, step) / num_target_tokens
-                loss.backward()
-                step_loss += loss.detach()
+                step_loss += engine.loss_and_gradients(
+                    batch.to(engine.device),
+                    dropout_of(batch, settings, step, engine.device),
+                    1 / num_target_tokens,
+                )
                 events.micro_batch_done(len(batch.slots))
 
             # Refuse bad numbers before they reach the adapter
@@ -191,7 +192,7 @@ def train(
                     grad_norm=norm_value,
                     tokens=tokens,
                     tokens_per_second=tokens / (time.perf_counter() - started),
-                    memory_gib=memory_in_use(decoder.device),
+                    memory_gib=memory_in_use(engine.device),
                 )
             )
 
@@ -216,22 +217,18 @@ def train(
     return _finish(outcome, adapter, best, outcome.ended)
 
 
-def batch_loss_sum(decoder: Decoder, batch: Batch, settings: Settings, step: int) -> Tensor:
-    """The summed loss of a micro-batch of an optimizer step, with dropout. Returns: scalar."""
-    batch = batch.to(decoder.device)
-    dropout = None
-    if settings.lora_dropout > 0:
-        keys = ops.row_keys(
-            settings.seed, step, batch.slots, batch.cu_seqlens, device=decoder.device
-        )
-        dropout = ops.Dropout(settings.lora_dropout, keys)
-    hidden = decoder(batch.input_ids, batch.position_ids, batch.cu_seqlens, dropout)
-    return decoder.loss_sum(hidden, batch.labels, batch.target_positions, dropout)
+def dropout_of(
+    batch: Batch, settings: Settings, step: int, device: torch.device
+) -> ops.Dropout | None:
+    """The adapter's dropout for a micro-batch of an optimizer step."""
+    if settings.lora_dropout == 0:
+        return None
+    keys = ops.row_keys(settings.seed, step, batch.slots, batch.cu_seqlens, device)
+    return ops.Dropout(settings.lora_dropout, keys)
 
 
-@torch.no_grad()
 def evaluate(
-    decoder: Decoder,
+    engine: Engine,
     rows: Sequence[TokenizedExample],
     batch_size: int,
     step: int,
@@ -244,12 +241,11 @@ def evaluate(
         step, epoch: when this is, for the result.
         progress: told (sequences done, sequences in all) after each batch.
     """
-    loss_sum = torch.zeros((), device=decoder.device, dtype=torch.float32)
+    loss_sum = torch.zeros((), device=engine.device, dtype=torch.float32)
     num_target_tokens = done = 0
     for packed in batches(rows, batch_size):
-        batch = packed.to(decoder.device)
-        hidden = decoder(batch.input_ids, batch.position_ids, batch.cu_seqlens)
-        loss_sum += decoder.loss_sum(hidden, batch.labels, batch.target_positions)
+        batch = packed.to(engine.device)
+        loss_sum += engine.loss_sum(batch)
         num_target_tokens += batch.num_target_tokens
         done += len(batch.slots)
         progress(done, len(rows))

@@ -14,7 +14,7 @@ EPSILON = 1e-8
 def build_adamw(parameters: Sequence[nn.Parameter], weight_decay: float) -> torch.optim.AdamW:
     """AdamW over fp32 adapter matrices; the learning rate is set at each step."""
     return torch.optim.AdamW(
-        parameters, lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=weight_decay, foreach=True
+        parameters, lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=weight_decay, fused=True
     )
 
 

@@ -21,6 +21,7 @@ from phitune.model.architecture import EMBED_TOKENS, LM_HEAD, ModelConfig
 from phitune.model.decoder import Decoder
 from phitune.model.lora import Adapter
 from phitune.training.loop import Evaluation, StepMetrics
+from phitune.training.memory import GIB, MemoryPlan
 
 
 @dataclass(frozen=True)
@@ -236,6 +237,16 @@ def model_line(decoder: Decoder, adapter: Adapter, settings: Settings, seconds: 
     return (
         f"model: {frozen:,} parameters in {settings.precision} on {settings.device}, read in"
         f" {seconds:.1f} s; {trained:,} more are trained ({trained / (frozen + trained):.2%})"
+    )
+
+
+def memory_line(plan: MemoryPlan, budget: int) -> str:
+    """What the run will take at its peak, of what there is, and what is recomputed for it."""
+    layers, of = plan.recompute_layers, plan.num_layers
+    recomputed = f"{layers} of {of} layers are recomputed" if layers else "nothing is recomputed"
+    return (
+        f"memory: {plan.bytes / GIB:.1f} GiB at the peak, {budget / GIB:.1f} GiB are there;"
+        f" {recomputed}"
     )
 
 

@@ -1,0 +1,312 @@
+"""Causal attention over packed sequences, forward and backward, by hand for each device.
+
+`ops.attention` is the definition. Here the backward is a function of its own, so that a layer
+decides what is kept: queries, keys, values and the output live in the layer's buffers, and only the
+log-sum-exp of the scores is added to them.
+
+- `FlashOnCpu`: torch's flash kernel, sequence by sequence.
+- `FlashOnCuda`: torch's flash kernel for packed sequences, one call; fp16 and bf16 only.
+- `InBlocks`: plain torch, a block of queries at a time, for Apple's GPU (which has no fused
+  attention with a backward), for fp32 on CUDA, and as the second opinion in tests.
+
+Shapes: T packed tokens, H heads, G key-value heads, E head_dim, S tokens of a sequence.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from phitune.model import sizes
+
+
+class Attention(Protocol):
+    """One way to compute attention; all of them are told the same."""
+
+    name: str
+
+    def forward(
+        self,
+        query: Tensor,  # [T, H, E]
+        key: Tensor,  # [T, G, E]
+        value: Tensor,  # [T, G, E]
+        out: Tensor,  # [T, H, E], written
+        cu_seqlens: Sequence[int],
+        sliding_window: int | None,
+    ) -> list[Tensor]:
+        """Returns: the log-sum-exp of the scores, as `backward` wants it."""
+        ...
+
+    def backward(
+        self,
+        grad_out: Tensor,  # [T, H, E]
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: list[Tensor],
+        grads: tuple[Tensor, Tensor, Tensor],  # of query, key and value; written
+        cu_seqlens: Sequence[int],
+        sliding_window: int | None,
+    ) -> None: ...
+
+
+def choose_attention(device: torch.device, dtype: torch.dtype) -> Attention:
+    """The fastest that the device has for this precision."""
+    if device.type == "cpu":
+        return FlashOnCpu()
+    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
+        return FlashOnCuda()
+    return InBlocks()
+
+
+class FlashOnCpu:
+    name = "flash attention, sequence by sequence"
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        cu_seqlens: Sequence[int],
+        sliding_window: int | None,
+    ) -> list[Tensor]:
+        groups = query.shape[1] // key.shape[1]
+        all_lse = []
+        for start, stop in itertools.pairwise(cu_seqlens):
+            mask = _band(stop - start, sliding_window, query)
+            attended, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                _as_batch(query[start:stop]),
+                _as_batch(_repeat(key[start:stop], groups)),
+                _as_batch(_repeat(value[start:stop], groups)),
+                0.0,
+                mask is None,
+                attn_mask=mask,
+            )
+            out[start:stop] = attended.squeeze(0).transpose(0, 1)
+            all_lse.append(lse)
+        return all_lse
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: list[Tensor],
+        grads: tuple[Tensor, Tensor, Tensor],
+        cu_seqlens: Sequence[int],
+        sliding_window: int | None,
+    ) -> None:
+        groups = query.shape[1] // key.shape[1]
+        bounds = itertools.pairwise(cu_seqlens)
+        for (start, stop), lse_of_sequence in zip(bounds, lse, strict=True):
+            mask = _band(stop - start, sliding_window, query)
+            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                _as_batch(grad_out[start:stop]),
+                _as_batch(query[start:stop]),
+                _as_batch(_repeat(key[start:stop], groups)),
+                _as_batch(_repeat(value[start:stop], groups)),
+                _as_batch(out[start:stop]),
+                lse_of_sequence,
+                0.0,
+                mask is None,
+                attn_mask=mask,
+            )
+            for grad, part in zip(grads, found, strict=True):
+                part = part.squeeze(0).transpose(0, 1)  # [S, H, E]
+                grad[start:stop] = part if grad is grads[0] else _sum_groups(part, groups)
+
+
+class FlashOnCuda:
+    name = "flash attention for packed sequences"
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        cu_seqlens: Sequence[int],
+        sliding_window: int | None,
+    ) -> list[Tensor]:
+        offsets, longest, left = _packed(cu_seqlens, sliding_window, query.device)
+        # In these kernels no tokens to the right is what makes attention causal.
+        attended, lse, rng_state, _, _ = torch.ops.aten._flash_attention_forward(
+            query,
+            key,
+            value,
+            offsets,
+            offsets,
+            longest,
+            longest,
+            0.0,
+            False,
+            False,
+            window_size_left=left,
+            window_size_right=0,
+        )
+        out.copy_(attended)
+        return [lse, rng_state]
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: list[Tensor],
+        grads: tuple[Tensor, Tensor, Tensor],
+        cu_seqlens: Sequence[int],
+        sliding_window: int | None,
+    ) -> None:
+        offsets, longest, left = _packed(cu_seqlens, sliding_window, query.device)
+        found = torch.ops.aten._flash_attention_backward(
+            grad_out.contiguous(),
+            query,
+            key,
+            value,
+            out,
+            lse[0],
+            offsets,
+            offsets,
+            longest,
+            longest,
+            0.0,
+            False,
+            lse[1],
+            torch.empty(0, device=query.device),
+            window_size_left=left,
+            window_size_right=0,
+        )
+        for grad, part in zip(grads, found, strict=True):
+            grad.copy_(part)
+
+
+class InBlocks:
+    """Scores exist for a block of queries at a time, in fp32 at least."""
+
+    name = "attention in blocks of queries"
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        cu_seqlens: Sequence[int],
+        sliding_window: int | None,
+    ) -> list[Tensor]:
+        groups = query.shape[1] // key.shape[1]
+        all_lse = []
+        for rows, seen in _blocks(cu_seqlens, sliding_window):
+            scores = _scores(query, key, rows, seen, groups, sliding_window)  # [H, n, S]
+            lse = scores.logsumexp(-1, keepdim=True)
+            weights = (scores - lse).exp_().to(value.dtype)
+            out[rows] = torch.matmul(weights, _by_head(value[seen], groups)).transpose(0, 1)
+            all_lse.append(lse)
+        return all_lse
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: list[Tensor],
+        grads: tuple[Tensor, Tensor, Tensor],
+        cu_seqlens: Sequence[int],
+        sliding_window: int | None,
+    ) -> None:
+        groups = query.shape[1] // key.shape[1]
+        grad_query, grad_key, grad_value = grads
+        grad_key.zero_()
+        grad_value.zero_()
+        scale = 1 / math.sqrt(query.shape[-1])
+        blocks = _blocks(cu_seqlens, sliding_window)
+        for (rows, seen), lse_of_block in zip(blocks, lse, strict=True):
+            scores = _scores(query, key, rows, seen, groups, sliding_window)
+            weights = (scores - lse_of_block).exp_()  # [H, n, S]
+            grad = grad_out[rows].transpose(0, 1)  # [H, n, E]
+            shrinkage = (grad * out[rows].transpose(0, 1)).sum(-1, keepdim=True)
+            grad_weights = torch.matmul(grad, _by_head(value[seen], groups).transpose(1, 2))
+            grad_scores = (weights * (grad_weights - shrinkage) * scale).to(query.dtype)
+            weights = weights.to(query.dtype)
+            grad_query[rows] = torch.matmul(grad_scores, _by_head(key[seen], groups)).transpose(
+                0, 1
+            )
+            part = torch.matmul(grad_scores.transpose(1, 2), query[rows].transpose(0, 1)).transpose(
+                0, 1
+            )
+            grad_key[seen] += _sum_groups(part, groups)
+            part = torch.matmul(weights.transpose(1, 2), grad).transpose(0, 1)
+            grad_value[seen] += _sum_groups(part, groups)
+
+
+def _as_batch(x: Tensor) -> Tensor:
+    """[S, H, E] -> [1, H, S, E], a view."""
+    return x.transpose(0, 1).unsqueeze(0)
+
+
+def _repeat(x: Tensor, groups: int) -> Tensor:
+    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
+
+
+def _sum_groups(x: Tensor, groups: int) -> Tensor:
+    """[S, H, E] -> [S, G, E]: what the heads of a group found, together."""
+    return x if groups == 1 else x.unflatten(1, (-1, groups)).sum(2)
+
+
+def _by_head(x: Tensor, groups: int) -> Tensor:
+    return _repeat(x, groups).transpose(0, 1)
+
+
+def _band(length: int, sliding_window: int | None, like: Tensor) -> Tensor | None:
+    """What is added to the scores where a sequence is longer than the window. [S, S]"""
+    if sliding_window is None or length <= sliding_window:
+        return None
+    ones = torch.ones(length, length, dtype=torch.bool, device=like.device)
+    hidden = ~(ones.tril() & ones.triu(1 - sliding_window))
+    return torch.zeros(length, length, dtype=like.dtype, device=like.device).masked_fill_(
+        hidden, -math.inf
+    )
+
+
+def _packed(
+    cu_seqlens: Sequence[int], sliding_window: int | None, device: torch.device
+) -> tuple[Tensor, int, int]:
+    longest = max(stop - start for start, stop in itertools.pairwise(cu_seqlens))
+    offsets = torch.tensor(cu_seqlens, dtype=torch.int32).to(device, non_blocking=True)
+    return offsets, longest, -1 if sliding_window is None else sliding_window - 1
+
+
+def _blocks(cu_seqlens: Sequence[int], sliding_window: int | None) -> Iterator[tuple[slice, slice]]:
+    """(queries, the keys any of them sees), block by block."""
+    for start, stop in itertools.pairwise(cu_seqlens):
+        for first in range(start, stop, sizes.QUERIES_PER_BLOCK):
+            last = min(first + sizes.QUERIES_PER_BLOCK, stop)
+            oldest = start if sliding_window is None else max(start, first + 1 - sliding_window)
+            yield slice(first, last), slice(oldest, last)
+
+
+def _scores(
+    query: Tensor, key: Tensor, rows: slice, seen: slice, groups: int, sliding_window: int | None
+) -> Tensor:
+    """Scaled scores of a block of queries, -inf where a key must not be seen. [H, n, S]"""
+    scores = torch.matmul(query[rows].transpose(0, 1), _by_head(key[seen], groups).transpose(1, 2))
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    scores = scores.to(wide) * (1 / math.sqrt(query.shape[-1]))
+    ahead = torch.arange(seen.start, seen.stop, device=query.device) - torch.arange(
+        rows.start, rows.stop, device=query.device
+    ).unsqueeze(1)  # [n, S]: how far a key lies ahead of a query
+    hidden = ahead > 0
+    if sliding_window is not None:
+        hidden |= ahead <= -sliding_window
+    return scores.masked_fill_(hidden, -math.inf)

@@ -1,0 +1,255 @@
+"""What turns a micro-batch into a loss and the adapter's gradients; two engines, one signature.
+
+`ReferenceEngine` is the decoder in plain torch under autograd: the definition, for tests and for
+doubt. `FusedEngine` is the fast twin: layers whose backward is written by hand, which keep little
+or, where a plan says so, nothing but their input.
+
+Not here: batches, optimizers, and which layers a plan lets recompute.
+
+Shapes: T packed tokens, N trained positions, D hidden, V vocabulary, X further columns.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from phitune.model import ops, sizes
+from phitune.model.attention import choose_attention
+from phitune.model.decoder import Decoder, DecoderLayer
+from phitune.model.device import compile_layers, compile_refusal
+from phitune.model.fused import Backend, FusedNorm, Kernels, WidenedLinear, blocks
+from phitune.model.fused_layers import FUSED_LAYERS, FusedLayer, Saved, Shared
+from phitune.model.gemm import choose_gemm
+
+
+class Packed(Protocol):
+    """Sequences end to end, on the decoder's device; `data.packing.Batch` is one."""
+
+    @property
+    def input_ids(self) -> Tensor: ...  # [T]
+    @property
+    def labels(self) -> Tensor: ...  # [T]
+    @property
+    def position_ids(self) -> Tensor: ...  # [T]
+    @property
+    def target_positions(self) -> Tensor: ...  # [N]
+    @property
+    def cu_seqlens(self) -> tuple[int, ...]: ...
+
+
+class Engine(Protocol):
+    """Losses and gradients of one decoder and the adapter on it."""
+
+    device: torch.device
+    choices: dict[str, str]  # what was chosen, and why; for the user
+
+    def loss_and_gradients(
+        self, batch: Packed, dropout: ops.Dropout | None, weight: float
+    ) -> Tensor:
+        """Adds the gradients of `weight` times the summed loss to the adapter's.
+
+        Returns: scalar, the summed loss times `weight`; on the device, not waited for.
+        """
+        ...
+
+    def loss_sum(self, batch: Packed) -> Tensor:
+        """The summed loss over the trained positions, without dropout. Returns: scalar."""
+        ...
+
+
+class ReferenceEngine:
+    """Autograd through the plain decoder."""
+
+    def __init__(
+        self, decoder: Decoder, recompute_layers: int = 0, *, torch_compile: bool = False
+    ) -> None:
+        self.decoder, self.device = decoder, decoder.device
+        decoder.recompute_layers = recompute_layers
+        self.choices = {"engine": "reference: plain torch under autograd"}
+        refusal = compile_refusal(decoder.device, torch_compile)
+        if not refusal:
+            compile_layers(decoder)
+        self.choices["torch_compile"] = refusal or "every layer, during the first step"
+
+    def loss_and_gradients(
+        self, batch: Packed, dropout: ops.Dropout | None, weight: float
+    ) -> Tensor:
+        loss = self._loss_sum(batch, dropout) * weight
+        loss.backward()
+        return loss.detach()
+
+    @torch.no_grad()
+    def loss_sum(self, batch: Packed) -> Tensor:
+        return self._loss_sum(batch, None)
+
+    def _loss_sum(self, batch: Packed, dropout: ops.Dropout | None) -> Tensor:
+        hidden = self.decoder(batch.input_ids, batch.position_ids, batch.cu_seqlens, dropout)
+        return self.decoder.loss_sum(hidden, batch.labels, batch.target_positions, dropout)
+
+
+def choose_backend(
+    device: torch.device, dtype: torch.dtype, torch_compile: bool
+) -> tuple[Backend, dict[str, str]]:
+    """What the fused layers are computed with on a device, and in words what that is, and why."""
+    gemm, why = choose_gemm(device, dtype)
+    attention = choose_attention(device, dtype)
+    refusal = compile_refusal(device, torch_compile)
+    choices = {
+        "engine": "fused: one product for the weights that share an input, adapters inside it,"
+        " backward by hand",
+        "products": f"{gemm.name} ({why})",
+        "attention": attention.name,
+        "torch_compile": refusal
+        or "the work between the products, once for all layers, during the first step",
+    }
+    return Backend(gemm, attention, Kernels(None if refusal else "inductor")), choices
+
+
+class FusedEngine:
+    """Layers with a backward by hand.
+
+    Args:
+        decoder: with its adapter attached; its linear layers are widened here (see fused.py).
+        dropout_rate: of the adapter.
+        recompute_layers: so many layers, from the lowest, keep their input only. The lowest come
+            last in the backward, when the others' memory is free again.
+        torch_compile: compile the work between the products, where that is dependable and pays.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        dropout_rate: float,
+        recompute_layers: int = 0,
+        *,
+        torch_compile: bool = False,
+    ) -> None:
+        self.decoder, self.device = decoder, decoder.device
+        self.recompute_layers = recompute_layers
+        backend, self.choices = choose_backend(decoder.device, decoder.dtype, torch_compile)
+        self.layers: list[FusedLayer] = []
+        for layer in decoder.layers:
+            assert isinstance(layer, DecoderLayer)
+            fused_layer = FUSED_LAYERS[decoder.config.model_type]
+            self.layers.append(fused_layer(layer, backend, dropout_rate))
+        self.final_norm = FusedNorm(decoder.final_norm, backend)
+        self.head = WidenedLinear(decoder.lm_head, backend, dropout_rate)
+        adapted = [index for index, layer in enumerate(self.layers) if layer.is_adapted]
+        # Below the lowest adapter nothing is kept and nothing goes back.
+        self.lowest = min(adapted, default=len(self.layers))
+        if decoder.embed_tokens.lora is not None:
+            self.lowest = 0
+
+    def loss_and_gradients(
+        self, batch: Packed, dropout: ops.Dropout | None, weight: float
+    ) -> Tensor:
+        self._refresh(prepare_gradients=True)
+        embedding = self.decoder.embed_tokens
+        with torch.set_grad_enabled(embedding.lora is not None):
+            embedded = embedding(batch.input_ids)
+        with torch.no_grad():
+            shared = self._shared(batch, dropout)
+            hidden, kept = self._forward(embedded.detach(), batch, shared)
+            targets = batch.labels[batch.target_positions + 1]
+            keys = shared.keys_of(batch.target_positions)
+            loss, grad = self._loss(hidden, targets, keys, weight)
+            del hidden
+            for index in reversed(range(self.lowest, len(self.layers))):
+                layer, saved = self.layers[index], kept.pop()
+                if index < self.recompute_layers:
+                    _, saved = layer.forward(saved.x, shared, saved.rows, for_backward_only=True)
+                needs_input = index > self.lowest or embedding.lora is not None
+                below = layer.backward(grad, saved, shared, needs_input=needs_input)
+                del saved
+                if below is not None:
+                    grad = below
+        if embedding.lora is not None:
+            torch.autograd.backward(embedded, grad)
+        return loss
+
+    @torch.no_grad()
+    def loss_sum(self, batch: Packed) -> Tensor:
+        self._refresh(prepare_gradients=False)
+        shared = self._shared(batch, None)
+        embedded = self.decoder.embed_tokens(batch.input_ids)
+        hidden, _ = self._forward(embedded, batch, shared, keep=False)
+        targets = batch.labels[batch.target_positions + 1]
+        return self._loss(hidden, targets, None, None)[0]
+
+    def _shared(self, batch: Packed, dropout: ops.Dropout | None) -> Shared:
+        lengths = [stop - start for start, stop in itertools.pairwise(batch.cu_seqlens)]
+        rotary = self.decoder.rotary(batch.position_ids, lengths, lengths)
+        return Shared(rotary, batch.cu_seqlens, None if dropout is None else dropout.row_keys)
+
+    def _forward(
+        self, x: Tensor, batch: Packed, shared: Shared, *, keep: bool = True
+    ) -> tuple[Tensor, list[Saved]]:
+        """Hidden states at the trained positions [N, D], and what the layers keep."""
+        kept: list[Saved] = []
+        for index, layer in enumerate(self.layers):
+            is_last = index == len(self.layers) - 1
+            rows = batch.target_positions if is_last else None
+            out, saved = layer.forward(x, shared, rows)
+            if keep and index >= self.lowest:
+                kept.append(Saved(x, rows) if index < self.recompute_layers else saved)
+            del saved
+            x = out
+        return x, kept
+
+    def _loss(
+        self, hidden: Tensor, targets: Tensor, row_keys: Tensor | None, weight: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """The summed loss, and in the same pass its gradient, a few rows of logits at a time.
+
+        Args:
+            hidden: [N, D], before the final norm; overwritten with the gradient.
+            weight: of the loss; None for the loss alone.
+
+        Returns: the weighted loss, and its gradient with respect to `hidden` [N, D].
+        """
+        wide_dtype = torch.promote_types(hidden.dtype, torch.float32)
+        total = hidden.new_zeros((), dtype=wide_dtype)
+        rows = sizes.loss_chunk_rows(self.decoder.config.vocab_size)
+        for start in range(0, len(targets), rows):
+            chunk = slice(start, min(start + rows, len(targets)))
+            keys = None if row_keys is None else row_keys[chunk]
+            total += self._loss_of_chunk(hidden[chunk], targets[chunk], keys, weight)
+        return total, hidden
+
+    def _loss_of_chunk(
+        self, hidden: Tensor, targets: Tensor, row_keys: Tensor | None, weight: float | None
+    ) -> Tensor:
+        head, norm = self.head, self.final_norm
+        wide = head.widen(len(hidden), lambda block: norm(hidden[block]), row_keys)
+        low = head.low(wide)
+        logits = head.forward(wide)  # [n, V], the largest tensor there is
+        del wide
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        log_shares = torch.log_softmax(logits, -1)
+        del logits
+        picked = targets.unsqueeze(1)
+        loss = -log_shares.gather(1, picked).sum()
+        if weight is None:
+            return loss
+        grad = log_shares.exp_()
+        grad.scatter_add_(1, picked, grad.new_full(picked.shape, -1.0))
+        grad = grad.mul_(weight).to(hidden.dtype)
+        wide = head.backward(grad, low)
+        del grad, log_shares
+        for block in blocks(len(hidden), head.width, hidden.device):
+            normed, stats = norm.forward(hidden[block])
+            part = head.backward_block(wide, block, normed, row_keys)
+            hidden[block] = norm.backward(part, hidden[block], stats)
+        return loss * weight
+
+    def _refresh(self, *, prepare_gradients: bool) -> None:
+        for linear in self._linears():
+            linear.refresh()
+            if prepare_gradients:
+                linear.prepare_gradients()
+
+    def _linears(self) -> Sequence[WidenedLinear]:
+        return [linear for layer in self.layers for linear in layer.linears.values()] + [self.head]

@@ -1,0 +1,348 @@
+"""The fast twins of the linear and norm operations in ops.py, with their backward by hand.
+
+A frozen layer needs no gradient of its weight, so its backward needs neither its input nor, for a
+nonlinearity that is computed again, its output. What the adapters need of the input (A's gradient)
+is computed again block by block, in the processor's cache.
+
+LoRA rides inside the product of the frozen weight: input and weight are made wider,
+
+    out = [x | s dropout(x) A^T] @ [W | B]^T          and          [dx | dlow] = dout @ [W | B],
+
+so that the output is written once and dout is read once. Dropout masks are those of
+`ops.keep_mask`, computed again instead of kept.
+
+Shapes: T packed tokens, n tokens of a block, M adapter pairs of a layer, R rank, D in, O out,
+X further columns of a widened layer (the ranks of its pairs, rounded up).
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from phitune.model import ops, sizes
+from phitune.model.attention import Attention
+from phitune.model.gemm import Gemm
+from phitune.model.linear import FusedLinear, Norm
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def blocks(count: int, width: int, device: torch.device) -> Iterator[slice]:
+    """`count` rows of `width` elements, a block at a time."""
+    rows = sizes.block_rows(width, device.type)
+    for start in range(0, count, rows):
+        yield slice(start, min(start + rows, count))
+
+
+class Kernels:
+    """The work between the products, as it is or compiled; one set for all layers."""
+
+    def __init__(self, compile_with: str | None = None) -> None:
+        def prepared(function: Callable[..., Any]) -> Callable[..., Any]:
+            if compile_with is None:
+                return function
+            # Blocks and micro-batches come in any number of rows.
+            compiled: Callable[..., Any] = torch.compile(
+                function, dynamic=True, backend=compile_with
+            )
+            return compiled
+
+        self.dropped_low = prepared(dropped_low)
+        self.dropped_low_backward = prepared(dropped_low_backward)
+        self.rms_norm = prepared(rms_norm)
+        self.rms_norm_backward = prepared(rms_norm_backward)
+        self.rotate_ = prepared(rotate_)
+        self.swiglu_backward = prepared(swiglu_backward)
+
+
+class Backend(NamedTuple):
+    """What the layers are computed with on a device."""
+
+    gemm: Gemm
+    attention: Attention
+    kernels: Kernels
+
+
+class WidenedLinear:
+    """A frozen linear layer and its adapters, as one product; both directions."""
+
+    def __init__(self, linear: FusedLinear, backend: Backend, dropout_rate: float) -> None:
+        self.gemm, self.kernels = backend.gemm, backend.kernels
+        self.pairs = linear.pairs()
+        self.width = linear.in_features  # D
+        self.bias = linear.bias
+        self.places: list[slice] = []  # of each pair among the further columns
+        position = 0
+        for pair in self.pairs:
+            self.places.append(slice(position, position + pair.lora_A.shape[0]))
+            position = self.places[-1].stop
+        self.further = sizes.further_columns(position)  # X
+        self.weight = linear.widen(self.further)  # [O, D + X]
+        like = self.weight
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        self.lora_A = like.new_zeros(self.further, self.width)  # all A, as they are computed with
+        self.grad_A = like.new_zeros(self.further, self.width, dtype=dtype)
+        self.factors = like.new_zeros(self.further)  # alpha / r, over the share that is kept
+        self.dropout_rate = dropout_rate
+        self.threshold = ops.keep_threshold(dropout_rate)
+        for pair, place in zip(self.pairs, self.places, strict=True):
+            self.factors[place] = pair.scaling
+        if self.pairs and dropout_rate > 0:
+            keys = torch.stack([pair.key for pair in self.pairs])
+            self.column_keys = ops.column_keys(keys, self.width)  # [M, D]
+
+    @property
+    def is_adapted(self) -> bool:
+        return bool(self.pairs)
+
+    def refresh(self) -> None:
+        """Takes over what an optimizer or a loader has done to A and B.
+
+        Always: a fused optimizer does not count up the version of what it changes.
+        """
+        for pair, place in zip(self.pairs, self.places, strict=True):
+            self.lora_A[place] = pair.lora_A.detach()
+            columns = slice(self.width + place.start, self.width + place.stop)
+            rows = slice(pair.columns.start, pair.columns.stop)
+            self.weight[rows, columns] = pair.lora_B.detach()
+
+    def prepare_gradients(self) -> None:
+        """Gradients are added to what is there; where there is nothing, they start at zero."""
+        for pair, place in zip(self.pairs, self.places, strict=True):
+            if pair.lora_A.grad is None:
+                self.grad_A[place].zero_()
+                pair.lora_A.grad = self.grad_A[place]
+            if pair.lora_B.grad is None:
+                pair.lora_B.grad = torch.zeros_like(pair.lora_B)
+
+    def widen(
+        self, count: int, values: Callable[[slice], Tensor], row_keys: Tensor | None
+    ) -> Tensor:
+        """[x | s dropout(x) A^T], the input of `forward`.
+
+        Args:
+            count: T.
+            values: the rows of x in a block; computed where they are needed.
+            row_keys: [T] of the dropout, None without.
+
+        Returns: [T, D + X].
+        """
+        wide = self.weight.new_empty(count, self.width + self.further)
+        for block in blocks(count, self.width, wide.device):
+            x = wide[block, : self.width]
+            x.copy_(values(block))
+            if not self.pairs:
+                continue
+            low = wide[block, self.width :]
+            if row_keys is None:
+                torch.mul(torch.mm(x, self.lora_A.t()), self._factors(None), out=low)
+                continue
+            low.zero_()
+            for index, place in enumerate(self.places):
+                low[:, place] = self.kernels.dropped_low(
+                    x, row_keys[block], self.column_keys[index], self.threshold, self.lora_A[place]
+                )
+            low.mul_(self._factors(row_keys))
+        return wide
+
+    def forward(self, wide: Tensor, rows: slice = slice(None)) -> Tensor:
+        """wide: [T, D + X]; `rows` chooses among the O outputs. Returns: [T, O]."""
+        bias = None if self.bias is None else self.bias[rows]
+        return self.gemm.forward(wide, self.weight[rows], bias)
+
+    def low(self, wide: Tensor) -> Tensor | None:
+        """What `backward` needs of the input besides the input itself. Returns: [T, X], a copy."""
+        return wide[:, self.width :].clone() if self.pairs else None
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        low: Tensor | None,
+        *,
+        needs_input: bool = True,
+        rows: slice = slice(None),
+    ) -> Tensor:
+        """Adds B's gradients; [dx | dlow], which `backward_block` completes. Returns: [T, D + X].
+
+        Args:
+            grad_out: [T, O] or, for some `rows` of the weight, as many columns.
+            needs_input: without it dx is left undefined, and its product is saved.
+        """
+        if low is not None:
+            self._add_gradients_of_b(grad_out, low, rows)
+        weight = self.weight[rows]
+        if needs_input:
+            return self.gemm.backward(grad_out, weight)
+        wide = weight.new_empty(len(grad_out), self.width + self.further)
+        wide[:, self.width :] = torch.mm(grad_out, weight[:, self.width :])
+        return wide
+
+    def backward_block(
+        self, grad: Tensor, block: slice, x: Tensor | None, row_keys: Tensor | None
+    ) -> Tensor:
+        """Adds A's gradients of a block, and completes dx there in place.
+
+        Args:
+            grad: [T, D + X], from `backward`.
+            x: [n, D], the rows of the input in the block; None where nothing is adapted.
+
+        Returns: [n, D], a view of `grad`.
+        """
+        grad_x = grad[block, : self.width]
+        if x is None or not self.pairs:
+            return grad_x
+        grad_low = grad[block, self.width :] * self._factors(row_keys)
+        if row_keys is None:
+            _add_product(self.grad_A, grad_low.t(), x)
+            return grad_x.addmm_(grad_low, self.lora_A)
+        for index, place in enumerate(self.places):
+            self.kernels.dropped_low_backward(
+                grad_low[:, place],
+                x,
+                row_keys[block],
+                self.column_keys[index],
+                self.threshold,
+                self.lora_A[place],
+                grad_x,
+                self.grad_A[place],
+            )
+        return grad_x
+
+    def _add_gradients_of_b(self, grad_out: Tensor, low: Tensor, rows: slice) -> None:
+        first = rows.start or 0
+        for pair, place in zip(self.pairs, self.places, strict=True):
+            start, stop = pair.columns.start - first, pair.columns.stop - first
+            if start < 0 or start >= grad_out.shape[1]:
+                continue  # This pair's outputs are not among the rows.
+            assert pair.lora_B.grad is not None
+            _add_product(pair.lora_B.grad, grad_out[:, start:stop].t(), low[:, place])
+
+    def _factors(self, row_keys: Tensor | None) -> Tensor:
+        return self.factors if row_keys is None else self.factors / ops.keep_rate(self.dropout_rate)
+
+
+def dropped_low(
+    x: Tensor,  # [n, D]
+    row_keys: Tensor,  # [n]
+    columns: Tensor,  # [D], see `ops.column_keys`
+    threshold: int,
+    lora_A: Tensor,  # [R, D]
+) -> Tensor:
+    """dropout(x) A^T, not scaled. Returns: [n, R]."""
+    return torch.mm(drop(x, keep_bits(row_keys, columns, threshold)), lora_A.t())
+
+
+def dropped_low_backward(
+    grad_low: Tensor,  # [n, R]
+    x: Tensor,  # [n, D]
+    row_keys: Tensor,  # [n]
+    columns: Tensor,  # [D]
+    threshold: int,
+    lora_A: Tensor,  # [R, D]
+    grad_x: Tensor,  # [n, D], added to
+    grad_A: Tensor,  # [R, D], added to
+) -> None:
+    kept = keep_bits(row_keys, columns, threshold)
+    grad_x.add_(drop(torch.mm(grad_low, lora_A), kept, in_place=True))
+    _add_product(grad_A, grad_low.t(), drop(x, kept))
+
+
+def keep_bits(row_keys: Tensor, columns: Tensor, threshold: int) -> Tensor:
+    """`ops.keep_mask` as bits: all ones where an element is kept, all zeros where it is not.
+
+    row_keys: [n], columns: [D]. Returns: [n, D] int32.
+    """
+    bits = row_keys.unsqueeze(1) * columns
+    return bits.bitwise_right_shift_(1).sub_(threshold).bitwise_right_shift_(31)
+
+
+def drop(x: Tensor, kept: Tensor, *, in_place: bool = False) -> Tensor:
+    """x where `kept`, exactly 0 elsewhere; not scaled. One `and` instead of a choice."""
+    integers = _INTEGERS[x.element_size()]
+    bits = kept if integers == kept.dtype else kept.to(integers)
+    if in_place:
+        x.view(integers).bitwise_and_(bits)
+        return x
+    return x.view(integers).bitwise_and(bits).view(x.dtype)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, where the total may be of higher precision."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(torch.mm(left, right))
+
+
+class FusedNorm:
+    """The norms with a backward that starts from their input: nothing of them is kept."""
+
+    def __init__(self, norm: Norm, backend: Backend) -> None:
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+        self.kernels = backend.kernels
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.forward(x)[0]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The normed rows, and what `backward` needs besides x."""
+        if self.bias is None:
+            normed, unit, rstd = self.kernels.rms_norm(x, self.weight, self.eps)
+            return normed, (unit, rstd)
+        normed, mean, rstd = torch.native_layer_norm(
+            x, (x.shape[-1],), self.weight, self.bias, self.eps
+        )
+        return normed, (mean, rstd)
+
+    def backward(self, grad: Tensor, x: Tensor, stats: tuple[Tensor, Tensor]) -> Tensor:
+        """grad: [n, D]. Returns: [n, D]."""
+        if self.bias is None:
+            found: Tensor = self.kernels.rms_norm_backward(grad, *stats, self.weight)
+            return found
+        mean, rstd = stats
+        grads: tuple[Tensor, ...] = torch.ops.aten.native_layer_norm_backward(
+            grad, x, (x.shape[-1],), mean, rstd, self.weight, self.bias, (True, False, False)
+        )
+        return grads[0]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm, x / rms(x) and 1 / rms(x), the last two in fp32 at least."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    unit = wide * rstd
+    return weight * unit.to(x.dtype), unit, rstd
+
+
+def rms_norm_backward(grad: Tensor, unit: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
+    grad_unit = (grad * weight).to(unit.dtype)
+    along = (grad_unit * unit).mean(-1, keepdim=True)
+    return ((grad_unit - unit * along) * rstd).to(grad.dtype)
+
+
+def rotate_(x: Tensor, rotary: ops.Rotary, *, back: bool = False) -> None:
+    """`ops.rotate` in place, or its transpose, which takes gradients back. x: [T, H, E]."""
+    rotary_dim = rotary.cos.shape[-1]
+    half = rotary_dim // 2
+    cos, sin = rotary.cos[:, None, :half], rotary.sin[:, None, :half]
+    if back:
+        sin = -sin
+    first, second = x[..., :half], x[..., half:rotary_dim]
+    turned = first * cos - second * sin
+    second.mul_(cos).addcmul_(first, sin)
+    first.copy_(turned)
+
+
+def gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    result: Tensor = torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+    return result
+
+
+def swiglu_backward(grad: Tensor, gate_up: Tensor, out: Tensor) -> None:
+    """grad: [n, D]; gate_up and out: [n, 2 D]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    grad_gate, grad_up = out.chunk(2, dim=-1)
+    torch.mul(grad, torch.nn.functional.silu(gate), out=grad_up)
+    grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))

@@ -1,0 +1,349 @@
+"""The two decoder layers with their backward by hand, and what they keep for it.
+
+Kept of a layer, and no more: its input, the outputs of the products that nonlinear functions read
+(rotated queries and keys in place of the plain ones), attention's output, and a few numbers a
+token. Norm outputs, GELU and SwiGLU, dropout masks are computed again, block by block.
+
+The last layer may be told which rows matter to the loss: past its keys and values it computes those
+and no other.
+
+Shapes: T packed tokens, N rows that matter (all T, or the trained positions in the last layer),
+D hidden, H heads, G key-value heads, E head_dim, F intermediate, X further columns.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phitune.model import ops
+from phitune.model.architecture import ModelConfig
+from phitune.model.decoder import DecoderLayer
+from phitune.model.fused import Backend, FusedNorm, WidenedLinear, blocks, gelu_backward
+from phitune.model.linear import FusedLinear, Norm
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all layers of a micro-batch have in common."""
+
+    rotary: ops.Rotary
+    cu_seqlens: tuple[int, ...]
+    row_keys: Tensor | None  # [T], see `ops.Dropout`
+
+    def keys_of(self, rows: Tensor | None) -> Tensor | None:
+        return self.row_keys if rows is None or self.row_keys is None else self.row_keys[rows]
+
+
+@dataclass
+class Saved:
+    """What one layer keeps for its backward."""
+
+    x: Tensor  # [T, D], its input
+    rows: Tensor | None  # [N], where not all T
+    projected: Tensor = field(default_factory=lambda: torch.empty(0))  # [T, q|k|v (|fc1)]
+    attended: Tensor = field(default_factory=lambda: torch.empty(0))  # [T, H E]
+    lse: list[Tensor] = field(default_factory=list)  # of attention
+    inner: Tensor = field(default_factory=lambda: torch.empty(0))  # [N, F] or [N, 2 F]
+    middle: Tensor | None = None  # [N, D] between attention and MLP, phi3 only
+    low: dict[str, Tensor | None] = field(default_factory=dict)  # [., X] by linear layer
+
+    def tensors(self) -> list[Tensor]:
+        """All that is kept, each storage once or more."""
+        found: list[Tensor] = []
+        for item in fields(self):
+            value: Any = getattr(self, item.name)
+            values = value.values() if isinstance(value, dict) else value
+            values = values if isinstance(value, dict | list) else [value]
+            found.extend(tensor for tensor in values if isinstance(tensor, Tensor))
+        return found
+
+
+class FusedLayer:
+    """What both families share."""
+
+    def __init__(self, layer: DecoderLayer, backend: Backend, dropout_rate: float) -> None:
+        self.config: ModelConfig = layer.config
+        self.attention, self.kernels = backend.attention, backend.kernels
+        self.norms: dict[str, FusedNorm] = {}
+        for name, norm in layer.norms.items():
+            assert isinstance(norm, Norm)
+            self.norms[name] = FusedNorm(norm, backend)
+        self.linears: dict[str, WidenedLinear] = {}
+        for name, linear in layer.linears.items():
+            assert isinstance(linear, FusedLinear)
+            self.linears[name] = WidenedLinear(linear, backend, dropout_rate)
+
+    @property
+    def is_adapted(self) -> bool:
+        return any(linear.is_adapted for linear in self.linears.values())
+
+    def forward(
+        self, x: Tensor, shared: Shared, rows: Tensor | None, *, for_backward_only: bool = False
+    ) -> tuple[Tensor, Saved]:
+        """The layer, and what its backward needs.
+
+        Args:
+            x: [T, D].
+            rows: [N] positions that matter after this layer; None for all.
+            for_backward_only: leaves out the products that no backward reads.
+
+        Returns: [N, D] (of no meaning for the backward only), and what is kept.
+        """
+        raise NotImplementedError
+
+    def backward(
+        self, grad: Tensor, saved: Saved, shared: Shared, *, needs_input: bool
+    ) -> Tensor | None:
+        """Adds the adapters' gradients. grad: [N, D], overwritten. Returns: [T, D] if needed."""
+        raise NotImplementedError
+
+    def _heads(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of query [T, H, E], key and value [T, G, E]."""
+        config = self.config
+        sizes = [config.query_size, config.key_value_size, config.key_value_size]
+        query, key, value = projected[:, : sum(sizes)].split(sizes, dim=-1)
+        split = (-1, config.head_dim)
+        return query.unflatten(-1, split), key.unflatten(-1, split), value.unflatten(-1, split)
+
+    def _attend(self, saved: Saved, shared: Shared) -> None:
+        """Rotates queries and keys where they are, and fills in attention's output."""
+        query, key, value = self._heads(saved.projected)
+        self.kernels.rotate_(query, shared.rotary)
+        self.kernels.rotate_(key, shared.rotary)
+        saved.attended = saved.x.new_empty(len(saved.x), self.config.query_size)
+        saved.lse = self.attention.forward(
+            query,
+            key,
+            value,
+            saved.attended.unflatten(-1, (-1, self.config.head_dim)),
+            shared.cu_seqlens,
+            self.config.sliding_window,
+        )
+
+    def _attend_backward(
+        self, grad: Tensor, saved: Saved, shared: Shared, grad_projected: Tensor
+    ) -> None:
+        """grad: [N, H E]. Writes the gradients of the plain q, k and v into `grad_projected`."""
+        grad_attended = _scattered(grad, saved.rows, len(saved.x)).unflatten(
+            -1, (-1, self.config.head_dim)
+        )
+        grads = self._heads(grad_projected)
+        self.attention.backward(
+            grad_attended,
+            *self._heads(saved.projected),
+            saved.attended.unflatten(-1, (-1, self.config.head_dim)),
+            saved.lse,
+            grads,
+            shared.cu_seqlens,
+            self.config.sliding_window,
+        )
+        self.kernels.rotate_(grads[0], shared.rotary, back=True)
+        self.kernels.rotate_(grads[1], shared.rotary, back=True)
+
+    def _attention_output(self, name: str, saved: Saved, shared: Shared) -> Tensor:
+        """The input of the linear layer behind attention. Returns: [N, H E + X]."""
+        linear = self.linears[name]
+        attended = _chosen(saved.attended, saved.rows)
+        wide = linear.widen(
+            len(attended), lambda block: attended[block], shared.keys_of(saved.rows)
+        )
+        saved.low[name] = linear.low(wide)
+        return wide
+
+    def _attention_output_backward(
+        self, name: str, grad: Tensor, saved: Saved, shared: Shared
+    ) -> Tensor:
+        """grad: [N, D]. Returns: [N, H E]."""
+        linear, keys = self.linears[name], shared.keys_of(saved.rows)
+        attended = _chosen(saved.attended, saved.rows)
+        wide = linear.backward(grad, saved.low[name])
+        for block in blocks(len(grad), linear.width, grad.device):
+            linear.backward_block(wide, block, attended[block], keys)
+        return wide[:, : linear.width]
+
+    def _input_backward(
+        self,
+        linear: WidenedLinear,
+        norm: FusedNorm,
+        wide: Tensor,
+        x: Tensor,
+        keys: Tensor | None,
+        total: Tensor | None,
+    ) -> None:
+        """The way back through a norm and the linear layer it feeds.
+
+        Args:
+            wide: [T, D + X], from the linear layer's backward.
+            x: [T, D], the norm's input.
+            total: [T, D], to which the gradient of x is added; None where nobody needs it.
+        """
+        for block in blocks(len(x), linear.width, x.device):
+            normed, stats = norm.forward(x[block])
+            grad = linear.backward_block(wide, block, normed, keys)
+            if total is not None:
+                total[block] += norm.backward(grad, x[block], stats)
+
+
+class FusedPhiLayer(FusedLayer):
+    """Phi-2: q, k, v and fc1 are one product; attention and MLP are both added to the input."""
+
+    def forward(
+        self, x: Tensor, shared: Shared, rows: Tensor | None, *, for_backward_only: bool = False
+    ) -> tuple[Tensor, Saved]:
+        norm, first = self.norms["input_layernorm"], self.linears["qkv_fc1"]
+        saved = Saved(x, rows)
+        wide = first.widen(len(x), lambda block: norm(x[block]), shared.row_keys)
+        saved.low["qkv_fc1"] = first.low(wide)
+        attention, mlp = self._parts()
+        if rows is None:
+            saved.projected = first.forward(wide)
+            saved.inner = saved.projected[:, mlp]
+        else:
+            saved.projected = first.forward(wide, attention)
+            saved.inner = first.forward(wide[rows], mlp)
+        del wide
+        self._attend(saved, shared)
+
+        # What follows is not read by the backward, except for the adapters' small numbers.
+        fc2, keys, inner = self.linears["fc2"], shared.keys_of(rows), saved.inner
+        attended = self._attention_output("dense", saved, shared)
+        out = x if for_backward_only else self.linears["dense"].forward(attended)
+        del attended
+        activated = fc2.widen(len(inner), lambda block: ops.gelu(inner[block]), keys)
+        saved.low["fc2"] = fc2.low(activated)
+        if not for_backward_only:
+            out += fc2.forward(activated)
+            out += _chosen(x, rows)
+        return out, saved
+
+    def backward(
+        self, grad: Tensor, saved: Saved, shared: Shared, *, needs_input: bool
+    ) -> Tensor | None:
+        first, fc2 = self.linears["qkv_fc1"], self.linears["fc2"]
+        attention, mlp = self._parts()
+        rows, keys, tokens = saved.rows, shared.keys_of(saved.rows), len(saved.x)
+        if rows is None:
+            grad_projected = torch.empty_like(saved.projected)
+            grad_inner = grad_projected[:, mlp]
+        else:
+            grad_projected = torch.empty_like(saved.projected)
+            grad_inner = torch.empty_like(saved.inner)
+
+        wide = fc2.backward(grad, saved.low["fc2"])
+        for block in blocks(len(grad), fc2.width, grad.device):
+            inner = saved.inner[block]
+            activated = ops.gelu(inner) if fc2.is_adapted else None
+            grad_activated = fc2.backward_block(wide, block, activated, keys)
+            grad_inner[block] = gelu_backward(grad_activated, inner)
+        del wide
+
+        grad_attended = self._attention_output_backward("dense", grad, saved, shared)
+        self._attend_backward(grad_attended, saved, shared, grad_projected)
+        del grad_attended
+
+        low = saved.low["qkv_fc1"]
+        if rows is None:
+            wide = first.backward(grad_projected, low, needs_input=needs_input)
+        else:
+            wide = first.backward(grad_projected, low, needs_input=needs_input, rows=attention)
+            low = None if low is None else low[rows]
+            wide[rows] += first.backward(grad_inner, low, needs_input=needs_input, rows=mlp)
+        del grad_projected, grad_inner
+        total = _scattered(grad, rows, tokens) if needs_input else None
+        norm = self.norms["input_layernorm"]
+        self._input_backward(first, norm, wide, saved.x, shared.row_keys, total)
+        return total
+
+    def _parts(self) -> tuple[slice, slice]:
+        """The outputs of the first product that attention reads, and those of fc1."""
+        border = self.config.query_size + 2 * self.config.key_value_size
+        return slice(0, border), slice(border, border + self.config.intermediate_size)
+
+
+class FusedPhi3Layer(FusedLayer):
+    """Phi-3: attention, then a gated MLP, each added to what it read."""
+
+    def forward(
+        self, x: Tensor, shared: Shared, rows: Tensor | None, *, for_backward_only: bool = False
+    ) -> tuple[Tensor, Saved]:
+        qkv, gate_up, down = (
+            self.linears[name] for name in ("qkv_proj", "gate_up_proj", "down_proj")
+        )
+        norm, second_norm = (
+            self.norms[name] for name in ("input_layernorm", "post_attention_layernorm")
+        )
+        saved = Saved(x, rows)
+        wide = qkv.widen(len(x), lambda block: norm(x[block]), shared.row_keys)
+        saved.low["qkv_proj"] = qkv.low(wide)
+        saved.projected = qkv.forward(wide)
+        del wide
+        self._attend(saved, shared)
+
+        keys = shared.keys_of(rows)
+        attended = self._attention_output("o_proj", saved, shared)
+        middle = saved.middle = self.linears["o_proj"].forward(attended)
+        del attended
+        middle += _chosen(x, rows)
+        wide = gate_up.widen(len(middle), lambda block: second_norm(middle[block]), keys)
+        saved.low["gate_up_proj"] = gate_up.low(wide)
+        inner = saved.inner = gate_up.forward(wide)
+        del wide
+
+        # What follows is not read by the backward, except for the adapter's small numbers.
+        activated = down.widen(len(inner), lambda block: ops.swiglu(inner[block]), keys)
+        saved.low["down_proj"] = down.low(activated)
+        if for_backward_only:
+            return middle, saved
+        out = down.forward(activated)
+        out += middle
+        return out, saved
+
+    def backward(
+        self, grad: Tensor, saved: Saved, shared: Shared, *, needs_input: bool
+    ) -> Tensor | None:
+        qkv, gate_up, down = (
+            self.linears[name] for name in ("qkv_proj", "gate_up_proj", "down_proj")
+        )
+        rows, keys, middle = saved.rows, shared.keys_of(saved.rows), saved.middle
+        assert middle is not None
+
+        wide = down.backward(grad, saved.low["down_proj"])
+        grad_inner = torch.empty_like(saved.inner)
+        for block in blocks(len(grad), down.width, grad.device):
+            inner = saved.inner[block]
+            activated = ops.swiglu(inner) if down.is_adapted else None
+            grad_activated = down.backward_block(wide, block, activated, keys)
+            self.kernels.swiglu_backward(grad_activated, inner, grad_inner[block])
+        del wide
+        wide = gate_up.backward(grad_inner, saved.low["gate_up_proj"])
+        del grad_inner
+        norm = self.norms["post_attention_layernorm"]
+        self._input_backward(gate_up, norm, wide, middle, keys, total=grad)
+        del wide
+
+        grad_attended = self._attention_output_backward("o_proj", grad, saved, shared)
+        grad_projected = torch.empty_like(saved.projected)
+        self._attend_backward(grad_attended, saved, shared, grad_projected)
+        del grad_attended
+        wide = qkv.backward(grad_projected, saved.low["qkv_proj"], needs_input=needs_input)
+        del grad_projected
+        total = _scattered(grad, rows, len(saved.x)) if needs_input else None
+        norm = self.norms["input_layernorm"]
+        self._input_backward(qkv, norm, wide, saved.x, shared.row_keys, total)
+        return total
+
+
+FUSED_LAYERS: dict[str, type[FusedLayer]] = {"phi": FusedPhiLayer, "phi3": FusedPhi3Layer}
+
+
+def _chosen(x: Tensor, rows: Tensor | None) -> Tensor:
+    return x if rows is None else x[rows]
+
+
+def _scattered(x: Tensor, rows: Tensor | None, count: int) -> Tensor:
+    """Rows back in their places among `count`, zeros between them."""
+    if rows is None:
+        return x
+    return x.new_zeros(count, x.shape[1]).index_copy_(0, rows, x)

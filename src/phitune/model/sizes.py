@@ -1,0 +1,26 @@
+"""Sizes of the buffers that the engine works in, shared with the planner. No torch here."""
+
+# Logits of this many bytes exist at a time; large enough that the GEMM does not notice.
+LOSS_CHUNK_BYTES = 64 * 2**20
+# Elements of a block of rows: on a CPU what fits its caches, elsewhere what keeps buffers small.
+BLOCK_ELEMENTS = {"cpu": 2**18}
+BLOCK_ELEMENTS_ELSEWHERE = 2**23
+# A widened weight keeps its rows aligned: further columns come in multiples of this.
+FURTHER_COLUMNS = 16
+# Queries whose scores exist at a time, where attention is computed in blocks.
+QUERIES_PER_BLOCK = 256
+
+
+def loss_chunk_rows(vocab_size: int) -> int:
+    """So many rows of logits, in fp32, exist at a time."""
+    return max(1, LOSS_CHUNK_BYTES // (4 * vocab_size))
+
+
+def block_rows(width: int, device: str) -> int:
+    """Rows of `width` elements in a block, on a kind of device (cpu, cuda, mps)."""
+    return max(1, BLOCK_ELEMENTS.get(device, BLOCK_ELEMENTS_ELSEWHERE) // width)
+
+
+def further_columns(total_rank: int) -> int:
+    """The columns that adapters of so many ranks together add to a layer's weight."""
+    return -(-total_rank // FURTHER_COLUMNS) * FURTHER_COLUMNS

@@ -1,0 +1,438 @@
+"""The plan: bytes that add up, the guide's presets, real lengths, and refusals that help."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from phitune import plan as planning
+from phitune.cli import main
+from phitune.config import Settings, resolve
+from phitune.data.prepare import prepare_data
+from phitune.data.tokenizer import TextTokenizer
+from phitune.errors import ModelError, SettingsError
+from phitune.model.architecture import known_model_config, read_model_config
+from phitune.model.files import ASSETS
+from phitune.model.targets import resolve_targets
+from phitune.training.memory import GIB
+
+PHI_2, PHI_3_5 = "microsoft/phi-2", "microsoft/Phi-3.5-mini-instruct"
+CAPTAIN = ASSETS / "captain.jsonl"
+Json = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty folder, no network, nothing in the hub's cache, no GPU in sight."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("phitune.plan.cached_model", lambda name: None)
+    monkeypatch.setattr("phitune.plan.shutil.which", lambda name: None)
+    monkeypatch.setattr("phitune.plan._is_apple_silicon", lambda: False)
+
+
+@pytest.fixture
+def planned(capsys: pytest.CaptureFixture[str]) -> Json:
+    """The JSON of `phitune plan`, which must be all there is on stdout."""
+
+    def call(*words: str, code: int = 0) -> dict[str, Any]:
+        assert main(["plan", "--json", *words]) == code
+        out = capsys.readouterr().out
+        found: dict[str, Any] = json.loads(out)
+        return found
+
+    return call
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    def call(*words: str) -> str:
+        assert main(["plan", *words]) == 2
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        return shown.err
+
+    return call
+
+
+def flags(**values: object) -> list[str]:
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.mark.parametrize("model", [PHI_2, PHI_3_5])
+def test_the_terms_add_up_to_the_peak(planned: Json, model: str) -> None:
+    plan = planned(*flags(model_name=model, memory="24GB", device="cuda"))
+    assert sum(term["bytes"] for term in plan["terms"]) == plan["total_bytes"]
+    assert plan["memory"]["bytes"] - plan["total_bytes"] == plan["left_bytes"]
+    assert plan["memory"]["bytes"] == 24 * 10**9
+    assert plan["fits"]
+    assert plan["base"] == "bf16"
+
+
+def test_presets_are_the_guides(planned: Json) -> None:
+    presets = planned(*flags(memory="24GB"))["presets"]
+    found = {
+        option["name"]: (
+            option["preset"]["batch_size"],
+            option["preset"]["gradient_accumulation_steps"],
+            option["preset"]["max_length"],
+            option["preset"]["guide_gb"],
+        )
+        for option in presets
+    }
+    assert found == {
+        "a10g-high": (8, 4, 2048, 20),
+        "a10g-balanced": (4, 8, 1024, 16),
+        "a10g-low": (2, 16, 768, 12),
+        "m3-high": (3, 8, 1024, 16),
+        "m3-balanced": (2, 16, 1024, 14),
+        "m3-low": (2, 16, 768, 12),
+        "m3-safe": (1, 32, 768, 10),
+    }
+
+
+def test_a_preset_brings_its_settings_and_its_memory(planned: Json) -> None:
+    plan = planned("--preset", "a10g-high")
+    settings = plan["settings"]
+    assert (settings["batch_size"], settings["gradient_accumulation_steps"]) == (8, 4)
+    assert settings["max_length"] == 2048
+    assert (plan["device"], plan["memory"]["bytes"]) == ("cuda", 24 * 10**9)
+    assert plan["rows"]["micro_batch_tokens"] == 8 * 2048
+    (same,) = (option for option in plan["presets"] if option["name"] == "a10g-high")
+    assert same["bytes"] == plan["total_bytes"]
+    assert same["least_bytes"] <= same["bytes"]
+    mac = planned("--preset", "m3-safe")
+    assert mac["device"] == "mps"
+    assert mac["memory"]["bytes"] == pytest.approx(12.9e9, rel=0.01)
+
+
+def test_explicit_flags_win_over_a_preset_and_it_over_a_file(planned: Json, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("batch_size: 5\nmax_length: 99\nepochs: 7\n")
+    given = ["--preset", "a10g-balanced", "--config", "run.yaml", "--max_length", "512"]
+    plan = planned(*given, "--memory", "80GB", "--device", "cpu")
+    settings = plan["settings"]
+    assert (settings["batch_size"], settings["max_length"], settings["epochs"]) == (4, 512, 7)
+    assert (plan["device"], plan["base"]) == ("cpu", "fp32")
+    assert plan["memory"]["bytes"] == 80 * 10**9
+
+
+def test_it_needs_no_torch_and_no_weights() -> None:
+    code = (
+        "import sys; from phitune.cli import main;"
+        "code = main(['plan', '--model_name', 'tiny-phi-2', '--memory', '1GB',"
+        f" '--dataset_path', {str(CAPTAIN)!r}]);"
+        "assert code == 0; assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_lengths_of_a_data_set_are_used(planned: Json) -> None:
+    words = flags(model_name="tiny-phi-2", memory="1GB", batch_size=3)
+    bound, real = planned(*words), planned(*words, "--dataset_path", str(CAPTAIN))
+    settings = Settings(model_name="tiny-phi-2", dataset_path=CAPTAIN)
+    tokenizer = TextTokenizer(ASSETS / "tiny-phi-2")
+    data = prepare_data(settings, CAPTAIN, tokenizer, tokenizer.prompt_format("instruct"))
+    lengths = sorted((len(row.input_ids) for row in data.train_rows), reverse=True)
+    assert real["rows"]["tokens_per_epoch"] == sum(lengths)
+    assert real["rows"]["rows"] == len(lengths)
+    assert real["rows"]["micro_batch_tokens"] == sum(lengths[:3])
+    assert not real["rows"]["upper_bound"]
+    assert bound["rows"]["upper_bound"]
+    assert bound["rows"]["micro_batch_tokens"] == 3 * 1024
+    assert real["total_bytes"] < bound["total_bytes"]
+
+
+def test_hours_are_epochs_times_tokens_over_the_rate(planned: Json) -> None:
+    plan = planned(*flags(model_name=PHI_2, memory="24GB", device="cuda", epochs=3))
+    for speed in plan["speeds"]:
+        if speed["batch"] is None:
+            continue
+        work = plan["flops_per_token"] * speed["batch"]["time"]
+        rate = speed["machine"]["mfu"] * speed["tflops"] * 1e12 / work
+        assert speed["tokens_per_second"] == pytest.approx(rate)
+        tokens = 3 * plan["rows"]["tokens_per_epoch"]
+        assert speed["hours"] == pytest.approx(tokens / rate / 3600)
+    names = [speed["machine"]["name"] for speed in plan["speeds"]]
+    assert names[2:6] == ["A10G", "L4", "A100 80GB", "H100"]
+
+
+@pytest.mark.parametrize(
+    ("model", "gflop", "all_layers"), [(PHI_2, 11.2, 1.28), (PHI_3_5, 15.6, 1.38)]
+)
+def test_flops_are_those_of_the_architecture(
+    planned: Json, model: str, gflop: float, all_layers: float
+) -> None:
+    plan = planned(*flags(model_name=model, memory="24GB", device="cuda"))
+    assert plan["flops_per_token"] == pytest.approx(gflop * 1e9, rel=0.02)
+    assert plan["recompute"]["time_if_all"] == pytest.approx(all_layers, abs=0.01)
+
+
+def test_layers_below_the_lowest_adapter_cost_no_backward() -> None:
+    config = known_model_config(PHI_2)
+    assert config
+    rows = planning.Rows((1024,), (1023,), None)
+    everything, upper = (
+        planning.token_cost(config, resolve_targets(config, ["all-linear"], layers), rows).step
+        for layers in (None, "16-31")
+    )
+    assert 0.7 < upper / everything < 0.8
+
+
+def test_a_smaller_budget_recomputes_more_and_says_what_it_costs(planned: Json) -> None:
+    words = flags(model_name=PHI_2, device="cuda")
+    wide = planned(*words, "--memory", "80GB")
+    assert wide["recompute"]["layers"] == 0
+    assert wide["recompute"]["time"] == 1
+    tight = planned(*words, "--memory", "8.5GiB")
+    assert 0 < tight["recompute"]["layers"] <= 32
+    assert 1 < tight["recompute"]["time"] <= tight["recompute"]["time_if_all"]
+    assert tight["total_bytes"] <= 8.5 * GIB
+
+
+def test_a_budget_too_small_says_what_to_change(
+    planned: Json, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = flags(model_name=PHI_2, device="cuda", batch_size=32, gradient_accumulation_steps=2)
+    plan = planned(*words, "--memory", "10GB", code=4)
+    assert not plan["fits"]
+    advice = "\n".join(plan["remedies"])
+    assert "--batch_size" in advice
+    assert "--gradient_accumulation_steps" in advice
+    assert main(["plan", *words, "--memory", "10GB"]) == 4
+    text = capsys.readouterr().out
+    assert "does not fit" in text
+    assert plan["remedies"][0] in text
+    # What is advised does fit.
+    option = plan["recommended"]
+    again = planned(
+        *flags(model_name=PHI_2, device="cuda", memory="10GB", batch_size=option["batch_size"]),
+        *flags(gradient_accumulation_steps=option["gradient_accumulation_steps"]),
+    )
+    assert again["fits"]
+    assert again["total_bytes"] == option["bytes"]
+    hopeless = planned(*words, "--memory", "1GB", code=4)
+    assert "a smaller model or more memory" in hopeless["remedies"][0]
+
+
+def test_forbidden_recomputation_is_not_planned_but_advised(planned: Json) -> None:
+    words = flags(model_name=PHI_2, device="cuda", memory="9GiB")
+    plan = planned(*words, "--no-gradient_checkpointing", code=4)
+    assert plan["recompute"]["layers"] == 0
+    assert plan["remedies"][0].startswith("--gradient_checkpointing")
+
+
+def test_recomputed_layers_can_be_forced(planned: Json, refused: Callable[..., str]) -> None:
+    words = flags(model_name=PHI_2, device="cuda", memory="24GB")
+    assert planned(*words)["recompute"]["layers"] == 0
+    assert planned(*words, "--recompute_layers", "7")["recompute"]["layers"] == 7
+    assert planned(*words, "--recompute_layers", "all")["recompute"]["layers"] == 32
+    assert "the model has 32 layers" in refused(*words, "--recompute_layers", "33")
+    tight = flags(model_name=PHI_2, device="cuda", memory="9GiB", recompute_layers=0)
+    remedy = planned(*tight, code=4)["remedies"][0]
+    assert remedy.startswith("leave out --recompute_layers")
+
+
+def test_batch_size_auto_is_the_largest_that_fits(planned: Json) -> None:
+    words = flags(model_name=PHI_2, device="cuda", memory="24GB", batch_size="auto")
+    plan = planned(*words, "--gradient_accumulation_steps", "8")
+    settings = plan["settings"]
+    assert plan["fits"]
+    assert plan["effective_batch"] == 32
+    assert settings["batch_size"] * settings["gradient_accumulation_steps"] == 32
+    assert settings["batch_size"] == plan["recommended"]["batch_size"]
+    assert plan["total_bytes"] == plan["recommended"]["bytes"]
+
+
+def test_layers_without_a_backward_cost_nothing_to_recompute(planned: Json) -> None:
+    words = flags(model_name=PHI_2, device="cuda", memory="24GB", layers="16-31")
+    half = planned(*words, "--recompute_layers", "16")["recompute"]
+    assert half["time"] == 1
+    assert half["time_if_all"] > 1
+
+
+def test_micro_batches_keep_the_effective_batch(planned: Json) -> None:
+    plan = planned(*flags(model_name=PHI_2, memory="24GB", device="cuda"))
+    options = plan["micro_batches"]
+    cuts = [(o["batch_size"], o["gradient_accumulation_steps"]) for o in options]
+    assert cuts == [(64, 1), (32, 2), (16, 4), (8, 8), (4, 16), (2, 32), (1, 64)]
+    fitting = [o for o in options if o["fits"]]
+    assert plan["recommended"] == fitting[0]
+    assert plan["least_time"]["time"] == min(o["time"] for o in fitting)
+
+
+def test_bases_that_are_not_built_say_so(planned: Json) -> None:
+    plan = planned(*flags(model_name=PHI_2, memory="24GB", device="cuda"))
+    built = {option["base"]: option["built"] for option in plan["bases"]}
+    known = Settings.model_json_schema()["properties"]["precision"]["enum"]
+    assert built == {base: base in known for base in ("fp32", "bf16", "int8", "nf4")}
+    sizes = [option["all_bytes"] for option in plan["bases"]]
+    assert sizes == sorted(sizes, reverse=True)
+    assert all(option["all_bytes"] <= option["none_bytes"] for option in plan["bases"])
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("24GB", 24 * 10**9),
+        ("24GiB", 24 * 2**30),
+        ("18G", 18 * 10**9),
+        ("24", 24 * 10**9),
+        (" 7.5 gb ", 7_500_000_000),
+        ("512MiB", 2**29),
+        ("1T", 10**12),
+    ],
+)
+def test_memory_is_read_as_written(text: str, size: int) -> None:
+    assert planning.parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "lots", "-3", "0", "24 bananas", "nan", "1e400", "24,5GB"])
+def test_memory_that_is_no_amount_is_refused(text: str) -> None:
+    with pytest.raises(SettingsError, match=r"--memory.*write it like 24GB"):
+        planning.parse_memory(text)
+
+
+def test_bytes_without_a_unit_are_refused() -> None:
+    with pytest.raises(SettingsError, match="which no machine has"):
+        planning.parse_memory("24000000000")
+
+
+def test_a_device_whose_memory_cannot_be_seen_has_to_be_told(
+    planned: Json, refused: Callable[..., str]
+) -> None:
+    assert "--memory 24GB" in refused("--device", "cuda")
+    assert "--memory 24GB" in refused("--device", "mps")
+    assert planned("--model_name", "tiny-phi-2")["memory"]["source"] == "90% of this machine's RAM"
+
+
+def test_unknown_names_are_refused_with_the_nearest(refused: Callable[..., str]) -> None:
+    assert "did you mean --memory?" in refused("--memry", "24GB")
+    assert "did you mean --batch_size?" in refused("--batchsize", "2")
+    assert "did you mean --preset a10g-high?" in refused("--preset", "a10g-hi")
+    assert "unexpected argument '24GB'" in refused("24GB")
+
+
+def test_settings_are_refused_as_in_training(refused: Callable[..., str]) -> None:
+    assert "must be at least 1 (on the command line)" in refused("--epochs", "0")
+    assert "positions end at 2048" in refused("--max_length", "4096")
+    assert "its work is done by dense here" in refused("--target_modules", "o_proj")
+    assert "neither a hub id" in refused("--model_name", "nothing")
+
+
+def test_rows_need_the_tokenizer_and_the_plan_says_what_does_not(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(name: str) -> Path:
+        raise ModelError(f"model_name {name}: the hub cannot be reached")
+
+    monkeypatch.setattr("phitune.plan.find_model", unreachable)
+    said = refused("--dataset_path", str(CAPTAIN))
+    assert "hub cannot be reached" in said
+    assert "Without --dataset_path its files are not needed" in said
+    assert "Without" not in refused("--model_name", "nobody/nothing")
+
+
+@pytest.mark.parametrize(("name", "folder"), [(PHI_2, "phi-2"), (PHI_3_5, "phi-3.5-mini-instruct")])
+def test_built_in_figures_are_those_of_config_json(shared: Path, name: str, folder: str) -> None:
+    read = read_model_config(shared / "tokenizers" / folder)
+    assert known_model_config(name) == replace(read, long_rope=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("microsoft/phi-1_5", 1.42e9),
+        (PHI_2, 2.78e9),
+        ("microsoft/Phi-3-mini-4k-instruct", 3.82e9),
+        (PHI_3_5, 3.82e9),
+        ("microsoft/Phi-4-mini-instruct", 3.84e9),
+    ],
+)
+def test_well_known_models_need_no_files(planned: Json, name: str, parameters: float) -> None:
+    plan = planned(*flags(model_name=name, memory="80GB", device="cuda", precision="bf16"))
+    assert plan["model"]["figures"] == "built in"
+    (weights,) = (term["bytes"] for term in plan["terms"] if term["name"] == "weights")
+    assert weights == pytest.approx(2 * parameters, rel=0.01)
+
+
+def test_a_cached_config_wins_over_built_in_figures(
+    planned: Json, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phitune.plan.cached_model", lambda name: ASSETS / "tiny-phi-2")
+    plan = planned(*flags(model_name=PHI_2, memory="24GB"))
+    assert plan["model"]["figures"] == "config.json"
+    assert plan["model"]["num_hidden_layers"] == 4
+
+
+def test_the_hubs_cache_is_found_without_asking_the_hub(tmp_path: Path) -> None:
+    repository = tmp_path / "hub" / "models--microsoft--phi-2"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copy(ASSETS / "tiny-phi-2" / "config.json", snapshot)
+    command = [sys.executable, "-m", "phitune", "plan", "--json", "--memory", "1GB"]
+    environment = {**os.environ, "HF_HOME": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert json.loads(done.stdout)["model"]["figures"] == "config.json"
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("model", [PHI_2, PHI_3_5])
+def test_it_fits_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int, model: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert main(["plan", *flags(model_name=model, memory="24GB", device="cuda")]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    assert "\x1b" not in text
+    for words in ("built-in figures", "an upper bound", "assumed, not measured", "not built yet"):
+        assert words in " ".join(text.split())
+
+
+def test_the_presets_alone_can_be_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--presets", "--model_name", PHI_3_5]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in planning.PRESETS)
+    assert "Expected speed" not in text
+
+
+def test_a_preset_too_long_for_the_model_is_said_to_be(planned: Json, tmp_path: Path) -> None:
+    raw = json.loads((ASSETS / "tiny-phi-2" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "max_position_embeddings": 1024}))
+    presets = planned(*flags(model_name=tmp_path, memory="1GB"))["presets"]
+    problems = {option["name"]: option["problem"] for option in presets}
+    assert problems.pop("a10g-high") == "the model's positions end at 1024"
+    assert not any(problems.values())
+    assert not presets[0]["fits"]
+
+
+def test_a_preset_is_shown_against_the_guide(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--preset", "m3-high"]) == 0
+    assert "where the guide says about 16 GB (14.90 GiB)" in capsys.readouterr().out
+
+
+def test_help_lists_what_shapes_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    text = capsys.readouterr().out
+    assert all(f"--{name} " in text for name in ("memory", "preset", "json", "max_length"))
+    assert all(name in text for name in planning.PRESETS)
+    assert "--learning_rate" not in text
+
+
+def test_every_flag_of_training_is_taken() -> None:
+    resolved = resolve({"learning_rate": "1e-4", "seed": "7", "model_name": PHI_2})
+    assert planning.make_plan(resolved, "24GB").fits
+    assert main(["plan", *flags(learning_rate="1e-4", output_dir="x", memory="24GB")]) == 0
+    assert not Path("x").exists()

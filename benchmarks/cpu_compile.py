@@ -22,7 +22,8 @@ from phitune.data.tokenizer import TokenizedExample
 from phitune.model.architecture import ModelConfig, parse_model_config
 from phitune.model.decoder import Decoder, DecoderLayer
 from phitune.model.device import force_compile
-from phitune.model.lora import LoraSpec, attach, resolve_targets
+from phitune.model.lora import LoraSpec, attach
+from phitune.model.targets import resolve_targets
 from phitune.training.loop import batch_loss_sum
 
 RESULTS = Path(__file__).parent / "results"

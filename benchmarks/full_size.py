@@ -29,7 +29,8 @@ from phitune.data.packing import pack
 from phitune.data.tokenizer import TokenizedExample
 from phitune.model.architecture import ModelConfig, parse_model_config, read_model_config
 from phitune.model.decoder import Decoder
-from phitune.model.lora import LoraSpec, attach, resolve_targets
+from phitune.model.lora import LoraSpec, attach
+from phitune.model.targets import resolve_targets
 from phitune.model.weights import INDEX_FILE, load_decoder
 from phitune.training.loop import batch_loss_sum
 from phitune.training.optim import build_adamw

@@ -1,0 +1,81 @@
+"""Ours: phitune's own loop on the rows of a job."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from report import Report, read_job
+
+from phitune.config import Settings
+from phitune.data.tokenizer import TokenizedExample
+from phitune.model.architecture import read_model_config
+from phitune.model.engine import FusedEngine
+from phitune.model.lora import LoraSpec, attach
+from phitune.model.targets import resolve_targets
+from phitune.model.weights import load_decoder
+from phitune.training.loop import Evaluation, StepMetrics, train
+
+
+class Steps:
+    """The loop's events, of which only the end of a step matters here."""
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+
+    def micro_batch_done(self, sequences: int) -> None: ...
+
+    def step_done(self, metrics: StepMetrics) -> None:
+        self.report.step_done(metrics.tokens)
+        self.report.losses.append(metrics.loss)
+
+    def evaluating(self, done: int, sequences: int) -> None: ...
+
+    def epoch_done(self, epoch: int, evaluation: Evaluation | None, *, is_best: bool) -> None: ...
+
+
+def run_phitune(job: dict[str, Any], report: Report) -> None:
+    """Everything that is known here of phitune's interface."""
+    folder, setting, lora = Path(job["model"]), job["setting"], job["lora"]
+    settings = Settings(
+        seed=job["seed"],
+        batch_size=setting["batch"],
+        gradient_accumulation_steps=setting["accumulate"],
+        epochs=job["epochs"],
+        learning_rate=job["learning_rate"],
+        lr_scheduler="constant",
+        warmup_ratio=0.0,
+        lora_r=lora["r"],
+        lora_alpha=lora["alpha"],
+        lora_dropout=lora["dropout"],
+        early_stopping_patience=0,
+    )
+    config = read_model_config(folder)
+    decoder = load_decoder(folder, config, torch.float32, torch.device("cpu"))
+    report.model_loaded()
+    modules = resolve_targets(config, settings.target_modules, None)
+    spec = LoraSpec(settings.lora_r, settings.lora_alpha, settings.lora_dropout, modules)
+    adapter = attach(decoder, spec, settings.seed)
+    engine = FusedEngine(decoder, settings.lora_dropout)  # all stored, nothing compiled
+    # The loop shuffles by itself; cpu_peers.py gives the peers the order that comes of it.
+    rows = [TokenizedExample(row["input_ids"], row["labels"]) for row in job["pool"]]
+    report.training_starts()
+    train(
+        engine,
+        adapter,
+        rows,
+        [],
+        settings,
+        Steps(report),
+        interrupted=lambda: len(report.seconds) == job["steps"],
+    )
+
+
+def main() -> None:
+    job = read_job()
+    report = Report(job["started"])
+    run_phitune(job, report)
+    report.print()
+
+
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 DEMO_OUTPUT ?= output/demo
 PHI_2_CONFIG ?= config.json
 
-.PHONY: setup demo test lint check format models full-size clean
+.PHONY: setup demo test lint check format models full-size benchmarks peers gpu clean
 
 setup: $(INSTALLED)
 
@@ -44,6 +44,23 @@ models: setup
 # Peak memory of loading and training a full-size model; needs a config.json of Phi-2.
 full-size: setup
 	$(BIN)/python benchmarks/full_size.py --config $(PHI_2_CONFIG)
+
+# What is claimed of memory and numerics, measured again; about half an hour.
+benchmarks: setup
+	$(BIN)/python benchmarks/memory_plan.py
+	$(BIN)/python benchmarks/saved_bytes.py
+	$(BIN)/python benchmarks/loss_curve.py
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/cpu_gemm.py
+	$(BIN)/python benchmarks/cpu_compile.py
+
+# phitune beside its peers, which it installs into output/peers-env; about an hour on an idle machine.
+peers: setup
+	$(BIN)/python benchmarks/cpu_peers.py
+
+# Everything on an NVIDIA GPU, in eight minutes.
+gpu: setup
+	$(BIN)/python benchmarks/gpu.py
 
 clean:
 	rm -rf $(VENV) output .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,10 +1,10 @@
-"""Does torch.compile pay on a CPU? Plain and compiled layers side by side, in one run.
+"""Does torch.compile pay on a CPU? The fused engine with plain and with compiled kernels.
 
     python benchmarks/cpu_compile.py
 
 For a Phi-2 of full width with two layers and for a small one (hidden 512, eight layers), both with
 random fp32 weights: the time of the first micro-batch, which compiles, and the median of the ones
-after it, plain and compiled in turn. Writes results/cpu_compile.json and .md.
+after it, plain and compiled in turn, in one run. Writes results/cpu_compile.json and .md.
 """
 
 import json
@@ -20,11 +20,12 @@ from phitune.config import Settings
 from phitune.data.packing import Batch, pack
 from phitune.data.tokenizer import TokenizedExample
 from phitune.model.architecture import ModelConfig, parse_model_config
-from phitune.model.decoder import Decoder, DecoderLayer
-from phitune.model.device import force_compile
+from phitune.model.decoder import Decoder
+from phitune.model.engine import FusedEngine
+from phitune.model.fused import Kernels
 from phitune.model.lora import LoraSpec, attach
 from phitune.model.targets import resolve_targets
-from phitune.training.loop import batch_loss_sum
+from phitune.training.loop import dropout_of
 
 RESULTS = Path(__file__).parent / "results"
 MICRO_BATCHES = 8
@@ -54,7 +55,7 @@ SIZES = {
 }
 
 
-def random_decoder(config: ModelConfig) -> Decoder:
+def random_engine(config: ModelConfig) -> FusedEngine:
     """Random weights and an adapter on all linear layers."""
     torch.manual_seed(0)
     decoder = Decoder(config)
@@ -62,7 +63,7 @@ def random_decoder(config: ModelConfig) -> Decoder:
         for weight in decoder.named_weights().values():
             weight.normal_(0, 0.02)
     attach(decoder, LoraSpec(8, 32, 0.05, resolve_targets(config, ["all-linear"], None)), seed=0)
-    return decoder
+    return FusedEngine(decoder, dropout_rate=0.05)
 
 
 def micro_batches(vocab_size: int) -> list[Batch]:
@@ -79,9 +80,10 @@ def micro_batches(vocab_size: int) -> list[Batch]:
     return made
 
 
-def seconds(decoder: Decoder, batch: Batch) -> float:
+def seconds(engine: FusedEngine, batch: Batch) -> float:
+    dropout = dropout_of(batch, Settings(), 1, engine.device)
     started = time.perf_counter()
-    batch_loss_sum(decoder, batch, Settings(), step=1).backward()
+    engine.loss_and_gradients(batch, dropout, 1.0)
     return time.perf_counter() - started
 
 
@@ -92,16 +94,14 @@ def main() -> None:
     for name, sizes in SIZES.items():
         config = parse_model_config(PHI | sizes)
         batches = micro_batches(config.vocab_size)
-        decoders = {"plain": random_decoder(config), "compiled": random_decoder(config)}
-        for layer in decoders["compiled"].layers:
-            assert isinstance(layer, DecoderLayer)
-            force_compile(layer)
-        first = {kind: seconds(decoder, batches[0]) for kind, decoder in decoders.items()}
+        engines = {"plain": random_engine(config), "compiled": random_engine(config)}
+        engines["compiled"].use_kernels(Kernels(compile_with="inductor"))
+        first = {kind: seconds(engine, batches[0]) for kind, engine in engines.items()}
         # Each pair in turn; the time per token, since the batches differ in size.
         rates: dict[str, list[float]] = {"plain": [], "compiled": []}
         for batch in batches[1:]:
-            for kind, decoder in decoders.items():
-                rates[kind].append(seconds(decoder, batch) / batch.num_tokens * 1e3)
+            for kind, engine in engines.items():
+                rates[kind].append(seconds(engine, batch) / batch.num_tokens * 1e3)
         middle = {kind: statistics.median(times) for kind, times in rates.items()}
         spread = {kind: [min(times), max(times)] for kind, times in rates.items()}
         result[name] = {

@@ -29,10 +29,12 @@ from phitune.data.packing import pack
 from phitune.data.tokenizer import TokenizedExample
 from phitune.model.architecture import ModelConfig, parse_model_config, read_model_config
 from phitune.model.decoder import Decoder
+from phitune.model.engine import FusedEngine
 from phitune.model.lora import LoraSpec, attach
 from phitune.model.targets import resolve_targets
 from phitune.model.weights import INDEX_FILE, load_decoder
-from phitune.training.loop import batch_loss_sum
+from phitune.training.loop import dropout_of
+from phitune.training.memory import Shape, plan_memory
 from phitune.training.optim import build_adamw
 
 RESULT = Path(__file__).parent / "results" / "full_size.json"
@@ -61,27 +63,31 @@ def build_folder(config: ModelConfig, source: Path, folder: Path) -> None:
     (folder / "config.json").write_bytes(source.read_bytes())
 
 
-def child(folder: Path, tokens: int) -> None:
+def child(folder: Path, tokens: int, recompute_layers: int) -> None:
     """Loads, takes a step if there are tokens, and prints what it took."""
     config = read_model_config(folder)
     started = time.perf_counter()
     decoder = load_decoder(folder, config, torch.bfloat16, torch.device("cpu"))
     result = {"load_seconds": time.perf_counter() - started, "load_peak_gib": peak_gib()}
     if tokens:
-        decoder.gradient_checkpointing = True
         modules = resolve_targets(config, ["all-linear"], None)
         adapter = attach(decoder, LoraSpec(8, 32, 0.05, modules), seed=0)
         optimizer = build_adamw(adapter.parameters(), weight_decay=0.0)
         ids = torch.randint(config.vocab_size, (tokens,)).tolist()
         batch = pack([TokenizedExample(ids, ids)])
+        engine = FusedEngine(decoder, 0.05, recompute_layers)
+        shape = Shape((tokens,), batch.num_target_tokens)
+        plan = plan_memory(config, modules, 8, "bf16", shape, recompute_layers)
         started = time.perf_counter()
-        loss = batch_loss_sum(decoder, batch, Settings(), step=1) / batch.num_target_tokens
-        loss.backward()
+        dropout = dropout_of(batch, Settings(), 1, engine.device)
+        loss = engine.loss_and_gradients(batch, dropout, 1 / batch.num_target_tokens)
         optimizer.step()
         result |= {
             "step_seconds": time.perf_counter() - started,
             "loss": loss.item(),
             "step_peak_gib": peak_gib(),
+            "planned_gib": plan.bytes / 2**30,
+            "recomputed_layers": recompute_layers,
         }
     print(json.dumps(result))
 
@@ -95,11 +101,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Load and train a full-size model.")
     parser.add_argument("--config", type=Path, required=True, help="config.json of a Phi model")
     parser.add_argument("--tokens", type=int, default=768)
+    parser.add_argument("--recompute_layers", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="build the model here and leave it there")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        child(options.child, options.tokens)
+        child(options.child, options.tokens, options.recompute_layers)
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
@@ -110,6 +117,7 @@ def main() -> None:
         result: dict[str, object] = {"machine": describe(), "tokens": options.tokens}
         for what, tokens in (("load", 0), ("load_and_step", options.tokens)):
             words = [__file__, "--config", options.config, "--child", folder, "--tokens", tokens]
+            words += ["--recompute_layers", options.recompute_layers]
             done = subprocess.run(
                 [sys.executable, *map(str, words)], check=True, capture_output=True, text=True
             )

@@ -1,13 +1,17 @@
 """What a figure was measured on: machine, versions and date."""
 
 import datetime
+import json
 import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
+
+RESULTS = Path(__file__).parent / "results"
 
 
 def describe() -> dict[str, str]:
@@ -31,3 +35,15 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def save(name: str, title: str, lines: list[str], found: dict[str, Any]) -> None:
+    """Writes results/NAME.json and .md, both with the machine they come from."""
+    RESULTS.mkdir(exist_ok=True)
+    machine = describe()
+    document = {"machine": machine, **found}
+    (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n")
+    said = ", ".join(f"{key} {value}" for key, value in machine.items())
+    text = "\n".join([f"# {title}", "", *lines, "", said])
+    (RESULTS / f"{name}.md").write_text(text + "\n")
+    print(text)

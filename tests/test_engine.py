@@ -12,6 +12,7 @@ from test_equivalence import their_loss_sum
 
 from phitune.data.packing import Batch, pack
 from phitune.model import ops, sizes
+from phitune.model.architecture import known_model_config
 from phitune.model.attention import Attention, FlashOnCpu, InBlocks
 from phitune.model.decoder import Decoder
 from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
@@ -248,6 +249,15 @@ def test_attention_by_hand_equals_its_definition(
         assert distance(found, leaf.grad) < 1e-13
 
 
+@pytest.mark.parametrize(("name", "kib"), [("phi-2", 45.0), ("Phi-3.5-mini-instruct", 68.0)])
+def test_a_layer_of_the_real_models_keeps_little(name: str, kib: float) -> None:
+    config = known_model_config(f"microsoft/{name}")
+    assert config
+    modules = resolve_targets(config, ["all-linear"], None)
+    kept = saved_bytes_per_token(config, modules, 8, 2, layer=0) / 1024
+    assert kept == pytest.approx(kib, rel=0.03)
+
+
 @pytest.mark.parametrize("kind", ["phi", "phi3-longrope"])
 def test_a_layer_keeps_what_the_plan_says(kind: str, tmp_path: Path) -> None:
     model = random_model(CONFIGS[kind]())
@@ -278,11 +288,7 @@ def test_kernels_compile_once_for_all_layers_and_change_nothing(tmp_path: Path) 
         batches = [pack(random_rows()[:2]), pack(random_rows()[2:])]
         engine = FusedEngine(decoder, 0.2)
         expected = gradients_of(engine, adapter, batches, 0.2)
-        kernels = Kernels(compile_with="aot_eager")
-        for layer in engine.layers:
-            layer.kernels = kernels
-            for part in (*layer.linears.values(), *layer.norms.values()):
-                part.kernels = kernels
+        engine.use_kernels(Kernels(compile_with="aot_eager"))
         found = gradients_of(engine, adapter, batches, 0.2)
         assert max(distance(found[name], expected[name]) for name in expected) < 1e-12
 

@@ -12,10 +12,9 @@ import phitune
 SOURCE = Path(phitune.__file__).parent
 FREE_TO_ALL = {"config", "errors", "jsonfile"}
 MAY_IMPORT = {
-    "cli": {"trainer", "plan", "plan_view", "doctor", *FREE_TO_ALL},
+    "cli": {"trainer", "planning", "doctor", *FREE_TO_ALL},
     "doctor": {"training", "model", *FREE_TO_ALL},
-    "plan_view": {"plan", "training", *FREE_TO_ALL},
-    "plan": {"training", "model", "data", *FREE_TO_ALL},
+    "planning": {"training", "model", "data", *FREE_TO_ALL},
     "trainer": {"recorder", "training", "inference", "model", "data", *FREE_TO_ALL},
     "recorder": {"training", "inference", "model", "data", *FREE_TO_ALL},
     "training": {"model", "data", *FREE_TO_ALL},
@@ -36,8 +35,14 @@ NO_TORCH = (
     "phitune.model.architecture",
     "phitune.model.files",
     "phitune.model.targets",
-    "phitune.plan",
-    "phitune.plan_view",
+    "phitune.planning.amounts",
+    "phitune.planning.cost",
+    "phitune.planning.machines",
+    "phitune.planning.plan",
+    "phitune.planning.presets",
+    "phitune.planning.questions",
+    "phitune.planning.rows",
+    "phitune.planning.view",
     "phitune.training.memory",
     "phitune.training.rundir",
 )

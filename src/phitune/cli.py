@@ -142,7 +142,8 @@ def plan(argv: list[str]) -> int:
     own = {name: flags.pop(name, None) for name in PLAN_FLAGS}
 
     from phitune.config import resolve
-    from phitune.plan import as_json, make_plan, preset_settings
+    from phitune.planning.plan import as_json, make_plan
+    from phitune.planning.presets import preset_settings
 
     preset: str | None = own["preset"]
     if preset is not None:
@@ -153,7 +154,7 @@ def plan(argv: list[str]) -> int:
     else:
         from rich.console import Console
 
-        from phitune.plan_view import presets_table, show
+        from phitune.planning.view import presets_table, show
 
         console = Console(highlight=False)
         if own["presets"]:

@@ -19,7 +19,12 @@ from torch import Tensor
 from phitune.model import ops, sizes
 from phitune.model.attention import choose_attention
 from phitune.model.decoder import Decoder, DecoderLayer
-from phitune.model.device import compile_layers, compile_refusal
+from phitune.model.device import (
+    compile_layers,
+    compile_refusal,
+    limit_product_caches,
+    release_freed_memory,
+)
 from phitune.model.fused import Backend, FusedNorm, Kernels, WidenedLinear, blocks
 from phitune.model.fused_layers import FUSED_LAYERS, FusedLayer, Saved, Shared
 from phitune.model.gemm import choose_gemm
@@ -127,6 +132,7 @@ class FusedEngine:
         *,
         torch_compile: bool = False,
     ) -> None:
+        limit_product_caches()
         self.decoder, self.device = decoder, decoder.device
         self.recompute_layers = recompute_layers
         backend, self.choices = choose_backend(decoder.device, decoder.dtype, torch_compile)
@@ -168,6 +174,9 @@ class FusedEngine:
                     grad = below
         if embedding.lora is not None:
             torch.autograd.backward(embedded, grad)
+        if self.device.type == "cpu":
+            del embedded, grad
+            release_freed_memory()
         return loss
 
     @torch.no_grad()
@@ -244,6 +253,16 @@ class FusedEngine:
             part = head.backward_block(wide, block, normed, row_keys)
             hidden[block] = norm.backward(part, hidden[block], stats)
         return loss * weight
+
+    def use_kernels(self, kernels: Kernels) -> None:
+        """Takes other kernels than were chosen, to compare them."""
+        self.final_norm.kernels = kernels
+        for linear in self._linears():
+            linear.kernels = kernels
+        for layer in self.layers:
+            layer.kernels = kernels
+            for norm in layer.norms.values():
+                norm.kernels = kernels
 
     def _refresh(self, *, prepare_gradients: bool) -> None:
         for linear in self._linears():

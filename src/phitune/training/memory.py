@@ -52,6 +52,10 @@ PROGRAM_BYTES: dict[Device, int] = {
 }
 
 
+# Of what there is, a run plans with this share: the rest is for others and for chance.
+BUDGET_SHARE: dict[Device, float] = {"cpu": 0.9, "cuda": 0.92, "mps": 0.95}
+
+
 @dataclass(frozen=True)
 class Shape:
     """The largest micro-batch of a run."""
@@ -161,8 +165,11 @@ def saved_bytes_per_token(
     config: ModelConfig, modules: Sequence[str], rank: int, element_bytes: int, layer: int
 ) -> int:
     """What a stored layer, not the last, keeps of a token."""
-    linears = layer_linears(config)
-    further = _further(f"model.layers.{layer}.", linears, modules, rank)
+    further = _further(f"model.layers.{layer}.", layer_linears(config), modules, rank)
+    return _saved_of_token(config, further, element_bytes)
+
+
+def _saved_of_token(config: ModelConfig, further: dict[str, int], element_bytes: int) -> int:
     elements = config.hidden_size + 2 * config.query_size + 2 * config.key_value_size
     if config.model_type == "phi":
         elements += config.intermediate_size
@@ -184,16 +191,16 @@ def memory_in_use(device: "torch.device") -> float:
 
 
 def memory_budget(device: "torch.device") -> int:
-    """Bytes that a run may plan with: what is free, less a reserve for others and for chance."""
+    """Bytes that a run may plan with: its share of what is free."""
     import torch
 
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return round(0.92 * free)
+        return round(BUDGET_SHARE["cuda"] * free)
     if device.type == "mps":
         # Beyond the recommended working set a Mac swaps instead of failing.
-        return round(0.95 * torch.mps.recommended_max_memory())
-    return round(0.9 * psutil.virtual_memory().available)
+        return round(BUDGET_SHARE["mps"] * torch.mps.recommended_max_memory())
+    return round(BUDGET_SHARE["cpu"] * psutil.virtual_memory().available)
 
 
 def memory_advice(settings: Settings) -> str:
@@ -340,10 +347,7 @@ class _Arithmetic:
     def _saved(self, layer: int) -> int:
         tokens = self.shape.tokens
         if layer < len(self.layers) - 1:
-            each = saved_bytes_per_token(
-                self.config, tuple(self.modules), self.rank, self.element, layer
-            )
-            return tokens * each
+            return tokens * _saved_of_token(self.config, self.further[layer], self.element)
         # The last layer: everything past the keys and values on trained positions only.
         config, further = self.config, self.further[layer]
         all_rows = config.hidden_size + 2 * config.query_size + 2 * config.key_value_size
@@ -450,9 +454,11 @@ class _Arithmetic:
         return self.shape.tokens * (_BATCH_BYTES + rotary)
 
     def _stored_words(self, kept: Sequence[int]) -> str:
-        stored = len(self.layers) - max(self.recompute_layers, self.lowest)
+        stored = max(len(self.layers) - max(self.recompute_layers, self.lowest), 0)
+        tokens = f"{self.shape.tokens:,} tokens"
+        if not stored:
+            return f"the inputs of {len(self.layers)} layers x {tokens}"
         each = kept[-2] if len(kept) > 1 else kept[-1]
-        return (
-            f"{max(stored, 0)} of {len(self.layers)} layers x {self.shape.tokens:,} tokens"
-            f" x {each / self.shape.tokens / 1024:.1f} KiB, inputs of the others"
-        )
+        words = f"{stored} of {len(self.layers)} layers x {tokens}"
+        words += f" x {each / self.shape.tokens / 1024:.1f} KiB"
+        return words if stored == len(self.layers) else f"{words}, inputs of the others"

@@ -1,0 +1,48 @@
+"""Amounts of memory: as typed, in bytes, and the part of them that a run plans with.
+
+GiB are 2**30 bytes and GB 10**9, as on the card's box and in the training guide.
+"""
+
+import re
+from dataclasses import dataclass
+
+from phitune.errors import SettingsError
+from phitune.training.memory import BUDGET_SHARE, Device
+
+GB = 10**9
+
+_UNITS = {"": 10**9, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY_UNITS = {"M": 2**20, "G": 2**30, "T": 2**40}
+_AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([MGT])(i?)B?)?\s*", re.IGNORECASE)
+_MOST_MEMORY = 10**15
+
+
+@dataclass(frozen=True)
+class Memory:
+    """How much there is, and who says so."""
+
+    bytes: int
+    source: str
+
+    def budget(self, device: Device) -> int:
+        """Bytes that a run plans with, the same share as in training."""
+        return round(BUDGET_SHARE[device] * self.bytes)
+
+
+def parse_memory(text: str) -> int:
+    """ "24GB", "24G" or "24" (10**9 bytes each) and "24GiB" (2**30) as bytes.
+
+    Raises:
+        SettingsError: no amount of memory, or one that no machine has.
+    """
+    match = _AMOUNT.fullmatch(text)
+    remedy = "write it like 24GB, 24GiB (2**30) or 24 (GB)"
+    if not match:
+        raise SettingsError(f"--memory {text!r}: is not an amount of memory; {remedy}")
+    number, unit, binary = match[1], (match[2] or "").upper(), match[3]
+    size = round(float(number) * (_BINARY_UNITS if binary else _UNITS)[unit])
+    if not 0 < size <= _MOST_MEMORY:
+        raise SettingsError(
+            f"--memory {text!r}: is {size / GB:,.0f} GB, which no machine has; {remedy}"
+        )
+    return size

@@ -1,0 +1,89 @@
+"""The rows of a run as numbers of tokens: those of a data set, or assumed ones of max_length."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from phitune.config import Settings
+from phitune.data.prepare import prepare_data
+from phitune.data.tokenizer import TextTokenizer
+from phitune.training.memory import Shape
+
+# Stands in for a data set that was not given: this many rows of max_length tokens.
+ASSUMED_ROWS = 1000
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of tokens."""
+
+    tokens: int
+    trained: int  # positions with a loss
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows that a run trains on in an epoch, and those it validates with."""
+
+    train: tuple[Row, ...]
+    validation: tuple[Row, ...] = ()
+    source: Path | None = None  # None: no data set was given, every row counts max_length tokens
+    warnings: tuple[str, ...] = ()
+
+    @cached_property
+    def longest_first(self) -> tuple[Row, ...]:
+        """All of them, as training sorts them to find its largest micro-batch."""
+        return tuple(sorted(self.train + self.validation, key=lambda row: row.tokens, reverse=True))
+
+    @cached_property
+    def tokens(self) -> int:
+        """Of an epoch."""
+        return sum(row.tokens for row in self.train)
+
+    @cached_property
+    def trained(self) -> int:
+        """Positions of an epoch that have a loss."""
+        return sum(row.trained for row in self.train)
+
+    @property
+    def trained_share(self) -> float:
+        return self.trained / self.tokens
+
+    @cached_property
+    def attended(self) -> float:
+        """Tokens of the row that the average token is in."""
+        return sum(row.tokens * row.tokens for row in self.train) / self.tokens
+
+    def largest(self, batch_size: int) -> Shape:
+        """The micro-batch of the longest rows."""
+        rows = self.longest_first[:batch_size]
+        return Shape(tuple(row.tokens for row in rows), sum(row.trained for row in rows))
+
+    def at_most(self, max_length: int) -> "Rows":
+        """The same rows under a shorter limit: rows of a file are left out, assumed ones shrink."""
+        if self.source is None:
+            return assumed_rows(max_length, len(self.train))
+        train = tuple(row for row in self.train if row.tokens <= max_length)
+        validation = tuple(row for row in self.validation if row.tokens <= max_length)
+        return Rows(train, validation, self.source)
+
+
+def assumed_rows(max_length: int, number: int) -> Rows:
+    """Rows of the greatest length, an upper bound."""
+    # All but the first token of a row can be trained on.
+    return Rows((Row(max_length, max_length - 1),) * number)
+
+
+def rows_of_file(settings: Settings, path: Path, model_folder: Path) -> Rows:
+    """The rows of a data set, tokenised as in training.
+
+    Raises:
+        PhituneError: what training would refuse too.
+    """
+    tokenizer = TextTokenizer(model_folder)
+    data = prepare_data(settings, path, tokenizer, tokenizer.prompt_format(settings.prompt_format))
+    train, validation = (
+        tuple(Row(len(row.input_ids), row.num_target_tokens) for row in rows)
+        for rows in (data.train_rows, data.validation_rows)
+    )
+    return Rows(train, validation, path, tuple(data.warnings))

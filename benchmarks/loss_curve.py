@@ -161,7 +161,7 @@ def plot(found: dict[str, tuple[list[float], list[float]]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="200 steps beside transformers + peft.")
-    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
+    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared" / "data")
     options = parser.parse_args()
     found = {}
     for kind in CONFIGS:

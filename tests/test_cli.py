@@ -338,3 +338,69 @@ def test_a_mistake_of_ours_shows_no_traceback(monkeypatch: Any, capsys: Any) -> 
     log = Path(said.split()[-1])
     assert "Traceback" in log.read_text()
     log.unlink()
+
+
+def test_batch_size_auto_is_settled_before_the_run_and_written_down(place: Path) -> None:
+    line = "train --dataset_path data/train.jsonl --output_dir run --epochs 1"
+    line += " --sample_tokens 0 --validation_split 0"
+    done = phitune(f"{line} --batch_size auto --gradient_accumulation_steps 2")
+    assert done.returncode == 0, done.stderr
+    settings = yaml.safe_load((place / "run" / "config.yaml").read_text())
+    # A step has twice the default of four rows; the tiny model takes them at once.
+    assert (settings["batch_size"], settings["gradient_accumulation_steps"]) == (8, 1)
+    assert settings["recompute_layers"] == 0
+    assert "nothing is recomputed" in done.stdout
+    assert len(lines_of(place / "run" / "metrics.jsonl")) == 2  # twelve rows
+
+
+def test_engines_and_recomputed_layers_train_the_same_adapter(place: Path) -> None:
+    line = "train --epochs 1 --sample_tokens 0 --model_name tiny-phi-3.5"
+    found = {}
+    for name, flags in {
+        "fused": "",
+        "recomputed": "--recompute_layers all",
+        "reference": "--engine reference",
+    }.items():
+        done = phitune(f"{line} --output_dir {name} {flags}")
+        assert done.returncode == 0, done.stderr
+        assert f"engine: {'reference' if name == 'reference' else 'fused'}" in done.stdout
+        found[name] = load_file(place / name / "adapter" / "adapter_model.safetensors")
+    for name, tensor in found["fused"].items():
+        assert torch.equal(tensor, found["recomputed"][name])
+        # One step of Adam turns a rounding error of a tiny gradient into a visible one.
+        assert float((tensor - found["reference"][name]).abs().mean()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--recompute_layers 99", "recompute_layers 99: the model has 1 layers"),
+        ("--recompute_layers -1", "must be at least 0, or all"),
+        ("--recompute_layers some", "must be a whole number or all"),
+        (
+            "--recompute_layers all --gradient_checkpointing false",
+            "recompute_layers and gradient_checkpointing false contradict each other",
+        ),
+        ("--batch_size many", "must be a whole number or auto"),
+        ("--engine fast", "must be one of"),
+    ],
+)
+def test_what_the_engine_cannot_do_is_refused(place: Path, flags: str, said: str) -> None:
+    done = phitune(f"train --output_dir run {flags}")
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert not (place / "run").exists()
+
+
+def test_doctor_says_what_training_would_use_and_trains_nothing(place: Path) -> None:
+    done = phitune("doctor")
+    assert done.returncode == 0, done.stderr
+    for word in ("torch_compile", "attention", "products", "GFLOP/s", "fused"):
+        assert word in done.stdout
+    found = json.loads(phitune("doctor --json --precision bf16").stdout)
+    assert found["training would use"]["precision"] == "bf16 (as asked)"
+    assert phitune("doctor --device cuda:9").returncode == 2
+    unknown = phitune("doctor --devise cpu")
+    assert unknown.returncode == 2
+    assert "did you mean --device" in unknown.stderr
+    assert sorted(path.name for path in place.iterdir()) == ["data"]

@@ -126,6 +126,19 @@ class FlashOnCpu:
 class FlashOnCuda:
     name = "flash attention for packed sequences"
 
+    def __init__(self) -> None:
+        # All layers of a micro-batch ask for the same offsets: they are sent to the GPU once.
+        self._offsets_of: tuple[int, ...] = ()
+        self._offsets = torch.empty(0)
+
+    def _on_device(self, cu_seqlens: Sequence[int], device: torch.device) -> tuple[Tensor, int]:
+        """Offsets of the sequences as the kernel wants them, and the longest sequence."""
+        wanted = tuple(cu_seqlens)
+        if wanted != self._offsets_of:
+            offsets = torch.tensor(wanted, dtype=torch.int32)
+            self._offsets_of, self._offsets = wanted, offsets.to(device, non_blocking=True)
+        return self._offsets, max(stop - start for start, stop in itertools.pairwise(wanted))
+
     def forward(
         self,
         query: Tensor,
@@ -135,7 +148,8 @@ class FlashOnCuda:
         cu_seqlens: Sequence[int],
         sliding_window: int | None,
     ) -> list[Tensor]:
-        offsets, longest, left = _packed(cu_seqlens, sliding_window, query.device)
+        offsets, longest = self._on_device(cu_seqlens, query.device)
+        left = -1 if sliding_window is None else sliding_window - 1
         # In these kernels no tokens to the right is what makes attention causal.
         attended, lse, rng_state, _, _ = torch.ops.aten._flash_attention_forward(
             query,
@@ -166,7 +180,8 @@ class FlashOnCuda:
         cu_seqlens: Sequence[int],
         sliding_window: int | None,
     ) -> None:
-        offsets, longest, left = _packed(cu_seqlens, sliding_window, query.device)
+        offsets, longest = self._on_device(cu_seqlens, query.device)
+        left = -1 if sliding_window is None else sliding_window - 1
         found = torch.ops.aten._flash_attention_backward(
             grad_out.contiguous(),
             query,
@@ -277,14 +292,6 @@ def _band(length: int, sliding_window: int | None, like: Tensor) -> Tensor | Non
     return torch.zeros(length, length, dtype=like.dtype, device=like.device).masked_fill_(
         hidden, -math.inf
     )
-
-
-def _packed(
-    cu_seqlens: Sequence[int], sliding_window: int | None, device: torch.device
-) -> tuple[Tensor, int, int]:
-    longest = max(stop - start for start, stop in itertools.pairwise(cu_seqlens))
-    offsets = torch.tensor(cu_seqlens, dtype=torch.int32).to(device, non_blocking=True)
-    return offsets, longest, -1 if sliding_window is None else sliding_window - 1
 
 
 def _blocks(cu_seqlens: Sequence[int], sliding_window: int | None) -> Iterator[tuple[slice, slice]]:

@@ -85,8 +85,7 @@ def force_compile(layer: DecoderLayer, backend: str = "inductor") -> None:
 def release_freed_memory() -> None:
     """Gives memory that was freed back to the system, where the C library can (glibc).
 
-    Rows of many lengths leave holes of many sizes; without this a process grows with every
-    micro-batch of another length. It takes about a millisecond.
+    Rows of many lengths leave holes of many sizes; without this a process grows from step to step.
     """
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)

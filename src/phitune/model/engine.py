@@ -152,6 +152,8 @@ class FusedEngine:
     def loss_and_gradients(
         self, batch: Packed, dropout: ops.Dropout | None, weight: float
     ) -> Tensor:
+        if self.device.type == "cpu" and self._begins_step():
+            release_freed_memory()
         self._refresh(prepare_gradients=True)
         embedding = self.decoder.embed_tokens
         with torch.set_grad_enabled(embedding.lora is not None):
@@ -174,9 +176,6 @@ class FusedEngine:
                     grad = below
         if embedding.lora is not None:
             torch.autograd.backward(embedded, grad)
-        if self.device.type == "cpu":
-            del embedded, grad
-            release_freed_memory()
         return loss
 
     @torch.no_grad()
@@ -269,6 +268,11 @@ class FusedEngine:
             linear.refresh()
             if prepare_gradients:
                 linear.prepare_gradients()
+
+    def _begins_step(self) -> bool:
+        """Whether nothing was added to the gradients since an optimizer cleared them."""
+        pairs = [pair for linear in self._linears() for pair in linear.pairs]
+        return any(pair.lora_B.grad is None for pair in pairs)
 
     def _linears(self) -> Sequence[WidenedLinear]:
         return [linear for layer in self.layers for linear in layer.linears.values()] + [self.head]

@@ -84,11 +84,12 @@ class WidenedLinear:
         dtype = torch.promote_types(like.dtype, torch.float32)
         self.lora_A = like.new_zeros(self.further, self.width)  # all A, as they are computed with
         self.grad_A = like.new_zeros(self.further, self.width, dtype=dtype)
-        self.factors = like.new_zeros(self.further)  # alpha / r, over the share that is kept
-        self.dropout_rate = dropout_rate
+        self.factors = like.new_zeros(self.further)  # alpha / r
         self.threshold = ops.keep_threshold(dropout_rate)
         for pair, place in zip(self.pairs, self.places, strict=True):
             self.factors[place] = pair.scaling
+        # With dropout, what is kept counts for what is not.
+        self.dropped_factors = self.factors / ops.keep_rate(dropout_rate)
         if self.pairs and dropout_rate > 0:
             keys = torch.stack([pair.key for pair in self.pairs])
             self.column_keys = ops.column_keys(keys, self.width)  # [M, D]
@@ -220,7 +221,7 @@ class WidenedLinear:
             _add_product(pair.lora_B.grad, grad_out[:, start:stop].t(), low[:, place])
 
     def _factors(self, row_keys: Tensor | None) -> Tensor:
-        return self.factors if row_keys is None else self.factors / ops.keep_rate(self.dropout_rate)
+        return self.factors if row_keys is None else self.dropped_factors
 
 
 def dropped_low(

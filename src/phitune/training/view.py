@@ -245,7 +245,7 @@ def memory_line(plan: MemoryPlan, budget: int) -> str:
     layers, of = plan.recompute_layers, plan.num_layers
     recomputed = f"{layers} of {of} layers are recomputed" if layers else "nothing is recomputed"
     return (
-        f"memory: {plan.bytes / GIB:.1f} GiB at the peak, {budget / GIB:.1f} GiB are there;"
+        f"memory: {plan.bytes / GIB:.1f} GiB at the peak, of {budget / GIB:.1f} GiB to plan with;"
         f" {recomputed}"
     )
 

@@ -28,7 +28,7 @@ from phitune.training.loop import dropout_of
 
 ROW = 256
 TOKENS = (1024, 2048, 4096, 8192, 16384)
-ROUNDS = 5
+ROUNDS = 3
 MIB = 2**20
 
 

@@ -208,6 +208,24 @@ def test_fused_engine_sees_what_an_optimizer_or_a_loader_did(tmp_path: Path) -> 
     )
 
 
+@pytest.mark.parametrize("kind", ["phi", "phi3-longrope"])
+def test_perturbing_a_neighbour_changes_no_bit_of_a_row(kind: str, tmp_path: Path) -> None:
+    decoder = open_decoder(save_model(random_model(CONFIGS[kind]()), tmp_path))
+    modules = resolve_targets(decoder.config, ["all-linear"], None)
+    attach(decoder, LoraSpec(4, 8, 0.1, modules), seed=0)
+    engine = FusedEngine(decoder, 0.1)
+    rows, others = random_rows(), random_rows(seed=9)
+    hidden = []
+    for batch in (pack(rows[:3]), pack([others[0], rows[1], others[2]])):
+        with torch.no_grad():
+            shared = engine._shared(batch, dropout_of(batch, 0.1))
+            x = decoder.embed_tokens(batch.input_ids)
+            hidden.append(engine.layers[0].forward(x, shared, None)[0])
+    start, stop = batch.cu_seqlens[1:3]
+    assert torch.equal(hidden[0][start:stop], hidden[1][start:stop])
+    assert not torch.equal(hidden[0][:start], hidden[1][:start])
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("sliding_window", [None, 9])
 @pytest.mark.parametrize("attention", [FlashOnCpu(), InBlocks()], ids=["flash", "blocks"])

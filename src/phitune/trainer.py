@@ -204,9 +204,11 @@ class Phi2LoRATrainer:
             model = self.prepare_model()
             seconds = time.perf_counter() - started
             self._say(model_line(model.decoder, model.adapter, self.settings, seconds))
-            self._say(memory_line(plan, budget))
-            if plan.bytes > budget:
-                self._say(f"warning: that may not fit. {memory_advice(self.settings)}")
+            # The plan follows the fused engine's buffers and says nothing of autograd's.
+            if self.settings.engine == "fused":
+                self._say(memory_line(plan, budget))
+                if plan.bytes > budget:
+                    self._say(f"warning: that may not fit. {memory_advice(self.settings)}")
             engine = self._build_engine(model.decoder)
             for name, choice in engine.choices.items():
                 self._say(f"{name}: {choice}")

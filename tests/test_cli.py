@@ -326,11 +326,12 @@ def test_a_run_is_replaced_only_when_asked(place: Path) -> None:
 
 def test_a_mistake_of_ours_shows_no_traceback(monkeypatch: Any, capsys: Any) -> None:
     from phitune import cli
+    from phitune.commands import train
 
     def broken(argv: list[str]) -> int:
         raise RuntimeError("boom")
 
-    monkeypatch.setattr(cli, "train", broken)
+    monkeypatch.setattr(train, "run", broken)
     assert cli.main(["train"]) == 1
     said = capsys.readouterr().err
     assert "internal error: RuntimeError: boom" in said

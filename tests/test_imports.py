@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 import phitune
+from phitune.cli import COMMANDS
 
 SOURCE = Path(phitune.__file__).parent
 FREE_TO_ALL = {"config", "errors", "jsonfile"}
 MAY_IMPORT = {
-    "cli": {"trainer", "planning", "doctor", *FREE_TO_ALL},
+    "cli": {"commands", *FREE_TO_ALL},
+    "commands": {"trainer", "planning", "doctor", *FREE_TO_ALL},
     "doctor": {"training", "model", *FREE_TO_ALL},
     "planning": {"training", "model", "data", *FREE_TO_ALL},
     "trainer": {"recorder", "training", "inference", "model", "data", *FREE_TO_ALL},
@@ -27,6 +29,7 @@ MAY_IMPORT = {
 }
 NO_TORCH = (
     "phitune.cli",
+    *(f"phitune.commands.{name}" for name in COMMANDS),
     "phitune.config",
     "phitune.data.dataset",
     "phitune.data.prompt",

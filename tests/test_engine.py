@@ -177,7 +177,7 @@ def test_fused_equals_its_plain_twin(
 ) -> None:
     # Small blocks and chunks, so that there are several of each.
     monkeypatch.setitem(sizes.BLOCK_ELEMENTS, "cpu", 40 * 7)
-    monkeypatch.setattr(sizes, "LOSS_CHUNK_BYTES", 4 * 120 * 7)
+    monkeypatch.setitem(sizes.LOSS_CHUNK_BYTES, "cpu", 4 * 120 * 7)
     decoder, adapter = with_adapter(make_config(), tmp_path, targets, layers)
     batches = [pack(random_rows()[:4]), pack(random_rows()[4:], first_slot=4)]
     plain, fused = ReferenceEngine(decoder), FusedEngine(decoder, p)

@@ -99,7 +99,7 @@ def test_loss_in_chunks_equals_loss_at_once(
 ) -> None:
     decoder, adapter = with_adapter(model_folder, torch.float64)
     at_once = gradients_of(decoder, adapter, [[0, 1, 2, 3, 4, 5]], 0.2)
-    monkeypatch.setattr(sizes, "LOSS_CHUNK_BYTES", 4 * 120 * 7)  # seven rows
+    monkeypatch.setitem(sizes.LOSS_CHUNK_BYTES, "cpu", 4 * 120 * 7)  # seven rows
     in_chunks = gradients_of(decoder, adapter, [[0, 1, 2, 3, 4, 5]], 0.2)
     for ours, theirs in zip(in_chunks, at_once, strict=True):
         assert relative(ours, theirs) < 1e-12

@@ -25,7 +25,14 @@ from phitune.model.device import (
     limit_product_caches,
     release_freed_memory,
 )
-from phitune.model.fused import Backend, FusedNorm, Kernels, WidenedLinear, blocks
+from phitune.model.fused import (
+    Backend,
+    FusedNorm,
+    Kernels,
+    WidenedLinear,
+    blocks,
+    cross_entropy_,
+)
 from phitune.model.fused_layers import FUSED_LAYERS, FusedLayer, Saved, Shared
 from phitune.model.gemm import choose_gemm
 
@@ -220,7 +227,7 @@ class FusedEngine:
         """
         wide_dtype = torch.promote_types(hidden.dtype, torch.float32)
         total = hidden.new_zeros((), dtype=wide_dtype)
-        rows = sizes.loss_chunk_rows(self.decoder.config.vocab_size)
+        rows = sizes.loss_chunk_rows(self.decoder.config.vocab_size, hidden.device.type)
         for start in range(0, len(targets), rows):
             chunk = slice(start, min(start + rows, len(targets)))
             keys = None if row_keys is None else row_keys[chunk]
@@ -235,18 +242,13 @@ class FusedEngine:
         low = head.low(wide)
         logits = head.forward(wide)  # [n, V], the largest tensor there is
         del wide
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        log_shares = torch.log_softmax(logits, -1)
-        del logits
-        picked = targets.unsqueeze(1)
-        loss = -log_shares.gather(1, picked).sum()
+        loss = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
+        for block in blocks(len(logits), logits.shape[1], logits.device):
+            loss += cross_entropy_(logits[block], targets[block], weight)
         if weight is None:
             return loss
-        grad = log_shares.exp_()
-        grad.scatter_add_(1, picked, grad.new_full(picked.shape, -1.0))
-        grad = grad.mul_(weight).to(hidden.dtype)
-        wide = head.backward(grad, low)
-        del grad, log_shares
+        wide = head.backward(logits, low)  # What was the logits is their gradient now.
+        del logits
         for block in blocks(len(hidden), head.width, hidden.device):
             normed, stats = norm.forward(hidden[block])
             part = head.backward_block(wide, block, normed, row_keys)

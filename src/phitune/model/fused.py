@@ -309,6 +309,26 @@ class FusedNorm:
         return grads[0]
 
 
+def cross_entropy_(logits: Tensor, targets: Tensor, weight: float | None) -> Tensor:
+    """The summed loss in fp32 at least; the logits become the gradient of `weight` times it.
+
+    Args:
+        logits: [n, V], a block that fits the processor's cache; overwritten, unless `weight` is
+            None.
+        targets: [n].
+
+    Returns: scalar, without the weight.
+    """
+    log_shares = torch.log_softmax(logits, -1, torch.promote_types(logits.dtype, torch.float32))
+    picked = targets.unsqueeze(1)
+    loss = -log_shares.gather(1, picked).sum()
+    if weight is not None:
+        grad = log_shares.exp_()
+        grad.scatter_add_(1, picked, grad.new_full(picked.shape, -1.0))
+        logits.copy_(grad.mul_(weight))
+    return loss
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """The norm, x / rms(x) and 1 / rms(x), the last two in fp32 at least."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))

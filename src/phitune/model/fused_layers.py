@@ -163,6 +163,33 @@ class FusedLayer:
             linear.backward_block(wide, block, attended[block], keys)
         return wide[:, : linear.width]
 
+    def _mlp_backward(
+        self, name: str, grad: Tensor, saved: Saved, keys: Tensor | None, grad_inner: Tensor
+    ) -> None:
+        """The way back through the MLP's second linear layer and the activation before it.
+
+        A function of its own, so that no name keeps the widest buffer alive behind it.
+
+        Args:
+            grad: [N, D].
+            grad_inner: [N, F] or [N, 2 F], written.
+        """
+        linear = self.linears[name]
+        wide = linear.backward(grad, saved.low[name])
+        for block in blocks(len(grad), linear.width, grad.device):
+            inner = saved.inner[block]
+            activated = self._activate(inner) if linear.is_adapted else None
+            grad_activated = linear.backward_block(wide, block, activated, keys)
+            self._activate_backward(grad_activated, inner, grad_inner[block])
+
+    def _activate(self, inner: Tensor) -> Tensor:
+        """The MLP's activation. inner: [n, F] or [n, 2 F]. Returns: [n, F]."""
+        raise NotImplementedError
+
+    def _activate_backward(self, grad: Tensor, inner: Tensor, out: Tensor) -> None:
+        """Its way back. grad: [n, F]; `out` has the shape of `inner`, and is written."""
+        raise NotImplementedError
+
     def _input_backward(
         self,
         linear: WidenedLinear,
@@ -211,7 +238,7 @@ class FusedPhiLayer(FusedLayer):
         attended = self._attention_output("dense", saved, shared)
         out = x if for_backward_only else self.linears["dense"].forward(attended)
         del attended
-        activated = fc2.widen(len(inner), lambda block: ops.gelu(inner[block]), keys)
+        activated = fc2.widen(len(inner), lambda block: self._activate(inner[block]), keys)
         saved.low["fc2"] = fc2.low(activated)
         if not for_backward_only:
             out += fc2.forward(activated)
@@ -221,7 +248,7 @@ class FusedPhiLayer(FusedLayer):
     def backward(
         self, grad: Tensor, saved: Saved, shared: Shared, *, needs_input: bool
     ) -> Tensor | None:
-        first, fc2 = self.linears["qkv_fc1"], self.linears["fc2"]
+        first = self.linears["qkv_fc1"]
         attention, mlp = self._parts()
         rows, keys, tokens = saved.rows, shared.keys_of(saved.rows), len(saved.x)
         if rows is None:
@@ -231,14 +258,7 @@ class FusedPhiLayer(FusedLayer):
             grad_projected = torch.empty_like(saved.projected)
             grad_inner = torch.empty_like(saved.inner)
 
-        wide = fc2.backward(grad, saved.low["fc2"])
-        for block in blocks(len(grad), fc2.width, grad.device):
-            inner = saved.inner[block]
-            activated = ops.gelu(inner) if fc2.is_adapted else None
-            grad_activated = fc2.backward_block(wide, block, activated, keys)
-            grad_inner[block] = gelu_backward(grad_activated, inner)
-        del wide
-
+        self._mlp_backward("fc2", grad, saved, keys, grad_inner)
         grad_attended = self._attention_output_backward("dense", grad, saved, shared)
         self._attend_backward(grad_attended, saved, shared, grad_projected)
         del grad_attended
@@ -255,6 +275,12 @@ class FusedPhiLayer(FusedLayer):
         norm = self.norms["input_layernorm"]
         self._input_backward(first, norm, wide, saved.x, shared.row_keys, total)
         return total
+
+    def _activate(self, inner: Tensor) -> Tensor:
+        return ops.gelu(inner)
+
+    def _activate_backward(self, grad: Tensor, inner: Tensor, out: Tensor) -> None:
+        out.copy_(gelu_backward(grad, inner))
 
     def _parts(self) -> tuple[slice, slice]:
         """The outputs of the first product that attention reads, and those of fc1."""
@@ -292,7 +318,7 @@ class FusedPhi3Layer(FusedLayer):
         del wide
 
         # What follows is not read by the backward, except for the adapter's small numbers.
-        activated = down.widen(len(inner), lambda block: ops.swiglu(inner[block]), keys)
+        activated = down.widen(len(inner), lambda block: self._activate(inner[block]), keys)
         saved.low["down_proj"] = down.low(activated)
         if for_backward_only:
             return middle, saved
@@ -303,20 +329,12 @@ class FusedPhi3Layer(FusedLayer):
     def backward(
         self, grad: Tensor, saved: Saved, shared: Shared, *, needs_input: bool
     ) -> Tensor | None:
-        qkv, gate_up, down = (
-            self.linears[name] for name in ("qkv_proj", "gate_up_proj", "down_proj")
-        )
+        qkv, gate_up = self.linears["qkv_proj"], self.linears["gate_up_proj"]
         rows, keys, middle = saved.rows, shared.keys_of(saved.rows), saved.middle
         assert middle is not None
 
-        wide = down.backward(grad, saved.low["down_proj"])
         grad_inner = torch.empty_like(saved.inner)
-        for block in blocks(len(grad), down.width, grad.device):
-            inner = saved.inner[block]
-            activated = ops.swiglu(inner) if down.is_adapted else None
-            grad_activated = down.backward_block(wide, block, activated, keys)
-            self.kernels.swiglu_backward(grad_activated, inner, grad_inner[block])
-        del wide
+        self._mlp_backward("down_proj", grad, saved, keys, grad_inner)
         wide = gate_up.backward(grad_inner, saved.low["gate_up_proj"])
         del grad_inner
         norm = self.norms["post_attention_layernorm"]
@@ -333,6 +351,12 @@ class FusedPhi3Layer(FusedLayer):
         norm = self.norms["input_layernorm"]
         self._input_backward(qkv, norm, wide, saved.x, shared.row_keys, total)
         return total
+
+    def _activate(self, inner: Tensor) -> Tensor:
+        return ops.swiglu(inner)
+
+    def _activate_backward(self, grad: Tensor, inner: Tensor, out: Tensor) -> None:
+        self.kernels.swiglu_backward(grad, inner, out)
 
 
 FUSED_LAYERS: dict[str, type[FusedLayer]] = {"phi": FusedPhiLayer, "phi3": FusedPhi3Layer}

@@ -22,8 +22,20 @@ class Gemm(NamedTuple):
     backward: Callable[[Tensor, Tensor], Tensor]  # grad [T, O], W [O, D] -> [T, D]
 
 
+# oneDNN's backward slows down over very many outputs (a head's); there it is summed over slabs.
+MOST_OUTPUTS = 20_000
+OUTPUTS_OF_A_SLAB = 640
+
+
 def _onednn_backward(grad: Tensor, weight: Tensor) -> Tensor:
-    return _onednn_forward(grad, weight.t(), None)
+    outputs = len(weight)
+    if outputs <= MOST_OUTPUTS:
+        return _onednn_forward(grad, weight.t(), None)
+    total = _onednn_forward(grad[:, :OUTPUTS_OF_A_SLAB], weight[:OUTPUTS_OF_A_SLAB].t(), None)
+    for start in range(OUTPUTS_OF_A_SLAB, outputs, OUTPUTS_OF_A_SLAB):
+        slab = slice(start, start + OUTPUTS_OF_A_SLAB)
+        total += _onednn_forward(grad[:, slab], weight[slab].t(), None)
+    return total
 
 
 def _onednn_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

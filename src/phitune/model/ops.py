@@ -181,7 +181,7 @@ def chunked_loss_sum(
     The backward computes each chunk's logits again instead of keeping them, unless there is only
     one chunk.
     """
-    rows = sizes.loss_chunk_rows(vocab_size)
+    rows = sizes.loss_chunk_rows(vocab_size, hidden.device.type)
     if len(targets) <= rows:
         return loss_of_chunk(hidden, targets, row_keys)
     total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))

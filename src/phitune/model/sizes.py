@@ -1,7 +1,11 @@
 """Sizes of the buffers that the engine works in, shared with the planner. No torch here."""
 
-# Logits of this many bytes exist at a time; large enough that the GEMM does not notice.
-LOSS_CHUNK_BYTES = 64 * 2**20
+# Logits of this many bytes, were they in fp32, exist at a time: so many that the product does not
+# notice. On a CPU more rows make it no faster; wide accelerators want more.
+LOSS_CHUNK_BYTES = {"cpu": 2**25}
+LOSS_CHUNK_BYTES_ELSEWHERE = 2**26
+# Products of whole multiples of so many rows waste the least.
+LOSS_CHUNK_ROWS = 32
 # Elements of a block of rows: on a CPU what fits its caches, elsewhere what keeps buffers small.
 BLOCK_ELEMENTS = {"cpu": 2**18}
 BLOCK_ELEMENTS_ELSEWHERE = 2**23
@@ -11,9 +15,10 @@ FURTHER_COLUMNS = 16
 QUERIES_PER_BLOCK = 256
 
 
-def loss_chunk_rows(vocab_size: int) -> int:
-    """So many rows of logits, in fp32, exist at a time."""
-    return max(1, LOSS_CHUNK_BYTES // (4 * vocab_size))
+def loss_chunk_rows(vocab_size: int, device: str) -> int:
+    """So many rows of logits exist at a time, on a kind of device (cpu, cuda, mps)."""
+    rows = LOSS_CHUNK_BYTES.get(device, LOSS_CHUNK_BYTES_ELSEWHERE) // (4 * vocab_size)
+    return max(1, rows - rows % LOSS_CHUNK_ROWS if rows > LOSS_CHUNK_ROWS else rows)
 
 
 def block_rows(width: int, device: str) -> int:

@@ -264,7 +264,7 @@ class _Arithmetic:
             stored = sum(kept[: layer + 1])
             best = max(best, (stored + recomputed + working, stored, recomputed, working, when))
         _, stored, recomputed, working, when = best
-        loss = self._loss_chunk() if when == "loss" else 0
+        loss = self._logits() if when == "loss" else 0
         terms = [
             *self._fixed_terms(),
             Term("activations, stored", stored, self._stored_words(kept)),
@@ -272,7 +272,7 @@ class _Arithmetic:
             Term(
                 "loss chunk",
                 loss,
-                f"{sizes.loss_chunk_rows(self.config.vocab_size)} rows of logits, twice",
+                f"{self._loss_rows()} rows of logits, which become their gradient",
             ),
             Term("working buffers", working - loss, f"the peak is in the {when}"),
             Term("micro-batch", self._batch(), "ids, labels, rotary tables"),
@@ -365,7 +365,7 @@ class _Arithmetic:
         """(working bytes, bytes recomputed, layer, what is going on) of each moment."""
         last = len(self.layers) - 1
         hidden = self.shape.target_tokens * self.config.hidden_size * self.element
-        yield self._loss_chunk() + hidden, 0, last, "loss"
+        yield self._loss_buffers() + hidden, 0, last, "loss"
         for layer in self.layers:
             rows = self.shape.target_tokens if layer == last else self.shape.tokens
             forward = max(self._forward_buffers(layer, rows))
@@ -421,9 +421,21 @@ class _Arithmetic:
         ]
         return [step * self.element + more for step, more in zip(steps, extra, strict=False)]
 
-    def _loss_chunk(self) -> int:
-        rows = min(self.shape.target_tokens, sizes.loss_chunk_rows(self.config.vocab_size))
-        return 2 * rows * self.config.vocab_size * _FP32
+    def _loss_rows(self) -> int:
+        rows = sizes.loss_chunk_rows(self.config.vocab_size, self.device)
+        return min(self.shape.target_tokens, rows)
+
+    def _logits(self) -> int:
+        return self._loss_rows() * self.config.vocab_size * self.element
+
+    def _loss_buffers(self) -> int:
+        """The logits, and the larger of a block's softmax and the head's way back."""
+        rows, vocabulary = self._loss_rows(), self.config.vocab_size
+        block = min(sizes.block_rows(vocabulary, self.device), rows) * vocabulary * _FP32
+        softmax = block if self.element == _FP32 else 2 * block
+        # On a CPU the products of the head's slabs are summed: a second buffer.
+        back = rows * self.config.hidden_size * self.element * (2 if self.device == "cpu" else 1)
+        return self._logits() + max(softmax, back)
 
     def _attention_forward(self) -> int:
         query = self.config.query_size

@@ -38,7 +38,7 @@ GROUPING_POOL = 200  # rows that Trainer sorts by length together, at 4 a micro-
 LORA = {"r": 8, "alpha": 32, "dropout": 0.05}
 LEARNING_RATE = 2e-4
 SAME_LOSS = 2e-5  # fp32 agrees to 3e-6; rotary tables of another kind make 1e-4
-OURS, OURS_LEAN = "phitune", "phitune-1x16"
+OURS, OURS_LEAN, OURS_BF16 = "phitune", "phitune-1x16", "phitune-bf16"
 
 # What pip is asked for, in order, and which workers need it. LitGPT without its dependencies: it
 # asks for a huggingface_hub older than transformers 5 can use, and what is run here needs none.
@@ -83,6 +83,7 @@ TRAINER = "Trainer + peft"
 RUNNERS = (
     _runner(OURS, OURS, "4 x 4", FOUR, strong=True),
     _runner(OURS_LEAN, OURS, "1 x 16", ONE, strong=True),
+    _runner(OURS_BF16, OURS, "4 x 4, base in bf16", FOUR, strong=True, precision="bf16"),
     _runner("trainer-padded", TRAINER, "4 x 4, padded to 1024", FOUR, pad_to=1024, most_steps=1),
     _runner("trainer-longest", TRAINER, "4 x 4, padded to the longest", FOUR),
     _runner("trainer-grouped", TRAINER, "4 x 4, by length", FOUR, strong=True, grouped=True),
@@ -261,9 +262,10 @@ def summarise(entry: dict[str, Any]) -> None:
     # Compared where the first step had the same rows; the middle one is taken for the truth.
     same = [one for one in shown.values() if one["first_tokens"] == entry["first_tokens"]]
     truth = statistics.median(one["first_loss"] for one in same) if same else None
-    for one in shown.values():
+    for name, one in shown.items():
         one["loss_agrees"] = None
-        if truth is not None and one["first_tokens"] == entry["first_tokens"]:
+        same_rows = one["first_tokens"] == entry["first_tokens"]
+        if truth is not None and same_rows and name != OURS_BF16:
             one["loss_agrees"] = abs(one["first_loss"] - truth) <= SAME_LOSS
     entry["limit_tokens_per_second"] = limit
     entry["summary"] = shown
@@ -377,6 +379,8 @@ Made by `python benchmarks/cpu_peers.py`. How to read it:
 - Trainer by length: its own order of {GROUPING_POOL} rows, of which micro-batches evenly spaced are
   run, since the front of that order is the longest rows. TRL's packs are filled from the same
   {GROUPING_POOL} rows, as many a step as the first {ROWS_PER_STEP} rows fill.
+- "base in bf16" is `--precision bf16` on a processor that multiplies it natively: half the weights,
+  other rounding, so it stands beside the fp32 runs and is left out of the comparison.
 - TRL would train in bf16 by default; here it is fp32. LitGPT knows no longrope; it is given
   Phi-3.5's rotary tables, which is the same work. It splits Phi-3.5's fused layers for LoRA, and
   clips no gradient; its loop is that of its finetune/lora.py.
@@ -399,10 +403,12 @@ def section(key: str, entry: dict[str, Any]) -> str:
         label = f"| {'**phitune**' if runner.project == OURS else runner.project} | {runner.what} |"
         if runner.name in shown:
             one = shown[runner.name]
+            other_rows = one["first_tokens"] != entry["first_tokens"]
             lines.append(
                 f"{label} {with_spread(one['tokens_per_second'])} | {one['of_the_limit']:.0%}"
                 f" | {one['peak_gib']:.2f} | {one['loaded_gib']:.2f}"
-                f" | {one['first_step_seconds']['median']:.1f} | {loss_cell(one)} |"
+                f" | {one['first_step_seconds']['median']:.1f}"
+                f" | {loss_cell(one, other_rows=other_rows)} |"
             )
         elif failed := entry["runs"].get(runner.name):
             lines.append(f"{label} failed: {failed[-1]['failed']} | | | | | |")
@@ -430,15 +436,15 @@ def with_spread(values: dict[str, float]) -> str:
     return f"{values['median']:.0f} ({values['min']:.0f}..{values['max']:.0f})"
 
 
-def loss_cell(one: dict[str, Any]) -> str:
+def loss_cell(one: dict[str, Any], *, other_rows: bool) -> str:
     if one["loss_agrees"] is None:
-        return "other rows"
+        return "other rows" if other_rows else f"{one['first_loss']:.5f} (not compared)"
     return f"{one['first_loss']:.5f}" + ("" if one["loss_agrees"] else " **differs**")
 
 
 def against(shown: dict[str, Any]) -> list[str]:
     """Ours as a multiple of the best peer and of the padded set-up, in one sentence."""
-    peers = {name: one for name, one in shown.items() if name not in (OURS, OURS_LEAN)}
+    peers = {name: one for name, one in shown.items() if name not in (OURS, OURS_LEAN, OURS_BF16)}
     if OURS not in shown or not peers:
         return []
 

@@ -9,6 +9,7 @@ from report import Report, read_job
 from phitune.config import Settings
 from phitune.data.tokenizer import TokenizedExample
 from phitune.model.architecture import read_model_config
+from phitune.model.device import DTYPES
 from phitune.model.engine import FusedEngine
 from phitune.model.lora import LoraSpec, attach
 from phitune.model.targets import resolve_targets
@@ -50,7 +51,8 @@ def run_phitune(job: dict[str, Any], report: Report) -> None:
         early_stopping_patience=0,
     )
     config = read_model_config(folder)
-    decoder = load_decoder(folder, config, torch.float32, torch.device("cpu"))
+    dtype = DTYPES[setting.get("precision", "fp32")]
+    decoder = load_decoder(folder, config, dtype, torch.device("cpu"))
     report.model_loaded()
     modules = resolve_targets(config, settings.target_modules, None)
     spec = LoraSpec(settings.lora_r, settings.lora_alpha, settings.lora_dropout, modules)

@@ -34,7 +34,7 @@ from phitune.model.fused import (
     cross_entropy_,
 )
 from phitune.model.fused_layers import FUSED_LAYERS, FusedLayer, Saved, Shared
-from phitune.model.gemm import choose_gemm
+from phitune.model.gemm import choose_gemm, multiplies_bf16
 
 
 class Packed(Protocol):
@@ -107,6 +107,11 @@ def choose_backend(
 ) -> tuple[Backend, dict[str, str]]:
     """What the fused layers are computed with on a device, and in words what that is, and why."""
     gemm, why = choose_gemm(device, dtype)
+    if dtype == torch.float32 and multiplies_bf16(device):
+        why += (
+            "; this processor multiplies bf16 too: --precision bf16 takes half the memory, and on"
+        )
+        why += " wide models less time"
     attention = choose_attention(device, dtype)
     refusal = compile_refusal(device, torch_compile)
     choices = {

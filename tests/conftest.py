@@ -1,6 +1,7 @@
 """Fixtures: small models on disk, the shared material where there is some, one thread a worker."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 torch.set_num_threads(1)
 # Nothing a test does may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Nor into the cache of the person who runs the tests.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="phitune-test-cache-")
 
 
 @pytest.fixture(scope="session")

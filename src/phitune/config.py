@@ -125,10 +125,31 @@ class Settings(BaseModel):
     )
 
     dataset_path: UserPath | None = _knob(
-        None, "JSONL with prompt/response or question/answer (default: the example)", group=_DATA
+        None,
+        "a .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, or a hub data set"
+        " (default: the example)",
+        group=_DATA,
     )
     validation_path: UserPath | None = _knob(
-        None, "validation rows from a file of their own", group=_DATA
+        None, "validation rows from a file, folder or data set of their own", group=_DATA
+    )
+    data_format: Literal[
+        "auto",
+        "prompt-response",
+        "question-answer",
+        "alpaca",
+        "completion",
+        "messages",
+        "sharegpt",
+    ] = _knob("auto", "what the rows are; auto: seen in the first of them", group=_DATA)
+    columns: str | None = _knob(
+        None,
+        "columns of other names, such as prompt=title,response=body; of a table without a"
+        " header by number, prompt=0,response=1",
+        group=_DATA,
+    )
+    on_bad_row: Literal["error", "skip"] = _knob(
+        "error", "what happens where rows cannot be used; error: all are listed", group=_DATA
     )
     validation_split: Real = _knob(
         0.1, "share of the rows kept for validation; 0 for none", group=_DATA, ge=0.0, le=0.5
@@ -144,6 +165,9 @@ class Settings(BaseModel):
     )
     train_on_prompt: bool = _knob(
         False, "train on the prompt's tokens too, not only the answer's", group=_DATA
+    )
+    cache: bool = _knob(
+        True, "keep the data's tokens in ~/.cache/phitune for the next run", group=_DATA
     )
 
     batch_size: BatchSize = _knob(

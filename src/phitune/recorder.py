@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from phitune.data.prepare import SamplePrompt
 from phitune.data.prompt import PromptFormat
 from phitune.data.tokenizer import TextTokenizer
 from phitune.inference.generate import generate
@@ -27,14 +28,13 @@ class Sampler:
         decoder: Decoder,
         tokenizer: TextTokenizer,
         prompt_format: PromptFormat,
-        prompts: Sequence[str],
+        prompts: Sequence[SamplePrompt],
         max_new_tokens: int,
     ) -> None:
         self._decoder = decoder
         self._tokenizer = tokenizer
         self._prompt_format = prompt_format
         self._prompts = list(prompts) if max_new_tokens else []
-        self._prompt_ids = [tokenizer.encode(prompt_format.prompt(text)) for text in self._prompts]
         self._max_new_tokens = max_new_tokens
 
     def __call__(self) -> list[Sample]:
@@ -43,18 +43,18 @@ class Sampler:
             return []
         answers = generate(
             self._decoder,
-            self._prompt_ids,
+            [prompt.ids for prompt in self._prompts],
             max_new_tokens=self._max_new_tokens,
             stop_ids=self._tokenizer.stop_ids(self._prompt_format),
         )
         return [
             Sample(
-                prompt,
-                self._prompt_format.response(self._tokenizer.decode_answer(answer.ids, ids)),
+                prompt.text,
+                self._prompt_format.response(self._tokenizer.decode_answer(answer.ids, prompt.ids)),
                 len(answer.ids),
                 answer.stopped,
             )
-            for prompt, ids, answer in zip(self._prompts, self._prompt_ids, answers, strict=True)
+            for prompt, answer in zip(self._prompts, answers, strict=True)
         ]
 
 

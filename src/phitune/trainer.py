@@ -19,8 +19,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from phitune.config import Resolved, Settings, resolve, to_yaml
+from phitune.data.conversation import Turn
 from phitune.data.packing import steps_per_epoch
 from phitune.data.prepare import PreparedData, prepare_data
+from phitune.data.sources import hub_id
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import NonFiniteError, OutOfMemoryError, SettingsError
 from phitune.model.architecture import read_model_config
@@ -54,6 +56,7 @@ from phitune.training.view import (
     Sample,
     answers_table,
     data_line,
+    data_progress,
     memory_line,
     model_line,
     open_view,
@@ -150,7 +153,8 @@ class Phi2LoRATrainer:
 
     def format_instruction(self, prompt: str, response: str) -> str:
         """A row as text, the way the model sees it; the end token that follows is not shown."""
-        segments = self.prompt_format.prompt(prompt) + self.prompt_format.answer(response)[:-1]
+        turns = (Turn("user", prompt), Turn("assistant", response))
+        segments = self.prompt_format.segments(turns)[:-1]
         return "".join(segment.text for segment in segments)
 
     def prepare_data(self) -> PreparedData:
@@ -159,7 +163,12 @@ class Phi2LoRATrainer:
         Raises:
             DataError: every problem of the files at once.
         """
-        data = prepare_data(self.settings, self._dataset_path, self.tokenizer, self.prompt_format)
+        with data_progress(self.console) as progress:
+            data = prepare_data(
+                self.settings, self._dataset_path, self.tokenizer, self.prompt_format, progress
+            )
+        for note in data.notes:
+            self._say(f"data: {note}")
         for warning in data.warnings:
             self._say(f"warning: {warning}")
         return data
@@ -226,8 +235,11 @@ class Phi2LoRATrainer:
     def _plan_memory(self, data: PreparedData) -> tuple[MemoryPlan, int]:
         """Settles the batch size and the recomputed layers; the plan, and the bytes there are."""
         settings, config = self.settings, self.model_config
+        most = settings.rows_per_step  # "auto" goes no further.
         rows = sorted(
-            data.train_rows + data.validation_rows, key=lambda row: len(row.input_ids), reverse=True
+            data.train_rows.longest_rows(most) + data.validation_rows.longest_rows(most),
+            key=lambda row: len(row.input_ids),
+            reverse=True,
         )
         budget = memory_budget(self.device)
         base: Any = settings.precision
@@ -398,7 +410,7 @@ class Phi2LoRATrainer:
         paths = {
             name: path.resolve()
             for name in ("dataset_path", "validation_path")
-            if (path := getattr(settings, name))
+            if (path := getattr(settings, name)) and not hub_id(path)
         }
         model = Path(settings.model_name).expanduser()
         if self.model_folder == model:

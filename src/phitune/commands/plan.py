@@ -12,7 +12,7 @@ PLAN_FLAGS = ("memory", "json", "preset", "presets")
 # settings are taken too, so that a command can be copied.
 SETTINGS_OF_A_PLAN = {
     "model_name": "",
-    "dataset_path": "JSONL whose rows are counted (default: rows of max_length tokens)",
+    "dataset_path": "data whose rows are counted (default: rows of max_length tokens)",
     "validation_split": "",
     "prompt_format": "",
     "max_length": "",

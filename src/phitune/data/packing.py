@@ -7,6 +7,7 @@ Shapes: T packed tokens, B sequences, N trained tokens.
 """
 
 import random
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -88,7 +89,7 @@ def epoch_steps(
 
     The order depends on the seed and the epoch alone, so any step can be produced again.
     """
-    order = list(range(len(rows)))
+    order = array("I", range(len(rows)))  # Four bytes a row.
     random.Random(f"{seed}/{epoch}").shuffle(order)
     rows_per_step = batch_size * gradient_accumulation_steps
     for start in range(0, len(order), rows_per_step):

@@ -1,95 +1,250 @@
-"""From the settings of a run to its rows as tokens: read, split, encode, and leave out or refuse
+"""From the settings of a run to its rows as tokens: read, encode, split, and leave out or refuse
 what is too long. No torch here.
+
+What is held of a row is a few bytes: its tokens stay on disk.
 """
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from phitune.config import Settings
-from phitune.data.dataset import Example, read_examples, split_examples
-from phitune.data.prompt import PromptFormat
-from phitune.data.tokenizer import TextTokenizer, TokenizedExample
+from phitune.data.conversation import Example, Turn
+from phitune.data.prompt import PromptFormat, Segment
+from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import MAX_LISTED, DataError, listing
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from phitune.data.cache import Progress, TokenizedData
+    from phitune.data.store import TokenRows, TokenStore
+
 DEFAULT_SAMPLE_PROMPTS = 2
+# Of a text without questions, a sample goes on from so many words.
+_FIRST_WORDS = 8
+_MASK_64 = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class SamplePrompt:
+    """What a sample answers."""
+
+    text: str  # for people
+    ids: list[int]
 
 
 @dataclass(frozen=True)
 class PreparedData:
     """The rows of a run as tokens, and the prompts its samples answer."""
 
-    train_rows: list[TokenizedExample]
-    validation_rows: list[TokenizedExample]
-    sample_prompts: list[str]
+    train_rows: "TokenRows"
+    validation_rows: "TokenRows"
+    sample_prompts: list[SamplePrompt]
+    notes: list[str]  # what was read as what
     warnings: list[str]
 
 
 def prepare_data(
-    settings: Settings, dataset_path: Path, tokenizer: TextTokenizer, prompt_format: PromptFormat
+    settings: Settings,
+    dataset_path: Path,
+    tokenizer: TextTokenizer,
+    prompt_format: PromptFormat,
+    progress: "Progress | None" = None,
 ) -> PreparedData:
-    """Reads, checks, splits and tokenises the rows.
+    """Reads, checks, tokenises and splits the rows.
 
     Raises:
-        DataError: a file or rows that cannot be used; every problem of a file at once.
+        DataError: data or rows that cannot be used; every problem of a data set at once.
     """
-    warnings: list[str] = []
-    examples = read_examples(dataset_path)
+    # Imported late, with numpy: `phitune plan` without a data set does without it.
+    import numpy as np
+
+    from phitune.data.cache import tokenized
+    from phitune.data.store import TokenRows
+
+    data = tokenized(dataset_path, "train", settings, tokenizer, prompt_format, progress)
+    notes, warnings = [*data.notes], [*data.warnings]
+    everything = np.arange(data.store.rows, dtype=np.uint32)
+    held_out, validation_path = data, settings.validation_path or dataset_path
     if settings.validation_path:
-        validation = read_examples(settings.validation_path)
-        trained_on = {example.prompt for example in examples}
-        if both := [row.line for row in validation if row.prompt in trained_on]:
+        held_out = tokenized(
+            validation_path, "validation", settings, tokenizer, prompt_format, progress
+        )
+        notes += held_out.notes
+        warnings += held_out.warnings
+        if both := _asked_in_both(data.store, held_out.store):
+            places = [_line(held_out.store.place(row)) for row in both[:MAX_LISTED]]
             warnings.append(
-                f"{len(both)} rows of {settings.validation_path} have prompts that are trained on"
-                f" too (lines {_some(both)})"
+                f"{len(both)} rows of {validation_path} have prompts that are trained on"
+                f" too (lines {_some(places, len(both))})"
             )
+        train, validation = everything, np.arange(held_out.store.rows, dtype=np.uint32)
     else:
-        examples, validation = split_examples(examples, settings.validation_split, settings.seed)
-
-    def encode(examples: Sequence[Example], path: Path) -> list[TokenizedExample]:
-        rows = [
-            tokenizer.encode_example(
-                prompt_format,
-                example.prompt,
-                example.response,
-                line=example.line,
-                train_on_prompt=settings.train_on_prompt,
-            )
-            for example in examples
-        ]
-        return _fitting(rows, settings, path, warnings)
-
-    train_rows = encode(examples, dataset_path)
-    validation_rows = encode(validation, settings.validation_path or dataset_path)
-    sample_prompts = settings.sample_prompts or [
-        example.prompt for example in (validation or examples)[:DEFAULT_SAMPLE_PROMPTS]
-    ]
-    return PreparedData(train_rows, validation_rows, sample_prompts, warnings)
+        train, validation = split_rows(data.store, settings.validation_split, settings.seed)
+    train_rows = _fitting(TokenRows(data.store, train), settings, dataset_path, warnings)
+    validation_rows = _fitting(
+        TokenRows(held_out.store, validation), settings, validation_path, warnings
+    )
+    prompts = _given_prompts(settings.sample_prompts, data, tokenizer, prompt_format)
+    if not prompts:
+        rows, path = train_rows, dataset_path
+        if len(validation_rows):
+            rows, path = validation_rows, validation_path
+        prompts = _first_prompts(rows, path, settings, tokenizer, prompt_format)
+    return PreparedData(train_rows, validation_rows, prompts, notes, warnings)
 
 
-def _fitting(
-    rows: list[TokenizedExample], settings: Settings, path: Path, warnings: list[str]
-) -> list[TokenizedExample]:
+def split_rows(
+    store: "TokenStore", validation_split: float, seed: int
+) -> "tuple[NDArray[np.uint32], NDArray[np.uint32]]":
+    """A seeded split: indices of the training rows and of the validation rows, in their order.
+
+    Each question has a place between 0 and 2**32 that depends on its text and the seed alone; the
+    validation rows are those of the lowest places. So rows with the same question stay together and
+    none leaks, and of a data set that has grown, few rows change sides.
+
+    Raises:
+        DataError: the training side would be empty.
+    """
+    import numpy as np
+
+    if validation_split == 0:
+        return np.arange(store.rows, dtype=np.uint32), np.empty(0, np.uint32)
+    places = np.concatenate([_scattered(part, seed) for part in store.chunks("questions")])
+    wanted = math.ceil(validation_split * len(places))
+    last = np.partition(places, wanted - 1)[wanted - 1]
+    chosen = places <= last
+    if chosen.all():
+        raise DataError(
+            f"validation_split {validation_split:g} of {len(places)} rows with"
+            f" {len(np.unique(places))} different prompts leaves nothing to train on; add rows or"
+            " use --validation_split 0"
+        )
+    validation = np.flatnonzero(chosen).astype(np.uint32)
+    return np.flatnonzero(~chosen).astype(np.uint32), validation
+
+
+def _scattered(hashes: "NDArray[np.uint64]", seed: int) -> "NDArray[np.uint32]":
+    """The upper half of splitmix64 of each hash, from a start that depends on the seed."""
+    import numpy as np
+
+    mixed = hashes ^ np.uint64(seed * 0x9E3779B97F4A7C15 & _MASK_64)
+    mixed += np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return ((mixed ^ (mixed >> np.uint64(31))) >> np.uint64(32)).astype(np.uint32)
+
+
+def _asked_in_both(train: "TokenStore", validation: "TokenStore") -> list[int]:
+    """Rows of the validation data whose question is trained on."""
+    import numpy as np
+
+    known = np.concatenate(list(train.chunks("questions")))
+    known.sort()
+    both: list[int] = []
+    before = 0
+    for part in validation.chunks("questions"):
+        at = np.minimum(np.searchsorted(known, part), len(known) - 1)
+        both += (before + np.flatnonzero(known[at] == part)).tolist()
+        before += len(part)
+    return both
+
+
+def _fitting(rows: "TokenRows", settings: Settings, path: Path, warnings: list[str]) -> "TokenRows":
     """The rows of at most max_length tokens; a longer one is never cut."""
-    too_long = [row for row in rows if len(row.input_ids) > settings.max_length]
-    if not too_long:
+    import numpy as np
+
+    from phitune.data.store import TokenRows
+
+    lengths = rows.lengths()
+    too_long = np.flatnonzero(lengths > settings.max_length)
+    if not len(too_long):
         return rows
-    longest = max(len(row.input_ids) for row in too_long)
+    longest = int(lengths.max())
     said = (
         f"{path}: {len(too_long)} of {len(rows)} rows are longer than max_length"
         f" {settings.max_length} (the longest has {longest} tokens)"
     )
+    places = [rows.place(int(index)) for index in too_long[:MAX_LISTED]]
     if settings.on_too_long == "error" or len(too_long) == len(rows):
-        lines = [f"{path}:{row.line}: {len(row.input_ids)} tokens" for row in too_long]
+        lines = [
+            f"{place}: {lengths[index]} tokens"
+            for place, index in zip(places, too_long, strict=False)
+        ]
+        if len(too_long) > MAX_LISTED:
+            lines.append(f"... and {len(too_long) - MAX_LISTED} more")
         raise DataError(
-            f"{said}:\n{listing(lines)}\n"
+            f"{said}:\n{listing(lines, MAX_LISTED + 1)}\n"
             f"Use --max_length {longest}, shorten these rows, or leave them out with"
             " --on_too_long drop."
         )
-    warnings.append(f"{said}; dropped, lines {_some([row.line for row in too_long])}")
-    return [row for row in rows if len(row.input_ids) <= settings.max_length]
+    warnings.append(f"{said}; dropped, lines {_some([*map(_line, places)], len(too_long))}")
+    return TokenRows(rows.store, rows.indices[lengths <= settings.max_length])
 
 
-def _some(lines: Sequence[int]) -> str:
-    more = f" and {len(lines) - MAX_LISTED} more" if len(lines) > MAX_LISTED else ""
-    return ", ".join(map(str, lines[:MAX_LISTED])) + more
+def _given_prompts(
+    texts: Sequence[str],
+    data: "TokenizedData",
+    tokenizer: TextTokenizer,
+    prompt_format: PromptFormat,
+) -> list[SamplePrompt]:
+    """The prompts of the settings: questions, or of completions the beginnings of texts."""
+    if data.is_completion:
+        return [_beginning(text, tokenizer) for text in texts]
+    return [
+        SamplePrompt(text, tokenizer.encode(prompt_format.segments((Turn("user", text),))))
+        for text in texts
+    ]
+
+
+def _first_prompts(
+    rows: "TokenRows",
+    path: Path,
+    settings: Settings,
+    tokenizer: TextTokenizer,
+    prompt_format: PromptFormat,
+) -> list[SamplePrompt]:
+    """What the first rows ask last. Their text is read again; the store has only tokens."""
+    from phitune.data.cache import open_stream
+
+    wanted: list[int] = rows.indices[:DEFAULT_SAMPLE_PROMPTS].tolist()
+    if not wanted:
+        return []
+    part: Any = "validation" if path == settings.validation_path else "train"
+    stream = iter(open_stream(path, part, settings, prompt_format))
+    examples = [
+        example
+        for index, example in enumerate(itertools.islice(stream, wanted[-1] + 1))
+        if index in wanted
+    ]
+    return [_asked(example, tokenizer, prompt_format) for example in examples]
+
+
+def _asked(example: Example, tokenizer: TextTokenizer, prompt_format: PromptFormat) -> SamplePrompt:
+    if example.is_completion:
+        words = example.turns[0].content.split(" ")
+        count = min(_FIRST_WORDS, max(1, len(words) // 2))
+        return _beginning(" ".join(words[:count]), tokenizer)
+    turns = example.turns[:-1]
+    segments = prompt_format.segments(turns)
+    text = turns[0].content if len(turns) == 1 else "".join(part.text for part in segments)
+    return SamplePrompt(text, tokenizer.encode(segments))
+
+
+def _beginning(text: str, tokenizer: TextTokenizer) -> SamplePrompt:
+    bos = [Segment(tokenizer.bos_token, control=True)] if tokenizer.bos_token else []
+    return SamplePrompt(text, tokenizer.encode([*bos, Segment(text, trained=True)]))
+
+
+def _line(place: str) -> str:
+    return place.rpartition(":")[2]
+
+
+def _some(lines: Sequence[str], count: int) -> str:
+    more = f" and {count - MAX_LISTED} more" if count > MAX_LISTED else ""
+    return ", ".join(lines[:MAX_LISTED]) + more

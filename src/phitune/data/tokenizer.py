@@ -4,21 +4,25 @@ tokenizer.json is read with the `tokenizers` library; truncation and padding sav
 switched off, since they would cut or fill rows silently. What this file adds is the seam:
 
 - Text and the special tokens around it are encoded apart, so that a special token typed by a user
-  stays text, and so that the ids of a prompt do not depend on what follows it.
+  stays text.
+- An answer and what comes before it are encoded apart, so that the ids of a prompt do not depend on
+  what follows it: those of training are those inference feeds, at every turn.
 - Llama-style tokenizers put a space in front of every text, also where the text goes on; a second
   encoder without that habit is used there.
 """
 
+import hashlib
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
+from phitune.data.conversation import Example
 from phitune.data.prompt import ChatFormat, InstructFormat, PromptFormat, Segment
 from phitune.errors import ModelError
 from phitune.jsonfile import read_object, write_object
@@ -32,6 +36,8 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
+# Rows and characters that are encoded in one call, enough for all cores.
+BATCH_ROWS, BATCH_CHARACTERS = 2048, 2**21
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -47,6 +53,28 @@ class TokenizedExample:
     def num_target_tokens(self) -> int:
         """Trained positions: the first token is never predicted."""
         return sum(label != IGNORE_INDEX for label in self.labels[1:])
+
+
+@dataclass(slots=True)
+class EncodedRow:
+    """One row as tokens, its trained parts as (start, stop) in their order."""
+
+    example: Example
+    input_ids: list[int]  # [T]
+    spans: list[tuple[int, int]]
+
+    def tokenized(self) -> TokenizedExample:
+        return TokenizedExample(
+            self.input_ids, labels_of(self.input_ids, self.spans), self.example.line
+        )
+
+
+def labels_of(input_ids: Sequence[int], spans: Iterable[tuple[int, int]]) -> list[int]:
+    """The id where it is trained, else IGNORE_INDEX. [T]"""
+    labels = [IGNORE_INDEX] * len(input_ids)
+    for start, stop in spans:
+        labels[start:stop] = input_ids[start:stop]
+    return labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,63 +127,73 @@ class TextTokenizer:
         vocabulary = self._start.get_vocab_size(with_added_tokens=True)
         return max([vocabulary, *(token.id + 1 for token in self._control.values())])
 
+    @property
+    def fingerprint(self) -> str:
+        """Changes with anything that changes ids."""
+        digest = hashlib.sha256((self.folder / "tokenizer.json").read_bytes())
+        digest.update(json.dumps([self.special_tokens, self.bos_token]).encode())
+        return digest.hexdigest()
+
     def token_id(self, token: str) -> int:
         """The id of a special token."""
         return self._control[token].id
 
     def encode(self, segments: Sequence[Segment]) -> list[int]:
         """Token ids of segments that belong together, without regard to what follows them."""
-        ids: list[int] = []
-        text = ""  # Plain text gathered up to the next special token, encoded as one.
-        starts = True  # Whether that text follows a special token or nothing at all.
-        for segment in segments:
-            if not segment.control:
-                text += segment.text
-                continue
-            position, swallow = 0, False
-            for match in self._control_pattern.finditer(segment.text):
-                token = self._control[match.group()]
-                literal = segment.text[position : match.start()]
-                literal = literal.lstrip() if swallow else literal
-                text += literal.rstrip() if token.lstrip else literal
-                ids += self._encode_text(text, starts)
-                ids.append(token.id)
-                text, starts = "", True
-                position, swallow = match.end(), token.rstrip
-            literal = segment.text[position:]
-            text += literal.lstrip() if swallow else literal
-        return ids + self._encode_text(text, starts)
-
-    def encode_answer(self, segments: Sequence[Segment], prompt_ids: Sequence[int]) -> list[int]:
-        """Token ids of an answer that follows `prompt_ids`.
-
-        The answer is encoded apart, so the prompt's ids are those it has on its own.
-        """
-        text = "".join(segment.text for segment in segments if not segment.control)
-        control = [segment for segment in segments if segment.control]
-        return self._encode_text(text, self._starts(prompt_ids)) + self.encode(control)
+        return self._assemble(self._pieces(segments), self._encode_text)[0]
 
     def encode_example(
+        self, prompt_format: PromptFormat, example: Example, *, train_on_prompt: bool = False
+    ) -> TokenizedExample:
+        """A row as the model sees it, with every answer and its end token trained."""
+        pieces = self._pieces(prompt_format.segments(example.turns))
+        ids, spans = self._assemble(pieces, self._encode_text)
+        spans = _without_first(spans, len(ids), train_on_prompt)
+        return EncodedRow(example, ids, spans).tokenized()
+
+    def encode_many(
         self,
         prompt_format: PromptFormat,
-        prompt: str,
-        response: str,
+        examples: Iterable[Example],
         *,
-        line: int = 0,
         train_on_prompt: bool = False,
-    ) -> TokenizedExample:
-        """A row as the model sees it, with the answer and its end token trained."""
-        prompt_ids = self.encode(prompt_format.prompt(prompt))
-        answer_ids = self.encode_answer(prompt_format.answer(response), prompt_ids)
-        # Nothing comes before the first token, so nothing can predict it.
-        prompt_labels = [IGNORE_INDEX] * len(prompt_ids)
-        if train_on_prompt:
-            prompt_labels[1:] = prompt_ids[1:]
-        return TokenizedExample(prompt_ids + answer_ids, prompt_labels + answer_ids, line)
+    ) -> Iterator[TokenizedExample]:
+        """`encode_example` of each, many at once on all cores."""
+        rows = self.encode_rows(prompt_format, examples, train_on_prompt=train_on_prompt)
+        return (row.tokenized() for row in rows)
+
+    def encode_rows(
+        self,
+        prompt_format: PromptFormat,
+        examples: Iterable[Example],
+        *,
+        train_on_prompt: bool = False,
+    ) -> Iterator[EncodedRow]:
+        """`encode_many` without the labels written out."""
+        for batch in _batches(examples):
+            plans = [self._pieces(prompt_format.segments(example.turns)) for example in batch]
+            texts: tuple[list[str], list[str]] = [], []
+            for plan in plans:
+                for what, starts, _ in plan:
+                    if isinstance(what, str):
+                        texts[starts].append(what)
+            encoded = [
+                iter(tokenizer.encode_batch_fast(part, add_special_tokens=False))
+                for tokenizer, part in zip((self._continue, self._start), texts, strict=True)
+            ]
+
+            def in_order(text: str, starts: bool, encoded: Any = encoded) -> list[int]:
+                ids: list[int] = next(encoded[starts]).ids
+                return ids
+
+            for example, plan in zip(batch, plans, strict=True):
+                ids, spans = self._assemble(plan, in_order)
+                yield EncodedRow(example, ids, _without_first(spans, len(ids), train_on_prompt))
 
     def decode_answer(self, ids: Sequence[int], prompt_ids: Sequence[int]) -> str:
-        """The text of an answer without its special tokens; `encode_answer` undone."""
-        tokenizer = self._start if self._starts(prompt_ids) else self._continue
+        """The text of an answer that follows `prompt_ids`, without its special tokens."""
+        starts = not prompt_ids or prompt_ids[-1] in self._control_ids
+        tokenizer = self._start if starts else self._continue
         kept = [token for token in ids if token not in self._control_ids]
         return str(tokenizer.decode(kept, skip_special_tokens=False))
 
@@ -175,7 +213,7 @@ class TextTokenizer:
                 f"{self.folder}: this model has no chat template; use --prompt_format instruct"
             )
         return ChatFormat.from_template(
-            self.chat_template, self.special_tokens, self.control_tokens
+            self.chat_template, self.special_tokens, self.control_tokens, self.bos_token
         )
 
     def stop_ids(self, prompt_format: PromptFormat) -> list[int]:
@@ -208,12 +246,59 @@ class TextTokenizer:
             folder / "generation_config.json", {"eos_token_id": self.stop_ids(prompt_format)}
         )
 
-    def _starts(self, ids: Sequence[int]) -> bool:
-        return not ids or ids[-1] in self._control_ids
+    def _pieces(self, segments: Sequence[Segment]) -> list["_Piece"]:
+        """The special tokens of segments, and the texts between them."""
+        pieces: list[_Piece] = []
+        text = ""  # Plain text gathered up to the next special token or answer, encoded as one.
+        starts = True  # Whether that text follows a special token or nothing at all.
+        trained = False
+        swallow = False  # Whether the special token before takes the spaces after it.
+        for segment in segments:
+            if segment.trained != trained:
+                if text:
+                    pieces.append((text, starts, trained))
+                    text, starts = "", False
+                trained = segment.trained
+            if not segment.control:
+                text += segment.text
+                swallow = False
+                continue
+            position = 0
+            for match in self._control_pattern.finditer(segment.text):
+                token = self._control[match.group()]
+                literal = segment.text[position : match.start()]
+                literal = literal.lstrip() if swallow else literal
+                text += literal.rstrip() if token.lstrip else literal
+                if text:
+                    pieces.append((text, starts, trained))
+                pieces.append((token.id, True, trained))
+                text, starts = "", True
+                position, swallow = match.end(), token.rstrip
+            literal = segment.text[position:]
+            text += literal.lstrip() if swallow else literal
+        if text:
+            pieces.append((text, starts, trained))
+        return pieces
+
+    def _assemble(
+        self, pieces: Sequence["_Piece"], encode: Callable[[str, bool], list[int]]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of all pieces, and the trained spans."""
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        for what, starts, trained in pieces:
+            before = len(ids)
+            if isinstance(what, str):
+                ids += encode(what, starts)
+            else:
+                ids.append(what)
+            if trained and spans and spans[-1][1] == before:
+                spans[-1] = (spans[-1][0], len(ids))
+            elif trained:
+                spans.append((before, len(ids)))
+        return ids, spans
 
     def _encode_text(self, text: str, starts: bool) -> list[int]:
-        if not text:
-            return []
         tokenizer = self._start if starts else self._continue
         return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
@@ -253,6 +338,35 @@ class TextTokenizer:
             by_name = {entry.get("name"): entry.get("template") for entry in template}
             template = by_name.get("default")
         return template if isinstance(template, str) else None
+
+
+# A special token's id, or a text and whether it follows a special token; and whether it is trained.
+_Piece = tuple[str | int, bool, bool]
+
+
+def _without_first(
+    spans: list[tuple[int, int]], length: int, train_on_prompt: bool
+) -> list[tuple[int, int]]:
+    """The spans without the first token: nothing comes before it, so nothing can predict it."""
+    if train_on_prompt:
+        spans = [(0, length)]
+    if spans and spans[0][0] == 0:
+        spans = [(1, spans[0][1]), *spans[1:]]
+    return [span for span in spans if span[0] < span[1]]
+
+
+def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    """Examples in the numbers that are encoded in one call."""
+    batch: list[Example] = []
+    characters = 0
+    for example in examples:
+        batch.append(example)
+        characters += sum(len(turn.content) for turn in example.turns)
+        if len(batch) == BATCH_ROWS or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def _without_leading_space(spec: dict[str, Any]) -> dict[str, Any]:

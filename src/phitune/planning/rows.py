@@ -13,7 +13,7 @@ from phitune.training.memory import Shape
 ASSUMED_ROWS = 1000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One row of tokens."""
 
@@ -83,7 +83,7 @@ def rows_of_file(settings: Settings, path: Path, model_folder: Path) -> Rows:
     tokenizer = TextTokenizer(model_folder)
     data = prepare_data(settings, path, tokenizer, tokenizer.prompt_format(settings.prompt_format))
     train, validation = (
-        tuple(Row(len(row.input_ids), row.num_target_tokens) for row in rows)
+        tuple(map(Row, rows.lengths().tolist(), rows.trained().tolist()))
         for rows in (data.train_rows, data.validation_rows)
     )
     return Rows(train, validation, path, tuple(data.warnings))

@@ -34,8 +34,9 @@ _NEW, _OLD = ".new", ".old"
 
 def default_output_dir(model_name: str, dataset_path: Path) -> Path:
     """output/<model>-<data>-<date-time>, with a number behind it where that is taken."""
+    stem = dataset_path.stem.replace(":", "-")  # A hub data set may name a folder in it.
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    base = Path("output") / f"{Path(model_name).name}-{dataset_path.stem}-{now}"
+    base = Path("output") / f"{Path(model_name).name}-{stem}-{now}"
     path, count = base, 1
     while path.exists():
         count += 1

@@ -2,7 +2,8 @@
 
 import datetime
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -10,13 +11,19 @@ from typing import Protocol
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
 from phitune.config import Resolved, Settings
+from phitune.data.cache import Progress as DataProgress
 from phitune.data.prepare import PreparedData
-from phitune.data.tokenizer import IGNORE_INDEX
 from phitune.model.architecture import EMBED_TOKENS, LM_HEAD, ModelConfig
 from phitune.model.decoder import Decoder
 from phitune.model.lora import Adapter
@@ -204,15 +211,35 @@ def settings_lines(resolved: Resolved) -> Text:
     return Text("\n").join(lines)
 
 
+@contextmanager
+def data_progress(console: Console) -> Iterator[DataProgress | None]:
+    """On a terminal, a bar for rows that are read and tokenised; it goes when they are done."""
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (
+        TextColumn("tokenising"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rows]:,} rows"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bars:
+        bar = bars.add_task("", total=None, rows=0, visible=False)
+
+        def show(rows: int, done: int, total: int) -> None:
+            bars.update(bar, completed=done, total=total, rows=rows, visible=True)
+
+        yield show
+
+
 def data_line(data: PreparedData, source: Path | str) -> str:
     """How many rows and tokens there are, and how many of the tokens train."""
-    rows = data.train_rows + data.validation_rows
-    tokens = sum(len(row.input_ids) for row in data.train_rows)
-    trained = sum(label != IGNORE_INDEX for row in data.train_rows for label in row.labels)
+    tokens, trained = data.train_rows.num_tokens, data.train_rows.num_target_tokens
     return (
         f"data: {len(data.train_rows)} training and {len(data.validation_rows)} validation rows"
         f" from {source}; {tokens:,} tokens an epoch, {trained / tokens:.0%} of them trained;"
-        f" the longest row has {max(len(row.input_ids) for row in rows)}"
+        f" the longest row has {max(data.train_rows.longest, data.validation_rows.longest)}"
     )
 
 

@@ -1,0 +1,323 @@
+"""Files of rows to a stream of rows: one after the other, each with its line, never a whole file.
+
+JSON is parsed by the standard library, CSV and TSV too, gzip as well, and Parquet by DuckDB, which
+is an extra. What a row means is not known here, only whether it could be read.
+"""
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from phitune.errors import DataError
+
+_JSON = (".jsonl", ".ndjson", ".json")
+_DELIMITED = (".csv", ".tsv")
+_TEXT = (*_JSON, *_DELIMITED)
+SUFFIXES = (*_TEXT, *(f"{suffix}.gz" for suffix in _TEXT), ".parquet")
+READABLE = ".jsonl, .json, .csv, .tsv (these also as .gz) and .parquet"
+
+_CHUNK = 2**20
+# The longest cell of a CSV file; without it an open quote would read to the end of any file.
+_LONGEST_CELL = 2**27
+_PARQUET_ROWS = 1024
+_BOM = codecs.BOM_UTF8
+_SPACE = re.compile(r"[ \t\r\n]*")
+# A value cut off by the end of a buffer fails within so many characters of that end.
+_CUT = 16
+
+
+@dataclass(frozen=True, slots=True)
+class RawRow:
+    """A row as its file has it."""
+
+    line: int  # from 1; of a Parquet file, the number of the row
+    values: dict[str, Any] | str  # by field; a text says why the row could not be read
+    fatal: bool = False  # nothing after it can be read either
+
+
+class Meter:
+    """How far reading has come, in bytes of the files on disk."""
+
+    def __init__(self) -> None:
+        self._done = 0
+        self._current: IO[bytes] | None = None
+
+    def follow(self, file: IO[bytes]) -> None:
+        self._current = file
+
+    def finish(self, size: int) -> None:
+        self._done += size
+        self._current = None
+
+    @property
+    def bytes(self) -> int:
+        return self._done + (self._current.tell() if self._current else 0)
+
+
+def suffix_of(path: Path) -> str | None:
+    """The known ending of a file's name, or None."""
+    name = path.name.lower()
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
+
+
+def read_rows(
+    path: Path, *, numbered: bool = False, meter: Meter | None = None
+) -> Iterator[RawRow]:
+    """The rows of a file, in their order.
+
+    Args:
+        numbered: a CSV or TSV file has no header; its fields are named "0", "1" and so on.
+        meter: told how far reading has come.
+
+    Raises:
+        DataError: the file cannot be opened, or its format needs a package that is not there.
+    """
+    suffix = suffix_of(path) or ".jsonl"
+    meter = meter or Meter()
+    try:
+        if suffix == ".parquet":
+            yield from _parquet_rows(path)
+        else:
+            yield from _text_rows(path, suffix, numbered, meter)
+        meter.finish(path.stat().st_size)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _text_rows(path: Path, suffix: str, numbered: bool, meter: Meter) -> Iterator[RawRow]:
+    with ExitStack() as stack:
+        file = stack.enter_context(path.open("rb"))
+        meter.follow(file)
+        stream: io.BufferedReader = file
+        if suffix.endswith(".gz"):
+            stream = stack.enter_context(io.BufferedReader(gzip.GzipFile(fileobj=file)))  # type: ignore[arg-type]
+        if suffix.startswith(_DELIMITED):
+            rows = _delimited_rows(stream, suffix.startswith(".tsv"), numbered)
+        else:
+            rows = _json_rows(stream)
+        line = 0
+        try:
+            for row in rows:
+                line = row.line
+                yield row
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            said = str(error) or type(error).__name__
+            yield RawRow(line + 1, f"the compressed data is damaged ({said})", fatal=True)
+
+
+def _json_rows(stream: io.BufferedReader) -> Iterator[RawRow]:
+    """An array of objects, or one object a line: the first character tells."""
+    start = stream.peek(64)
+    if start.startswith(_BOM):
+        stream.read(len(_BOM))
+    first = start.removeprefix(_BOM).lstrip()[:1]
+    return _array_rows(stream) if first == b"[" else _line_rows(stream)
+
+
+def _line_rows(stream: io.BufferedReader) -> Iterator[RawRow]:
+    for line, raw in enumerate(stream, start=1):
+        if not raw.strip():
+            continue
+        if line == 1 and raw.strip() == b"{":
+            said = "is one JSON object over many lines; a file is an array of objects, or has one"
+            yield RawRow(1, f"{said} object a line", fatal=True)
+            return
+        try:
+            yield _json_row(line, json.loads(raw.decode("utf-8")))
+        except UnicodeDecodeError as error:
+            said = f"not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8"
+            yield RawRow(line, said)
+        except json.JSONDecodeError as error:
+            yield RawRow(line, f"not JSON: {error.msg} at column {error.colno}")
+        except (ValueError, RecursionError) as error:  # Numbers of absurd length, absurd nesting.
+            yield RawRow(line, f"not JSON that can be read: {error}")
+
+
+def _json_row(line: int, value: Any) -> RawRow:
+    if isinstance(value, dict):
+        return RawRow(line, value)
+    return RawRow(line, f"is a JSON {json_name(value)}, expected an object")
+
+
+def _array_rows(stream: io.BufferedReader) -> Iterator[RawRow]:
+    """The elements of an array, each parsed as soon as it has been read and then forgotten."""
+    text = _Window(stream)
+    try:
+        text.next_character()
+        text.skip()  # The bracket that was seen already.
+        if text.next_character() == "]":
+            text.skip()
+        else:
+            while True:
+                text.next_character()
+                line = text.line
+                yield _json_row(line, text.value())
+                if (separator := text.next_character()) not in (",", "]"):
+                    said = "Expecting ',' delimiter" if separator else "the array is not closed"
+                    yield RawRow(text.line, f"not JSON: {said}; the rest is not read", fatal=True)
+                    return
+                text.skip()
+                if separator == "]":
+                    break
+        if text.next_character():
+            said = "something follows the end of the array"
+            yield RawRow(text.line, f"not JSON: {said}", fatal=True)
+    except UnicodeDecodeError as error:
+        line = text.line_of_bytes(error.object[: error.start])
+        yield RawRow(line, "not UTF-8; save the file as UTF-8", fatal=True)
+    except json.JSONDecodeError as error:
+        line = text.line_at(error.pos)
+        yield RawRow(line, f"not JSON: {error.msg}; the rest is not read", fatal=True)
+    except (ValueError, RecursionError) as error:  # Numbers of absurd length, absurd nesting.
+        yield RawRow(text.line, f"not JSON that can be read: {error}", fatal=True)
+
+
+class _Window:
+    """The part of a text at which a parser is, filled as it goes on."""
+
+    def __init__(self, stream: io.BufferedReader) -> None:
+        self.line = 1
+        self._stream = stream
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._scan = json.JSONDecoder().raw_decode
+        self._text, self._at, self._ended = "", 0, False
+
+    def next_character(self) -> str:
+        """The next character that is not a space, without taking it; "" at the end."""
+        while True:
+            found = _SPACE.match(self._text, self._at)
+            assert found
+            self._move(found.end())
+            if self._at < len(self._text):
+                return self._text[self._at]
+            if self._ended:
+                return ""
+            self._fill(_CHUNK)
+
+    def skip(self) -> None:
+        self._move(self._at + 1)
+
+    def value(self) -> Any:
+        """The JSON value that begins here."""
+        size = _CHUNK
+        while True:
+            try:
+                value, end = self._scan(self._text, self._at)
+            except json.JSONDecodeError as error:
+                open_text = error.msg.startswith("Unterminated string")
+                if self._ended or not (open_text or error.pos >= len(self._text) - _CUT):
+                    raise
+            else:
+                # A number may go on behind the end of the window.
+                if end < len(self._text) or self._ended:
+                    self._move(end)
+                    return value
+            self._fill(size)
+            size *= 2
+
+    def line_at(self, position: int) -> int:
+        return self.line + self._text.count("\n", self._at, position)
+
+    def line_of_bytes(self, behind: bytes) -> int:
+        """The line after what is in the window and these bytes that should have come next."""
+        return self.line_at(len(self._text)) + behind.count(b"\n")
+
+    def _move(self, position: int) -> None:
+        self.line += self._text.count("\n", self._at, position)
+        self._at = position
+
+    def _fill(self, size: int) -> None:
+        data = self._stream.read(size)
+        self._ended = not data
+        self._text = self._text[self._at :] + self._decoder.decode(data, self._ended)
+        self._at = 0
+
+
+def _delimited_rows(stream: io.BufferedReader, tabs: bool, numbered: bool) -> Iterator[RawRow]:
+    start = stream.peek(4096)
+    if start.startswith(_BOM):
+        stream.read(len(_BOM))
+    first = start.partition(b"\n")[0]
+    # Spreadsheets write semicolons where the comma is the decimal point.
+    delimiter = "\t" if tabs else ";" if b";" in first and b"," not in first else ","
+    csv.field_size_limit(_LONGEST_CELL)
+    lines = (raw.decode("utf-8", "surrogateescape") for raw in stream)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield RawRow(line, f"not {'TSV' if tabs else 'CSV'}: {error}")
+            continue
+        if not any(cell.strip() for cell in cells):
+            continue
+        if not all(map(_is_text, cells)):
+            yield RawRow(line, "not UTF-8; save the file as UTF-8", fatal=header is None)
+            if header is None and not numbered:
+                return
+            continue
+        if numbered:
+            yield RawRow(line, {str(index): cell for index, cell in enumerate(cells)})
+        elif header is None:
+            header = [cell.strip() for cell in cells]
+            twice = [name for name in header if name and header.count(name) > 1]
+            if twice:
+                yield RawRow(line, f"two columns are named {twice[0]!r}", fatal=True)
+                return
+        elif len(cells) != len(header):
+            yield RawRow(line, f"has {len(cells)} cells, the header has {len(header)}")
+        else:
+            yield RawRow(line, dict(zip(header, cells, strict=True)))
+
+
+def _parquet_rows(path: Path) -> Iterator[RawRow]:
+    try:
+        import duckdb
+    except ImportError:
+        raise DataError(
+            f"{path}: reading Parquet needs DuckDB: pip install 'phitune[parquet]'"
+        ) from None
+    with path.open("rb"):  # Says in the system's words why a file cannot be opened.
+        pass
+    # One thread: the cores are the tokenizer's. Nothing is fetched, whatever the file holds.
+    offline = {"autoinstall_known_extensions": "false", "autoload_known_extensions": "false"}
+    line = 0
+    with duckdb.connect(config={"threads": "1", **offline}) as connection:
+        try:
+            # The name is a pattern to DuckDB.
+            name = re.sub(r"[*?\[]", r"[\g<0>]", str(path))
+            result = connection.execute("SELECT * FROM read_parquet(?)", [name])
+            names = [column[0] for column in result.description or ()]
+            while rows := result.fetchmany(_PARQUET_ROWS):
+                for row in rows:
+                    line += 1
+                    yield RawRow(line, dict(zip(names, row, strict=True)))
+        except (duckdb.Error, ValueError) as error:
+            said = str(error).partition("\n")[0]
+            yield RawRow(line + 1, f"not a Parquet file that can be read: {said}", fatal=True)
+
+
+def _is_text(cell: str) -> bool:
+    return cell.isascii() or not any("\udc80" <= letter <= "\udcff" for letter in cell)
+
+
+def json_name(value: Any) -> str:
+    """What JSON calls a value, for people."""
+    if value is None:
+        return "null"
+    names: dict[type, str] = {bool: "boolean", int: "number", float: "number", str: "text"}
+    names |= {list: "list", dict: "object"}
+    return names.get(type(value), type(value).__name__)

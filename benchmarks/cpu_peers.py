@@ -11,6 +11,7 @@ slow cores, with --rounds 1 about 35.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -172,13 +173,12 @@ def make_rows(model: Path, shared: Path, loss: str, pool: int, steps: int) -> di
     """GSM8K rows as tokens, in the order in which phitune's loop takes them."""
     tokenizer = TextTokenizer(model)
     prompt_format = tokenizer.prompt_format("instruct")
-    examples = read_examples(shared / "data" / "gsm8k_train.jsonl")[: pool + GROUPING_POOL]
-    encoded = [
-        tokenizer.encode_example(
-            prompt_format, example.prompt, example.response, train_on_prompt=loss == "all"
-        )
-        for example in examples
-    ]
+    examples = read_examples(shared / "data" / "gsm8k_train.jsonl")
+    encoded = tokenizer.encode_many(
+        prompt_format,
+        itertools.islice(examples, pool + GROUPING_POOL),
+        train_on_prompt=loss == "all",
+    )
     rows = [{"input_ids": row.input_ids, "labels": row.labels} for row in encoded]
     ordered: list[dict[str, list[int]]] = []
     epochs = -(-steps * ROWS_PER_STEP // pool)

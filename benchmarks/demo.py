@@ -17,6 +17,7 @@ import yaml
 from machine import describe
 
 from phitune import Phi2LoRATrainer
+from phitune.data.conversation import Turn
 from phitune.inference.generate import generate
 from phitune.model.decoder import Decoder
 from phitune.model.device import DTYPES
@@ -61,7 +62,8 @@ def _share(marks: list[bool]) -> float:
 def ask(trainer: Phi2LoRATrainer, decoder: Decoder) -> Answers:
     """Puts every held-out question to a model in the trainer's prompt format."""
     tokenizer, prompt_format = trainer.tokenizer, trainer.prompt_format
-    prompts = [tokenizer.encode(prompt_format.prompt(row["prompt"])) for row in HELD_OUT]
+    questions = [(Turn("user", row["prompt"]),) for row in HELD_OUT]
+    prompts = [tokenizer.encode(prompt_format.segments(question)) for question in questions]
     stop_ids = tokenizer.stop_ids(prompt_format)
     given = generate(decoder, prompts, max_new_tokens=MAX_NEW_TOKENS, stop_ids=stop_ids)
     texts = [

@@ -8,6 +8,7 @@ and autograd on the other, row by row. Writes results/loss_curve.json, .md and .
 """
 
 import argparse
+import itertools
 import sys
 import tempfile
 from pathlib import Path
@@ -74,10 +75,8 @@ def curves(kind: str, shared: Path, folder: Path) -> tuple[list[float], list[flo
     decoder = load_decoder(folder, config, torch.float32, torch.device("cpu"))
     tokenizer = TextTokenizer(shared / "tokenizers" / kind)
     prompt_format = tokenizer.prompt_format("instruct")
-    rows = [
-        tokenizer.encode_example(prompt_format, example.prompt, example.response)
-        for example in read_examples(shared / "gsm8k_train.jsonl")[:ROWS]
-    ]
+    examples = itertools.islice(read_examples(shared / "gsm8k_train.jsonl"), ROWS)
+    rows = list(tokenizer.encode_many(prompt_format, examples))
     adapter = attach(
         decoder, LoraSpec(8, 32, 0.0, resolve_targets(config, ["all-linear"], None)), seed=0
     )

@@ -179,6 +179,7 @@ BAD_ROWS = {
     "not_json.jsonl": b'{"prompt": "a", "response": "b"}\n{oops\n',
     "latin1.jsonl": b'{"prompt": "caf\xe9", "response": "b"}\n',
     "empty.jsonl": b"",
+    "rows.xlsx": b"PK",
     "one.jsonl": b'{"prompt": "a", "response": "b"}\n',
     "long.jsonl": b'{"prompt": "a", "response": "' + b"b " * 3000 + b'"}\n',
 }
@@ -188,7 +189,11 @@ BAD_ROWS = {
     ("line", "said"),
     [
         ("--dataset_path nowhere.jsonl", ["nowhere.jsonl", "there is no such file"]),
-        ("--dataset_path data", ["data: is a folder"]),
+        ("--dataset_path data/nothing", ["data/nothing: there is no such file or folder"]),
+        ("--dataset_path bin", ["bin: holds no file of rows", ".parquet"]),
+        ("--dataset_path rows.xlsx", ["rows.xlsx: files of this kind are not read", ".csv"]),
+        ("--columns prompt", ["columns = 'prompt'", "prompt=title,response=body"]),
+        ("--columns prompt=a --data_format alpaca", ["not the fields of alpaca", "instruction"]),
         ("--dataset_path not_json.jsonl", ["not_json.jsonl:2: not JSON"]),
         ("--dataset_path latin1.jsonl", ["latin1.jsonl:1: not UTF-8", "save the file as UTF-8"]),
         ("--dataset_path empty.jsonl", ["empty.jsonl: the file is empty"]),
@@ -216,6 +221,7 @@ def test_bad_input_gives_one_clear_error_and_writes_nothing(
 ) -> None:
     for name, content in BAD_ROWS.items():
         (place / name).write_bytes(content)
+    (place / "bin").mkdir()
     before = sorted(place.rglob("*"))
     done = phitune(f"train {line}")
     assert done.returncode == 2, done.stderr

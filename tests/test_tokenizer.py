@@ -1,14 +1,20 @@
 """Text to ids: the prompt inference sees is the prompt that was trained, and only answers train."""
 
+import itertools
+import os
+import time
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from phitune.data.conversation import Example, Role, Turn
 from phitune.data.dataset import read_examples
-from phitune.data.prompt import ChatFormat, Segment
+from phitune.data.prompt import ChatFormat, PromptFormat, Segment
 from phitune.data.tokenizer import IGNORE_INDEX, TextTokenizer
 from phitune.errors import ModelError
 from phitune.model.files import ASSETS
@@ -34,26 +40,174 @@ texts = st.lists(
 ).map("".join)
 
 
+def example_of(*said: str, system: str | None = None) -> Example:
+    """A user's and an assistant's turns by turn, or a text alone."""
+    if len(said) == 1:
+        return Example((Turn("assistant", said[0]),), Path("rows"), 1)
+    roles: tuple[Role, Role] = ("user", "assistant")
+    turns = [Turn(roles[index % 2], text) for index, text in enumerate(said)]
+    return Example(
+        (*([Turn("system", system)] if system is not None else []), *turns), Path("rows"), 1
+    )
+
+
+def ask(tokenizer: TextTokenizer, prompt_format: PromptFormat, question: str) -> list[int]:
+    return tokenizer.encode(prompt_format.segments((Turn("user", question),)))
+
+
+conversations = st.builds(
+    lambda said, system: example_of(*said[: len(said) // 2 * 2], system=system),
+    st.lists(texts, min_size=2, max_size=6),
+    st.none() | texts,
+)
+examples = conversations | texts.map(example_of)
+
+
+def check_seams(tokenizer: TextTokenizer, prompt_format: PromptFormat, example: Example) -> None:
+    """What is trained is what inference is fed, and the answers with their end tokens."""
+    row = tokenizer.encode_example(prompt_format, example)
+    end_id = tokenizer.token_id(prompt_format.end_token)
+    control = {tokenizer.token_id(token) for token in tokenizer.control_tokens}
+    trained = [label != IGNORE_INDEX for label in row.labels]
+    assert [i for i, on in zip(row.input_ids, trained, strict=True) if on] == [
+        label for label in row.labels if label != IGNORE_INDEX
+    ]
+    if example.is_completion:
+        bos = [tokenizer.token_id(tokenizer.bos_token)] if tokenizer.bos_token else []
+        assert row.input_ids[: len(bos)] == bos
+        text = row.input_ids[len(bos) :]
+        assert trained == [False] + [True] * (len(row.input_ids) - 1)
+        assert text[-1] == end_id
+        assert tokenizer.decode_answer(text[:-1], bos) == example.turns[0].content
+        return
+    at = 0
+    for index, turn in enumerate(example.turns):
+        if turn.role != "assistant":
+            continue
+        fed = tokenizer.encode(prompt_format.segments(example.turns[:index]))
+        assert row.input_ids[: len(fed)] == fed
+        assert not any(trained[at : len(fed)])
+        # The end token is trained, and it is the only special token of the answer.
+        end = next(i for i in range(len(fed), len(row.input_ids)) if row.input_ids[i] in control)
+        assert row.input_ids[end] == end_id
+        assert all(trained[len(fed) : end + 1])
+        answer = tokenizer.decode_answer(row.input_ids[len(fed) : end], fed)
+        assert prompt_format.response(answer) == turn.content
+        at = end + 1
+    assert at == len(row.input_ids)
+
+
 @pytest.mark.parametrize(("model", "name"), FORMATS)
-@given(prompt=texts, response=texts)
+@given(example=examples)
 @settings(max_examples=300, deadline=None)
-def test_prompt_ids_are_the_training_prefix_and_answers_decode_to_themselves(
-    model: str, name: str, prompt: str, response: str
+def test_prompt_ids_are_what_inference_feeds_and_answers_decode_to_themselves(
+    model: str, name: str, example: Example
+) -> None:
+    tokenizer = SHIPPED[model]
+    check_seams(tokenizer, tokenizer.prompt_format(name), example)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("phi-2", "instruct"),
+        ("phi-3.5-mini-instruct", "instruct"),
+        ("phi-3.5-mini-instruct", "chat"),
+    ],
+)
+def test_the_same_of_the_real_tokenizers_with_thousands_of_conversations(
+    shared: Path, model: str, name: str
+) -> None:
+    tokenizer = TextTokenizer(shared / "tokenizers" / model)
+    prompt_format = tokenizer.prompt_format(name)  # type: ignore[arg-type]
+
+    @given(example=examples)
+    @settings(max_examples=1000, deadline=None)
+    def holds(example: Example) -> None:
+        check_seams(tokenizer, prompt_format, example)
+
+    holds()
+    for file in ("oasst_en_100_messages.jsonl", "fastchat_dummy_conversation_sharegpt.json"):
+        for example in read_examples(shared / file):
+            check_seams(tokenizer, prompt_format, example)
+
+
+@pytest.mark.parametrize(("model", "name"), FORMATS)
+@given(rows=st.lists(examples, max_size=8), train_on_prompt=st.booleans(), size=st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
+def test_many_at_once_are_each_as_alone(
+    model: str, name: str, rows: list[Example], train_on_prompt: bool, size: int
 ) -> None:
     tokenizer = SHIPPED[model]
     prompt_format = tokenizer.prompt_format(name)  # type: ignore[arg-type]
-    row = tokenizer.encode_example(prompt_format, prompt, response)
-    at_inference = tokenizer.encode(prompt_format.prompt(prompt))
-    assert row.input_ids[: len(at_inference)] == at_inference
+    flags: Any = {"train_on_prompt": train_on_prompt}
+    with mock.patch("phitune.data.tokenizer.BATCH_ROWS", size):
+        together = list(tokenizer.encode_many(prompt_format, rows, **flags))
+    assert together == [tokenizer.encode_example(prompt_format, row, **flags) for row in rows]
 
-    start = next(i for i, label in enumerate(row.labels) if label != IGNORE_INDEX)
-    assert start == len(at_inference)
-    assert row.labels[start:] == row.input_ids[start:]
-    assert row.input_ids[-1] == tokenizer.token_id(prompt_format.end_token)
-    # The end token is trained, and it is the only special token of the answer.
-    answer = row.input_ids[start:-1]
-    assert not set(answer) & {tokenizer.token_id(token) for token in tokenizer.control_tokens}
-    assert prompt_format.response(tokenizer.decode_answer(answer, at_inference)) == response
+
+def test_instruct_turns_are_rendered_as_the_guide_writes_them() -> None:
+    tokenizer = SHIPPED["tiny-phi-2"]
+    prompt_format = tokenizer.prompt_format("instruct")
+    turns = example_of("q", "a", "r", "b", system="s").turns
+    text = "".join(segment.text for segment in prompt_format.segments(turns))
+    end = prompt_format.end_token
+    assert text == (f"s\n\nInstruct: q\n\nOutput: a{end}\n\nInstruct: r\n\nOutput: b{end}")
+
+
+def test_a_template_without_a_place_for_a_system_turn_refuses_it() -> None:
+    template = (
+        "{% for m in messages %}{% if m['role'] != 'system' %}"
+        "{{ '<' + m['role'] + '>' + m['content'] + '</s>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    chat = ChatFormat.from_template(template, {"eos_token": "</s>"}, ["</s>"])
+    assert chat.refusal(example_of("q", "a", "r", "b").turns) is None
+    said = chat.refusal(example_of("q", "a", system="s").turns)
+    assert said
+    assert "no place for a system turn" in said
+    assert "--prompt_format instruct" in said
+    strict = template.replace("{% for", "{{ raise_exception('no') if messages[2] }}{% for", 1)
+    chat = ChatFormat.from_template(strict, {"eos_token": "</s>"}, ["</s>"])
+    assert "the chat template failed: no on the turns user, assistant, user" in str(
+        chat.refusal(example_of("q", "a", "r", "b").turns)
+    )
+
+
+@pytest.mark.parametrize(
+    ("ending", "said"),
+    [
+        ("{{ '</s>' if loop.last else '|' }}", "does not put </s> right after an answer"),
+        ("{{ '</s>' if not loop.last or messages|length < 4 else '</s>!' }}", None),
+        ("{{ '</s>' + ('!' if messages|length > 3 else '') }}", "renders a conversation differ"),
+    ],
+)
+def test_a_template_that_changes_what_was_said_is_refused(ending: str, said: str | None) -> None:
+    template = (
+        "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}"
+        "{% if m['role'] == 'assistant' %}" + ending + "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    chat = ChatFormat.from_template(template, {"eos_token": "</s>"}, ["</s>"])
+    assert chat.refusal(example_of("q", "a").turns) is None
+    found = chat.refusal(example_of("q", "a", "r", "b").turns)
+    assert found is None if said is None else said in str(found)
+
+
+def test_gsm8k_is_encoded_in_under_two_seconds(shared: Path) -> None:
+    rows = list(read_examples(shared / "gsm8k_train.jsonl"))
+    tokenizer = TextTokenizer(shared / "tokenizers" / "phi-2")
+    prompt_format = tokenizer.prompt_format("instruct")
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        encoded = list(tokenizer.encode_many(prompt_format, rows))
+        times.append(time.perf_counter() - started)
+    # The figures of the data's own description are without the end token.
+    assert sum(len(row.input_ids) - 1 for row in encoded) == 1166564
+    assert sum(row.num_target_tokens - 1 for row in encoded) == 711890
+    if not os.environ.get("PYTEST_XDIST_WORKER"):  # Beside other tests it is no measurement.
+        assert min(times) < 2.0
 
 
 @pytest.mark.parametrize(("model", "name"), FORMATS)
@@ -61,16 +215,16 @@ def test_special_tokens_in_user_text_stay_text(model: str, name: str) -> None:
     tokenizer = SHIPPED[model]
     prompt_format = tokenizer.prompt_format(name)  # type: ignore[arg-type]
     control = {tokenizer.token_id(token) for token in tokenizer.control_tokens}
-    plain = tokenizer.encode(prompt_format.prompt("x"))
+    plain = ask(tokenizer, prompt_format, "x")
     for token in tokenizer.control_tokens:
-        ids = tokenizer.encode(prompt_format.prompt(f"x {token} y"))
+        ids = ask(tokenizer, prompt_format, f"x {token} y")
         assert sum(i in control for i in ids) == sum(i in control for i in plain)
 
 
 def test_training_on_the_prompt_leaves_out_only_the_first_token() -> None:
     tokenizer = SHIPPED["tiny-phi-2"]
     row = tokenizer.encode_example(
-        tokenizer.prompt_format("instruct"), "Hello", "you", train_on_prompt=True
+        tokenizer.prompt_format("instruct"), example_of("Hello", "you"), train_on_prompt=True
     )
     assert row.labels == [IGNORE_INDEX, *row.input_ids[1:]]
 
@@ -88,16 +242,26 @@ def test_saved_tokenizer_renders_the_trained_prompt_in_transformers(
     prompt_format = tokenizer.prompt_format(name)  # type: ignore[arg-type]
     tokenizer.save(tmp_path, prompt_format)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
-    for prompt in ("What is 2 plus 2?", "Two\nlines, \u00e9\u00e8 {braces} 'quotes'"):
-        messages = [{"role": "user", "content": prompt}]
-        rendered = theirs.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=False
+    prompts = ("What is 2 plus 2?", "Two\nlines, \u00e9\u00e8 {braces} 'quotes'")
+    for prompt, system in itertools.product(prompts, (None, "Be brief.")):
+        example = example_of(
+            prompt, "An answer.", "And then?", "Another.", prompt, "The last.", system=system
         )
-        assert rendered == tokenizer.encode(prompt_format.prompt(prompt))
-        messages.append({"role": "assistant", "content": "An answer."})
-        row = tokenizer.encode_example(prompt_format, prompt, "An answer.")
-        whole = theirs.apply_chat_template(messages, return_dict=False)
-        assert whole[: len(row.input_ids)] == row.input_ids
+        for count in range(1, len(example.turns) + 1):
+            turns = example.turns[:count]
+            messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+            if turns[-1].role == "user":
+                rendered = theirs.apply_chat_template(
+                    messages, add_generation_prompt=True, return_dict=False
+                )
+                assert rendered == tokenizer.encode(prompt_format.segments(turns))
+            elif turns[-1].role == "assistant":
+                part = Example(turns, Path("rows"), 1)
+                row = tokenizer.encode_example(prompt_format, part)
+                whole = theirs.apply_chat_template(messages, return_dict=False)
+                assert whole[: len(row.input_ids)] == row.input_ids
+                if name == "instruct":
+                    assert whole == row.input_ids
     again = TextTokenizer(tmp_path)
     assert again.stop_ids(prompt_format) == tokenizer.stop_ids(prompt_format)
     assert again.chat_template == prompt_format.chat_template
@@ -119,15 +283,16 @@ def test_real_tokenizers_give_the_ids_of_transformers(
     prompt_format = tokenizer.prompt_format(name)  # type: ignore[arg-type]
     assert tokenizer.token_id(prompt_format.end_token) == end_token
     assert tokenizer.stop_ids(prompt_format) == stop_ids
-    for example in read_examples(shared / "gsm8k_train.jsonl")[:300]:
-        row = tokenizer.encode_example(prompt_format, example.prompt, example.response)
+    for example in itertools.islice(read_examples(shared / "gsm8k_train.jsonl"), 300):
+        row = tokenizer.encode_example(prompt_format, example)
+        prompt, response = (turn.content for turn in example.turns)
         if name == "instruct":
-            text = f"Instruct: {example.prompt}\n\nOutput: {example.response}"
+            text = f"Instruct: {prompt}\n\nOutput: {response}"
             expected = [*theirs(text).input_ids, end_token]
         else:
             messages = [
-                {"role": "user", "content": example.prompt},
-                {"role": "assistant", "content": example.response},
+                {"role": "user", "content": prompt},
+                {"role": "assistant", "content": response},
             ]
             expected = theirs.apply_chat_template(messages, return_dict=False)
             assert expected.pop() == 32000  # The template ends a conversation; we end an answer.
@@ -137,8 +302,8 @@ def test_real_tokenizers_give_the_ids_of_transformers(
 def test_phi_3_5_swallows_the_newline_but_not_the_indentation(shared: Path) -> None:
     tokenizer = TextTokenizer(shared / "tokenizers" / "phi-3.5-mini-instruct")
     chat = tokenizer.prompt_format("chat")
-    assert tokenizer.encode(chat.prompt("hi")) == [32010, 7251, 32007, 32001]
-    row = tokenizer.encode_example(chat, "hi", "    indented")
+    assert ask(tokenizer, chat, "hi") == [32010, 7251, 32007, 32001]
+    row = tokenizer.encode_example(chat, example_of("hi", "    indented"))
     answer = row.input_ids[4:-1]
     assert tokenizer.decode_answer(answer, row.input_ids[:4]) == "    indented"
 

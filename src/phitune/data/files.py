@@ -30,6 +30,7 @@ _CHUNK = 2**20
 _LONGEST_CELL = 2**27
 _PARQUET_ROWS = 1024
 _BOM = codecs.BOM_UTF8
+_Stream = io.BufferedReader | gzip.GzipFile
 _SPACE = re.compile(r"[ \t\r\n]*")
 # A value cut off by the end of a buffer fails within so many characters of that end.
 _CUT = 16
@@ -97,15 +98,15 @@ def _text_rows(path: Path, suffix: str, numbered: bool, meter: Meter) -> Iterato
     with ExitStack() as stack:
         file = stack.enter_context(path.open("rb"))
         meter.follow(file)
-        stream: io.BufferedReader = file
+        stream: _Stream = file
         if suffix.endswith(".gz"):
-            stream = stack.enter_context(io.BufferedReader(gzip.GzipFile(fileobj=file)))  # type: ignore[arg-type]
-        if suffix.startswith(_DELIMITED):
-            rows = _delimited_rows(stream, suffix.startswith(".tsv"), numbered)
-        else:
-            rows = _json_rows(stream)
+            stream = stack.enter_context(gzip.GzipFile(fileobj=file))
         line = 0
         try:
+            if suffix.startswith(_DELIMITED):
+                rows = _delimited_rows(stream, suffix.startswith(".tsv"), numbered)
+            else:
+                rows = _json_rows(stream)
             for row in rows:
                 line = row.line
                 yield row
@@ -114,7 +115,7 @@ def _text_rows(path: Path, suffix: str, numbered: bool, meter: Meter) -> Iterato
             yield RawRow(line + 1, f"the compressed data is damaged ({said})", fatal=True)
 
 
-def _json_rows(stream: io.BufferedReader) -> Iterator[RawRow]:
+def _json_rows(stream: _Stream) -> Iterator[RawRow]:
     """An array of objects, or one object a line: the first character tells."""
     start = stream.peek(64)
     if start.startswith(_BOM):
@@ -123,7 +124,7 @@ def _json_rows(stream: io.BufferedReader) -> Iterator[RawRow]:
     return _array_rows(stream) if first == b"[" else _line_rows(stream)
 
 
-def _line_rows(stream: io.BufferedReader) -> Iterator[RawRow]:
+def _line_rows(stream: _Stream) -> Iterator[RawRow]:
     for line, raw in enumerate(stream, start=1):
         if not raw.strip():
             continue
@@ -148,7 +149,7 @@ def _json_row(line: int, value: Any) -> RawRow:
     return RawRow(line, f"is a JSON {json_name(value)}, expected an object")
 
 
-def _array_rows(stream: io.BufferedReader) -> Iterator[RawRow]:
+def _array_rows(stream: _Stream) -> Iterator[RawRow]:
     """The elements of an array, each parsed as soon as it has been read and then forgotten."""
     text = _Window(stream)
     try:
@@ -184,7 +185,7 @@ def _array_rows(stream: io.BufferedReader) -> Iterator[RawRow]:
 class _Window:
     """The part of a text at which a parser is, filled as it goes on."""
 
-    def __init__(self, stream: io.BufferedReader) -> None:
+    def __init__(self, stream: _Stream) -> None:
         self.line = 1
         self._stream = stream
         self._decoder = codecs.getincrementaldecoder("utf-8")()
@@ -242,7 +243,7 @@ class _Window:
         self._at = 0
 
 
-def _delimited_rows(stream: io.BufferedReader, tabs: bool, numbered: bool) -> Iterator[RawRow]:
+def _delimited_rows(stream: _Stream, tabs: bool, numbered: bool) -> Iterator[RawRow]:
     start = stream.peek(4096)
     if start.startswith(_BOM):
         stream.read(len(_BOM))

@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 DEMO_OUTPUT ?= output/demo
 PHI_2_CONFIG ?= config.json
 
-.PHONY: setup demo test lint check format models full-size benchmarks peers gpu clean
+.PHONY: setup demo test lint check format models full-size benchmarks peers gpu fuzz clean
 
 setup: $(INSTALLED)
 
@@ -53,6 +53,11 @@ benchmarks: setup
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/cpu_gemm.py
 	$(BIN)/python benchmarks/cpu_compile.py
+	$(BIN)/python benchmarks/data_scale.py
+
+# Twenty thousand damaged data files; some minutes.
+fuzz: setup
+	$(BIN)/python benchmarks/fuzz_data.py
 
 # phitune beside its peers, which it installs into output/peers-env; about an hour on an idle machine.
 peers: setup

@@ -281,7 +281,7 @@ def test_split_is_seeded_of_the_size_asked_for_and_stays_when_the_data_grows(
     assert 0 < len({*validation} & {*other}) < 30
     assert len(split_rows(store, 0.0, seed=1)[1]) == 0
     grown = store_of(tmp_path / "b", [str(number) for number in range(1100)])
-    with pytest.raises(DataError, match="0.5 of 3 rows with 1 different prompts leaves nothing"):
+    with pytest.raises(DataError, match=r"0\.5 of 3 rows with 1 different prompts leaves nothing"):
         split_rows(store_of(tmp_path / "c", ["a"] * 3), 0.5, seed=1)
     kept = {*split_rows(grown, 0.1, seed=1)[1].tolist()} & {*validation.tolist()}
     assert len(kept) >= 85

@@ -137,7 +137,8 @@ def _scattered(hashes: "NDArray[np.uint64]", seed: int) -> "NDArray[np.uint32]":
     mixed += np.uint64(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-    return ((mixed ^ (mixed >> np.uint64(31))) >> np.uint64(32)).astype(np.uint32)
+    upper: NDArray[np.uint32] = (mixed ^ (mixed >> np.uint64(31))) >> np.uint64(32)
+    return upper.astype(np.uint32)
 
 
 def _asked_in_both(train: "TokenStore", validation: "TokenStore") -> list[int]:

@@ -1,0 +1,15 @@
+"""Some hundred damaged files on every run; `make fuzz` tries twenty thousand."""
+
+import os
+
+from fuzz_data import campaign
+
+CASES = int(os.environ.get("PHITUNE_FUZZ_CASES", "400"))
+
+
+def test_any_damaged_file_is_read_or_refused_by_file_and_line() -> None:
+    found = campaign(CASES, start=0)
+    # Both happen, in text and in compressed files: the damage is neither nothing nor everything.
+    for kind in (".jsonl", ".json.gz", ".csv", ".parquet"):
+        assert found[f"{kind} read"], found
+        assert found[f"{kind} refused"], found

@@ -157,6 +157,47 @@ def test_python_is_the_same_job_as_the_command_line(place: Path) -> None:
         Phi2LoRATrainer(config={"epoch": 3})
 
 
+def test_conversations_tables_and_parquet_are_trained_on_and_said_aloud(place: Path) -> None:
+    turns = [[f"What is {n}?", f"It is {n}.", "Sure?", f"Yes, {n}."] for n in range(8)]
+    roles = ("human", "gpt") * 2
+    chats = [
+        {"conversations": [{"from": r, "value": t} for r, t in zip(roles, said, strict=True)]}
+        for said in turns
+    ]
+    (place / "chats.json").write_text(json.dumps(chats))
+    (place / "held-out.tsv").write_text("\n".join(f"What is {n}?\tIt is {n}." for n in (90, 91)))
+    line = "train --model_name tiny-phi-3.5 --epochs 1 --sample_tokens 4 --prompt_format chat"
+    done = phitune(f"{line} --dataset_path chats.json --validation_split 0 --output_dir a")
+    assert done.returncode == 0, done.stderr
+    assert "chats.json: read as sharegpt (conversations)" in done.stdout
+    assert "8 training and 0 validation rows" in done.stdout
+    sample = lines_of(place / "a" / "samples.jsonl")[0]
+    assert sample["prompt"].startswith("<|user|>\nWhat is 0?<|end|>\n<|assistant|>\nIt is 0.")
+    # A run from its config takes its tokens from the cache.
+    again = phitune("train --config a/config.yaml --output_dir b")
+    assert "its tokens are taken from the cache" in again.stdout
+    adapters = [place / run / "adapter" / "adapter_model.safetensors" for run in "ab"]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+    line = "train --epochs 1 --sample_tokens 0 --no-cache --columns prompt=0,response=1"
+    table = phitune(f"{line} --dataset_path held-out.tsv --validation_split 0.5 --output_dir c")
+    assert table.returncode == 0, table.stderr
+    assert "held-out.tsv: read as prompt-response (prompt=0, response=1)" in table.stdout
+    assert "1 training and 1 validation rows" in table.stdout
+
+
+def test_bad_rows_are_counted_and_left_out_where_that_is_asked(place: Path) -> None:
+    with Path("data/train.jsonl").open("a") as file:
+        file.write('\n{"prompt": "a"}')
+    line = "train --dataset_path data/train.jsonl --output_dir run --epochs 1 --sample_tokens 0"
+    refused = phitune(line)
+    assert refused.returncode == 2
+    assert "data/train.jsonl:13: 'response' is missing" in refused.stderr
+    assert "--on_bad_row skip" in refused.stderr
+    done = phitune(f"{line} --on_bad_row skip")
+    assert done.returncode == 0, done.stderr
+    assert "warning: data/train.jsonl: 1 of 13 rows are left out" in done.stdout
+
+
 def test_chat_format_tensorboard_and_no_validation(place: Path) -> None:
     done = phitune(
         "train --model_name tiny-phi-3.5 --prompt_format chat --dataset_path data/train.jsonl"

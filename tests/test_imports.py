@@ -31,7 +31,11 @@ NO_TORCH = (
     "phitune.cli",
     *(f"phitune.commands.{name}" for name in COMMANDS),
     "phitune.config",
+    "phitune.data.conversation",
     "phitune.data.dataset",
+    "phitune.data.files",
+    "phitune.data.formats",
+    "phitune.data.sources",
     "phitune.data.prompt",
     "phitune.data.tokenizer",
     "phitune.data.prepare",
@@ -73,10 +77,17 @@ def test_imports_point_downward(path: Path) -> None:
 
 @pytest.mark.parametrize("module", NO_TORCH)
 def test_modules_that_must_answer_at_once_start_without_torch(module: str) -> None:
-    heavy = ("torch", "transformers", "peft", "numpy", "huggingface_hub")
+    heavy = ("torch", "transformers", "peft", "numpy", "huggingface_hub", "duckdb")
     code = f"import sys, {module}; print([name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("module", ["phitune.data.store", "phitune.data.cache"])
+def test_tokenised_data_is_read_without_torch(module: str) -> None:
+    code = f"import sys, {module}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_nothing_pickled_and_no_remote_code_in_the_package() -> None:

@@ -69,7 +69,6 @@ def prepare_data(
 
     data = tokenized(dataset_path, "train", settings, tokenizer, prompt_format, progress)
     notes, warnings = [*data.notes], [*data.warnings]
-    everything = np.arange(data.store.rows, dtype=np.uint32)
     held_out, validation_path = data, settings.validation_path or dataset_path
     if settings.validation_path:
         held_out = tokenized(
@@ -83,7 +82,9 @@ def prepare_data(
                 f"{len(both)} rows of {validation_path} have prompts that are trained on"
                 f" too (lines {_some(places, len(both))})"
             )
-        train, validation = everything, np.arange(held_out.store.rows, dtype=np.uint32)
+        train, validation = (
+            np.arange(part.store.rows, dtype=np.uint32) for part in (data, held_out)
+        )
     else:
         train, validation = split_rows(data.store, settings.validation_split, settings.seed)
     train_rows = _fitting(TokenRows(data.store, train), settings, dataset_path, warnings)
@@ -125,8 +126,9 @@ def split_rows(
             f" {len(np.unique(places))} different prompts leaves nothing to train on; add rows or"
             " use --validation_split 0"
         )
-    validation = np.flatnonzero(chosen).astype(np.uint32)
-    return np.flatnonzero(~chosen).astype(np.uint32), validation
+    del places
+    rows = np.arange(store.rows, dtype=np.uint32)
+    return rows[~chosen], rows[chosen]
 
 
 def _scattered(hashes: "NDArray[np.uint64]", seed: int) -> "NDArray[np.uint32]":
@@ -145,7 +147,7 @@ def _asked_in_both(train: "TokenStore", validation: "TokenStore") -> list[int]:
     """Rows of the validation data whose question is trained on."""
     import numpy as np
 
-    known = np.concatenate(list(train.chunks("questions")))
+    known = train.questions()
     known.sort()
     both: list[int] = []
     before = 0

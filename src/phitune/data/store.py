@@ -47,7 +47,8 @@ _TYPES = {
 _NUMPY = {"H": "<u2", "I": "<u4", "Q": "<u8"}
 _CHUNK = 2**18  # numbers read at once where a whole column is gone through
 _FLUSH_TOKENS = 2**18
-_ROWS_BETWEEN_RELEASES = 1024
+# A row that is read maps some 64 KiB of each file, what the system reads around it included.
+_ROWS_BETWEEN_RELEASES = 128
 
 
 class DamagedStoreError(PhituneError):
@@ -188,7 +189,14 @@ class TokenStore:
 
     def trained(self) -> NDArray[np.uint32]:
         """Trained tokens of each row. [rows]"""
-        return np.fromfile(self._path("trained"), self._types["trained"])
+        return self._column("trained")
+
+    def questions(self) -> NDArray[np.uint64]:
+        """64 bits that rows with the same question share. [rows]"""
+        return self._column("questions")
+
+    def _column(self, name: str) -> NDArray[Any]:
+        return np.fromfile(self._path(name), self._types[name])
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.bin"

@@ -14,7 +14,8 @@ SOURCE = Path(phitune.__file__).parent
 FREE_TO_ALL = {"config", "errors", "jsonfile"}
 MAY_IMPORT = {
     "cli": {"commands", *FREE_TO_ALL},
-    "commands": {"trainer", "planning", "doctor", *FREE_TO_ALL},
+    "commands": {"layers", "trainer", "planning", "doctor", *FREE_TO_ALL},
+    "layers": {"trainer", "planning", "training", "model", "data", *FREE_TO_ALL},
     "doctor": {"training", "model", *FREE_TO_ALL},
     "planning": {"training", "model", "data", *FREE_TO_ALL},
     "trainer": {"recorder", "training", "inference", "model", "data", *FREE_TO_ALL},
@@ -39,6 +40,10 @@ NO_TORCH = (
     "phitune.data.prompt",
     "phitune.data.tokenizer",
     "phitune.data.prepare",
+    "phitune.layers.anatomy",
+    "phitune.layers.guide",
+    "phitune.layers.proposal",
+    "phitune.layers.view",
     "phitune.model.architecture",
     "phitune.model.files",
     "phitune.model.targets",

@@ -25,6 +25,7 @@ DEBUG_VARIABLE = "PHITUNE_DEBUG"
 COMMANDS = {
     "train": "fine-tune a model on a file of prompts and responses",
     "plan": "what a run would take: memory, time, and which settings fit",
+    "layers": "what a model is made of, and which layers your data wants to move",
     "doctor": "what this machine has, and what training would use of it",
 }
 

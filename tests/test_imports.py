@@ -41,6 +41,7 @@ NO_TORCH = (
     "phitune.data.tokenizer",
     "phitune.data.prepare",
     "phitune.layers.anatomy",
+    "phitune.layers.answer",
     "phitune.layers.guide",
     "phitune.layers.proposal",
     "phitune.layers.view",

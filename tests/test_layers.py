@@ -55,7 +55,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    monkeypatch.setattr("phitune.model.files.cached_model", lambda name: None)
+    monkeypatch.setattr("phitune.layers.answer.cached_model", lambda name: None)
 
 
 @pytest.fixture

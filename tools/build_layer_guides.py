@@ -12,19 +12,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from phitune.config import Settings
-from phitune.layers.anatomy import kinds_of, total_parameters
+from phitune.layers.anatomy import FILE_BYTES, kinds_of, total_parameters
+from phitune.layers.answer import Guide, choices, flags_of, goal_flags
 from phitune.layers.evidence import CLAIMS, MARKS, SOURCES
 from phitune.layers.guide import GOALS, PRESETS, WORDS
-from phitune.layers.view import (
-    NO_PHI,
-    Guide,
-    choices,
-    flags_of,
-    goal_flags,
-    megabytes,
-    shape_of,
-    share_of,
-)
+from phitune.layers.view import NO_PHI, megabytes, shape_of, share_of
 from phitune.model.architecture import EMBED_TOKENS, LM_HEAD, known_model_config, read_model_config
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -132,7 +124,7 @@ def _kinds(guides: Sequence[Guide]) -> str:
     rows = []
     for kind in kinds_of(config):
         parameters = kind.lora_parameters(RANKS[0])
-        cost = f"{parameters:,} ({megabytes(4 * parameters)})" if kind.trainable else "-"
+        cost = f"{parameters:,} ({megabytes(FILE_BYTES * parameters)})" if kind.trainable else "-"
         row = [f"`{kind.name}`", shape_of(kind), str(kind.count), share_of(kind, config)]
         rows.append([*row, cost, kind.preset or "-"])
     heads = ("module", "shape", "number", "share", f"LoRA r {RANKS[0]} (file)", "preset")
@@ -159,7 +151,7 @@ def _costs(guides: Sequence[Guide]) -> str:
 
 def _tables(guide: Guide) -> str:
     """What the token table and the head would cost, and what other tools make of it."""
-    rank, whole = guide.rank, guide.config.vocab_size * guide.config.hidden_size * 4
+    rank, whole = guide.rank, guide.config.vocab_size * guide.config.hidden_size * FILE_BYTES
     each = guide.price((EMBED_TOKENS,))
     both = guide.price((EMBED_TOKENS, LM_HEAD))
     return (

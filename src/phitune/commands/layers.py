@@ -56,26 +56,11 @@ def run(argv: list[str]) -> int:
 def _guide(resolved: "Resolved", *, as_json: bool) -> int:
     from rich.console import Console
 
-    from phitune.layers import view
-    from phitune.model.architecture import known_model_config, read_model_config
-    from phitune.model.files import cached_model, find_model
-    from phitune.model.targets import resolve_targets
+    from phitune.layers import answer, view
 
-    settings = resolved.settings
-    name = settings.model_name
-    known = None if Path(name).expanduser().is_dir() else known_model_config(name)
-    folder = cached_model(name) if known else find_model(name)
-    if folder:
-        config, figures = read_model_config(folder), "figures from its config.json"
-    else:
-        assert known
-        config = known
-        figures = "built-in figures (its config.json is not in the local cache)"
-    modules = resolve_targets(config, settings.target_modules, settings.layers)
-    asks = any(resolved.origins[key] != "default" for key in ("target_modules", "layers"))
-    guide = view.Guide(settings, config, figures, modules if asks else None)
+    guide = answer.guide_of(resolved)
     if as_json:
-        print(json.dumps(view.as_json(guide), indent=2))
+        print(json.dumps(answer.as_json(guide), indent=2))
     else:
         view.show(guide, Console(highlight=False))
     return 0
@@ -91,7 +76,8 @@ def _survey(resolved: "Resolved", own: Mapping[str, Any], given: Mapping[str, An
 
     batches = _number(own["batches"], "batches", int, DEFAULT_BATCHES, 1, 10_000)
     share = _number(own["share"], "share", float, DEFAULT_SHARE, 0.01, 1.0)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    errors = Console(stderr=True)
+    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
         task = progress.add_task("gradients", total=batches)
         found = survey(resolved, int(batches), share, lambda: progress.advance(task))
     command = train_command(given, found.proposal.target_modules, found.proposal.layers)

@@ -12,9 +12,11 @@ from rich.style import Style
 from rich.text import Text
 
 from phitune.layers.anatomy import layer_of, short_name
+from phitune.layers.answer import flags_of
 from phitune.layers.gradients import MEASURING_RANK, Pull
 from phitune.layers.survey import CAVEAT, Survey
-from phitune.layers.view import TABLE_WIDTH, flags_of, megabytes
+from phitune.layers.view import MB, TABLE_WIDTH, megabytes
+from phitune.model.architecture import EMBED_TOKENS, FAMILIES, LM_HEAD
 from phitune.planning.layout import section, table_of
 
 # From cold to hot, and the colour of the digit on it.
@@ -63,7 +65,8 @@ def _header(found: Survey) -> RenderableType:
 
 def _heat_map(found: Survey, width: int) -> RenderableType:
     in_layers = [pull for pull in found.measurement.pulls if layer_of(pull.module) is not None]
-    names = list(dict.fromkeys(short_name(pull.module) for pull in in_layers))
+    layered = {short_name(pull.module) for pull in in_layers}
+    names = [name for name in _by_name(found) if name in layered]
     layers = sorted({layer_of(pull.module) or 0 for pull in in_layers})
     norms = {(short_name(pull.module), layer_of(pull.module)): pull.norm for pull in in_layers}
     proposed = {(short_name(name), layer_of(name)) for name in found.proposal.modules}
@@ -105,8 +108,9 @@ def _shade(share: float) -> Style:
 
 
 def _modules(found: Survey) -> RenderableType:
-    table = table_of("module", "gradient", "of weight", "held", "agree", "LoRA", "file", "training",
-                     "time")  # fmt: skip
+    table = table_of(
+        "module", "gradient", "of W", "held", "agree", "file MB", "train MB", "time"
+    )  # fmt: skip
     for name, pulls in _by_name(found).items():
         price = found.prices[name]
         table.add_row(
@@ -115,9 +119,8 @@ def _modules(found: Survey) -> RenderableType:
             f"{_relative(pulls):.2g}",
             f"{_held(found, pulls):.1%}",
             _agreement(pulls),
-            _thousands(price.parameters),
-            megabytes(price.file_bytes),
-            megabytes(price.memory_bytes),
+            f"{price.file_bytes / MB:.3g}",
+            f"{price.memory_bytes / MB:.3g}",
             f"{price.adapter_time:.1%}",
         )
     return section("By module, over all measured layers", table, *_notes(found))
@@ -142,11 +145,11 @@ def _modules_in_lines(found: Survey) -> RenderableType:
 def _notes(found: Survey) -> list[str]:
     rank = found.settings.lora_r
     return [
-        "gradient: of a layer's module, mean over the layers, and how far batches spread. of"
-        " weight: that over the weight's norm. held: share of all squared gradients. agree: of"
+        "gradient: of a layer's module, mean over the layers, and how far batches spread. of W:"
+        " that over the weight's norm. held: share of all squared gradients. agree: of"
         " the batches with one another, 1 wholly, 0 not at all.",
-        f"LoRA, file, training: what an adapter of r {rank} on all of them costs in parameters,"
-        " file and memory; time: its own part of a step. See 'phitune plan' for the rest.",
+        f"file, train: what an adapter of r {rank} on all of them takes on disk and in training,"
+        " 10**6 bytes; time: its own part of a step. See 'phitune plan' for the rest.",
     ]
 
 
@@ -165,10 +168,12 @@ def _proposal(found: Survey) -> RenderableType:
 
 
 def _by_name(found: Survey) -> dict[str, list[Pull]]:
+    """In the order of the presets; the token table and the head last."""
     groups: dict[str, list[Pull]] = {}
     for pull in found.measurement.pulls:
         groups.setdefault(short_name(pull.module), []).append(pull)
-    return groups
+    order = [*FAMILIES[found.config.model_type].all_linear, EMBED_TOKENS, LM_HEAD]
+    return {name: groups[name] for name in order if name in groups}
 
 
 def _with_spread(pulls: Sequence[Pull]) -> str:
@@ -191,7 +196,3 @@ def _held(found: Survey, pulls: Sequence[Pull]) -> float:
 def _agreement(pulls: Sequence[Pull]) -> str:
     values = [pull.agreement for pull in pulls if pull.agreement is not None]
     return f"{sum(values) / len(values):.2f}" if values else "-"
-
-
-def _thousands(parameters: int) -> str:
-    return f"{parameters / 1e6:.2f} M" if parameters >= 1e6 else f"{parameters / 1e3:.1f} K"

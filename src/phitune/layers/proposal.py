@@ -69,16 +69,16 @@ def propose(
             if best is None or (cost, -held) < best[:2]:
                 best = (cost, -held, chosen, sorted(layers))
     assert best is not None, "all modules in all layers hold everything"
-    cost, held, chosen, layers = best[0], -best[1], best[2], best[3]
+    total_cost, held, names_held, layers_held = best[0], -best[1], best[2], best[3]
     everything = len(measured_layers) * sum(costs.values())
-    taken = {(name, layer) for name in chosen for layer in layers}
+    taken = {(name, layer) for name in names_held for layer in layers_held}
     return Proposal(
-        _by_preset(config, chosen),
-        None if len(layers) == config.num_hidden_layers else in_ranges(layers),
+        _by_preset(config, names_held),
+        None if len(layers_held) == config.num_hidden_layers else in_ranges(layers_held),
         tuple(module for module in squares if (short_name(module), layer_of(module)) in taken),
         held / total if total else 1.0,
         share,
-        cost / everything,
+        total_cost / everything,
     )
 
 

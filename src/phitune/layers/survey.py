@@ -29,8 +29,9 @@ from phitune.training.memory import Base, Device, Shape, fewest_recomputed, memo
 DEFAULT_BATCHES = 8
 CAVEAT = (
     "The gradient at the start shows where the loss pulls first. It is an indication, not a proof:"
-    " what is pulled least now may matter later, and no experiment shows that such a choice trains"
-    " better than all-linear, the best founded one. Try both; the validation loss decides."
+    " what is pulled least now may matter later, and we know of no experiment that shows such a"
+    " choice to train better than all-linear, the best founded one. Try both; the validation loss"
+    " decides."
 )
 
 

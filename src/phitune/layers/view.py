@@ -4,25 +4,23 @@ Every number comes from `anatomy.py`, every word from `guide.py` and `evidence.p
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from phitune.config import Settings
 from phitune.layers.anatomy import (
+    FILE_BYTES,
     Kind,
     Price,
     kinds_of,
     price_of,
     total_parameters,
 )
+from phitune.layers.answer import Guide, choices, goal_flags
 from phitune.layers.evidence import CLAIMS, MARKS, SOURCES
-from phitune.layers.guide import GOALS, PRESETS, WORDS, Goal
-from phitune.model.architecture import EMBED_TOKENS, LM_HEAD, ModelConfig
-from phitune.model.targets import resolve_targets
+from phitune.layers.guide import GOALS, PRESETS, WORDS
+from phitune.model.architecture import ModelConfig
 from phitune.planning.amounts import GB
 from phitune.planning.layout import section, table_of
 
@@ -36,29 +34,6 @@ NO_PHI = (
 _LONGEST_NAME = 15
 _INDENT = (0, 0, 0, 2)
 _COLOURS = {"measured": "green", "reported": "yellow", "folklore": "red"}
-
-
-@dataclass(frozen=True)
-class Guide:
-    """What the command shows: a model, a rank, and the targets that were asked for, if any."""
-
-    settings: Settings
-    config: ModelConfig
-    figures: str  # where the sizes come from, in words
-    asked: tuple[str, ...] | None  # full names, where --target_modules or --layers were given
-
-    @property
-    def rank(self) -> int:
-        return self.settings.lora_r
-
-    def price(self, targets: Sequence[str], layers: str | None = None) -> Price:
-        return price_of(self.config, resolve_targets(self.config, targets, layers), self.rank)
-
-    def goal_targets(self, goal: Goal) -> tuple[str, ...]:
-        return goal.targets[self.config.model_type]
-
-    def goal_price(self, goal: Goal) -> Price:
-        return self.price(self.goal_targets(goal), goal.layers(self.config))
 
 
 def show(guide: Guide, console: Console) -> None:
@@ -108,7 +83,7 @@ def _kinds(guide: Guide) -> RenderableType:
             str(kind.count),
             share_of(kind, guide.config),
             f"{kind.lora_parameters(guide.rank):,}" if kind.trainable else "-",
-            megabytes(4 * kind.lora_parameters(guide.rank)) if kind.trainable else "-",
+            megabytes(FILE_BYTES * kind.lora_parameters(guide.rank)) if kind.trainable else "-",
             kind.preset or "-",
         )
     return section("Layers", table, *_notes_on_kinds(guide))
@@ -124,7 +99,9 @@ def _kinds_in_lines(guide: Guide) -> RenderableType:
         ]
         if kind.trainable:
             parameters = kind.lora_parameters(guide.rank)
-            facts.append(f"LoRA r {guide.rank} adds {parameters:,} ({megabytes(4 * parameters)})")
+            facts.append(
+                f"LoRA r {guide.rank} adds {parameters:,} ({megabytes(FILE_BYTES * parameters)})"
+            )
         if kind.preset:
             facts.append(f"preset {kind.preset}")
         lines.append(Padding(Text(", ".join(facts)), _INDENT))
@@ -162,21 +139,6 @@ def _presets_in_lines(guide: Guide) -> RenderableType:
         lines.append(Text(_flags_in_short(targets, layers), style="bold"))
         lines.append(Padding(Text(_said(guide.price(targets, layers))), _INDENT))
     return section(f"What they cost at r {guide.rank}", Group(*lines), *_notes_on_prices())
-
-
-def choices(guide: Guide) -> list[tuple[tuple[str, ...], str | None, str]]:
-    """Presets, the upper half of the layers, and what the tables add."""
-    count = guide.config.num_hidden_layers
-    upper = f"{count // 2}-{count - 1}" if count > 1 else None
-    everything = ("all-linear",)
-    return [
-        (("attention",), None, ""),
-        (("mlp",), None, ""),
-        (everything, None, "default"),
-        (everything, upper, "upper half"),
-        ((*everything, EMBED_TOKENS), None, ""),
-        ((*everything, LM_HEAD), None, ""),
-    ]
 
 
 def _notes_on_prices() -> list[str]:
@@ -236,17 +198,6 @@ def _sources() -> RenderableType:
     return section("Sources", Group(*lines))
 
 
-def goal_flags(guide: Guide, goal: Goal) -> str:
-    """The flags of a goal, as they are typed."""
-    return flags_of(guide.goal_targets(goal), goal.layers(guide.config))
-
-
-def flags_of(targets: Sequence[str], layers: str | None) -> str:
-    """--target_modules and, where not all are meant, --layers."""
-    flags = f"--target_modules {' '.join(targets)}"
-    return f"{flags} --layers {layers}" if layers else flags
-
-
 def _flags_in_short(targets: Sequence[str], layers: str | None) -> str:
     return " + ".join(targets) + (f", layers {layers}" if layers else "")
 
@@ -276,51 +227,7 @@ def share_of(kind: Kind, config: ModelConfig) -> str:
 
 def megabytes(size: float) -> str:
     """Bytes in MB of 10**6, the guide's unit."""
-    return f"{size / MB:.1f} MB" if size < 100 * MB else f"{size / MB:,.0f} MB"
-
-
-def as_json(guide: Guide) -> dict[str, Any]:
-    """The whole guide in plain types, for `--json`; memory in bytes."""
-    config = guide.config
-    return {
-        "model": {
-            "name": guide.settings.model_name,
-            "figures": guide.figures,
-            "model_type": config.model_type,
-            "num_hidden_layers": config.num_hidden_layers,
-            "parameters": total_parameters(config),
-        },
-        "lora_r": guide.rank,
-        "kinds": [
-            {
-                **asdict(kind),
-                "weights": kind.weights,
-                "share": kind.weights / total_parameters(config),
-                "lora_parameters": kind.lora_parameters(guide.rank),
-                "adapter_bytes": 4 * kind.lora_parameters(guide.rank),
-                "what": WORDS[config.model_type][kind.name],
-            }
-            for kind in kinds_of(config)
-        ],
-        "choices": [
-            {"target_modules": targets, "layers": layers, **asdict(guide.price(targets, layers))}
-            for targets, layers, _ in choices(guide)
-        ],
-        "asked": None
-        if guide.asked is None
-        else {"modules": guide.asked, **asdict(price_of(config, guide.asked, guide.rank))},
-        "goals": [
-            {
-                "goal": goal.name,
-                "what": goal.what,
-                "target_modules": guide.goal_targets(goal),
-                "layers": goal.layers(config),
-                **asdict(guide.goal_price(goal)),
-                "why": goal.why,
-                "claims": goal.claims,
-            }
-            for goal in GOALS
-        ],
-        "claims": {key: asdict(claim) for key, claim in CLAIMS.items()},
-        "sources": {key: asdict(source) for key, source in SOURCES.items()},
-    }
+    amount = size / MB
+    if amount < 1:
+        return f"{amount:.2f} MB"
+    return f"{amount:.1f} MB" if amount < 100 else f"{amount:,.0f} MB"

@@ -32,6 +32,7 @@ from phitune.layers.evidence import CLAIMS, SOURCES
 from phitune.layers.gradients import Measurement, measure
 from phitune.layers.guide import GOALS, WORDS, layers_at
 from phitune.layers.proposal import in_ranges, propose
+from phitune.layers.survey import CAVEAT
 from phitune.model.architecture import FAMILIES, known_model_config, read_model_config
 from phitune.model.decoder import Decoder
 from phitune.model.engine import FusedEngine
@@ -40,6 +41,7 @@ from phitune.model.lora import LoraSpec, attach, save_adapter
 from phitune.model.targets import resolve_layers, resolve_targets
 
 TOOL = Path(__file__).parents[1] / "tools" / "build_layer_guides.py"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 DOCS = Path(__file__).parents[1] / "docs"
 PHI_2, PHI_3_5 = "microsoft/phi-2", "microsoft/Phi-3.5-mini-instruct"
 SIZES = {PHI_2: 2_779_683_840, PHI_3_5: 3_821_079_552}
@@ -410,6 +412,19 @@ def test_no_cheaper_choice_holds_as_much() -> None:
         assert propose(config, squares, 0.8).cost == pytest.approx(best / everything)
 
 
+def test_what_is_said_of_the_benchmark_is_in_its_result() -> None:
+    result = json.loads((RESULTS / "layer_proposal.json").read_text())
+    for model in ("tiny-phi-2", "tiny-phi-3.5"):
+        losses = {run["choice"]: run["validation_loss"][1] for run in result[model]}
+        random = [name for name in losses if name.startswith("random")]
+        assert random
+        for name in random:
+            assert losses[name.rpartition("size of ")[2]] < losses[name]
+        assert min(losses, key=lambda name: losses[name]) == "all-linear"
+        assert losses["lower half"] < losses["upper half"]
+    assert "random ones of the same size" in CAVEAT
+
+
 def test_ranges_are_as_layers_takes_them() -> None:
     config = known_model_config(PHI_2)
     assert config
@@ -502,6 +517,17 @@ def test_targets_and_layers_limit_what_is_measured(layers: Call) -> None:
     assert found["proposal"]["target_modules"] == ["fc2"]
     out, _ = layers(*words, *chosen)
     assert "One batch" in out
+
+
+def test_both_engines_measure_the_same(layers: Call) -> None:
+    words = ["tiny-phi-3.5", "--dataset_path", str(CAPTAIN), "--batches", "2", "--json"]
+    fused, recomputed, reference = (
+        json.loads(layers(*words, *more)[0])["modules"]
+        for more in ([], ["--recompute_layers", "2"], ["--engine", "reference"])
+    )
+    for one, two, three in zip(fused, recomputed, reference, strict=True):
+        assert one["norm"] == pytest.approx(two["norm"], rel=1e-5)
+        assert one["norm"] == pytest.approx(three["norm"], rel=1e-4)
 
 
 def test_measuring_writes_nothing(layers: Call, tmp_path: Path) -> None:

@@ -126,7 +126,8 @@ def _parser() -> Parser:
         argument_default=argparse.SUPPRESS,
         formatter_class=help_format,
         usage="phitune layers [MODEL] [--dataset_path FILE] [flags]",
-        epilog="Every other flag of 'phitune train' is taken too.",
+        epilog="Every other flag of 'phitune train' is taken too; what matters to training alone is"
+        " passed on to the proposed command.",
         allow_abbrev=False,
     )
     group = parser.add_argument_group("layers")

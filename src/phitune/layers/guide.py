@@ -129,10 +129,10 @@ GOALS = (
         "fluency",
         "wording that sounds natural, in the register you want",
         _both("all-linear"),
-        "upper",
-        "The backward ends at the lowest adapter, which saves time; that upper layers are enough"
-        " for wording is folklore, so compare with all layers if it matters.",
-        ("style-tokens", "style-not-knowledge", "memories", "upper-style", "head-fluency"),
+        "all",
+        "That upper layers are enough for wording is folklore. They save time, because the backward"
+        " ends at the lowest adapter; where we measured it, they learnt less than lower ones.",
+        ("style-tokens", "style-not-knowledge", "captain-halves", "upper-style", "head-fluency"),
     ),
     Goal(
         "domain vocabulary",
@@ -165,9 +165,16 @@ GOALS = (
         "persona",
         "a voice, a character, a habit of speech",
         _both("all-linear"),
-        "upper",
-        "Style is learnt from few examples. That upper layers are enough is folklore; all layers"
-        " cost a third more time and are the safe choice.",
-        ("few-examples", "style-not-knowledge", "persona-direction", "captain", "upper-style"),
+        "all",
+        "Style is learnt from few examples. In which layers is not known; on the shipped example, a"
+        " sea captain, all of them learnt fastest.",
+        (
+            "few-examples",
+            "style-not-knowledge",
+            "persona-direction",
+            "captain",
+            "captain-halves",
+            "upper-style",
+        ),
     ),
 )

@@ -1,7 +1,7 @@
 """`phitune layers --dataset_path`: which layers the user's own data wants to move.
 
 Everything up to the adapter is what `phitune train` does with the same settings; then a few batches
-go through the fused engine, and nothing is trained or written.
+go through the engine, and nothing is trained or written.
 """
 
 import itertools
@@ -20,18 +20,20 @@ from phitune.layers.anatomy import Price, layer_of, price_of, short_name
 from phitune.layers.gradients import MEASURING_RANK, Measurement, measure
 from phitune.layers.proposal import DEFAULT_SHARE, Proposal, propose
 from phitune.model.architecture import ModelConfig
+from phitune.model.decoder import Decoder
 from phitune.model.device import is_out_of_memory
-from phitune.model.engine import FusedEngine
+from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
 from phitune.planning.rows import Row, Rows
 from phitune.trainer import Phi2LoRATrainer
 from phitune.training.memory import Base, Device, Shape, fewest_recomputed, memory_budget
 
 DEFAULT_BATCHES = 8
+# tests/test_layers.py holds what it says of the benchmark against the committed result.
 CAVEAT = (
     "The gradient at the start shows where the loss pulls first. It is an indication, not a proof:"
-    " what is pulled least now may matter later, and we know of no experiment that shows such a"
-    " choice to train better than all-linear, the best founded one. Try both; the validation loss"
-    " decides."
+    " what is pulled least now may matter later. On our example such choices beat random ones of"
+    " the same size, and all-linear beat them (benchmarks/results/layer_proposal.md). Where there"
+    " is room for all-linear, take it; else let the validation loss decide."
 )
 
 
@@ -79,7 +81,7 @@ def survey(
     drawn = _draw(data, asked, batches)
     try:
         model = trainer.prepare_model()
-        engine = FusedEngine(model.decoder, 0.0, _recomputed(trainer, drawn))
+        engine = _engine(trainer, model.decoder, drawn)
         measurement = measure(engine, model.decoder, model.adapter, drawn, batch_done)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -90,7 +92,7 @@ def survey(
         ) from None
     config, modules = trainer.model_config, trainer.target_modules
     proposal = propose(config, {pull.module: pull.square for pull in measurement.pulls}, share)
-    base: Base = "fp32" if trainer.settings.precision == "fp32" else "bf16"
+    base = _base(trainer.settings)
     rows = Rows(tuple(Row(len(row.input_ids), row.num_target_tokens) for row in data.train_rows))
 
     def price(chosen: tuple[str, ...]) -> Price:
@@ -126,22 +128,35 @@ def _draw(data: PreparedData, settings: Settings, batches: int) -> list[Batch]:
     ]
 
 
-def _recomputed(trainer: Phi2LoRATrainer, batches: list[Batch]) -> int:
-    """As few layers as fit the device, with the largest of these batches."""
+def _engine(trainer: Phi2LoRATrainer, decoder: Decoder, batches: list[Batch]) -> Engine:
+    """The engine that was asked for, without dropout; it recomputes what training would have to."""
+    settings, count = trainer.settings, trainer.model_config.num_hidden_layers
+    layers = count if settings.recompute_layers == "all" else settings.recompute_layers
+    if not settings.gradient_checkpointing:
+        layers = 0
+    if settings.engine == "reference":
+        return ReferenceEngine(decoder, count if layers is None else layers)
+    return FusedEngine(decoder, 0.0, _fewest(trainer, batches) if layers is None else layers)
+
+
+def _fewest(trainer: Phi2LoRATrainer, batches: list[Batch]) -> int:
+    """As few recomputed layers as fit the device, with the largest of these batches."""
     largest = max(batches, key=lambda batch: batch.num_tokens)
-    offsets = largest.cu_seqlens
-    lengths = tuple(stop - start for start, stop in itertools.pairwise(offsets))
-    base: Base = "fp32" if trainer.settings.precision == "fp32" else "bf16"
+    lengths = tuple(stop - start for start, stop in itertools.pairwise(largest.cu_seqlens))
     kinds: dict[str, Device] = {"cpu": "cpu", "cuda": "cuda", "mps": "mps"}
     return fewest_recomputed(
         trainer.model_config,
         trainer.target_modules,
         MEASURING_RANK,
-        base,
+        _base(trainer.settings),
         Shape(lengths, largest.num_target_tokens),
         memory_budget(trainer.device),
         kinds[trainer.device.type],
     ).recompute_layers
+
+
+def _base(settings: Settings) -> Base:
+    return "fp32" if settings.precision == "fp32" else "bf16"
 
 
 def as_json(found: Survey, command: str) -> dict[str, Any]:

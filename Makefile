@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 DEMO_OUTPUT ?= output/demo
 PHI_2_CONFIG ?= config.json
 
-.PHONY: setup demo test lint check format models full-size benchmarks peers gpu fuzz clean
+.PHONY: setup demo test lint check format docs models full-size benchmarks peers gpu fuzz clean
 
 setup: $(INSTALLED)
 
@@ -36,6 +36,10 @@ check: lint test
 format: setup
 	$(BIN)/ruff format src tests tools benchmarks
 	$(BIN)/ruff check --fix src tests tools benchmarks
+
+# The parts of docs/training.md and the configurations in examples/ that follow from the code.
+docs: setup
+	$(BIN)/python tools/build_docs.py
 
 # Trains the tiny models that ship with the package again; it took 15 minutes on two busy cores.
 models: setup

@@ -1,0 +1,373 @@
+"""The documents: every command in them is run, and what follows from the code is up to date."""
+
+import contextlib
+import io
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import build_docs
+import pytest
+import yaml
+from pydantic import Field
+from reference import phi3_config, phi_config, random_model
+
+from phitune import errors
+from phitune.cli import EXIT_INTERRUPTED, main
+from phitune.config import Settings, resolve
+from phitune.data.tokenizer import TextTokenizer
+from phitune.model.files import ASSETS
+from phitune.planning.presets import PRESETS
+from phitune.training import rundir
+from phitune.training.loop import Evaluation, StepMetrics
+from phitune.training.view import Sample
+
+ROOT = Path(__file__).parents[1]
+GUIDE = ROOT / "docs" / "training.md"
+DOCUMENTS = ("README.md", "docs/training.md", "docs/memory.md")
+PRESET_FILES = tuple(f"examples/{name}.yaml" for name in PRESETS)
+# A document of its own, not yet here; the link to it is held from then on.
+AWAITED = {ROOT / "docs" / "data.md"}
+
+# Everything in a document runs as it is written, in a folder with data/train.jsonl,
+# data/valid.jsonl and examples/, but for what is listed here.
+STAND_INS = {
+    # Models of 32 layers and 16 channels, under these names in the hub's cache.
+    "microsoft/phi-2": "tiny-phi-2",
+    "microsoft/phi-1_5": "tiny-phi-2",
+    "microsoft/Phi-3.5-mini-instruct": "tiny-phi-3.5",
+}
+ADDED = {
+    # One epoch on the device that every machine has, whatever the command or its file says.
+    "phitune train": "--device cpu --epochs 1 --sample_tokens 4",
+    # It would serve until it is stopped; so it tells what is in the same files, and ends.
+    "tensorboard": "--inspect",
+}
+# Added where a command leaves the data to the example of 560 rows.
+DATA = "--dataset_path data/train.jsonl"
+NOT_RUN = {
+    "source .venv/bin/activate": "the environment this test runs in stands for it",
+}
+# `make` is only asked what it would run: make test is this very test, and the demo is run with
+# one epoch where docs/training.md has it.
+MAKE = ("make", "--dry-run", "--directory", str(ROOT))
+
+_FENCE = re.compile(r"^```([\w-]*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_PROGRAMS = ("phitune", "python", "make", "tensorboard", "pip", "source")
+_INLINE = re.compile(r"`((?:phitune|python|make|tensorboard|pip) [^`]+)`")
+_NUMBER = re.compile(r"\d[\d,.]*(?:e[-+]\d+)?")
+
+
+@dataclass(frozen=True)
+class Command:
+    """Something that a document tells its reader to run."""
+
+    kind: Literal["command", "python"]
+    text: str
+    place: str
+    shown: tuple[str, ...] = ()  # the output that the document shows; "..." stands for any lines
+
+
+def commands_of(name: str) -> list[Command]:
+    """Those of blocks marked sh, console and python, and those in the text, in their order."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    if name.endswith(".yaml"):
+        found = re.findall(r"^#   (phitune (?:plan|train) .*--.*)$", text, re.MULTILINE)
+        return [Command("command", line, name) for line in found]
+    commands: list[tuple[int, Command]] = []
+
+    def add(position: int, text_of_it: str, shown: tuple[str, ...] = (), kind: str = "") -> None:
+        place = f"{name}:{text.count(chr(10), 0, position) + 1}"
+        what: Literal["command", "python"] = "python" if kind else "command"
+        commands.append((position, Command(what, text_of_it, place, shown)))
+
+    for block in _FENCE.finditer(text):
+        language, body = block[1], block[2]
+        if language == "python":
+            add(block.start(2), body, kind="python")
+        elif language == "console":
+            first, *shown = body.splitlines()
+            add(block.start(2), first.removeprefix("$ "), tuple(shown))
+        elif language == "sh":
+            position = block.start(2)
+            for line in body.splitlines():
+                if command := line.partition(" #")[0].strip():
+                    add(position, command)
+                position += len(line) + 1
+    blanked = _FENCE.sub(lambda block: re.sub(r"[^\n]", " ", block[0]), text)
+    for span in _INLINE.finditer(blanked):
+        add(span.start(), span[1].replace(r"\|", "|"))
+    return [command for _, command in sorted(commands, key=lambda item: item[0])]
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """HF_HOME with the models of `STAND_INS` in its cache."""
+    home = tmp_path_factory.mktemp("hf")
+    for name, shipped in STAND_INS.items():
+        repository = home / "hub" / f"models--{name.replace('/', '--')}"
+        snapshot = repository / "snapshots" / ("0" * 40)
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("0" * 40)
+        sizes = {
+            "vocab_size": TextTokenizer(ASSETS / shipped).size,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 2048,
+        }
+        if shipped == "tiny-phi-2":
+            config = phi_config(**sizes, partial_rotary_factor=0.5)
+        else:
+            changes = {"original_max_position_embeddings": 2048, "rope_scaling": None}
+            config = phi3_config(**sizes, **changes, num_key_value_heads=2)
+        random_model(config).save_pretrained(snapshot)
+        for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+            shutil.copy(ASSETS / shipped / file, snapshot)
+    return home
+
+
+@pytest.fixture
+def place(tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as the documents have it, and no network."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "src").symlink_to(ROOT / "src")
+    (tmp_path / "data").mkdir()
+    for name, count in {"train": 12, "valid": 3}.items():
+        rows = [
+            {"prompt": f"What is {n} in {name}?", "response": f"It is {n}."} for n in range(count)
+        ]
+        (tmp_path / "data" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    for name, value in {"HF_HOME": str(hub), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    # HF_HOME is read once, when the library is imported; this is for the commands run in here.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub / "hub"))
+    return tmp_path
+
+
+def written_out(command: Command) -> list[str]:
+    """The words of a command with what `ADDED` and `DATA` add to it."""
+    words = shlex.split(command.text)
+    if words[:2] == ["python", "src/main.py"]:
+        words[:2] = ["phitune", "train"]
+    if command.shown:
+        return words
+    for start, added in ADDED.items():
+        if words[: len(start.split())] == start.split():
+            words += added.split()
+    if words[:2] == ["phitune", "train"] and "--dataset_path" not in words:
+        words += DATA.split()
+    return words
+
+
+def run(command: Command) -> tuple[int, str]:
+    """Runs it as `written_out`; the exit code, and what it printed."""
+    if command.kind == "python":
+        _forget_runs(re.findall(r'output_dir="([^"]+)"', command.text))
+        return _run_process([sys.executable, "-c", command.text])
+    words = written_out(command)
+    if "--output_dir" in words:
+        _forget_runs([words[words.index("--output_dir") + 1]])
+    if words[0] == "make":
+        return _run_process([*MAKE, *words[1:]])
+    if words[0] == "tensorboard":
+        return _run_process([sys.executable, "-m", "tensorboard.main", *words[1:]])
+    assert words[0] == "phitune", f"{command.place}: how is {words[0]} to be run?"
+    # In this process, through the door of the command line: importing torch takes longer than most.
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        try:
+            code = main(words[1:])
+        except SystemExit as left:  # --help
+            code = int(left.code or 0)
+    return code, printed.getvalue()
+
+
+def _forget_runs(folders: list[str]) -> None:
+    for folder in folders:
+        assert Path(folder).resolve().is_relative_to(Path.cwd())
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run_process(words: list[str]) -> tuple[int, str]:
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture
+def built_in_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `phitune plan` shows of a model whose files are not here."""
+    monkeypatch.setattr("phitune.planning.plan.cached_model", lambda name: None)
+
+
+@pytest.mark.parametrize("documents", [DOCUMENTS, PRESET_FILES], ids=["documents", "examples"])
+def test_every_command_in_the_documents_runs(place: Path, documents: tuple[str, ...]) -> None:
+    failed, seen = [], set()
+    for command in [command for name in documents for command in commands_of(name)]:
+        if command.text in NOT_RUN or command.shown or command.text in seen:
+            continue
+        seen.add(command.text)
+        code, printed = run(command)
+        if code:
+            failed.append(f"{command.place}: exit code {code}\n{command.text}\n{printed[-2000:]}")
+    assert not failed, "\n\n".join(failed)
+    assert len(seen) >= len(documents)
+
+
+@pytest.mark.usefixtures("built_in_figures")
+def test_output_shown_in_a_document_is_what_comes_out(place: Path) -> None:
+    shown = [command for name in DOCUMENTS for command in commands_of(name) if command.shown]
+    assert len(shown) == 2
+    for command in shown:
+        code, printed = run(command)
+        assert code == 0, printed
+        # A plan is arithmetic; what is measured in a run comes out otherwise each time.
+        is_plan = command.text.startswith("phitune plan")
+        came = [_comparable(line, exact=is_plan) for line in printed.splitlines()]
+        for line in command.shown:
+            if line == "...":
+                continue
+            expected = _comparable(line, exact=is_plan)
+            assert expected in came, f"{command.place}: not in the output: {line}\n{printed}"
+            del came[: came.index(expected) + 1]
+
+
+def _comparable(line: str, *, exact: bool) -> str:
+    return line.rstrip() if exact else _NUMBER.sub("#", line.rstrip())
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_no_command_hides_in_a_block_that_is_not_run(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    hidden = [
+        line
+        for block in _FENCE.finditer(text)
+        if block[1] not in ("sh", "console", "python")
+        for line in block[2].splitlines()
+        if line.removeprefix("$ ").split(" ")[0] in _PROGRAMS
+    ]
+    assert hidden == []
+
+
+def test_every_flag_in_the_text_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    known = {*Settings.model_fields, "logdir", "help", "version"}
+    for words in (["train", "--help"], ["plan", "--help"], ["doctor", "--help"]):
+        with pytest.raises(SystemExit):
+            main(words)
+        known |= set(re.findall(r"--(\w+)", capsys.readouterr().out))
+    for name in DOCUMENTS:
+        text = _FENCE.sub("", (ROOT / name).read_text(encoding="utf-8"))
+        flags = set(re.findall(r"`[^`]*?--(?:no-)?([a-z]\w*)", text))
+        assert flags <= known, f"{name}: {sorted(flags - known)}"
+
+
+# --- what is made from the code -------------------------------------------------------------------
+
+
+def test_what_is_made_from_the_code_is_up_to_date() -> None:
+    for path, text in build_docs.made().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path}: run make docs"
+
+
+def test_every_setting_says_when_to_change_it() -> None:
+    assert build_docs.problems(GUIDE.read_text(encoding="utf-8")) == []
+
+
+class _More(Settings):
+    """Settings of kinds that there are not yet."""
+
+    shards: dict[str, int] | None = Field(
+        None, description="a <b> | c", json_schema_extra={"group": "data"}
+    )
+    cache: bool = Field(True, description="keep it", json_schema_extra={"group": "cache"})
+
+
+def test_new_settings_get_rows_and_old_ones_keep_their_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = "| `epochs` | x | x | x | x | by *hand* |\n| `gone` | x | x | x | x | lost? |\n"
+    monkeypatch.setattr(build_docs, "Settings", _More)
+    after = build_docs.settings_tables(before)
+    assert set(build_docs.words_by_setting(after)) == set(_More.model_fields)
+    assert build_docs.words_by_setting(after)["epochs"] == "by *hand*"
+    assert r"| `shards` | names with values | - | - | a &lt;b> \| c |  |" in after
+    assert "### Cache" in after
+    said = build_docs.problems(before)
+    assert (
+        "docs/training.md: cache: write into the last column of its row when to change it" in said
+    )
+    assert "docs/training.md: gone: is no setting; its words were: lost?" in said
+    assert not any("epochs" in line for line in said)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_configurations_are_the_guides(name: str) -> None:
+    expected = {
+        "a10g-high": (8, 4, 2048, "cuda"),
+        "a10g-balanced": (4, 8, 1024, "cuda"),
+        "a10g-low": (2, 16, 768, "cuda"),
+        "m3-high": (3, 8, 1024, "mps"),
+        "m3-balanced": (2, 16, 1024, "mps"),
+        "m3-low": (2, 16, 768, "mps"),
+        "m3-safe": (1, 32, 768, "mps"),
+    }[name]
+    path = ROOT / "examples" / f"{name}.yaml"
+    keys = ("batch_size", "gradient_accumulation_steps", "max_length", "device")
+    assert yaml.safe_load(path.read_text()) == {
+        **dict(zip(keys, expected, strict=True)),
+        "learning_rate": 2e-4,
+        "epochs": 20,
+        "warmup_ratio": 0.05,
+        "lora_r": 8,
+        "lora_alpha": 32,
+        "lora_dropout": 0.05,
+        "gradient_checkpointing": True,
+        "torch_compile": True,
+    }
+    resolve({}, path)
+
+
+# --- what is written by hand ----------------------------------------------------------------------
+
+
+def test_the_guide_names_all_that_a_run_leaves_behind() -> None:
+    text = GUIDE.read_text(encoding="utf-8")
+    names = [rundir.CONFIG, rundir.METRICS, rundir.SAMPLES, rundir.SUMMARY, f"{rundir.ADAPTER}/"]
+    names += [field.name for kind in (StepMetrics, Evaluation) for field in fields(kind)]
+    names += [field.name for field in fields(Sample)]
+    assert [name for name in names if f"`{name}`" not in text] == []
+
+
+def test_the_guide_names_every_exit_code() -> None:
+    said = re.search(r"^Exit codes: (.*?)\.\n\n", GUIDE.read_text(), re.MULTILINE | re.DOTALL)
+    assert said
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    codes = {getattr(kind, "exit_code", 1) for kind in kinds} | {0, EXIT_INTERRUPTED}
+    assert set(map(int, re.findall(r"\b\d+\b", said[1]))) == codes
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name: str) -> None:
+    path = ROOT / name
+    text = path.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith("http"):
+            continue
+        file, _, heading = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        if target in AWAITED and not target.exists():
+            continue
+        assert target.exists(), f"{name}: {link}"
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+            assert heading in anchors, f"{name}: {link}"

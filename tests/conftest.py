@@ -4,6 +4,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
 from reference import CONFIGS, phi3_config, phi_config, random_model, save_model
@@ -14,8 +15,10 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 # Two workers with two threads each would wait for one another on two cores.
 torch.set_num_threads(1)
-# Nothing a test does may reach for the network.
+# Nothing a test does may reach for the network, neither here nor in a process of its own: the
+# library has read the variable by now, when the imports above asked for it.
 os.environ["HF_HUB_OFFLINE"] = "1"
+huggingface_hub.constants.HF_HUB_OFFLINE = True
 # Nor into the cache of the person who runs the tests.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="phitune-test-cache-")
 

@@ -14,6 +14,7 @@ from typing import Literal
 
 import build_docs
 import pytest
+import torch
 import yaml
 from pydantic import Field
 from reference import phi3_config, phi_config, random_model
@@ -38,14 +39,15 @@ AWAITED = {ROOT / "docs" / "data.md"}
 # Everything in a document runs as it is written, in a folder with data/train.jsonl,
 # data/valid.jsonl and examples/, but for what is listed here.
 STAND_INS = {
-    # Models of 32 layers and 16 channels, under these names in the hub's cache.
+    # Models of 32 layers and 16 channels, under these names in the hub's cache, with the tokenizer
+    # and the family of a shipped one. Those of Phi-2's family end every answer at once.
     "microsoft/phi-2": "tiny-phi-2",
     "microsoft/phi-1_5": "tiny-phi-2",
     "microsoft/Phi-3.5-mini-instruct": "tiny-phi-3.5",
 }
 ADDED = {
     # One epoch on the device that every machine has, whatever the command or its file says.
-    "phitune train": "--device cpu --epochs 1 --sample_tokens 4",
+    "phitune train": "--device cpu --epochs 1",
     # It would serve until it is stopped; so it tells what is in the same files, and ends.
     "tensorboard": "--inspect",
 }
@@ -115,8 +117,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
         snapshot = repository / "snapshots" / ("0" * 40)
         (repository / "refs").mkdir(parents=True)
         (repository / "refs" / "main").write_text("0" * 40)
+        tokenizer = TextTokenizer(ASSETS / shipped)
         sizes = {
-            "vocab_size": TextTokenizer(ASSETS / shipped).size,
+            "vocab_size": tokenizer.size,
             "hidden_size": 16,
             "intermediate_size": 16,
             "num_hidden_layers": 32,
@@ -128,7 +131,11 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
         else:
             changes = {"original_max_position_embeddings": 2048, "rope_scaling": None}
             config = phi3_config(**sizes, **changes, num_key_value_heads=2)
-        random_model(config).save_pretrained(snapshot)
+        model = random_model(config)
+        if model.lm_head.bias is not None:
+            with torch.no_grad():
+                model.lm_head.bias[tokenizer.token_id("<|endoftext|>")] += 100
+        model.save_pretrained(snapshot)
         for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
             shutil.copy(ASSETS / shipped / file, snapshot)
     return home

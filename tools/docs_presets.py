@@ -6,6 +6,7 @@ memory is the planner's.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +68,7 @@ CPUS = [
 ]
 
 
+@functools.cache
 def preset_plan(name: str, model_name: str) -> Plan:
     """What a configuration takes on the machine it is for."""
     return make_plan(resolve({**preset_settings(name), "model_name": model_name}), preset=name)

@@ -103,9 +103,9 @@ def main() -> None:
     lines = [
         f"{EPOCHS} epochs of the captain example, r {RANK}, seed 42, everything else at its"
         " default; the validation loss is the best of the epochs. size is that of the adapter"
-        " relative to all-linear, that of a random choice within 10 % of the proposal's; held is"
-        " the share of the squared gradient at the start. One seed, a model of some 2 M"
-        " parameters: differences of a few hundredths say little.",
+        f" relative to all-linear, that of a random choice within {100 * TOLERANCE:.0f} % of the"
+        " proposal's; held is the share of the squared gradient at the start. One seed, a model of"
+        " some 2 M parameters: differences of a few hundredths say little.",
         "",
     ]
     found: dict[str, Any] = {}

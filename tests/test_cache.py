@@ -93,6 +93,11 @@ def test_the_second_start_reads_no_row_and_gives_the_same(
     assert list(first.validation_rows) == list(again.validation_rows)
     assert first.notes == again.notes[:-1]
     assert "its tokens are taken from the cache" in again.notes[-1]
+    # The same file by another name; places are told by the name that was given.
+    monkeypatch.chdir(data.parent)
+    renamed = prepared(Path(data.name), validation_split=0, sample_prompts=["x"])
+    assert renamed.train_rows.place(0) == f"{data.name}:1"
+    assert renamed.notes[0].startswith(f"{data.name}: read as messages")
     # max_length is no part of it: rows are kept whole.
     short = prepared(data, validation_split=0, max_length=30)
     assert len(short.train_rows) < 40
@@ -144,6 +149,19 @@ def test_no_cache_leaves_nothing_behind(data: Path, monkeypatch: pytest.MonkeyPa
     assert not list((data.parent / "tmp").iterdir())
 
 
+def test_rows_left_out_are_told_at_every_start(data: Path) -> None:
+    with data.open("a") as file:
+        file.write("\n{}" * 25)
+    first, again = (prepared(data, on_bad_row="skip", validation_split=0) for _ in range(2))
+    assert len(first.train_rows) == len(again.train_rows) == 40
+    for found in (first, again):
+        assert "25 of 65 rows are left out" in found.warnings[0]
+        assert f"{data}:41: 'messages' is missing" in found.warnings[0]
+        assert "... and 5 more" in found.warnings[0]
+    Path(first.warnings[0].partition("all of them are in ")[2]).unlink()
+    assert "all of them" not in again.warnings[0]
+
+
 def test_bad_data_leaves_no_entry(data: Path) -> None:
     data.write_text("{}")
     with pytest.raises(DataError):
@@ -171,7 +189,7 @@ def test_every_damage_is_seen_said_and_repaired(data: Path, name: str, damage: s
     else:
         file.unlink()
     with pytest.raises(DamagedStoreError, match=name.replace(".bin", r"\.bin")):
-        TokenStore(entry)
+        TokenStore(entry, [data])
     again = prepared(data, validation_split=0)
     assert any(f"{entry}: is damaged ({name}" in warning for warning in again.warnings)
     assert list(again.train_rows) == expected
@@ -233,12 +251,12 @@ def test_entries_unused_for_a_month_make_room(data: Path) -> None:
 
 def store_of(folder: Path, questions: list[str]) -> TokenStore:
     folder.mkdir()
-    writer = StoreWriter(folder, 100)
+    writer = StoreWriter(folder, 100, [Path("rows")])
     for line, question in enumerate(questions, start=1):
         turns = (Turn("user", question), Turn("assistant", f"{line}"))
         writer.add(EncodedRow(Example(turns, Path("rows"), line), [1, 2], [(1, 2)]))
     writer.finish({})
-    return TokenStore(folder)
+    return TokenStore(folder, [Path("rows")])
 
 
 @given(

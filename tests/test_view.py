@@ -12,6 +12,7 @@ from phitune.training.view import (
     PlainView,
     Sample,
     answers_table,
+    data_progress,
     open_view,
     settings_lines,
 )
@@ -86,3 +87,15 @@ def test_answers_stand_side_by_side_and_say_when_they_did_not_stop() -> None:
     text = text_of(shown)
     assert "an [red]answer" in text
     assert text.count("did not") == 1
+
+
+def test_tokenising_shows_its_progress_on_a_terminal_only() -> None:
+    with data_progress(console(terminal=False)) as progress:
+        assert progress is None
+    shown = console(terminal=True)
+    with data_progress(shown) as progress:
+        assert progress
+        progress(12_000, 3, 4)
+    text = text_of(shown)
+    assert "12,000 rows" in text
+    assert "75%" in text

@@ -13,6 +13,8 @@ PLAN_FLAGS = ("memory", "json", "preset", "presets")
 SETTINGS_OF_A_PLAN = {
     "model_name": "",
     "dataset_path": "data whose rows are counted (default: rows of max_length tokens)",
+    "data_format": "",
+    "columns": "",
     "validation_split": "",
     "prompt_format": "",
     "max_length": "",

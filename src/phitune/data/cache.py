@@ -17,7 +17,7 @@ import tempfile
 import time
 import weakref
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -80,16 +80,19 @@ def tokenized(
     store = None
     if settings.cache:
         name = _key(stream, settings, tokenizer, prompt_format)
-        store = _from_cache(name, build, warnings)
-    notes = []
+        store = _from_cache(name, stream.files, build, warnings)
     if store is None:
-        store = _in_passing(build)
-    elif not stream.formats:  # Nothing was read.
+        store = _in_passing(stream.files, build)
+    kept = not stream.formats  # Nothing was read.
+    if kept:
+        stream.recall(store.about)
+    notes = stream.notes
+    if kept:
         notes.append(f"{source}: its tokens are taken from the cache, {store.folder}")
-    about = store.about
-    if about["skipped"]:
-        warnings.append(about["skipped"])
-    return TokenizedData(store, [*about["notes"], *notes], warnings, about["is_completion"])
+    if stream.skipped:
+        warnings.append(stream.skipped)
+    formats = {form.name for form in stream.formats.values()}
+    return TokenizedData(store, notes, warnings, is_completion=formats == {"completion"})
 
 
 def open_stream(
@@ -116,31 +119,26 @@ def _write(
 ) -> None:
     rows = tokenizer.encode_rows(prompt_format, stream, train_on_prompt=settings.train_on_prompt)
     total = stream.bytes
-    writer = StoreWriter(folder, tokenizer.size)
+    writer = StoreWriter(folder, tokenizer.size, stream.files)
     try:
         for row in rows:
             writer.add(row)
             if progress and writer.rows % _ROWS_BETWEEN_TELLING == 0:
                 progress(writer.rows, stream.meter.bytes, total)
-        formats = {form.name for form in stream.formats.values()}
-        writer.finish(
-            {
-                "notes": stream.notes,
-                "skipped": stream.skipped,
-                "is_completion": formats == {"completion"},
-            }
-        )
+        writer.finish(stream.memo())
     finally:
         writer.close()
 
 
-def _from_cache(name: str, build: Callable[[Path], None], warnings: list[str]) -> TokenStore | None:
+def _from_cache(
+    name: str, files: Sequence[Path], build: Callable[[Path], None], warnings: list[str]
+) -> TokenStore | None:
     """The entry of this name, built where there is none; None where nothing can be kept."""
     root = cache_folder()
     entry = root / name
     if entry.exists():
         try:
-            store = TokenStore(entry)
+            store = TokenStore(entry, files)
         except DamagedStoreError as error:
             warnings.append(f"{entry}: is damaged ({error}); the data is tokenised again")
         else:
@@ -161,25 +159,25 @@ def _from_cache(name: str, build: Callable[[Path], None], warnings: list[str]) -
     ) as new:
         made = Path(new) / "entry"
         _built(made, build)
-        if entry.exists() and not _is_whole(entry):
+        if entry.exists() and not _is_whole(entry, files):
             with suppress(FileNotFoundError):  # Another run was first.
                 entry.rename(Path(new) / "damaged")
         try:
             made.rename(entry)
         except OSError:
             # Another run was first, with the same tokens.
-            if not _is_whole(entry):
+            if not _is_whole(entry, files):
                 raise
-    return TokenStore(entry)
+    return TokenStore(entry, files)
 
 
-def _in_passing(build: Callable[[Path], None]) -> TokenStore:
+def _in_passing(files: Sequence[Path], build: Callable[[Path], None]) -> TokenStore:
     """A store for this run only."""
     folder = Path(tempfile.mkdtemp(prefix="phitune-tokens-"))
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         _built(folder / "entry", build)
-        store = TokenStore(folder / "entry")
+        store = TokenStore(folder / "entry", files)
         stack.pop_all()
     weakref.finalize(store, shutil.rmtree, folder, ignore_errors=True)
     return store
@@ -196,9 +194,9 @@ def _built(folder: Path, build: Callable[[Path], None]) -> None:
         ) from None
 
 
-def _is_whole(entry: Path) -> bool:
+def _is_whole(entry: Path, files: Sequence[Path]) -> bool:
     try:
-        TokenStore(entry)
+        TokenStore(entry, files)
     except DamagedStoreError:
         return False
     return True
@@ -235,7 +233,6 @@ def _key(
         "data_format": settings.data_format,
         "columns": settings.columns,
         "on_bad_row": settings.on_bad_row,
-        "source": str(stream.source),
         "files": [_identity(path) for path in stream.files],
     }
     text = json.dumps(decides, sort_keys=True)

@@ -9,7 +9,7 @@ import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 from phitune.data.conversation import Example, Turn
 from phitune.data.files import Meter, RawRow, read_rows, suffix_of
@@ -111,6 +111,28 @@ class ExampleStream:
             f" (--on_bad_row skip):\n{self._listing()}"
         )
 
+    def memo(self) -> dict[str, Any]:
+        """What was learnt on the way, in plain types; see `recall`."""
+        numbers = {path: number for number, path in enumerate(self.files)}
+        return {
+            "formats": [
+                [numbers[path], form.name, dict(form.columns)]
+                for path, form in self.formats.items()
+            ],
+            "rows": self.rows,
+            "problem_count": self.problem_count,
+            "problems": self.problems,
+        }
+
+    def recall(self, memo: dict[str, Any]) -> None:
+        """Knows what another stream over the same files learnt, without reading them."""
+        self.formats = {
+            self.files[number]: RowFormat(name, columns)
+            for number, name, columns in memo["formats"]
+        }
+        self.rows, self.problem_count = memo["rows"], memo["problem_count"]
+        self.problems = memo["problems"]
+
     def __iter__(self) -> Iterator[Example]:
         try:
             kept = 0
@@ -197,9 +219,9 @@ class ExampleStream:
 
     def _listing(self) -> str:
         lines = [f"  {problem}" for problem in self.problems]
-        if self.problems_file:
-            rest = self.problem_count - MAX_LISTED
-            lines.append(f"  ... and {rest} more; all of them are in {self.problems_file}")
+        if (rest := self.problem_count - len(self.problems)) > 0:
+            where = f"; all of them are in {self.problems_file}" if self.problems_file else ""
+            lines.append(f"  ... and {rest} more{where}")
         return "\n".join(lines)
 
     def _conclude(self, kept: int) -> None:

@@ -116,7 +116,11 @@ def split_rows(
 
     if validation_split == 0:
         return np.arange(store.rows, dtype=np.uint32), np.empty(0, np.uint32)
-    places = np.concatenate([_scattered(part, seed) for part in store.chunks("questions")])
+    places = np.empty(store.rows, np.uint32)
+    at = 0
+    for part in store.questions():
+        places[at : at + len(part)] = _scattered(part, seed)
+        at += len(part)
     wanted = math.ceil(validation_split * len(places))
     last = np.partition(places, wanted - 1)[wanted - 1]
     chosen = places <= last
@@ -147,11 +151,11 @@ def _asked_in_both(train: "TokenStore", validation: "TokenStore") -> list[int]:
     """Rows of the validation data whose question is trained on."""
     import numpy as np
 
-    known = train.questions()
+    known = np.concatenate(list(train.questions()))
     known.sort()
     both: list[int] = []
     before = 0
-    for part in validation.chunks("questions"):
+    for part in validation.questions():
         at = np.minimum(np.searchsorted(known, part), len(known) - 1)
         both += (before + np.flatnonzero(known[at] == part)).tolist()
         before += len(part)

@@ -48,7 +48,7 @@ _NUMPY = {"H": "<u2", "I": "<u4", "Q": "<u8"}
 _CHUNK = 2**18  # numbers read at once where a whole column is gone through
 _FLUSH_TOKENS = 2**18
 # A row that is read maps some 64 KiB of each file, what the system reads around it included.
-_ROWS_BETWEEN_RELEASES = 128
+_ROWS_BETWEEN_RELEASES = 32
 
 
 class DamagedStoreError(PhituneError):
@@ -58,15 +58,15 @@ class DamagedStoreError(PhituneError):
 class StoreWriter:
     """Writes rows as they come; holds a few thousand at a time."""
 
-    def __init__(self, folder: Path, vocab_size: int) -> None:
-        """Starts a store in an empty folder."""
+    def __init__(self, folder: Path, vocab_size: int, sources: Sequence[Path]) -> None:
+        """Starts a store in an empty folder, for rows of these files."""
         types = {"ids": "H" if vocab_size <= _SHORT_IDS else "I", **_TYPES}
         self._folder = folder
         self._columns = {name: array(code) for name, code in types.items()}
         self._files = {name: (folder / f"{name}.bin").open("wb") for name in types}
         self._bytes = dict.fromkeys(types, 0)
         self._checksums = dict.fromkeys(types, 0)
-        self._sources: dict[Path, int] = {}
+        self._sources = {path: number for number, path in enumerate(sources)}
         self._tokens = self._spans = 0
         self.rows = 0
 
@@ -83,7 +83,7 @@ class StoreWriter:
         self._spans += len(row.spans)
         columns["span_ends"].append(self._spans)
         columns["trained"].append(trained)
-        source = self._sources.setdefault(example.file, len(self._sources))
+        source = self._sources[example.file]
         columns["places"].append(source << _LINE_BITS | example.line)
         columns["questions"].append(question_hash(example))
         self.rows += 1
@@ -109,7 +109,6 @@ class StoreWriter:
                 }
                 for name, column in self._columns.items()
             },
-            "sources": [str(path) for path in self._sources],
             "about": about,
         }
         document = {"checksum": _checksum(content), **content}
@@ -133,8 +132,11 @@ class StoreWriter:
 class TokenStore:
     """A finished store, verified."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, sources: Sequence[Path]) -> None:
         """Opens a store and reads all of it once, to see that it is whole.
+
+        Args:
+            sources: the files of its rows, by whatever names they have now.
 
         Raises:
             DamagedStoreError: it is not, or not a store of this layout.
@@ -143,13 +145,14 @@ class TokenStore:
         manifest = _read_manifest(folder)
         self.rows: int = manifest["rows"]
         self.about: dict[str, Any] = manifest["about"]
-        self._sources: list[str] = manifest["sources"]
+        self._sources = sources
         self._types = {name: column["type"] for name, column in manifest["columns"].items()}
         for name, column in manifest["columns"].items():
             _verify(self._path(name), column["bytes"], column["crc32"])
         self._maps: list[mmap.mmap] = []
-        self._ids, self._ends, self._spans, self._span_ends, self._places = (
-            self._map(name) for name in ("ids", "ends", "spans", "span_ends", "places")
+        names = ("ids", "ends", "spans", "span_ends", "trained", "places")
+        self._ids, self._ends, self._spans, self._span_ends, self._trained, self._places = (
+            self._map(name) for name in names
         )
         self._read = 0
 
@@ -171,32 +174,27 @@ class TokenStore:
         place = int(self._places[index])
         return f"{self._sources[place >> _LINE_BITS]}:{place & ((1 << _LINE_BITS) - 1)}"
 
-    def chunks(self, name: str) -> Iterator[NDArray[Any]]:
-        """A column from its start to its end, in pieces that are memory of their own."""
-        with self._path(name).open("rb") as file:
-            while len(piece := np.fromfile(file, self._types[name], _CHUNK)):
+    def lengths(self, indices: NDArray[np.uint32]) -> Iterator[NDArray[np.uint32]]:
+        """Tokens of these rows, in pieces."""
+        for rows in self._pieces(indices):
+            before = np.where(rows > 0, self._ends[rows - (rows > 0)], 0)
+            yield (self._ends[rows] - before).astype(np.uint32)
+
+    def trained(self, indices: NDArray[np.uint32]) -> Iterator[NDArray[np.uint32]]:
+        """Trained tokens of these rows, in pieces."""
+        for rows in self._pieces(indices):
+            yield self._trained[rows]
+
+    def questions(self) -> Iterator[NDArray[np.uint64]]:
+        """64 bits of each row that rows with the same question share, in pieces."""
+        with self._path("questions").open("rb") as file:
+            while len(piece := np.fromfile(file, self._types["questions"], _CHUNK)):
                 yield piece
 
-    def lengths(self) -> NDArray[np.uint32]:
-        """Tokens of each row. [rows]"""
-        found = np.empty(self.rows, np.uint32)
-        before, at = 0, 0
-        for ends in self.chunks("ends"):
-            starts = np.concatenate(([before], ends[:-1].astype(np.int64)))
-            found[at : at + len(ends)] = ends - starts.astype(np.uint64)
-            before, at = int(ends[-1]), at + len(ends)
-        return found
-
-    def trained(self) -> NDArray[np.uint32]:
-        """Trained tokens of each row. [rows]"""
-        return self._column("trained")
-
-    def questions(self) -> NDArray[np.uint64]:
-        """64 bits that rows with the same question share. [rows]"""
-        return self._column("questions")
-
-    def _column(self, name: str) -> NDArray[Any]:
-        return np.fromfile(self._path(name), self._types[name])
+    def _pieces(self, indices: NDArray[np.uint32]) -> Iterator[NDArray[np.uint32]]:
+        for start in range(0, len(indices), _CHUNK):
+            yield indices[start : start + _CHUNK]
+            self._release()
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.bin"
@@ -241,24 +239,25 @@ class TokenRows(Sequence[TokenizedExample]):
 
     def lengths(self) -> NDArray[np.uint32]:
         """Tokens of each row. [len]"""
-        return self.store.lengths()[self.indices]
+        return _joined(self.store.lengths(self.indices), len(self))
 
     def trained(self) -> NDArray[np.uint32]:
         """Trained tokens of each row. [len]"""
-        return self.store.trained()[self.indices]
+        return _joined(self.store.trained(self.indices), len(self))
 
     @cached_property
     def num_tokens(self) -> int:
-        return int(self.lengths().sum(dtype=np.uint64))
+        return sum(int(part.sum(dtype=np.uint64)) for part in self.store.lengths(self.indices))
 
     @cached_property
     def num_target_tokens(self) -> int:
-        return int(self.trained().sum(dtype=np.uint64))
+        return sum(int(part.sum(dtype=np.uint64)) for part in self.store.trained(self.indices))
 
     @cached_property
     def longest(self) -> int:
         """Tokens of the longest row."""
-        return int(self.lengths().max(initial=0))
+        parts = self.store.lengths(self.indices)
+        return max((int(part.max()) for part in parts), default=0)
 
     def longest_rows(self, count: int) -> list[TokenizedExample]:
         """The longest first; of equally long ones, the first."""
@@ -272,6 +271,16 @@ class TokenRows(Sequence[TokenizedExample]):
         chosen = np.concatenate((longer, equal))
         order = np.argsort(-lengths[chosen].astype(np.int64), kind="stable")
         return [self[int(index)] for index in chosen[order]]
+
+
+def _joined(parts: Iterator[NDArray[np.uint32]], length: int) -> NDArray[np.uint32]:
+    """The pieces as one array, which is all there is of them at any time."""
+    found = np.empty(length, np.uint32)
+    at = 0
+    for part in parts:
+        found[at : at + len(part)] = part
+        at += len(part)
+    return found
 
 
 def question_hash(example: Example) -> int:

@@ -301,11 +301,11 @@ class _More(Settings):
 def test_new_settings_get_rows_and_old_ones_keep_their_words(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    before = "| `epochs` | x | x | x | x | by *hand* |\n| `gone` | x | x | x | x | lost? |\n"
+    before = "| `epochs` | x | x | x | x | *this* | that |\n| `gone` | x | x | x | x | lost? |\n"
     monkeypatch.setattr(build_docs, "Settings", _More)
     after = build_docs.settings_tables(before)
     assert set(build_docs.words_by_setting(after)) == set(_More.model_fields)
-    assert build_docs.words_by_setting(after)["epochs"] == "by *hand*"
+    assert build_docs.words_by_setting(after)["epochs"] == r"*this* \| that"
     assert r"| `shards` | names with values | - | - | a &lt;b> \| c |  |" in after
     assert "### Cache" in after
     said = build_docs.problems(before)

@@ -95,8 +95,9 @@ def words_by_setting(part: str) -> dict[str, str]:
     found = {}
     for line in part.splitlines():
         cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-        if len(cells) == len(COLUMNS) and (name := re.fullmatch(r"`(\w+)`", cells[0])):
-            found[name[1]] = cells[-1]
+        if len(cells) >= len(COLUMNS) and (name := re.fullmatch(r"`(\w+)`", cells[0])):
+            # A bar that was not written as \| is one all the same, not the end of the words.
+            found[name[1]] = r" \| ".join(cells[len(COLUMNS) - 1 :])
     return found
 
 

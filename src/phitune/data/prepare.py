@@ -6,7 +6,7 @@ What is held of a row is a few bytes: its tokens stay on disk.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,34 +105,47 @@ def split_rows(
 ) -> "tuple[NDArray[np.uint32], NDArray[np.uint32]]":
     """A seeded split: indices of the training rows and of the validation rows, in their order.
 
+    Raises:
+        DataError: the training side would be empty.
+    """
+    import numpy as np
+
+    rows = np.arange(store.rows, dtype=np.uint32)
+    if validation_split == 0:
+        return rows, rows[:0]
+    chosen = validation_rows(store.questions(), validation_split, seed)
+    return rows[~chosen], rows[chosen]
+
+
+def validation_rows(
+    questions: "Iterable[NDArray[np.uint64]]", validation_split: float, seed: int
+) -> "NDArray[np.bool_]":
+    """Which rows validate, by the hashes of their questions. [rows]
+
     Each question has a place between 0 and 2**32 that depends on its text and the seed alone; the
     validation rows are those of the lowest places. So rows with the same question stay together and
     none leaks, and of a data set that has grown, few rows change sides.
+
+    Args:
+        questions: the hashes of all rows, in one piece or several.
+        validation_split: more than 0.
 
     Raises:
         DataError: the training side would be empty.
     """
     import numpy as np
 
-    if validation_split == 0:
-        return np.arange(store.rows, dtype=np.uint32), np.empty(0, np.uint32)
-    places = np.empty(store.rows, np.uint32)
-    at = 0
-    for part in store.questions():
-        places[at : at + len(part)] = _scattered(part, seed)
-        at += len(part)
+    places = np.concatenate([_scattered(part, seed) for part in questions])
     wanted = math.ceil(validation_split * len(places))
     last = np.partition(places, wanted - 1)[wanted - 1]
-    chosen = places <= last
+    chosen: NDArray[np.bool_] = places <= last
     if chosen.all():
         raise DataError(
             f"validation_split {validation_split:g} of {len(places)} rows with"
             f" {len(np.unique(places))} different prompts leaves nothing to train on; add rows or"
             " use --validation_split 0"
         )
-    del places
-    rows = np.arange(store.rows, dtype=np.uint32)
-    return rows[~chosen], rows[chosen]
+    return chosen
 
 
 def _scattered(hashes: "NDArray[np.uint64]", seed: int) -> "NDArray[np.uint32]":

@@ -14,11 +14,12 @@ SOURCE = Path(phitune.__file__).parent
 FREE_TO_ALL = {"config", "errors", "jsonfile"}
 MAY_IMPORT = {
     "cli": {"commands", *FREE_TO_ALL},
-    "commands": {"layers", "trainer", "planning", "doctor", *FREE_TO_ALL},
+    "commands": {"layers", "trainer", "planning", "report", "doctor", *FREE_TO_ALL},
     "layers": {"trainer", "planning", "training", "model", "data", *FREE_TO_ALL},
     "doctor": {"training", "model", *FREE_TO_ALL},
     "planning": {"training", "model", "data", *FREE_TO_ALL},
-    "trainer": {"recorder", "training", "inference", "model", "data", *FREE_TO_ALL},
+    "report": {"model", "data", *FREE_TO_ALL},
+    "trainer": {"recorder", "report", "training", "inference", "model", "data", *FREE_TO_ALL},
     "recorder": {"training", "inference", "model", "data", *FREE_TO_ALL},
     "training": {"model", "data", *FREE_TO_ALL},
     "inference": {"model", "data", *FREE_TO_ALL},

@@ -40,6 +40,7 @@ from phitune.model.lora import Adapter, LoraSpec, attach
 from phitune.model.targets import resolve_targets
 from phitune.model.weights import load_decoder
 from phitune.recorder import Recorder, Sampler
+from phitune.report.short import check_before_training
 from phitune.training.loop import Outcome, train
 from phitune.training.memory import (
     MemoryPlan,
@@ -201,6 +202,8 @@ class Phi2LoRATrainer:
         assert self.settings.output_dir
         check_output_dir(self.settings.output_dir, overwrite=self.settings.overwrite)
         data = self.prepare_data()
+        coder = (self.tokenizer, self.prompt_format)
+        check_before_training(self.settings, self._dataset_path, *coder, data, self._say)
         plan, budget = self._plan_memory(data)
         self.console.print("[bold]Settings[/]")
         self.console.print(settings_lines(self.resolved), soft_wrap=True)

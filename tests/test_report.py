@@ -15,10 +15,15 @@ import pytest
 from rich.console import Console
 
 from phitune.cli import main
-from phitune.config import resolve
+from phitune.config import Settings, resolve
+from phitune.data.prepare import PreparedData, prepare_data
+from phitune.data.prompt import PromptFormat
+from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import ModelError
+from phitune.model.files import find_model
 from phitune.report.page import page
 from phitune.report.report import Report, make_report
+from phitune.report.short import check_before_training
 from phitune.report.statistics import histogram_of, lengths_of, token_statistics
 from phitune.report.table import RowTable
 from phitune.report.view import sample_text, show
@@ -55,6 +60,18 @@ def clean(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def chat(tmp_path: Path) -> Path:
+    """Rows of one, two and three turns, and a system turn here and there."""
+    rows = []
+    for index, row in enumerate(rows_like(30)):
+        user = {"role": "user", "content": row["prompt"]}
+        turns = [user, {"role": "assistant", "content": row["response"]}] * (index % 3 + 1)
+        system = [{"role": "system", "content": "Be brief."}] if index % 5 == 0 else []
+        rows.append({"messages": system + turns})
+    return write(tmp_path / "chat.jsonl", rows)
+
+
+@pytest.fixture
 def messy(tmp_path: Path) -> Path:
     """Rows of every trouble, few enough to be no error."""
     rows = rows_like(40)
@@ -64,6 +81,16 @@ def messy(tmp_path: Path) -> Path:
     rows.append({"prompt": "x" * 3000, "response": "y" * 3000})
     rows.append({"prompt": "### Instruction: go", "response": "Gone [bold]now[/bold]."})
     return write(tmp_path / "messy.jsonl", rows)
+
+
+def tools_of(settings: Settings) -> tuple[TextTokenizer, PromptFormat]:
+    tokenizer = TextTokenizer(find_model(settings.model_name))
+    return tokenizer, tokenizer.prompt_format(settings.prompt_format)
+
+
+def prepared(settings: Settings) -> PreparedData:
+    assert settings.dataset_path
+    return prepare_data(settings, settings.dataset_path, *tools_of(settings))
 
 
 def report_of(path: Path, **settings: Any) -> Report:
@@ -176,6 +203,91 @@ def test_gsm8k_has_the_figures_it_is_known_by(shared: Path) -> None:
     assert tokens.kept_by[1.0] == 440
     assert list(report.scripts) == ["Latin", "Cyrillic"]
     assert report.verdict == "ok"
+
+
+@pytest.mark.parametrize("train_on_prompt", [False, True])
+@pytest.mark.parametrize("prompt_format", ["instruct", "chat"])
+@pytest.mark.parametrize("which", ["messy", "chat"])
+def test_the_figures_are_those_of_training(
+    which: str, prompt_format: str, train_on_prompt: bool, request: pytest.FixtureRequest
+) -> None:
+    path = request.getfixturevalue(which)
+    settings = resolve(
+        {
+            "dataset_path": path,
+            "model_name": "tiny-phi-3.5",
+            "prompt_format": prompt_format,
+            "train_on_prompt": train_on_prompt,
+            "validation_split": 0.3,
+            "max_length": 300,
+        }
+    ).settings
+    report = make_report(settings)
+    data = prepared(settings)
+    assert report.tokens
+    assert report.tokens.epoch_rows == len(data.train_rows)
+    assert report.tokens.epoch_tokens == data.train_rows.num_tokens
+    assert report.tokens.epoch_trained_tokens == data.train_rows.num_target_tokens
+    dropped = report.rows - len(data.train_rows) - len(data.validation_rows)
+    assert report.tokens.rows_too_long == dropped
+    whole = prepared(settings.model_copy(update={"max_length": 10**6, "validation_split": 0.0}))
+    assert report.tokens.row_with_end.total == whole.train_rows.num_tokens
+    assert report.tokens.row_with_end.maximum == whole.train_rows.longest
+
+
+# Before training
+
+
+def test_training_says_the_short_form_and_remembers_it(
+    messy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = resolve({"model_name": "tiny-phi-2"}).settings
+
+    def said(**changes: Any) -> list[str]:
+        lines: list[str] = []
+        chosen = settings.model_copy(update=changes)
+        tools = tools_of(settings)
+        data = prepare_data(chosen, messy, *tools)
+        check_before_training(chosen, messy, *tools, data, lines.append)
+        return lines
+
+    lines = said()
+    assert lines[0].startswith("data: 46 rows: ")
+    assert "prompt-response" in lines[0]
+    assert lines[1].startswith("tokens: ")
+    assert re.fullmatch(r"checks: 0 errors, \d+ warnings, \d+ ok", lines[2])
+    assert all(line.startswith("warning: ") for line in lines[3:])
+    assert any("repeat an earlier one exactly (2), lines 41, 42" in line for line in lines)
+    assert not any("doe@contoso" in line or "\n" in line for line in lines)
+    # At the next start the data is not read again; with other settings, or in doubt, it is.
+    folder = prepare_data(settings, messy, *tools_of(settings)).train_rows.store.folder
+    with monkeypatch.context() as patch:
+        patch.setattr("phitune.report.short.make_report", None)
+        assert said() == lines
+        with pytest.raises(TypeError):
+            said(epochs=3)
+        (folder / "checks.json").write_text('{"damaged"')
+        with pytest.raises(TypeError):
+            said()
+    assert said() == lines
+    monkeypatch.setattr("phitune.report.short.MAX_ROWS", 20)
+    assert "only the first 20 were read" in said(epochs=4)[0]
+
+
+def test_errors_stop_training_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrapped = [{**row, "prompt": f"Instruct: {row['prompt']}"} for row in rows_like(20)]
+    bad = write(tmp_path / "bad.jsonl", wrapped)
+    out = tmp_path / "run"
+    train = ("train", "--dataset_path", bad, "--output_dir", out, "--model_name", "tiny-phi-2")
+    # A second time from the cache.
+    for _ in range(2):
+        assert main([*map(str, train)]) == 2
+        captured = capsys.readouterr()
+        assert "already in a template (20)" in captured.err
+        assert "nothing was trained" in captured.err
+        assert not out.exists()
 
 
 # The command
@@ -343,7 +455,7 @@ def test_without_colour_what_is_trained_is_marked(clean: Path) -> None:
     )
     coloured = shown(report, force_terminal=True, color_system="truecolor")
     assert "\u27e6" not in coloured
-    assert "\x1b[32m It says dog 0 times" in coloured
+    assert "\x1b[32mIt says dog 0 times" in coloured
     # As cli.py sets up the stream.
     ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="backslashreplace")
     show(report, Console(file=ascii_only, width=80, _environ={}))

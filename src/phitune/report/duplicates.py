@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from phitune.report.near_duplicates import NearDuplicates
 from phitune.report.table import Hashes, Place, RowTable
@@ -89,7 +90,7 @@ def most_repeated_answer(rows: RowTable, least_words: int) -> RepeatedAnswer:
     return RepeatedAnswer(int(questions.max()), tuple(places))
 
 
-def _earlier(hashes: Hashes) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _earlier(hashes: Hashes) -> npt.NDArray[np.int64]:
     """For each row the first one with the same hash. [N]"""
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
     return first[inverse].astype(np.int64)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from phitune.report.words import Codes, Counts, Hashes, Words, shingles_of
 
@@ -169,9 +170,7 @@ def _candidates(rows: Counts, keys: Codes) -> Counts:
     return np.unique(pairs, axis=0) if len(pairs) else pairs
 
 
-def _jaccard(
-    pairs: Counts, shingles: Codes, offsets: Counts
-) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
+def _jaccard(pairs: Counts, shingles: Codes, offsets: Counts) -> npt.NDArray[np.float64]:
     """Of the shingles of two rows, the share that both have. [P]"""
     starts, sizes = offsets[pairs], offsets[pairs + 1] - offsets[pairs]
     total = sizes.sum(axis=1)
@@ -183,7 +182,8 @@ def _jaccard(
     # A row has a shingle once, so what stands twice is in both.
     twice = keys[1:][keys[1:] == keys[:-1]] >> np.uint64(32)
     shared = np.bincount(twice.astype(np.int64), minlength=len(pairs))
-    return shared / (total - shared)
+    similarity: npt.NDArray[np.float64] = shared / (total - shared)
+    return similarity
 
 
 def _roots(group: Counts, rows: Counts) -> Counts:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 import numpy as np
+import numpy.typing as npt
 
 from phitune.data.conversation import Example
 from phitune.data.store import question_hash
@@ -122,7 +123,7 @@ def in_chunks(examples: Iterable[Example], most: int | None = None) -> Iterator[
 
 def _token_counts(
     texts: Sequence[RowTexts], encoded: Sequence[EncodedRow] | None
-) -> dict[str, "np.ndarray[tuple[int], np.dtype[np.int32]]"]:
+) -> dict[str, npt.NDArray[np.int32]]:
     number = len(texts)
     if encoded is None:
         nothing = np.zeros(number, np.int32)
@@ -143,9 +144,7 @@ def _token_counts(
     return {"prompt_tokens": total - trained, "answer_tokens": trained, "end_tokens": ends}
 
 
-def _hashes(
-    examples: Sequence[Example], of: Callable[[Example], int]
-) -> "np.ndarray[tuple[int], np.dtype[np.uint64]]":
+def _hashes(examples: Sequence[Example], of: Callable[[Example], int]) -> npt.NDArray[np.uint64]:
     return np.fromiter(map(of, examples), np.uint64, len(examples))
 
 

@@ -61,7 +61,9 @@ class RowTable:
     def trained_tokens(self) -> npt.NDArray[np.int32]:
         """Positions with a loss where only answers are trained. [N]"""
         # The first token of a completion is not predicted by anything.
-        return self.answer_tokens - (self.prompt_tokens == 0)
+        first: npt.NDArray[np.int32] = (self.prompt_tokens == 0).astype(np.int32)
+        trained: npt.NDArray[np.int32] = self.answer_tokens - first
+        return trained
 
     def place(self, row: int) -> Place:
         return Place(self.files[int(self.file[row])], int(self.line[row]))
@@ -93,7 +95,7 @@ class TableWriter:
 
     def table(self) -> RowTable:
         columns = {name: np.concatenate(self._chunks[name]) for name in self._columns}
-        return RowTable(**columns, files=tuple(self._files))  # type: ignore[arg-type]
+        return RowTable(**columns, files=tuple(self._files))
 
 
 def hash_of(turns: Sequence[Turn]) -> int:

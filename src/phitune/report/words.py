@@ -18,22 +18,25 @@ Hashes = npt.NDArray[np.uint64]
 Counts = npt.NDArray[np.int64]
 Kinds = npt.NDArray[np.uint8]
 
+# First code points, and those after the last.
+_Blocks = tuple[tuple[int, int], ...]
+
 WORDS_OF_A_SHINGLE = 3
 _NUM_CODES = 0x110000
 _GAP, _LETTER, _ALONE = 0, 1, 2
 # Not words: ASCII other than letters and digits, and the blocks of punctuation and signs.
-_GAPS = (
+_GAPS: _Blocks = (
     *((0, 0x30), (0x3A, 0x41), (0x5B, 0x61), (0x7B, 0xAA), (0xAB, 0xB5), (0xBB, 0xC0)),
     *((0xD7, 0xD8), (0xF7, 0xF8), (0x964, 0x966), (0x2000, 0x2070), (0x3000, 0x3005)),
     *((0x3008, 0x3021), (0xFE10, 0xFE70), (0xFF00, 0xFF10), (0xFF1A, 0xFF21), (0xFF5B, 0xFF66)),
 )
 # Scripts without spaces between words.
-_EACH_ALONE = (
+_EACH_ALONE: _Blocks = (
     *((0x0E00, 0x0F00), (0x1000, 0x10A0), (0x1780, 0x1800), (0x3040, 0x3100), (0x31F0, 0x3200)),
     *((0x3400, 0xA000), (0xF900, 0xFB00), (0x20000, 0x40000)),
 )
 # Where the letters of a script stand in Unicode: whole blocks, joined where they are one script.
-_SCRIPTS: dict[str, tuple[tuple[int, int], ...]] = {
+_SCRIPTS: dict[str, _Blocks] = {
     "Latin": (
         *((0x41, 0x5B), (0x61, 0x7B), (0xAA, 0xAB), (0xBA, 0xBB), (0xC0, 0xD7), (0xD8, 0xF7)),
         *((0xF8, 0x2B0), (0x1E00, 0x1F00), (0x2C60, 0x2C80), (0xA720, 0xA800)),
@@ -159,7 +162,7 @@ def _tables() -> tuple[Kinds, Kinds]:
     for first, end in (*_GAPS, (0, 0x41), (0x2000, 0x2C00), (0xE000, 0xF900), (0x1F000, 0x20000)):
         scripts[first:end] = _NONE
     scripts[0xE0000:] = _NONE
-    for number, blocks in enumerate(_SCRIPTS.values()):
-        for first, end in blocks:
+    for number, of_script in enumerate(_SCRIPTS.values()):
+        for first, end in of_script:
             scripts[first:end] = number
     return kinds, scripts

@@ -59,6 +59,7 @@ benchmarks: setup
 	$(BIN)/python benchmarks/cpu_gemm.py
 	$(BIN)/python benchmarks/cpu_compile.py
 	$(BIN)/python benchmarks/data_scale.py
+	$(BIN)/python benchmarks/data_report.py
 
 # Twenty thousand damaged data files; some minutes.
 fuzz: setup

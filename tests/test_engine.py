@@ -11,6 +11,7 @@ from rows import open_decoder, random_rows
 from test_equivalence import their_loss_sum
 
 from phitune.data.packing import Batch, pack
+from phitune.model import gemm as gemm_module
 from phitune.model import ops, sizes
 from phitune.model.architecture import known_model_config
 from phitune.model.attention import Attention, FlashOnCpu, InBlocks
@@ -18,7 +19,7 @@ from phitune.model.decoder import Decoder
 from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
 from phitune.model.fused import Kernels
 from phitune.model.fused_layers import Shared
-from phitune.model.gemm import ONEDNN, STANDARD, choose_gemm
+from phitune.model.gemm import ONEDNN, STANDARD, choose_gemm, has_onednn
 from phitune.model.lora import Adapter, LoraSpec, attach, load_adapter
 from phitune.model.targets import resolve_targets
 from phitune.training.memory import saved_bytes_per_token
@@ -309,6 +310,18 @@ def test_kernels_compile_once_for_all_layers_and_change_nothing(tmp_path: Path) 
         engine.use_kernels(Kernels(compile_with="aot_eager"))
         found = gradients_of(engine, adapter, batches, 0.2)
         assert max(distance(found[name], expected[name]) for name in expected) < 1e-12
+
+
+def test_a_product_summed_over_slabs_is_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not has_onednn():
+        pytest.skip("this torch has no oneDNN")
+    torch.manual_seed(0)
+    grad, weight = torch.randn(33, 80), torch.randn(80, 48)
+    whole = STANDARD.backward(grad, weight)
+    assert distance(ONEDNN.backward(grad, weight), whole) < 1e-6
+    monkeypatch.setattr(gemm_module, "MOST_OUTPUTS", 79)
+    monkeypatch.setattr(gemm_module, "OUTPUTS_OF_A_SLAB", 32)  # two whole slabs and half of one
+    assert distance(ONEDNN.backward(grad, weight), whole) < 1e-6
 
 
 def test_products_are_chosen_by_the_processor_and_agree() -> None:

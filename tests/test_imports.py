@@ -14,7 +14,16 @@ SOURCE = Path(phitune.__file__).parent
 FREE_TO_ALL = {"config", "errors", "jsonfile"}
 MAY_IMPORT = {
     "cli": {"commands", *FREE_TO_ALL},
-    "commands": {"layers", "trainer", "planning", "report", "doctor", *FREE_TO_ALL},
+    "commands": {
+        "layers",
+        "trainer",
+        "inference",
+        "export",
+        "planning",
+        "report",
+        "doctor",
+        *FREE_TO_ALL,
+    },
     "layers": {"trainer", "planning", "training", "model", "data", *FREE_TO_ALL},
     "doctor": {"training", "model", *FREE_TO_ALL},
     "planning": {"training", "model", "data", *FREE_TO_ALL},
@@ -22,6 +31,7 @@ MAY_IMPORT = {
     "trainer": {"recorder", "report", "training", "inference", "model", "data", *FREE_TO_ALL},
     "recorder": {"training", "inference", "model", "data", *FREE_TO_ALL},
     "training": {"model", "data", *FREE_TO_ALL},
+    "export": {"inference", "model", "data", *FREE_TO_ALL},
     "inference": {"model", "data", *FREE_TO_ALL},
     "model": FREE_TO_ALL,
     "data": FREE_TO_ALL,

@@ -1,20 +1,21 @@
-"""Greedy generation: prompts of token ids in, answers of token ids out.
+"""Generation: prompts of token ids in, answers of token ids out. Knows no text.
 
-Prompts of different lengths are prefilled packed, end to end; then each step decodes one token of
-every sequence that has not stopped. Knows no text.
+Every step computes the tokens that the cache does not hold yet: at first the prompts, of different
+lengths, packed end to end; then one token of every sequence that has not stopped.
 
-Shapes: T packed tokens, B sequences, S cached positions, H heads, G key-value heads, E head_dim.
+Shapes: T packed tokens, B sequences, V vocabulary.
 """
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from phitune.model import ops
+from phitune.inference.cache import KVCache
+from phitune.inference.sampling import GREEDY, Sampling, next_tokens
+from phitune.model.adapters import AdapterSet
 from phitune.model.decoder import Decoder
 
 
@@ -26,130 +27,183 @@ class Answer:
     stopped: bool = False
 
 
-class KVCache:
-    """Keys and values of B sequences, right-padded to a common capacity."""
+@dataclass(frozen=True)
+class Adapters:
+    """Adapters on the decoder, and which of them answers each of B prompts (None: the base)."""
 
-    def __init__(self, decoder: Decoder, batch_size: int, capacity: int) -> None:
-        config = decoder.config
-        shape = (batch_size, config.num_key_value_heads, capacity, config.head_dim)
-        layers = range(config.num_hidden_layers)
-        self.sliding_window = config.sliding_window
-        self.keys = [torch.zeros(shape, dtype=decoder.dtype, device=decoder.device) for _ in layers]
-        self.values = [torch.zeros_like(keys) for keys in self.keys]
-
-    def prefill(self, layer: int, key: Tensor, value: Tensor, cu_seqlens: Sequence[int]) -> None:
-        """Stores packed keys and values [T, G, E] of all sequences from position 0."""
-        for row, (start, stop) in enumerate(itertools.pairwise(cu_seqlens)):
-            self.keys[layer][row, :, : stop - start] = key[start:stop].transpose(0, 1)
-            self.values[layer][row, :, : stop - start] = value[start:stop].transpose(0, 1)
-
-    def extend(
-        self,
-        layer: int,
-        rows: Tensor,  # [B] cache rows
-        positions: Tensor,  # [B] where each new token goes
-        query: Tensor,  # [B, H, E]
-        key: Tensor,  # [B, G, E]
-        value: Tensor,  # [B, G, E]
-    ) -> Tensor:
-        """Stores one token of each row and attends from it. Returns: [B, H, E]."""
-        self.keys[layer][rows, :, positions] = key
-        self.values[layer][rows, :, positions] = value
-        length = int(positions.max()) + 1
-        index = torch.arange(length, device=query.device)
-        seen = index <= positions.unsqueeze(1)  # [B, S]
-        if self.sliding_window is not None:
-            seen &= index > positions.unsqueeze(1) - self.sliding_window
-        groups = query.shape[1] // key.shape[1]
-        attended = F.scaled_dot_product_attention(
-            query.unsqueeze(2),
-            self.keys[layer][rows, :, :length].repeat_interleave(groups, dim=1),
-            self.values[layer][rows, :, :length].repeat_interleave(groups, dim=1),
-            attn_mask=seen[:, None, None, :],
-        )
-        return attended.squeeze(2)
+    on_decoder: AdapterSet
+    choice: Sequence[int | None]
 
 
-@torch.inference_mode()
 def generate(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     stop_ids: Collection[int],
+    sampling: Sampling = GREEDY,
+    adapters: Adapters | None = None,
 ) -> list[Answer]:
-    """The most probable next token, again and again, until a stop token or the limit.
+    """Token after token, until a stop token or the limit.
 
     Args:
         prompts: B non-empty lists of ids, computed as one batch.
         max_new_tokens: per prompt; answers also end where the model's positions do.
         stop_ids: an answer that produces one of them is complete.
+        adapters: without them each token is computed with what is attached to the decoder.
     """
     answers = [Answer() for _ in prompts]
-    sequences = [list(prompt) for prompt in prompts]
-    longest = max(len(prompt) for prompt in prompts)
-    limit = decoder.config.max_position_embeddings
-    cache = KVCache(decoder, len(prompts), min(longest + max_new_tokens, max(limit, longest)))
-    active = [row for row, prompt in enumerate(prompts) if max_new_tokens and len(prompt) <= limit]
-    refill = True
-    for _ in range(max_new_tokens):
-        if not active:
-            break
-        if refill:
-            next_ids = _prefill(decoder, cache, sequences)
-        else:
-            next_ids = _decode(decoder, cache, sequences, active)
-        for row in active:
-            token = next_ids[row]
-            sequences[row].append(token)
+    for tokens in stream(
+        decoder,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        stop_ids=stop_ids,
+        sampling=sampling,
+        adapters=adapters,
+    ):
+        for row, token in tokens:
             answers[row].ids.append(token)
             answers[row].stopped = token in stop_ids
-        active = [
-            row for row in active if not answers[row].stopped and len(sequences[row]) <= limit
-        ]
-        refill = any(_crosses_long_rope(decoder, len(sequences[row])) for row in active)
     return answers
+
+
+def stream(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+    sampling: Sampling = GREEDY,
+    adapters: Adapters | None = None,
+    conversation: "Conversation | None" = None,
+) -> Iterator[list[tuple[int, int]]]:
+    """`generate` as it happens.
+
+    Args:
+        conversation: what an earlier answer left; of a prompt (the only one) that goes on where
+            that ended, only the new tokens are computed.
+
+    Yields: (prompt, token) of every answer that goes on; a stop token is an answer's last.
+    """
+    limit = decoder.config.max_position_embeddings
+    sequences = {row: list(prompt) for row, prompt in enumerate(prompts)}
+    active = [row for row, prompt in enumerate(prompts) if max_new_tokens and len(prompt) <= limit]
+    if not active:
+        return
+    longest = max(len(sequences[row]) for row in active)
+    capacity = min(longest + max_new_tokens, limit)
+    if conversation is None:
+        cache = KVCache(decoder, len(active), capacity)
+    else:
+        cache = conversation.cache_for(decoder, sequences[active[0]], capacity)
+    generators = sampling.generators(len(prompts))
+    for _ in range(max_new_tokens):
+        if adapters is not None:
+            held = cache.held
+            adapters.on_decoder.choose(
+                [
+                    adapters.choice[row]
+                    for place, row in enumerate(active)
+                    for _ in range(len(sequences[row]) - len(held[place]))
+                ]
+            )
+        logits = next_logits(decoder, cache, [sequences[row] for row in active])
+        chosen = next_tokens(
+            logits,
+            sampling,
+            [sequences[row] for row in active],
+            [generators[row] for row in active],
+        )
+        tokens = list(zip(active, chosen, strict=True))
+        yield tokens
+        for row, token in tokens:
+            sequences[row].append(token)
+        going_on = [
+            place
+            for place, (row, token) in enumerate(tokens)
+            if token not in stop_ids and len(sequences[row]) <= limit
+        ]
+        if not going_on:
+            return
+        if len(going_on) < len(active):
+            cache.keep(going_on)
+            active = [active[place] for place in going_on]
+        if any(_crosses_long_rope(decoder, len(sequences[row])) for row in active):
+            cache.clear()
+
+
+@torch.inference_mode()
+def next_logits(decoder: Decoder, cache: KVCache, sequences: Sequence[Sequence[int]]) -> Tensor:
+    """Computes what the cache lacks of B sequences, and keeps it there.
+
+    Returns: [B, V], the logits after each sequence's last token.
+    """
+    starts = [len(held) for held in cache.held]
+    lengths = [len(sequence) for sequence in sequences]
+    counts = [length - start for length, start in zip(lengths, starts, strict=True)]
+    cu_seqlens = [0, *itertools.accumulate(counts)]
+    device = decoder.device
+    new = [
+        token
+        for sequence, start in zip(sequences, starts, strict=True)
+        for token in sequence[start:]
+    ]
+    input_ids = torch.tensor(new, device=device)
+    positions = [
+        position
+        for start, length in zip(starts, lengths, strict=True)
+        for position in range(start, length)
+    ]
+    position_ids = torch.tensor(positions, device=device)
+
+    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if len(new) == len(sequences):
+            return cache.extend_by_one(layer, position_ids, query, key, value)
+        return cache.extend(layer, cu_seqlens, query, key, value)
+
+    rotary = decoder.rotary(position_ids, counts, lengths)
+    hidden = decoder.hidden_states(input_ids, rotary, attend)
+    for held, sequence in zip(cache.held, sequences, strict=True):
+        held.extend(sequence[len(held) :])
+    if len(hidden) > len(sequences):
+        hidden = hidden[torch.tensor([stop - 1 for stop in cu_seqlens[1:]], device=device)]
+    return decoder.logits(hidden)
+
+
+class Conversation:
+    """The cache of one sequence, kept from answer to answer."""
+
+    def __init__(self) -> None:
+        self._cache: KVCache | None = None
+
+    def forget(self) -> None:
+        """For another adapter, whose keys are other ones."""
+        self._cache = None
+
+    def cache_for(self, decoder: Decoder, prompt: Sequence[int], capacity: int) -> KVCache:
+        """A cache of this capacity at least that holds what it can of the prompt's beginning."""
+        cache = self._cache
+        if cache is None or cache.capacity < capacity:
+            # Room to go on, so that a growing conversation is not computed anew each time.
+            room = min(2 * capacity, decoder.config.max_position_embeddings)
+            grown = KVCache(decoder, 1, max(room, capacity))
+            if cache is not None:
+                grown.take_over(cache)
+            cache = self._cache = grown
+        held = cache.held[0]
+        pairs = zip(held, prompt[:-1], strict=False)
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        if _is_long(decoder, len(held)) != _is_long(decoder, len(prompt)):
+            same = 0
+        cache.held[0] = held[:same]
+        return cache
 
 
 def _crosses_long_rope(decoder: Decoder, length: int) -> bool:
     """Whether longrope's factors change at this length, so that cached keys are no longer right."""
+    return _is_long(decoder, length) and not _is_long(decoder, length - 1)
+
+
+def _is_long(decoder: Decoder, length: int) -> bool:
     long_rope = decoder.config.long_rope
-    return long_rope is not None and length == long_rope.original_max_position_embeddings + 1
-
-
-def _prefill(decoder: Decoder, cache: KVCache, sequences: list[list[int]]) -> dict[int, int]:
-    """Computes all sequences from the start. Returns the next id by row."""
-    lengths = [len(sequence) for sequence in sequences]
-    cu_seqlens = [0]
-    for length in lengths:
-        cu_seqlens.append(cu_seqlens[-1] + length)
-    device = decoder.device
-    input_ids = torch.tensor([token for sequence in sequences for token in sequence], device=device)
-    position_ids = torch.cat([torch.arange(length) for length in lengths]).to(device)
-
-    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        cache.prefill(layer, key, value, cu_seqlens)
-        return ops.attention(query, key, value, cu_seqlens, decoder.config.sliding_window)
-
-    rotary = decoder.rotary(position_ids, lengths, lengths)
-    hidden = decoder.hidden_states(input_ids, rotary, attend)
-    last = torch.tensor([stop - 1 for stop in cu_seqlens[1:]], device=device)
-    return dict(enumerate(decoder.logits(hidden[last]).argmax(-1).tolist()))
-
-
-def _decode(
-    decoder: Decoder, cache: KVCache, sequences: list[list[int]], active: list[int]
-) -> dict[int, int]:
-    """Computes the last token of each active row. Returns the next id by row."""
-    lengths = [len(sequences[row]) for row in active]
-    device = decoder.device
-    input_ids = torch.tensor([sequences[row][-1] for row in active], device=device)
-    positions = torch.tensor([length - 1 for length in lengths], device=device)
-    rows = torch.tensor(active, device=device)
-
-    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return cache.extend(layer, rows, positions, query, key, value)
-
-    rotary = decoder.rotary(positions, [1] * len(active), lengths)
-    hidden = decoder.hidden_states(input_ids, rotary, attend)
-    return dict(zip(active, decoder.logits(hidden).argmax(-1).tolist(), strict=True))
+    return long_rope is not None and length > long_rope.original_max_position_embeddings

@@ -35,6 +35,38 @@ class LoraPair(nn.Module):
         )
 
 
+class LoraBank:
+    """The adapters of one layer side by side, for inference; see adapters.py.
+
+    Args:
+        lora_A: [X, D], or [X, V] of the embedding.
+        lora_B: [O, X].
+        factors: [K + 1, X], the scaling of each adapter's own columns; the last row, of zeros, is
+            the base model's.
+    """
+
+    def __init__(self, lora_A: Tensor, lora_B: Tensor, factors: Tensor) -> None:
+        self.lora_A, self.lora_B, self.factors = lora_A, lora_B, factors
+        self._chosen: Tensor | None = None  # [T, X] or [1, X]; None where all is the base model
+
+    def choose(self, rows: Tensor | None) -> None:
+        """rows: [T] rows of the factors, or one for all tokens; None for the base model."""
+        self._chosen = None if rows is None else self.factors[rows]
+
+    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
+        """Adds the chosen adapters' part to a linear layer's output. out: [T, O], x: [T, D]."""
+        if self._chosen is None:
+            return out
+        return out.addmm_(torch.mm(x, self.lora_A.t()).mul_(self._chosen), self.lora_B.t())
+
+    def add_to_rows(self, out: Tensor, input_ids: Tensor) -> Tensor:
+        """The same for rows of the embedding. out: [T, D], input_ids: [T]."""
+        if self._chosen is None:
+            return out
+        low = nn.functional.embedding(input_ids, self.lora_A.t()).mul_(self._chosen)
+        return out.addmm_(low, self.lora_B.t())
+
+
 class FusedLinear(nn.Module):
     """One or more linear modules that share their input; frozen."""
 
@@ -51,8 +83,11 @@ class FusedLinear(nn.Module):
         self.weight = _frozen(stop, spec.in_features, dtype=dtype, device=device)
         self.bias = _frozen(stop, dtype=dtype, device=device) if spec.bias else None
         self.lora = nn.ModuleList()  # of LoraPair, in the order of the columns
+        self.bank: LoraBank | None = None  # in their place, for inference
 
     def forward(self, x: Tensor, dropout: ops.Dropout | None = None) -> Tensor:
+        if self.bank is not None:
+            return self.bank.add_to(nn.functional.linear(x, self.weight, self.bias), x)
         loras = [pair.operand() for pair in self.pairs()]
         return ops.lora_linear(x, self.weight, self.bias, loras, dropout)
 
@@ -98,8 +133,12 @@ class Embedding(nn.Module):
         super().__init__()
         self.weight = _frozen(vocab_size, hidden_size, dtype=dtype, device=device)
         self.lora: LoraPair | None = None
+        self.bank: LoraBank | None = None
 
     def forward(self, input_ids: Tensor) -> Tensor:
+        if self.bank is not None:
+            rows = nn.functional.embedding(input_ids, self.weight)
+            return self.bank.add_to_rows(rows, input_ids)
         if self.lora is None:
             return nn.functional.embedding(input_ids, self.weight)
         return ops.lora_embedding(

@@ -113,9 +113,9 @@ def attach(decoder: Decoder, spec: LoraSpec, seed: int) -> Adapter:
 
 def detach(decoder: Decoder) -> None:
     """Takes every adapter off: the decoder is the base model again."""
-    decoder.embed_tokens.lora = None
+    decoder.embed_tokens.lora = decoder.embed_tokens.bank = None
     for linear in decoder.fused_linears().values():
-        linear.lora = nn.ModuleList()
+        linear.lora, linear.bank = nn.ModuleList(), None
 
 
 def save_adapter(adapter: Adapter, folder: Path, base_model_name: str) -> None:

@@ -17,6 +17,7 @@ from phitune.model.architecture import known_model_config
 from phitune.model.attention import Attention, FlashOnCpu, InBlocks
 from phitune.model.decoder import Decoder
 from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
+from phitune.model.filler import fill
 from phitune.model.fused import Kernels
 from phitune.model.fused_layers import Shared
 from phitune.model.gemm import ONEDNN, STANDARD, choose_gemm, has_onednn
@@ -219,12 +220,48 @@ def test_perturbing_a_neighbour_changes_no_bit_of_a_row(kind: str, tmp_path: Pat
     hidden = []
     for batch in (pack(rows[:3]), pack([others[0], rows[1], others[2]])):
         with torch.no_grad():
-            shared = engine._shared(batch, dropout_of(batch, 0.1))
-            x = decoder.embed_tokens(batch.input_ids)
+            filled = fill(batch, dropout_of(batch, 0.1), decoder.device)
+            shared = engine._shared(filled)
+            x = decoder.embed_tokens(filled.input_ids)
             hidden.append(engine.layers[0].forward(x, shared, None)[0])
     start, stop = batch.cu_seqlens[1:3]
     assert torch.equal(hidden[0][start:stop], hidden[1][start:stop])
     assert not torch.equal(hidden[0][:start], hidden[1][:start])
+
+
+@pytest.mark.parametrize("kind", ["phi", "phi3-longrope"])
+@pytest.mark.parametrize("chunk_rows", [5, 32])
+def test_the_filler_changes_no_loss_and_no_gradient(
+    kind: str, chunk_rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_model(random_model(CONFIGS[kind](), torch.float64), tmp_path)
+    monkeypatch.setattr(sizes, "loss_chunk_rows", lambda *_: chunk_rows)
+    found = []
+    for multiple in (1, 4, 16):
+        monkeypatch.setattr(sizes, "PRODUCT_ROWS", {"cpu": multiple})
+        decoder = open_decoder(folder, torch.float64)
+        modules = resolve_targets(decoder.config, ["all-linear"], None)
+        adapter = attach(decoder, LoraSpec(4, 8, 0.1, modules), seed=0)
+        engine = FusedEngine(decoder, 0.1, recompute_layers=1)
+        losses, gradients = [], []
+        for rows in (random_rows()[:3], random_rows(seed=9)):
+            batch = pack(rows)
+            losses += [engine.loss_and_gradients(batch, dropout_of(batch, 0.1), 0.5)]
+            losses += [engine.loss_sum(batch)]
+        gradients = [parameter.grad for parameter in adapter.parameters()]
+        found.append((torch.stack(losses), gradients))
+    for losses_of, gradients_of in found[1:]:
+        torch.testing.assert_close(losses_of, found[0][0], rtol=1e-13, atol=0)
+        torch.testing.assert_close(gradients_of, found[0][1], rtol=1e-11, atol=1e-14)
+
+
+def test_filled_sizes_are_handy_and_leave_enough_filler_for_the_trained_rows() -> None:
+    for tokens in range(1, 40):
+        filler = sizes.filler_tokens(tokens, "cpu")
+        assert 3 <= filler <= 6
+        assert (tokens + filler) % 4 == 0
+        assert 0 <= sizes.filled_rows(tokens, "cpu") - tokens <= 3
+        assert sizes.filler_tokens(tokens, "cuda") == 0
 
 
 @pytest.mark.parametrize("groups", [1, 2])

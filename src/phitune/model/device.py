@@ -14,6 +14,8 @@ from phitune.errors import SettingsError
 from phitune.model.decoder import Decoder, DecoderLayer
 
 CACHED_PRODUCTS = 32
+# Of mallopt, as glibc numbers them.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -82,13 +84,29 @@ def force_compile(layer: DecoderLayer, backend: str = "inductor") -> None:
     )
 
 
+def keep_freed_memory() -> None:
+    """Has the C library (glibc) keep large buffers that were freed, for the next of their kind.
+
+    By default each comes from the system anew, page by page and filled with zeros, at every
+    micro-batch. `release_freed_memory` gives them back, at the end of a step.
+    """
+    if _has_glibc():
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, 2**30)
+        library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def release_freed_memory() -> None:
     """Gives memory that was freed back to the system, where the C library can (glibc).
 
     Rows of many lengths leave holes of many sizes; without this a process grows from step to step.
     """
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+    if _has_glibc():
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def _has_glibc() -> bool:
+    return sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
 
 
 def limit_product_caches() -> None:

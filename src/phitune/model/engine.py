@@ -22,9 +22,11 @@ from phitune.model.decoder import Decoder, DecoderLayer
 from phitune.model.device import (
     compile_layers,
     compile_refusal,
+    keep_freed_memory,
     limit_product_caches,
     release_freed_memory,
 )
+from phitune.model.filler import Filled, Packed, fill
 from phitune.model.fused import (
     Backend,
     FusedNorm,
@@ -35,21 +37,6 @@ from phitune.model.fused import (
 )
 from phitune.model.fused_layers import FUSED_LAYERS, FusedLayer, Saved, Shared
 from phitune.model.gemm import choose_gemm, multiplies_bf16
-
-
-class Packed(Protocol):
-    """Sequences end to end, on the decoder's device; `data.packing.Batch` is one."""
-
-    @property
-    def input_ids(self) -> Tensor: ...  # [T]
-    @property
-    def labels(self) -> Tensor: ...  # [T]
-    @property
-    def position_ids(self) -> Tensor: ...  # [T]
-    @property
-    def target_positions(self) -> Tensor: ...  # [N]
-    @property
-    def cu_seqlens(self) -> tuple[int, ...]: ...
 
 
 class Engine(Protocol):
@@ -145,6 +132,8 @@ class FusedEngine:
         torch_compile: bool = False,
     ) -> None:
         limit_product_caches()
+        if decoder.device.type == "cpu":
+            keep_freed_memory()
         self.decoder, self.device = decoder, decoder.device
         self.recompute_layers = recompute_layers
         backend, self.choices = choose_backend(decoder.device, decoder.dtype, torch_compile)
@@ -168,14 +157,14 @@ class FusedEngine:
             release_freed_memory()
         self._refresh(prepare_gradients=True)
         embedding = self.decoder.embed_tokens
+        filled = fill(batch, dropout, self.device)
         with torch.set_grad_enabled(embedding.lora is not None):
-            embedded = embedding(batch.input_ids)
+            embedded = embedding(filled.input_ids)
         with torch.no_grad():
-            shared = self._shared(batch, dropout)
-            hidden, kept = self._forward(embedded.detach(), batch, shared)
-            targets = batch.labels[batch.target_positions + 1]
-            keys = shared.keys_of(batch.target_positions)
-            loss, grad = self._loss(hidden, targets, keys, weight)
+            shared = self._shared(filled)
+            hidden, kept = self._forward(embedded.detach(), filled.rows, shared)
+            keys = shared.keys_of(filled.rows)
+            loss, grad = self._loss(hidden, filled.targets, keys, weight)
             del hidden
             for index in reversed(range(self.lowest, len(self.layers))):
                 layer, saved = self.layers[index], kept.pop()
@@ -193,25 +182,25 @@ class FusedEngine:
     @torch.no_grad()
     def loss_sum(self, batch: Packed) -> Tensor:
         self._refresh(prepare_gradients=False)
-        shared = self._shared(batch, None)
-        embedded = self.decoder.embed_tokens(batch.input_ids)
-        hidden, _ = self._forward(embedded, batch, shared, keep=False)
-        targets = batch.labels[batch.target_positions + 1]
-        return self._loss(hidden, targets, None, None)[0]
+        filled = fill(batch, None, self.device)
+        shared = self._shared(filled)
+        embedded = self.decoder.embed_tokens(filled.input_ids)
+        hidden, _ = self._forward(embedded, filled.rows, shared, keep=False)
+        return self._loss(hidden, filled.targets, None, None)[0]
 
-    def _shared(self, batch: Packed, dropout: ops.Dropout | None) -> Shared:
+    def _shared(self, batch: Filled) -> Shared:
         lengths = [stop - start for start, stop in itertools.pairwise(batch.cu_seqlens)]
         rotary = self.decoder.rotary(batch.position_ids, lengths, lengths)
-        return Shared(rotary, batch.cu_seqlens, None if dropout is None else dropout.row_keys)
+        return Shared(rotary, batch.cu_seqlens, batch.row_keys)
 
     def _forward(
-        self, x: Tensor, batch: Packed, shared: Shared, *, keep: bool = True
+        self, x: Tensor, last_rows: Tensor, shared: Shared, *, keep: bool = True
     ) -> tuple[Tensor, list[Saved]]:
-        """Hidden states at the trained positions [N, D], and what the layers keep."""
+        """Hidden states at the rows that matter in the end [N, D], and what the layers keep."""
         kept: list[Saved] = []
         for index, layer in enumerate(self.layers):
             is_last = index == len(self.layers) - 1
-            rows = batch.target_positions if is_last else None
+            rows = last_rows if is_last else None
             out, saved = layer.forward(x, shared, rows)
             if keep and index >= self.lowest:
                 kept.append(Saved(x, rows) if index < self.recompute_layers else saved)
@@ -225,16 +214,17 @@ class FusedEngine:
         """The summed loss, and in the same pass its gradient, a few rows of logits at a time.
 
         Args:
-            hidden: [N, D], before the final norm; overwritten with the gradient.
+            hidden: [N + filler, D], before the final norm; overwritten with the gradient.
+            targets: [N].
             weight: of the loss; None for the loss alone.
 
-        Returns: the weighted loss, and its gradient with respect to `hidden` [N, D].
+        Returns: the weighted loss, and its gradient with respect to `hidden`.
         """
         wide_dtype = torch.promote_types(hidden.dtype, torch.float32)
         total = hidden.new_zeros((), dtype=wide_dtype)
         rows = sizes.loss_chunk_rows(self.decoder.config.vocab_size, hidden.device.type)
-        for start in range(0, len(targets), rows):
-            chunk = slice(start, min(start + rows, len(targets)))
+        for start in range(0, len(hidden), rows):
+            chunk = slice(start, min(start + rows, len(hidden)))
             keys = None if row_keys is None else row_keys[chunk]
             total += self._loss_of_chunk(hidden[chunk], targets[chunk], keys, weight)
         return total, hidden
@@ -248,10 +238,11 @@ class FusedEngine:
         logits = head.forward(wide)  # [n, V], the largest tensor there is
         del wide
         loss = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
-        for block in blocks(len(logits), logits.shape[1], logits.device):
+        for block in blocks(len(targets), logits.shape[1], logits.device):
             loss += cross_entropy_(logits[block], targets[block], weight)
         if weight is None:
             return loss
+        logits[len(targets) :] = 0.0  # of the filler
         wide = head.backward(logits, low)  # What was the logits is their gradient now.
         del logits
         for block in blocks(len(hidden), head.width, hidden.device):

@@ -229,6 +229,13 @@ def _further(
     }
 
 
+def _filled(shape: Shape, device: Device) -> Shape:
+    """With the filler of `model/filler.py`."""
+    filler = sizes.filler_tokens(shape.tokens, device)
+    lengths = (*shape.lengths, filler) if filler else shape.lengths
+    return Shape(lengths, sizes.filled_rows(shape.target_tokens, device))
+
+
 class _Arithmetic:
     """One plan's numbers. Sizes of layers are per token unless their name says otherwise."""
 
@@ -243,7 +250,8 @@ class _Arithmetic:
         device: Device,
     ) -> None:
         self.config, self.modules, self.rank = config, set(modules), rank
-        self.base, self.shape, self.device = base, shape, device
+        self.base, self.device = base, device
+        self.asked, self.shape = shape, _filled(shape, device)
         self.recompute_layers = recompute_layers
         self.element = 4 if base == "fp32" else 2
         self.linears = layer_linears(config)
@@ -467,7 +475,7 @@ class _Arithmetic:
 
     def _stored_words(self, kept: Sequence[int]) -> str:
         stored = max(len(self.layers) - max(self.recompute_layers, self.lowest), 0)
-        tokens = f"{self.shape.tokens:,} tokens"
+        tokens = f"{self.asked.tokens:,} tokens"
         if not stored:
             return f"the inputs of {len(self.layers)} layers x {tokens}"
         each = kept[-2] if len(kept) > 1 else kept[-1]

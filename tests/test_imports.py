@@ -11,12 +11,13 @@ import phitune
 from phitune.cli import COMMANDS
 
 SOURCE = Path(phitune.__file__).parent
-FREE_TO_ALL = {"config", "errors", "jsonfile"}
+FREE_TO_ALL = {"config", "errors", "jsonfile", "visible", "webpage"}
 MAY_IMPORT = {
     "cli": {"commands", *FREE_TO_ALL},
     "commands": {
         "layers",
         "trainer",
+        "comparison",
         "inference",
         "export",
         "planning",
@@ -25,6 +26,7 @@ MAY_IMPORT = {
         *FREE_TO_ALL,
     },
     "layers": {"trainer", "planning", "training", "model", "data", *FREE_TO_ALL},
+    "comparison": {"training", "inference", "model", "data", *FREE_TO_ALL},
     "doctor": {"training", "model", *FREE_TO_ALL},
     "planning": {"training", "model", "data", *FREE_TO_ALL},
     "report": {"model", "data", *FREE_TO_ALL},
@@ -38,6 +40,8 @@ MAY_IMPORT = {
     "config": {"errors"},
     "jsonfile": {"errors"},
     "errors": set(),
+    "visible": set(),
+    "webpage": {"visible"},
 }
 NO_TORCH = (
     "phitune.cli",
@@ -51,6 +55,7 @@ NO_TORCH = (
     "phitune.data.prompt",
     "phitune.data.tokenizer",
     "phitune.data.prepare",
+    "phitune.inference.questions",
     "phitune.layers.anatomy",
     "phitune.layers.answer",
     "phitune.layers.guide",
@@ -100,7 +105,9 @@ def test_modules_that_must_answer_at_once_start_without_torch(module: str) -> No
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("module", ["phitune.data.store", "phitune.data.cache"])
+@pytest.mark.parametrize(
+    "module", ["phitune.data.store", "phitune.data.cache", "phitune.comparison.validation"]
+)
 def test_tokenised_data_is_read_without_torch(module: str) -> None:
     code = f"import sys, {module}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -27,7 +27,7 @@ from phitune.report.short import check_before_training
 from phitune.report.statistics import histogram_of, lengths_of, token_statistics
 from phitune.report.table import RowTable
 from phitune.report.view import sample_text, show
-from phitune.report.visible import visible
+from phitune.visible import visible
 
 HOSTILE = (
     '<script>alert(1)</script> & "quoted" </pre><img src=x onerror=alert(2)> \x1b[31mred\x1b[0m'

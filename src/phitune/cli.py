@@ -27,6 +27,7 @@ COMMANDS = {
     "check": "what is in a data set, and what will be trained on it",
     "plan": "what a run would take: memory, time, and which settings fit",
     "layers": "what a model is made of, and which layers your data wants to move",
+    "compare": "base model and adapters side by side: answers, stops, likelihoods",
     "doctor": "what this machine has, and what training would use of it",
 }
 

@@ -35,7 +35,7 @@ from phitune.model.device import (
     is_out_of_memory,
 )
 from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
-from phitune.model.files import ASSETS, fetch_weights, find_model
+from phitune.model.files import EXAMPLE_DATASET, fetch_weights, find_model
 from phitune.model.lora import Adapter, LoraSpec, attach
 from phitune.model.targets import resolve_targets
 from phitune.model.weights import load_decoder
@@ -64,8 +64,6 @@ from phitune.training.view import (
     settings_lines,
     targets_line,
 )
-
-EXAMPLE_DATASET = ASSETS / "captain.jsonl"
 
 
 @dataclass(frozen=True)

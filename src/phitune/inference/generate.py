@@ -43,6 +43,7 @@ def generate(
     stop_ids: Collection[int],
     sampling: Sampling = GREEDY,
     adapters: Adapters | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> list[Answer]:
     """Token after token, until a stop token or the limit.
 
@@ -51,6 +52,7 @@ def generate(
         max_new_tokens: per prompt; answers also end where the model's positions do.
         stop_ids: an answer that produces one of them is complete.
         adapters: without them each token is computed with what is attached to the decoder.
+        seeds: B, of what is drawn; by default each prompt's is its place from the sampling's on.
     """
     answers = [Answer() for _ in prompts]
     for tokens in stream(
@@ -60,6 +62,7 @@ def generate(
         stop_ids=stop_ids,
         sampling=sampling,
         adapters=adapters,
+        seeds=seeds,
     ):
         for row, token in tokens:
             answers[row].ids.append(token)
@@ -76,6 +79,7 @@ def stream(
     sampling: Sampling = GREEDY,
     adapters: Adapters | None = None,
     conversation: "Conversation | None" = None,
+    seeds: Sequence[int] | None = None,
 ) -> Iterator[list[tuple[int, int]]]:
     """`generate` as it happens.
 
@@ -96,18 +100,12 @@ def stream(
         cache = KVCache(decoder, len(active), capacity)
     else:
         cache = conversation.cache_for(decoder, sequences[active[0]], capacity)
-    generators = sampling.generators(len(prompts))
+    generators = sampling.generators(len(prompts), seeds)
     for _ in range(max_new_tokens):
+        of_active = None
         if adapters is not None:
-            held = cache.held
-            adapters.on_decoder.choose(
-                [
-                    adapters.choice[row]
-                    for place, row in enumerate(active)
-                    for _ in range(len(sequences[row]) - len(held[place]))
-                ]
-            )
-        logits = next_logits(decoder, cache, [sequences[row] for row in active])
+            of_active = Adapters(adapters.on_decoder, [adapters.choice[row] for row in active])
+        logits = next_logits(decoder, cache, [sequences[row] for row in active], of_active)
         chosen = next_tokens(
             logits,
             sampling,
@@ -133,7 +131,12 @@ def stream(
 
 
 @torch.inference_mode()
-def next_logits(decoder: Decoder, cache: KVCache, sequences: Sequence[Sequence[int]]) -> Tensor:
+def next_logits(
+    decoder: Decoder,
+    cache: KVCache,
+    sequences: Sequence[Sequence[int]],
+    adapters: Adapters | None = None,
+) -> Tensor:
     """Computes what the cache lacks of B sequences, and keeps it there.
 
     Returns: [B, V], the logits after each sequence's last token.
@@ -161,12 +164,22 @@ def next_logits(decoder: Decoder, cache: KVCache, sequences: Sequence[Sequence[i
             return cache.extend_by_one(layer, position_ids, query, key, value)
         return cache.extend(layer, cu_seqlens, query, key, value)
 
+    if adapters is not None:
+        adapters.on_decoder.choose(
+            [
+                choice
+                for choice, count in zip(adapters.choice, counts, strict=True)
+                for _ in range(count)
+            ]
+        )
     rotary = decoder.rotary(position_ids, counts, lengths)
     hidden = decoder.hidden_states(input_ids, rotary, attend)
     for held, sequence in zip(cache.held, sequences, strict=True):
         held.extend(sequence[len(held) :])
     if len(hidden) > len(sequences):
         hidden = hidden[torch.tensor([stop - 1 for stop in cu_seqlens[1:]], device=device)]
+        if adapters is not None:
+            adapters.on_decoder.choose(adapters.choice)  # The head sees one token of each.
     return decoder.logits(hidden)
 
 

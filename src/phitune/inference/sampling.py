@@ -22,9 +22,11 @@ class Sampling:
     repetition_penalty: float = 1.0  # above 1, tokens that were there already are less probable
     seed: int = 42
 
-    def generators(self, count: int) -> list[torch.Generator]:
+    def generators(self, count: int, seeds: Sequence[int] | None = None) -> list[torch.Generator]:
         """A source of draws for each of B sequences: none depends on who else is in the batch."""
-        return [torch.Generator().manual_seed(self.seed + row) for row in range(count)]
+        if seeds is None:
+            seeds = range(self.seed, self.seed + count)
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 GREEDY = Sampling()

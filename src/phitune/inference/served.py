@@ -4,10 +4,12 @@ What a run knows travels with its adapter: the base model's name, the tokenizer,
 (as the chat template that renders it) and the stop ids. Nothing of it is asked again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import torch
 
 from phitune.data.conversation import Turn
 from phitune.data.prompt import ChatFormat, InstructFormat, PromptFormat
@@ -17,14 +19,15 @@ from phitune.inference.generate import Adapters, Answer, generate
 from phitune.inference.sampling import GREEDY, Sampling
 from phitune.jsonfile import read_object
 from phitune.model.adapters import AdapterSet
-from phitune.model.architecture import read_model_config
+from phitune.model.architecture import ModelConfig, read_model_config
 from phitune.model.decoder import Decoder
 from phitune.model.device import DTYPES, choose_device, choose_precision
-from phitune.model.files import fetch_weights, find_model
-from phitune.model.lora import CONFIG_FILE, Adapter, detach, load_adapter
+from phitune.model.files import ASSETS, SHIPPED_MODELS, fetch_weights, find_model
+from phitune.model.lora import CONFIG_FILE, WEIGHTS_FILE, Adapter, detach, load_adapter
 from phitune.model.weights import load_decoder
 
 FormatName = Literal["instruct", "chat"]
+TOKENIZER_FILE = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,13 @@ class ServedAdapter:
     name: str  # as the user named it
     folder: Path
     adapter: Adapter
+    tokenizer: TextTokenizer
     prompt_format: PromptFormat
 
 
 class ServedModel:
     """One base in memory, any number of adapters beside it. `choice` is an adapter's number, or
-    None for the base, which is asked in the first adapter's format.
+    None for the base, which is asked in the first adapter's format, with its tokenizer.
     """
 
     def __init__(
@@ -50,17 +54,28 @@ class ServedModel:
         tokenizer: TextTokenizer,
         prompt_format: PromptFormat,
         adapters: Sequence[ServedAdapter],
+        warnings: Sequence[str] = (),
     ) -> None:
         self.model_name, self.folder = model_name, folder
         self.decoder, self.tokenizer = decoder, tokenizer
         self.prompt_format = prompt_format
         self.adapters = tuple(adapters)
+        self.warnings = tuple(warnings)  # for the user
         self.on_decoder = AdapterSet(decoder, [adapter.adapter for adapter in adapters])
-        formats = [prompt_format, *(adapter.prompt_format for adapter in adapters)]
-        self.stop_ids = sorted({i for one in formats for i in tokenizer.stop_ids(one)})
+        choices = (None, *range(len(adapters)))
+        self.stop_ids = sorted(
+            {
+                token
+                for one in choices
+                for token in self._tokenizer(one).stop_ids(self.format_of(one))
+            }
+        )
 
     def format_of(self, choice: int | None) -> PromptFormat:
         return self.prompt_format if choice is None else self.adapters[choice].prompt_format
+
+    def format_name(self, choice: int | None) -> FormatName:
+        return "instruct" if isinstance(self.format_of(choice), InstructFormat) else "chat"
 
     def prompt_ids(self, turns: Sequence[Turn], choice: int | None) -> list[int]:
         """Turns that end with a user's, as the ids that training put before the answer.
@@ -68,12 +83,20 @@ class ServedModel:
         Raises:
             ModelError: the format has no place for one of the turns.
         """
-        return self.tokenizer.encode(self.format_of(choice).segments(turns))
+        return self._tokenizer(choice).encode(self.format_of(choice).segments(turns))
+
+    def answer_ids(self, turns: Sequence[Turn], answer: str, choice: int | None) -> list[int]:
+        """The ids that training put after those of the prompt, the end token last."""
+        prompt = self.prompt_ids(turns, choice)
+        return self.prompt_ids((*turns, Turn("assistant", answer)), choice)[len(prompt) :]
 
     def text(self, answer_ids: Sequence[int], prompt_ids: Sequence[int], choice: int | None) -> str:
         """An answer's text, without its special tokens."""
-        decoded = self.tokenizer.decode_answer(answer_ids, prompt_ids)
+        decoded = self._tokenizer(choice).decode_answer(answer_ids, prompt_ids)
         return self.format_of(choice).response(decoded)
+
+    def _tokenizer(self, choice: int | None) -> TextTokenizer:
+        return self.tokenizer if choice is None else self.adapters[choice].tokenizer
 
     def answers(
         self,
@@ -82,8 +105,9 @@ class ServedModel:
         *,
         max_new_tokens: int,
         sampling: Sampling = GREEDY,
+        seeds: Sequence[int] | None = None,
     ) -> list[Answer]:
-        """All prompts (ids) in one batch, each answered with its own choice."""
+        """All prompts (ids) in one batch, each answered with its own choice; see `generate`."""
         return generate(
             self.decoder,
             prompts,
@@ -91,6 +115,7 @@ class ServedModel:
             stop_ids=self.stop_ids,
             sampling=sampling,
             adapters=Adapters(self.on_decoder, choices),
+            seeds=seeds,
         )
 
 
@@ -115,29 +140,51 @@ def open_model(
         SettingsError: a device that is not there.
     """
     folders = [adapter_folder(path) for path in adapter_paths]
-    model_name = model_name or base_model_name(folders)
-    folder = find_model(model_name)
+    named = base_names(folders)
+    warnings = _other_bases(named, model_name) if model_name else []
+    if model_name is None:
+        model_name = base_model_name(named)
+        try:
+            folder = find_model(model_name)
+        except ModelError as error:
+            raise ModelError(
+                f"{error}\nThat is the base model named in {folders[0] / CONFIG_FILE}; name"
+                " another place of it with --model_name."
+            ) from None
+    else:
+        folder = find_model(model_name)
     config = read_model_config(folder)
-    has_tokenizer = [(path / "tokenizer.json").is_file() for path in folders]
-    tokenizer = TextTokenizer(folders[0] if folders and has_tokenizer[0] else folder)
-    formats = [
-        trained_format(TextTokenizer(path), prompt_format)
-        if has
-        else tokenizer.prompt_format(prompt_format or "instruct")
-        for path, has in zip(folders, has_tokenizer, strict=True)
-    ]
+    # Adapters are tried on a model without numbers: before gigabytes are fetched and read.
+    for path in folders:
+        load_adapter(Decoder(config, torch.float32, "meta"), path)
+    coders = [_coder(path, folder, config, prompt_format) for path in folders]
+    tokenizer, base_format = coders[0] if coders else _coder(folder, folder, config, prompt_format)
     torch_device = choose_device(device)
-    fetch_weights(model_name, folder)
     dtype = DTYPES[choose_precision(precision, torch_device)]
+    fetch_weights(model_name, folder)
     decoder = load_decoder(folder, config, dtype, torch_device)
     adapters = []
-    for path, adapter_path, form in zip(adapter_paths, folders, formats, strict=True):
-        adapters.append(
-            ServedAdapter(str(path), adapter_path, load_adapter(decoder, adapter_path), form)
-        )
+    for path, adapter_path, coder in zip(adapter_paths, folders, coders, strict=True):
+        adapter = load_adapter(decoder, adapter_path)
+        adapters.append(ServedAdapter(str(path), adapter_path, adapter, *coder))
         detach(decoder)
-    base_format = formats[0] if formats else tokenizer.prompt_format(prompt_format or "instruct")
-    return ServedModel(model_name, folder, decoder, tokenizer, base_format, adapters)
+    return ServedModel(model_name, folder, decoder, tokenizer, base_format, adapters, warnings)
+
+
+def _coder(
+    path: Path, base: Path, config: ModelConfig, name: FormatName | None
+) -> tuple[TextTokenizer, PromptFormat]:
+    """The tokenizer in a folder, or else the base's, and the format it was used with."""
+    own = path != base and (path / TOKENIZER_FILE).is_file()
+    tokenizer = TextTokenizer(path if own else base)
+    if tokenizer.size > config.vocab_size:
+        raise ModelError(
+            f"{tokenizer.folder / TOKENIZER_FILE}: has {tokenizer.size} tokens, the model in {base}"
+            f" {config.vocab_size}; they do not belong together, name another with --model_name"
+        )
+    if own:
+        return tokenizer, trained_format(tokenizer, name)
+    return tokenizer, tokenizer.prompt_format(name or "instruct")
 
 
 def adapter_folder(path: Path) -> Path:
@@ -152,22 +199,37 @@ def adapter_folder(path: Path) -> Path:
             return folder
     if not path.exists():
         raise ModelError(f"adapter_path {path}: there is no such folder")
+    if (path / WEIGHTS_FILE).is_file() or (path / "adapter" / WEIGHTS_FILE).is_file():
+        raise ModelError(
+            f"adapter_path {path}: has {WEIGHTS_FILE} without {CONFIG_FILE}, which says what the"
+            " numbers mean; copy both"
+        )
     raise ModelError(
         f"adapter_path {path}: holds no {CONFIG_FILE}; name a run directory or an adapter folder"
     )
 
 
-def base_model_name(folders: Sequence[Path]) -> str:
-    """The base model that these adapter folders were trained on.
+def base_names(folders: Sequence[Path]) -> dict[Path, str]:
+    """The base model that each adapter folder names; those that name none are left out.
 
     Raises:
-        ModelError: none is named, or not the same.
+        ModelError: a folder's configuration cannot be read.
     """
     named = {}
     for folder in folders:
         raw = read_object(folder / CONFIG_FILE, f"is {folder} an adapter folder?")
-        named[folder] = raw.get("base_model_name_or_path")
-    names = {str(name) for name in named.values() if name}
+        if name := raw.get("base_model_name_or_path"):
+            named[folder] = str(name)
+    return named
+
+
+def base_model_name(named: Mapping[Path, str]) -> str:
+    """The one base model that all of `base_names` agree on.
+
+    Raises:
+        ModelError: none is named, or not the same.
+    """
+    names = set(named.values())
     if len(names) == 1:
         return names.pop()
     if not names:
@@ -179,6 +241,19 @@ def base_model_name(folders: Sequence[Path]) -> str:
     )
 
 
+def _other_bases(named: Mapping[Path, str], model_name: str) -> list[str]:
+    """A warning for each adapter that names another base than the one asked for."""
+    return [
+        f"{folder} was trained on {name}, and answers on {model_name} as --model_name says"
+        for folder, name in named.items()
+        if name != model_name and _resolved(name) != _resolved(model_name)
+    ]
+
+
+def _resolved(name: str) -> Path:
+    return ASSETS / name if name in SHIPPED_MODELS else Path(name).expanduser().resolve()
+
+
 def trained_format(tokenizer: TextTokenizer, name: FormatName | None) -> PromptFormat:
     """The format that an adapter's tokenizer carries as its chat template; `name` overrules it."""
     if name is not None:
@@ -188,6 +263,9 @@ def trained_format(tokenizer: TextTokenizer, name: FormatName | None) -> PromptF
     template = tokenizer.chat_template
     if not template or template == instruct.chat_template:
         return instruct
-    return ChatFormat.from_template(
-        template, tokenizer.special_tokens, tokenizer.control_tokens, tokenizer.bos_token
-    )
+    try:
+        return ChatFormat.from_template(
+            template, tokenizer.special_tokens, tokenizer.control_tokens, tokenizer.bos_token
+        )
+    except ModelError as error:
+        raise ModelError(f"{tokenizer.folder}: {error}") from None

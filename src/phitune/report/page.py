@@ -1,12 +1,6 @@
-"""The report as one HTML file that needs nothing else: no script, no font, no network.
-
-The texts come from anywhere, so every one is escaped, a policy in the page forbids whatever would
-load or run, and each piece stands in a direction of its own: right-to-left text turns nothing
-around it. Light or dark follows the reader's system.
-"""
+"""The report as one HTML file that needs nothing else; see webpage.py for what makes it safe."""
 
 from collections.abc import Iterable
-from html import escape
 
 from phitune import __version__
 from phitune.report.chart import chart
@@ -16,39 +10,22 @@ from phitune.report.report import Report
 from phitune.report.samples import Sample, Span
 from phitune.report.sentences import counted, rows_line
 from phitune.report.statistics import Lengths, TokenStatistics
-from phitune.report.visible import shortened, visible
 from phitune.report.words import WORDS_OF_A_SHINGLE
+from phitune.visible import shortened
+from phitune.webpage import definitions, document, isolated, safe
 
 # Characters of a sample that are shown: of each span its beginning and its end.
 SPAN_FIRST, SPAN_LAST = 12_000, 4_000
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 _STYLE = """
-:root { color-scheme: light dark; --back: #fbfbfa; --card: #fff; --line: #dedcd6; --text: #1d1d1b;
-  --pale: #66645e; --bar: #2f6f9f; --far: #b3372f; --trained: #d9f0df; --trained-edge: #2c7a45;
-  --ok: #2c7a45; --warning: #8a5a00; --error: #b3261e; }
-@media (prefers-color-scheme: dark) { :root { --back: #161614; --card: #1f1f1d; --line: #3a3935;
-  --text: #e9e7e1; --pale: #a3a099; --bar: #6fb1e0; --far: #ef8078; --trained: #1d3d28;
-  --trained-edge: #7fce98; --ok: #7fce98; --warning: #e7b553; --error: #ff8a80; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 60rem; background: var(--back);
-  color: var(--text); font: 16px/1.5 system-ui, "Segoe UI", "Noto Sans", sans-serif; }
-h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .25rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.1rem; margin: 2.25rem 0 .6rem; }
-h3 { font-size: .95rem; margin: 1.25rem 0 .35rem; overflow-wrap: anywhere; }
-p { margin: .35rem 0; } .pale, figcaption, th, dt { color: var(--pale); }
+:root { --bar: #2f6f9f; --far: #b3372f; --trained: #d9f0df; --trained-edge: #2c7a45; }
+@media (prefers-color-scheme: dark) { :root { --bar: #6fb1e0; --far: #ef8078; --trained: #1d3d28;
+  --trained-edge: #7fce98; } }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .75rem;
   margin: 1.25rem 0; }
-.cards div, .finding, pre, figure, .scroll { background: var(--card); border: 1px solid var(--line);
+.cards div, .finding, figure { background: var(--card); border: 1px solid var(--line);
   border-radius: .5rem; }
 .cards div { padding: .7rem .9rem; } .cards b { display: block; font-size: 1.3rem; }
-.scroll { overflow-x: auto; padding: .25rem .9rem; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .3rem .6rem; white-space: nowrap; font-weight: 400; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-tr + tr td { border-top: 1px solid var(--line); }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.25rem; margin: 0; }
-dd { margin: 0; overflow-wrap: anywhere; }
 figure { margin: 0 0 .75rem; padding: .75rem .9rem .4rem; } figcaption { font-size: .9rem; }
 svg { display: block; width: 100%; height: auto; } svg text { font-size: 11px; fill: var(--pale); }
 .bar { fill: var(--bar); } .bar.far { fill: var(--far); } .axis { stroke: var(--line); }
@@ -59,9 +36,6 @@ svg { display: block; width: 100%; height: auto; } svg text { font-size: 11px; f
 .finding ul { margin: .3rem 0; padding-left: 1.1rem; } .finding li { overflow-wrap: anywhere; }
 .passed { list-style: none; padding: 0; margin: .5rem 0; }
 .passed li { padding: .15rem 0; }
-pre { margin: 0; padding: .8rem .9rem; white-space: pre-wrap; overflow-wrap: anywhere;
-  unicode-bidi: plaintext; text-align: start;
-  font: .875rem/1.6 ui-monospace, "Cascadia Mono", Menlo, "Noto Sans Mono", monospace; }
 .read { color: var(--pale); }
 .learnt { background: var(--trained); box-decoration-break: clone;
   -webkit-box-decoration-break: clone; border-radius: .2rem; }
@@ -69,8 +43,6 @@ pre { margin: 0; padding: .8rem .9rem; white-space: pre-wrap; overflow-wrap: any
 .learnt.token { color: var(--trained-edge); }
 .left-out { display: block; color: var(--pale); font-style: italic; }
 @media (forced-colors: active), print { .learnt { text-decoration: underline; } }
-@media (max-width: 32rem) {
-  dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .4rem; } }
 """
 
 
@@ -84,22 +56,7 @@ def page(report: Report) -> str:
         body.append(_lengths({"rows": report.words}, "words"))
         body.append(_lengths({"rows": report.characters}, "characters"))
     body += [_findings(report), _samples(report), _measured(report)]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(report.source)}: data report</title>\n<style>{_STYLE}</style>\n</head>\n"
-        "<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
-    )
-
-
-def _text(text: str) -> str:
-    """Any text as HTML: what it says, and nothing it could do."""
-    return escape(visible(text), quote=True)
-
-
-def _isolated(text: str) -> str:
-    return f"<bdi>{_text(text)}</bdi>"
+    return document(f"{report.source}: data report", _STYLE, body)
 
 
 def _top(report: Report) -> str:
@@ -109,7 +66,7 @@ def _top(report: Report) -> str:
         if report.count(verdict)
     ]
     counts.append(f'<span class="ok mark">{report.count("ok")} ok</span>')
-    return f"<h1>{_isolated(report.source)}</h1>\n<p>Checks: {', '.join(counts)}</p>"
+    return f"<h1>{isolated(report.source)}</h1>\n<p>Checks: {', '.join(counts)}</p>"
 
 
 def _cards(report: Report) -> str:
@@ -135,9 +92,9 @@ def _cards(report: Report) -> str:
 
 def _facts(report: Report) -> str:
     facts = {
-        "format": _isolated("; ".join(report.formats)),
+        "format": isolated("; ".join(report.formats)),
         "rows": rows_line(report),
-        "tokens of": _isolated(f"{report.model_name}, --prompt_format {report.prompt_format}"),
+        "tokens of": isolated(f"{report.model_name}, --prompt_format {report.prompt_format}"),
         "letters": ", ".join(
             f"{name} {share:.1%}" if share >= 0.001 else f"{name} under 0.1%"
             for name, share in report.scripts.items()
@@ -145,16 +102,12 @@ def _facts(report: Report) -> str:
         or "none",
     }
     if report.validation_source:
-        facts["validation file"] = _isolated(report.validation_source)
+        facts["validation file"] = isolated(report.validation_source)
     if report.no_tokens_because:
-        facts["tokens of"] = _isolated(f"not counted: {report.no_tokens_because}")
+        facts["tokens of"] = isolated(f"not counted: {report.no_tokens_because}")
     if report.notes:
-        facts["notes"] = "<br>".join(_isolated(note) for note in report.notes)
-    return _definitions(facts)
-
-
-def _definitions(facts: dict[str, str]) -> str:
-    return f"<dl>{''.join(f'<dt>{name}</dt><dd>{fact}</dd>' for name, fact in facts.items())}</dl>"
+        facts["notes"] = "<br>".join(isolated(note) for note in report.notes)
+    return definitions(facts)
 
 
 def _charts(tokens: TokenStatistics) -> str:
@@ -201,13 +154,13 @@ def _limits(report: Report, tokens: TokenStatistics) -> str:
         f" tool's work would be padding; padded to the longest of {padding.batch_size} rows in"
         f" random order, {padding.to_longest_of_batch:.0%}",
     }
-    return "<h2>What a run would do with them</h2>\n" + _definitions(facts)
+    return "<h2>What a run would do with them</h2>\n" + definitions(facts)
 
 
 def _findings(report: Report) -> str:
     loud = [_finding(finding) for finding in report.findings if finding.verdict != "ok"]
     quiet = [
-        f'<li><span class="ok mark">ok</span> {_text(finding.title)}'
+        f'<li><span class="ok mark">ok</span> {safe(finding.title)}'
         + (f' <span class="pale">({_passed(finding)})</span>' if _passed(finding) else "")
         + "</li>"
         for finding in report.findings
@@ -218,15 +171,15 @@ def _findings(report: Report) -> str:
 
 def _passed(finding: Finding) -> str:
     count = [counted(finding.rows, "row")] if finding.rows else []
-    return ", ".join([*count, *([_text(finding.said)] if finding.said else [])])
+    return ", ".join([*count, *([safe(finding.said)] if finding.said else [])])
 
 
 def _finding(finding: Finding) -> str:
     count = f" <span>({counted(finding.rows, 'row')})</span>" if finding.rows else ""
     return (
         f'<div class="finding {finding.verdict}"><span class="mark">{finding.verdict}</span>'
-        f" <b>{_text(finding.title)}</b>{count}<p>{_text(finding.said)}</p>"
-        f"{_list(_examples(finding))}<p>&rarr; {_text(finding.remedy)}</p></div>"
+        f" <b>{safe(finding.title)}</b>{count}<p>{safe(finding.said)}</p>"
+        f"{_list(_examples(finding))}<p>&rarr; {safe(finding.remedy)}</p></div>"
     )
 
 
@@ -240,7 +193,7 @@ def _examples(finding: Finding) -> list[str]:
 
 
 def _list(lines: Iterable[str]) -> str:
-    items = "".join(f"<li>{_isolated(line)}</li>" for line in lines)
+    items = "".join(f"<li>{isolated(line)}</li>" for line in lines)
     return f'<ul class="pale">{items}</ul>' if items else ""
 
 
@@ -258,7 +211,7 @@ def _sample(sample: Sample) -> str:
     tokens = ""
     if sample.tokens is not None:
         tokens = f", {sample.tokens:,} tokens, {sample.trained_tokens:,} trained"
-    title = f"{_text(sample.title)}: {_isolated(str(sample.place))}{tokens}"
+    title = f"{safe(sample.title)}: {isolated(str(sample.place))}{tokens}"
     # A line break right after <pre> is not shown; this one is, whatever the text begins with.
     return f'<h3>{title}</h3>\n<pre dir="auto">\n{"".join(map(_span, sample.spans))}</pre>'
 
@@ -266,19 +219,17 @@ def _sample(sample: Sample) -> str:
 def _span(span: Span) -> str:
     kind = "learnt" if span.trained else "read"
     if span.control:
-        return f'<span class="{kind} token">{_text(span.text)}</span>'
+        return f'<span class="{kind} token">{safe(span.text)}</span>'
     first, left_out, last = shortened(span.text, SPAN_FIRST, SPAN_LAST)
-    shown = _text(first)
+    shown = safe(first)
     if span.from_data:
         # The line it shares with the prompt format has a direction of its own within that line;
         # every other line is one by itself, and takes its direction from its first letter.
         line, break_, rest = first.partition("\n")
-        shown = f"{_isolated(line)}{break_}{_text(rest)}"
+        shown = f"{isolated(line)}{break_}{safe(rest)}"
     shown = f'<span class="{kind}">{shown}</span>'
     if left_out:
-        shown += (
-            f'<span class="left-out">{left_out}</span><span class="{kind}">{_text(last)}</span>'
-        )
+        shown += f'<span class="left-out">{left_out}</span><span class="{kind}">{safe(last)}</span>'
     return shown
 
 
@@ -288,7 +239,7 @@ def _measured(report: Report) -> str:
         compared = f"{report.rows_compared:,} of {report.rows:,} rows were compared"
     return (
         '<h2>How it was measured</h2>\n<p class="pale">Tokens are those of'
-        f" {_isolated(report.model_name)}, as training makes them. A percentile is a length that a"
+        f" {isolated(report.model_name)}, as training makes them. A percentile is a length that a"
         f" row has. Near duplicates have {THRESHOLD:.0%} or more of their {WORDS_OF_A_SHINGLE}-word"
         f" shingles in common, found with MinHash ({PERMUTATIONS} permutations) and then counted"
         f" exactly; {compared}. phitune {__version__}.</p>"

@@ -2,7 +2,7 @@
 
 from phitune.report.findings import Finding
 from phitune.report.report import Report
-from phitune.report.visible import visible
+from phitune.visible import visible
 
 
 def rows_line(report: Report) -> str:

@@ -15,7 +15,7 @@ from phitune.errors import DataError, listing
 from phitune.report.findings import Finding
 from phitune.report.report import Report, make_report
 from phitune.report.sentences import rows_line, verdict_line, where
-from phitune.report.visible import visible
+from phitune.visible import visible
 
 # Of more rows only the first are checked before a run; `phitune check` reads them all.
 MAX_ROWS = 200_000

@@ -15,7 +15,7 @@ from phitune.report.report import Report
 from phitune.report.samples import Sample
 from phitune.report.sentences import counted, place, rows_line, verdict_line, where
 from phitune.report.statistics import Lengths, TokenStatistics
-from phitune.report.visible import shortened, visible
+from phitune.visible import marks_of, shortened, visible
 
 _COLOURS: dict[Verdict, str] = {"ok": "green", "warning": "yellow", "error": "red"}
 _TRAINED, _UNTRAINED, _CONTROL = "green", "dim", "reverse"
@@ -200,7 +200,7 @@ def _examples(finding: Finding) -> list[RenderableType]:
 
 
 def _samples(report: Report, console: Console, *, whole: bool) -> RenderableType:
-    marks = _marks(console)
+    marks = marks_of(console)
     parts: list[RenderableType] = []
     for sample in report.samples:
         title = f"{sample.title}: {visible(str(sample.place))}"
@@ -240,12 +240,6 @@ def sample_text(sample: Sample, marks: tuple[str, str] | None, *, whole: bool) -
     if marks and inside:
         text.append(marks[1])
     return text
-
-
-def _marks(console: Console) -> tuple[str, str] | None:
-    if console.is_terminal and console.color_system and not console.no_color:
-        return None
-    return ("⟦", "⟧") if console.encoding.lower().startswith("utf") else ("[[", "]]")
 
 
 def _conclusion(report: Report) -> RenderableType:

@@ -1,0 +1,194 @@
+"""What models are asked, and what they should answer: from a file, or from a run's validation rows.
+
+A questions file is YAML: `questions`, a list of texts or of `question` with what belongs to it, and
+optionally a `system` for all of them. What is written there is a text, whatever YAML would make of
+it: `expected: 15` is the answer "15". No torch here.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from yaml.reader import ReaderError
+
+from phitune.config import unknown_name
+from phitune.data.conversation import Example, Turn
+from phitune.errors import DataError, listing
+
+_KEYS = ("questions", "system")
+_KEYS_OF_A_QUESTION = ("question", "expected", "system")
+
+
+@dataclass(frozen=True)
+class Question:
+    """Turns that end with a user's, and the answer that is known, if one is."""
+
+    turns: tuple[Turn, ...]
+    expected: str | None = None
+    place: str = ""  # file:line
+
+    @property
+    def text(self) -> str:
+        """For people: the question alone, or the conversation that leads to it."""
+        if len(self.turns) == 1:
+            return self.turns[0].content
+        return "\n".join(f"{turn.role}: {turn.content}" for turn in self.turns)
+
+
+def ask(text: str, system: str | None = None) -> Question:
+    """A question that a person typed."""
+    return Question(_turns(text, system))
+
+
+def of_example(example: Example) -> Question:
+    """The last thing that a row asks, with all that comes before it."""
+    place = f"{example.file}:{example.line}"
+    return Question(example.turns[:-1], example.turns[-1].content, place)
+
+
+def spread(count: int, of: int) -> list[int]:
+    """So many of `of` places, as far apart as can be: a sorted file is seen from end to end."""
+    count = min(count, of)
+    return [(2 * index + 1) * of // (2 * count) for index in range(count)]
+
+
+def read_questions(path: Path, system: str | None = None) -> list[Question]:
+    """The questions of a file.
+
+    Args:
+        system: for questions that come with none of their own.
+
+    Raises:
+        DataError: it cannot be read, is not YAML, or is not a file of questions; all that is wrong
+            with it at once, with its lines.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"questions_file {path}: there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"questions_file {path}: cannot be read as UTF-8 text: {error}") from None
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        line, said = _not_yaml(error, text)
+        raise DataError(f"questions_file {path}: {line}is not YAML: {said}") from None
+    reader = _Reader(path)
+    questions = reader.questions(root, system)
+    if reader.problems:
+        raise DataError(
+            f"questions_file {path}:\n{listing(reader.problems)}\n"
+            "It needs a list named questions, of texts or of question and expected."
+        )
+    return questions
+
+
+class _Reader:
+    """Walks the nodes of a file, which know their lines, and gathers what is wrong."""
+
+    def __init__(self, path: Path) -> None:
+        self.problems: list[str] = []
+        self._path = path
+
+    def questions(self, root: Node | None, system: str | None) -> list[Question]:
+        if root is None:
+            self.problems.append("the file is empty")
+            return []
+        if not isinstance(root, MappingNode):
+            self._problem(root, f"the file is {_kind(root)}, expected the key questions")
+            return []
+        keys = self._keys(root, _KEYS)
+        if "system" in keys:
+            system = self._text(keys["system"], "system")
+        listed = keys.get("questions")
+        if listed is None:
+            self._problem(root, "there is no key questions")
+            return []
+        if not isinstance(listed, SequenceNode):
+            self._problem(listed, f"questions is {_kind(listed)}, expected a list")
+            return []
+        if not listed.value:
+            self._problem(listed, "questions is an empty list")
+        found = (self._question(node, index, system) for index, node in enumerate(listed.value, 1))
+        return [question for question in found if question]
+
+    def _question(self, node: Node, number: int, system: str | None) -> Question | None:
+        what = f"question {number}"
+        fields: dict[str, Node] = {"question": node}
+        if isinstance(node, MappingNode):
+            fields = self._keys(node, _KEYS_OF_A_QUESTION)
+            if "question" not in fields:
+                self._problem(node, f"{what} has no key question")
+                return None
+        texts = {
+            name: self._text(value, what if name == "question" else f"{name} of {what}")
+            for name, value in fields.items()
+        }
+        if texts["question"] is None:
+            return None
+        turns = _turns(texts["question"], texts.get("system") or system)
+        place = f"{self._path}:{node.start_mark.line + 1}"
+        return Question(turns, texts.get("expected"), place)
+
+    def _keys(self, node: MappingNode, known: Sequence[str]) -> dict[str, Node]:
+        found: dict[str, Node] = {}
+        for key, value in node.value:
+            name = key.value if isinstance(key, ScalarNode) else _kind(key)
+            if name not in known:
+                self._problem(key, unknown_name(name, known, kind="key"))
+            elif name in found:
+                self._problem(key, f"{name} is there twice")
+            else:
+                found[name] = value
+        return found
+
+    def _text(self, node: Node, what: str) -> str | None:
+        if not isinstance(node, ScalarNode):
+            self._problem(node, f"{what} is {_kind(node)}, expected a text")
+            return None
+        text: str = node.value
+        is_null = node.tag == "tag:yaml.org,2002:null" and node.style is None
+        if is_null or not text.strip():
+            self._problem(node, f"{what} is empty")
+            return None
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            self._problem(node, f"{what} has half a surrogate pair")
+            return None
+        return text
+
+    def _problem(self, node: Node, said: str) -> None:
+        self.problems.append(f"line {node.start_mark.line + 1}: {said}")
+
+
+def _not_yaml(error: Exception, text: str) -> tuple[str, str]:
+    """Where it stops being YAML, as far as that is known, and why."""
+    if isinstance(error, yaml.MarkedYAMLError):
+        mark = error.problem_mark or error.context_mark
+        said = error.problem or error.context or "cannot be read"
+        return (f"line {mark.line + 1}: " if mark else ""), said
+    if isinstance(error, ReaderError):
+        return f"line {text.count(chr(10), 0, error.position) + 1}: ", error.reason
+    return "", "it is nested too deeply"
+
+
+def _kind(node: Node) -> str:
+    if isinstance(node, MappingNode):
+        return "a mapping"
+    if isinstance(node, SequenceNode):
+        return "a list"
+    return "a single value" if node.value else "empty"
+
+
+def _turns(text: str, system: str | None) -> tuple[Turn, ...]:
+    asked = Turn("user", text)
+    return (Turn("system", system), asked) if system else (asked,)
+
+
+def picked(examples: Iterator[Example], wanted: Sequence[int]) -> list[Example]:
+    """The examples at these places of a stream, in their order; goes no further than it must."""
+    places = set(wanted)
+    until = itertools.islice(examples, max(places, default=-1) + 1)
+    return [example for index, example in enumerate(until) if index in places]

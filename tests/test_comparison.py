@@ -1,0 +1,247 @@
+"""What people and machines see of a comparison: marks, a table at any width, a safe page, JSON."""
+
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.cells import cell_len
+from rich.console import Console
+
+from phitune.comparison.as_json import as_json
+from phitune.comparison.page import page
+from phitune.comparison.sentences import Asked, ranges
+from phitune.comparison.view import show, show_row
+from phitune.comparison.words import Piece, marked
+from phitune.data.conversation import Turn
+from phitune.inference.compare import Cell, Column, Comparison, Row
+from phitune.inference.questions import Question
+from phitune.inference.sampling import GREEDY, Sampling
+from phitune.inference.scores import Likelihood
+
+SCRIPT = "<script>alert('x')</script>"
+COLUMNS = (
+    Column("base", None, None, "instruct"),
+    Column("demo", 0, "output/demo", "instruct"),
+)
+ASKED = Asked("tiny-phi-2", "q.yaml", 64, GREEDY, ("a note",))
+
+
+def cell(text: str, *, expected: str | None = None, stopped: bool = True) -> Cell:
+    if expected is None:
+        return Cell(text, (1, 2, 3), stopped)
+    return Cell(text, (1, 2, 3), stopped, text == expected, text == expected, Likelihood(2.5, 2))
+
+
+def row(number: int, question: str, *answers: str, expected: str | None = None) -> Row:
+    cells = tuple(cell(answer, expected=expected) for answer in answers)
+    return Row(number, Question((Turn("user", question),), expected, f"q.yaml:{number}"), cells)
+
+
+COMPARISON = Comparison(
+    COLUMNS,
+    (
+        row(1, "What is the capital of Portugal?", "It is Lisbon.", "Ahoy! It is Lisbon, matey."),
+        row(2, SCRIPT, f"{SCRIPT} & so", "It is \x1b[31mred", expected=f"{SCRIPT} & so"),
+        Row(
+            3,
+            Question((Turn("system", "Be brief."), Turn("user", "word " * 200))),
+            (cell("x" * 500, stopped=False), cell("\u0645\u0631\u062d\u0628\u0627 " * 30)),
+        ),
+        row(4, "Same?", "Yes.", "Yes."),
+        row(5, "Nothing?", "", "Something"),
+    ),
+)
+
+
+def marks(*answers: str) -> list[str]:
+    return [
+        "".join(f"[{piece.text}]" if piece.marked else piece.text for piece in pieces)
+        for pieces in marked(answers)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answers", "shown"),
+    [
+        (
+            ["It is Lisbon.", "Ahoy! It is Lisbon, matey."],
+            ["It is Lisbon.", "[Ahoy!] It is Lisbon[, matey]."],
+        ),
+        (["A big red dog", "A small dog"], ["A [big red] dog", "A [small] dog"]),
+        (["same", "same"], ["same", "same"]),
+        (["", "all of it"], ["", "[all of it]"]),
+        (["one two", "one two", "one three"], ["one [two]", "one two", "one [three]"]),
+        (
+            ["\u6211\u662f\u732b", "\u6211\u662f\u72d7"],
+            ["\u6211\u662f[\u732b]", "\u6211\u662f[\u72d7]"],
+        ),
+        # A letter and its combining mark are one.
+        (["cafe\u0301 au lait", "cafe au lait"], ["[cafe\u0301] au lait", "[cafe] au lait"]),
+    ],
+)
+def test_words_that_differ_are_marked(answers: list[str], shown: list[str]) -> None:
+    assert marks(*answers) == shown
+
+
+def test_answers_that_run_in_circles_are_compared_at_once() -> None:
+    circle, other = "the cat and " * 3000 + "end", "x " + "the dog and " * 3000 + "end"
+    base, tuned = marked([circle, other])
+    assert base[-1] == Piece(" end", marked=False)
+    assert "".join(piece.text for piece in tuned) == other
+
+
+@given(st.lists(st.text(alphabet="ab ,\n\u0301", max_size=20), min_size=1, max_size=4))
+@settings(deadline=None)
+def test_pieces_are_the_answer_and_unmarked_words_are_in_the_base(answers: list[str]) -> None:
+    pieces = marked(answers)
+    assert ["".join(piece.text for piece in of) for of in pieces] == answers
+    base = iter(re.findall(r"\S", answers[0]))
+    if len(answers) > 1:
+        kept = "".join(piece.text for piece in pieces[1] if not piece.marked)
+        assert all(letter in base for letter in re.findall(r"\S", kept))  # in that order
+    assert not any(piece.marked for of in marked([answers[0]] * 2) for piece in of)
+
+
+def shown(width: int, **console: object) -> str:
+    out = io.StringIO()
+    options = {"width": width, "highlight": False, "file": out, **console}
+    show(COMPARISON, ASKED, Console(**options))  # type: ignore[arg-type]
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("width", [120, 80, 60, 40, 24])
+def test_the_table_keeps_to_the_width_and_loses_nothing(width: int) -> None:
+    text = shown(width)
+    assert max(cell_len(line) for line in text.splitlines()) <= width
+    letters = re.sub(r"[\s\u2500-\u257f]", "", text)
+    assert letters.count("x" * 3) >= 100
+    for said in ("\u27e6Ahoy!\u27e7", "3tokens,stopped", "didnotstop", "exact", "nomatch"):
+        assert said in letters or width == 120 or width >= 72 or said in letters
+    assert "\x1b" not in text
+    assert r"\x1b[31m" in re.sub(r"\s", "", text) or width >= 72
+
+
+def test_below_each_other_where_there_is_no_room() -> None:
+    assert "\u2502" in shown(80)
+    narrow = shown(60)
+    assert "\u2502" not in narrow
+    assert "base  It is Lisbon." in re.sub(r" +", "  ", narrow)
+
+
+def test_colour_instead_of_marks_on_a_terminal() -> None:
+    text = shown(80, force_terminal=True, color_system="standard")
+    assert "\u27e6" not in text
+    assert "\x1b[4;32mAhoy!" in text
+    plain = shown(80, force_terminal=True, color_system="standard", no_color=True)
+    assert "\u27e6Ahoy!\u27e7" in plain
+
+
+def test_the_summary_tells_all(capsys: pytest.CaptureFixture[str]) -> None:
+    letters = " ".join(shown(40).split())
+    assert "stopped 4 of 5 (80%)" in letters
+    assert "differs from the base in 4 of 5: 1-3, 5" in letters
+    assert "exact 1 of 1, match 1 of 1" in letters
+    assert "nll 2.50 an answer, 1.250 a token" in letters
+    assert ranges([1, 2, 3, 5, 7, 8]) == "1-3, 5, 7-8"
+
+
+def test_a_single_row_with_and_without_its_question() -> None:
+    for width in (80, 40):
+        out = io.StringIO()
+        console = Console(file=out, width=width)
+        show_row(COMPARISON.rows[0], COLUMNS, console, with_question=False)
+        assert "capital" not in out.getvalue()
+        show_row(COMPARISON.rows[0], COLUMNS, console, with_question=True)
+        assert "capital" in out.getvalue()
+
+
+class _Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.open: list[str] = []
+        self.marked: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "mark":
+            self.marked.append(data)
+
+
+def test_the_page_is_whole_escaped_and_needs_nothing_else() -> None:
+    html = page(COMPARISON, ASKED)
+    seen = _Page()
+    seen.feed(html)
+    seen.close()
+    assert seen.open == []
+    assert not {"script", "link", "img", "iframe", "object", "a"} & set(seen.tags)
+    names = {name for name, _ in seen.attributes}
+    assert not names & {"src", "href", "style"}
+    assert not any(name.startswith("on") for name in names)
+    assert "@import" not in html
+    assert "url(" not in html
+    assert "http" not in html.replace("http-equiv", "")
+    assert "default-src 'none'" in html
+    assert "&lt;script&gt;" in html
+    assert "\x1b" not in html
+    assert r"\x1b[31m" in html
+    assert "Ahoy!" in seen.marked
+    assert html.count('<div class="answers">') == len(COMPARISON.rows)
+    assert "prefers-color-scheme: dark" in html
+
+
+def test_json_is_valid_and_complete() -> None:
+    nan = Row(
+        6,
+        Question((Turn("user", "?"),), "!"),
+        tuple(Cell("a", (1,), True, False, False, Likelihood(float("nan"), 2)) for _ in COLUMNS),
+    )
+    comparison = Comparison(COLUMNS, (*COMPARISON.rows, nan))
+    document = json.loads(json.dumps(as_json(comparison, ASKED), allow_nan=False))
+    assert document["model_name"] == "tiny-phi-2"
+    assert document["sampling"]["temperature"] == 0
+    assert [column["adapter_path"] for column in document["columns"]] == [None, "output/demo"]
+    assert len(document["questions"]) == 6
+    second = document["questions"][1]
+    assert second["turns"] == [{"role": "user", "content": SCRIPT}]
+    assert second["expected"] == f"{SCRIPT} & so"
+    assert second["place"] == "q.yaml:2"
+    assert second["answers"][1] == {
+        "name": "demo",
+        "answer": "It is \x1b[31mred",
+        "tokens": 3,
+        "stopped": True,
+        "exact": False,
+        "match": False,
+        "nll": 2.5,
+        "nll_per_token": 1.25,
+        "expected_tokens": 2,
+        "differs": True,
+    }
+    assert document["questions"][5]["answers"][0]["nll"] is None
+    assert document["summary"][1]["differs"] == [1, 2, 3, 5]
+    assert document["summary"][1]["mean_nll"] is None
+    assert document["summary"][0]["stop_rate"] == pytest.approx(5 / 6)
+    assert "white space" in document["normalisation"]
+
+
+def test_how_answers_come_about_is_said() -> None:
+    assert ASKED.how == "up to 64 tokens, the most probable token each time"
+    drawn = Asked("m", "", 8, Sampling(0.7, 0.9, 40, 1.1, 7))
+    assert drawn.how == (
+        "up to 8 tokens, drawn with temperature 0.7, seed 7, top_p 0.9, top_k 40,"
+        " repetition_penalty 1.1"
+    )

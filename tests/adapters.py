@@ -23,7 +23,7 @@ def write_adapter(
     layers: str | None = None,
     rank: int = 4,
     seed: int = 0,
-    spread: float = 0.05,
+    spread: float = 0.5,
 ) -> Path:
     """An adapter folder as a run leaves it.
 

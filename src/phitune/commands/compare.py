@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from phitune.commands.flags import Parser, help_format
+from phitune.commands.flags import Parser, help_format, parsed
 from phitune.commands.model_flags import (
     add_model_flags,
     add_sampling_flags,
@@ -16,7 +16,7 @@ from phitune.commands.model_flags import (
     sampling_of,
     whole,
 )
-from phitune.errors import DataError, OutOfMemoryError, SettingsError
+from phitune.errors import DataError, SettingsError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,15 +28,22 @@ if TYPE_CHECKING:
 
 _PROMPT = "question> "
 _LEAVE = "/quit"
+_LESS_MEMORY = (
+    "Take fewer questions at a time (--batch_size 1), shorter answers (--max_new_tokens), fewer"
+    " adapters, or --precision bf16."
+)
 
 
 def run(argv: list[str]) -> int:
     """Compares; returns the exit code."""
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments = parsed(parser, argv)
     _check(parser, arguments)
-    with _memory_errors():
-        questions, source, notes = _questions(arguments)
+    questions, source, notes = _questions(arguments)
+
+    from phitune.inference.served import memory_errors
+
+    with memory_errors(_LESS_MEMORY):
         with _status("loading the model"):
             model = open_from(arguments)
         for warning in model.warnings:
@@ -235,23 +242,6 @@ def _status(what: str) -> Iterator[Callable[[str], None]]:
 
     with Console(stderr=True).status(what) as status:
         yield status.update
-
-
-@contextmanager
-def _memory_errors() -> Iterator[None]:
-    """Turns a device that has no room into an error that says what to do."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        from phitune.model.device import is_out_of_memory
-
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemoryError(
-            f"out of memory: {str(error).splitlines()[0]}\n"
-            "Take fewer questions at a time (--batch_size 1), shorter answers (--max_new_tokens),"
-            " fewer adapters, or --precision bf16."
-        ) from None
 
 
 def _console() -> "Console":

@@ -27,17 +27,32 @@ def given_flags(parser: Parser, argv: list[str], others: Sequence[str]) -> dict[
     Args:
         others: the flags of this parser that are not settings.
     """
-    from phitune.config import Settings, unknown_name
+    from phitune.config import Settings
 
     given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        first = unknown[0]
-        if not first.startswith("--"):
-            parser.error(f"unexpected argument {first!r}: every value needs its flag before it")
-        names = [*Settings.model_fields, *others]
-        name = first[2:].partition("=")[0]
-        parser.error(unknown_name(name, names, kind="flag", prefix="--"))
+    _refuse(parser, unknown, [*Settings.model_fields, *others])
     return vars(given)
+
+
+def parsed(parser: Parser, argv: list[str]) -> argparse.Namespace:
+    """All flags of a parser that takes no settings, with their defaults."""
+    given, unknown = parser.parse_known_args(argv)
+    names = [action.dest for action in parser._actions]  # argparse tells them in no other way.
+    _refuse(parser, unknown, names)
+    return given
+
+
+def _refuse(parser: Parser, unknown: Sequence[str], names: Sequence[str]) -> None:
+    """Says which flag was meant by one that there is not."""
+    if not unknown:
+        return
+    from phitune.config import unknown_name
+
+    first = unknown[0]
+    if not first.startswith("--"):
+        parser.error(f"unexpected argument {first!r}: every value needs its flag before it")
+    name = first[2:].partition("=")[0]
+    parser.error(unknown_name(name, names, kind="flag", prefix="--"))
 
 
 def help_format(prog: str) -> argparse.HelpFormatter:

@@ -1,6 +1,7 @@
 """Flags of the commands that open a trained model: which one, where it runs, how it answers."""
 
 import argparse
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,9 @@ def add_model_flags(parser: Parser, *, several: bool = False) -> None:
         choices=("instruct", "chat"),
         help="default: the one the adapter was trained in",
     )
-    group.add_argument("--device", default="auto", metavar="auto|cpu|cuda|mps", help="[auto]")
+    group.add_argument(
+        "--device", type=device_name, default="auto", metavar="auto|cpu|cuda|mps", help="[auto]"
+    )
     group.add_argument(
         "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of the base [auto]"
     )
@@ -114,6 +117,13 @@ def open_from(arguments: argparse.Namespace) -> "ServedModel":
         device=arguments.device,
         precision=arguments.precision,
     )
+
+
+def device_name(text: str) -> str:
+    """A device as settings spell it; whether the machine has it is known later."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text}: must be auto, cpu, cuda, cuda:N or mps")
+    return text
 
 
 def whole(name: str, least: int) -> Callable[[str], int]:

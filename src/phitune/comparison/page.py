@@ -29,7 +29,8 @@ mark { background: var(--new); color: inherit; border-radius: .2rem; box-decorat
   -webkit-box-decoration-break: clone; }
 .notes { font-size: .9rem; } .loud { color: var(--warning); } .good { color: var(--ok); }
 .notes span + span::before { content: " \\00b7  "; color: var(--pale); }
-td.words { white-space: normal; text-align: left; } td:first-child { overflow-wrap: anywhere; }
+td.words { white-space: normal; text-align: left; min-width: 12rem; }
+td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 6rem; }
 @media (forced-colors: active), print { mark { text-decoration: underline; } }
 """
 
@@ -129,8 +130,8 @@ def _notes(row: Row, index: int) -> str:
 
 def _legend(comparison: Comparison) -> str:
     lines = [
-        "<mark>Words</mark> of an adapter that the base's answer lacks in that place, and of"
-        " the base's that an adapter's lacks."
+        "<mark>Marked</mark>: words of an adapter's answer that the base's lacks there, and the"
+        " other way round."
     ]
     if comparison.has_expected:
         lines += [safe(MATCH), safe(NLL)]

@@ -13,12 +13,14 @@ from rich.text import Text
 from phitune.comparison.sentences import MATCH, NLL, Asked, column_line, notes_of, summary_notes
 from phitune.comparison.words import Piece, marked
 from phitune.inference.compare import Column, Comparison, Row
-from phitune.visible import marks_of, visible
+from phitune.visible import marks_of, shortened, visible
 
 _NEW, _QUIET, _LOUD = "green underline", "dim", "yellow"
 # Columns narrower than this are put below each other.
 _NARROWEST = 24
 _WIDEST_NAME = 14
+# Characters of a question that are shown, its beginning and its end; answers are shown whole.
+_FIRST, _LAST = 400, 200
 
 
 def show(comparison: Comparison, asked: Asked, console: Console) -> None:
@@ -86,9 +88,11 @@ def _table(columns: Sequence[Column], *, questions: bool = True) -> Table:
 
 
 def _question(row: Row) -> RenderableType:
-    parts: list[RenderableType] = [
-        Text.assemble((f"{row.number} ", "bold"), visible(row.question.text))
-    ]
+    first, left_out, last = shortened(row.question.text, _FIRST, _LAST)
+    text = Text.assemble((f"{row.number} ", "bold"), visible(first))
+    if left_out:
+        text.append(f"\n{left_out}\n", "italic").append(visible(last))
+    parts: list[RenderableType] = [text]
     if row.question.expected is not None:
         parts.append(Text.assemble(("expected: ", _QUIET), visible(row.question.expected)))
     return Group(*parts)
@@ -98,7 +102,8 @@ def _cells(row: Row, console: Console) -> list[RenderableType]:
     marks = marks_of(console)
     pieces = marked([cell.text for cell in row.cells])
     return [
-        Group(_answer(of_cell, marks), *_notes(row, index)) for index, of_cell in enumerate(pieces)
+        Group(_answer(of_cell, marks), *_notes(row, index, console))
+        for index, of_cell in enumerate(pieces)
     ]
 
 
@@ -114,9 +119,11 @@ def _answer(pieces: Sequence[Piece], marks: tuple[str, str] | None) -> Text:
     return text if text.plain else Text("(nothing)", _QUIET)
 
 
-def _notes(row: Row, index: int) -> list[Text]:
+def _notes(row: Row, index: int, console: Console) -> list[Text]:
+    """Each after a dot, so that it is no part of the answer."""
     cell = row.cells[index]
-    first, *rest = notes_of(cell)
+    dot = "\u00b7" if console.encoding.lower().startswith("utf") else "-"
+    first, *rest = (f"{dot} {note}" for note in notes_of(cell))
     return [Text(first, _QUIET if cell.stopped else _LOUD), *(Text(note, _QUIET) for note in rest)]
 
 
@@ -154,12 +161,14 @@ def _grid() -> Table:
 
 def _legend(comparison: Comparison, console: Console) -> None:
     marks = marks_of(console)
-    legend = Text("Words that differ from the base's are ", _QUIET)
+    legend = Text("", _QUIET)
     if marks:
-        legend.append(f"between {marks[0]} and {marks[1]}", _QUIET)
+        legend.append(f"Between {marks[0]} and {marks[1]}", _QUIET)
     else:
-        legend.append("green", _NEW)
-    legend.append("; the base's, where an adapter's differ.", _QUIET)
+        legend.append("Green", _NEW)
+    legend.append(
+        ": words of an adapter's answer that the base's lacks there, and the other way round."
+    )
     console.print(legend)
     if comparison.has_expected:
         console.print(Text(f"{MATCH}\n{NLL}", _QUIET))

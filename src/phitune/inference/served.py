@@ -4,7 +4,8 @@ What a run knows travels with its adapter: the base model's name, the tokenizer,
 (as the chat template that renders it) and the stop ids. Nothing of it is asked again.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,14 +15,14 @@ import torch
 from phitune.data.conversation import Turn
 from phitune.data.prompt import ChatFormat, InstructFormat, PromptFormat
 from phitune.data.tokenizer import TextTokenizer
-from phitune.errors import ModelError
+from phitune.errors import ModelError, OutOfMemoryError
 from phitune.inference.generate import Adapters, Answer, generate
 from phitune.inference.sampling import GREEDY, Sampling
 from phitune.jsonfile import read_object
 from phitune.model.adapters import AdapterSet
 from phitune.model.architecture import ModelConfig, read_model_config
 from phitune.model.decoder import Decoder
-from phitune.model.device import DTYPES, choose_device, choose_precision
+from phitune.model.device import DTYPES, choose_device, choose_precision, is_out_of_memory
 from phitune.model.files import ASSETS, SHIPPED_MODELS, fetch_weights, find_model
 from phitune.model.lora import CONFIG_FILE, WEIGHTS_FILE, Adapter, detach, load_adapter
 from phitune.model.weights import load_decoder
@@ -119,6 +120,18 @@ class ServedModel:
         )
 
 
+@contextmanager
+def memory_errors(remedy: str) -> Iterator[None]:
+    """Turns a device that has no room into an error that says what to do."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        said = str(error).splitlines() or ["no room"]
+        raise OutOfMemoryError(f"out of memory: {said[0]}\n{remedy}") from None
+
+
 def open_model(
     adapter_paths: Sequence[Path],
     *,
@@ -132,8 +145,8 @@ def open_model(
     Args:
         adapter_paths: run directories, or adapter folders written here or by PEFT.
         model_name: of the base; by default the one the adapters name.
-        prompt_format: by default the one the adapter was trained in, as its chat template tells;
-            instruct where it has none.
+        prompt_format: by default the one the adapter was trained in, as its chat template tells,
+            and without an adapter the base model's own; instruct where there is no template.
 
     Raises:
         ModelError: files missing, damaged or of another base.
@@ -148,7 +161,7 @@ def open_model(
             folder = find_model(model_name)
         except ModelError as error:
             raise ModelError(
-                f"{error}\nThat is the base model named in {folders[0] / CONFIG_FILE}; name"
+                f"{error}\nThat is the base model named in {next(iter(named)) / CONFIG_FILE}; name"
                 " another place of it with --model_name."
             ) from None
     else:
@@ -175,7 +188,7 @@ def _coder(
     path: Path, base: Path, config: ModelConfig, name: FormatName | None
 ) -> tuple[TextTokenizer, PromptFormat]:
     """The tokenizer in a folder, or else the base's, and the format it was used with."""
-    own = path != base and (path / TOKENIZER_FILE).is_file()
+    own = path == base or (path / TOKENIZER_FILE).is_file()
     tokenizer = TextTokenizer(path if own else base)
     if tokenizer.size > config.vocab_size:
         raise ModelError(
@@ -255,7 +268,7 @@ def _resolved(name: str) -> Path:
 
 
 def trained_format(tokenizer: TextTokenizer, name: FormatName | None) -> PromptFormat:
-    """The format that an adapter's tokenizer carries as its chat template; `name` overrules it."""
+    """The format that a tokenizer carries as its chat template; `name` overrules it."""
     if name is not None:
         return tokenizer.prompt_format(name)
     instruct = tokenizer.prompt_format("instruct")

@@ -278,7 +278,7 @@ def _read_adapter_config(path: Path) -> dict[str, Any]:
             "Only plain LoRA adapters can be opened; train one without these."
         )
     bounds = {"r": (1, 2**16), "lora_alpha": (-1e9, 1e9), "lora_dropout": (0, 1)}
-    values = {"lora_dropout": 0.0, **{name: raw[name] for name in bounds if raw.get(name)}}
+    values: dict[str, Any] = {"lora_dropout": 0.0, **{name: raw[name] for name in bounds if raw.get(name)}}
     for name, (least, most) in bounds.items():
         value = values.get(name)
         kinds = int if name == "r" else (int, float)

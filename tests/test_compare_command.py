@@ -291,9 +291,12 @@ def test_interactive_on_a_terminal(place: Path) -> None:
     terminal.type("How much is 8 plus 7?\r")
     terminal.until("8 plus 7 is 15.")
     terminal.until("question> ", 3)
+    terminal.type("/help\r")
+    terminal.until("there is only /quit here")
+    terminal.until("question> ", 4)
     terminal.type("\x03")
     terminal.until("Ctrl-C again leaves")
-    terminal.until("question> ", 4)
+    terminal.until("question> ", 5)
     terminal.type("\x04")
     terminal.until("written: out.html")
     assert "stopped 2 of 2 (100%)" in terminal.text

@@ -31,7 +31,13 @@ from phitune.training.view import Sample
 
 ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / "docs" / "training.md"
-DOCUMENTS = ("README.md", "docs/training.md", "docs/memory.md", "docs/data.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/training.md",
+    "docs/memory.md",
+    "docs/data.md",
+    "docs/compare.md",
+)
 PRESET_FILES = tuple(f"examples/{name}.yaml" for name in PRESETS)
 
 # Everything in a document runs as it is written, in a folder with data/train.jsonl,
@@ -265,7 +271,7 @@ def test_no_command_hides_in_a_block_that_is_not_run(name: str) -> None:
 
 def test_every_flag_in_the_text_is_one(capsys: pytest.CaptureFixture[str]) -> None:
     known = {*Settings.model_fields, "logdir", "help", "version"}
-    for name in ("train", "plan", "doctor", "check"):
+    for name in ("train", "plan", "doctor", "check", "compare"):
         words = [name, "--help"]
         with pytest.raises(SystemExit):
             main(words)

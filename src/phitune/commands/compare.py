@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -202,7 +203,9 @@ def _typed() -> Iterator[str]:
             raise DataError(f"standard input is not UTF-8: {text!a}")
         if text == _LEAVE:
             return
-        if text:
+        if sys.stdin.isatty() and re.fullmatch(r"/[a-z_]+", text):
+            print(f"{text}: there is only {_LEAVE} here", file=sys.stderr)
+        elif text:
             yield text
 
 

@@ -63,10 +63,10 @@ def show_row(row: Row, columns: Sequence[Column], console: Console, *, with_ques
         table = _table(columns, questions=with_question)
         table.add_row(*([_question(row)] if with_question else []), *_cells(row, console))
         console.print(table)
-    elif with_question:
-        console.print(_stacked(row, columns, console))
     else:
-        console.print(_answers_below(row, columns, console))
+        below = _stacked if with_question else _answers_below
+        console.print(below(row, columns, console))
+        console.print()
 
 
 def show_summary(comparison: Comparison, console: Console) -> None:

@@ -277,14 +277,13 @@ def _read_adapter_config(path: Path) -> dict[str, Any]:
             f"{path}: asks for what is not built:\n{listing(problems)}\n"
             "Only plain LoRA adapters can be opened; train one without these."
         )
-    bounds = {"r": (1, 2**16), "lora_alpha": (-1e9, 1e9), "lora_dropout": (0, 1)}
-    values: dict[str, Any] = {"lora_dropout": 0.0, **{name: raw[name] for name in bounds if raw.get(name)}}
-    for name, (least, most) in bounds.items():
-        value = values.get(name)
-        kinds = int if name == "r" else (int, float)
-        number = isinstance(value, kinds) and not isinstance(value, bool)
-        if not number or not least <= value <= most:
+    for name, least, most in (("r", 1, 2**16), ("lora_alpha", -1e9, 1e9), ("lora_dropout", 0, 1)):
+        value: Any = raw.get(name)
+        if value is None and name == "lora_dropout":
+            continue
+        is_number = isinstance(value, int if name == "r" else (int, float))
+        if not is_number or isinstance(value, bool) or not least <= value <= most:
             raise ModelError(
-                f"{path}: {name} is {raw.get(name)!r}, expected a number from {least:g} to {most:g}"
+                f"{path}: {name} is {value!r}, expected a number from {least:g} to {most:g}"
             )
     return raw

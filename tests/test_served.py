@@ -223,8 +223,9 @@ BAD: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         lambda folder: _weights(folder, _rename),
         [
             "does not fit the model",
-            "qkv_proj.lora_A.weight: not in this model (and so in 3 more layers)",
-            "trained on tiny-phi-2",
+            "  model.layers.0.self_attn.qkv_proj: not in this model, its work is done by"
+            " q_proj k_proj v_proj (and so in 3 more layers)\n",
+            "names tiny-phi-2 as its base",
             "--model_name",
         ],
     ),
@@ -243,7 +244,10 @@ BAD: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "base of another family": (
         lambda folder: _change(folder, base_model_name_or_path="tiny-phi-3.5"),
-        ["does not fit the model", "q_proj.lora_A.weight: not in this model"],
+        [
+            "does not fit the model",
+            "self_attn.q_proj: not in this model, its work is done by qkv_proj",
+        ],
     ),
     "template that is not Jinja": (
         lambda folder: (folder / "chat_template.jinja").write_text("{% if %}"),

@@ -10,6 +10,7 @@ Shapes: R rank, D in, O out, V vocabulary.
 import math
 import re
 import zlib
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from phitune.errors import ModelError, listing
 from phitune.jsonfile import read_object, write_object
 from phitune.model import ops
+from phitune.model.architecture import FAMILIES, ModelConfig
 from phitune.model.decoder import Decoder
 from phitune.model.linear import LoraPair
 from phitune.model.targets import EMBEDDING_MODULE
@@ -159,7 +161,7 @@ def load_adapter(decoder: Decoder, folder: Path, seed: int = 0) -> Adapter:
     adapter = attach(decoder, spec, seed)
     expected = adapter.tensors()
     problems = [f"{name}: missing" for name in expected.keys() - given.keys()]
-    problems += [f"{name}: not in this model" for name in given.keys() - expected.keys()]
+    problems += _strangers(given.keys() - expected.keys(), known, decoder.config)
     problems += [
         f"{name}: shape {tuple(given[name].shape)}, expected {tuple(tensor.shape)}"
         for name, tensor in expected.items()
@@ -168,11 +170,11 @@ def load_adapter(decoder: Decoder, folder: Path, seed: int = 0) -> Adapter:
     if problems or not modules:
         detach(decoder)
         base = raw.get("base_model_name_or_path")
-        of = f"It was trained on {base}; open it" if base else "Open it"
         raise ModelError(
             f"{folder}: this adapter does not fit the model:\n"
             + listing(_by_layer(problems) or ["it holds no LoRA matrices"])
-            + f"\n{of} with the base model it was trained on (--model_name)."
+            + (f"\nIt names {base} as its base." if base else "")
+            + "\nOpen it with the base model that it was trained on (--model_name)."
         )
     with torch.no_grad():
         adapter.load_tensors(given)
@@ -197,6 +199,21 @@ def _check_numbers(path: Path, tensors: dict[str, Tensor], spec: LoraSpec) -> No
                 f"{path}: {name} has rank {rank}, and {CONFIG_FILE} says r = {spec.rank}; the two"
                 " files do not belong together"
             )
+
+
+def _strangers(names: Iterable[str], known: Collection[str], config: ModelConfig) -> list[str]:
+    """Tensors that the model has no place for; of a module that it lacks only the module."""
+    foreign = FAMILIES[config.model_type].foreign
+    problems: dict[str, None] = {}
+    for name in names:
+        module, lora, _ = name.removeprefix(_PEFT_PREFIX).partition(".lora_")
+        if not lora or module in known:
+            problems[f"{name}: not in this model"] = None
+            continue
+        instead = foreign.get(module.rsplit(".", 1)[-1])
+        hint = f", its work is done by {instead}" if instead else ""
+        problems[f"{module}: not in this model{hint}"] = None
+    return list(problems)
 
 
 def _by_layer(problems: list[str]) -> list[str]:

@@ -25,6 +25,7 @@ from phitune.data.prepare import PreparedData, prepare_data
 from phitune.data.sources import hub_id
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import NonFiniteError, OutOfMemoryError, SettingsError
+from phitune.evaluation.short import evaluate_at_end
 from phitune.model.architecture import read_model_config
 from phitune.model.decoder import Decoder
 from phitune.model.device import (
@@ -340,6 +341,11 @@ class Phi2LoRATrainer:
         self._conclude(outcome, run, model, sampler, recorder.base_samples, seconds)
         if outcome.interrupted:
             raise KeyboardInterrupt
+        coder = (self.tokenizer, self.prompt_format)
+        for line in evaluate_at_end(
+            settings, model.decoder, model.adapter, *coder, data, outcome, run
+        ):
+            self._say(line)
         return outcome
 
     def _conclude(

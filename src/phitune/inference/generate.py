@@ -7,7 +7,7 @@ Shapes: T packed tokens, B sequences, V vocabulary.
 """
 
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -80,12 +80,14 @@ def stream(
     adapters: Adapters | None = None,
     conversation: "Conversation | None" = None,
     seeds: Sequence[int] | None = None,
+    is_complete: Callable[[int], bool] | None = None,
 ) -> Iterator[list[tuple[int, int]]]:
     """`generate` as it happens.
 
     Args:
         conversation: what an earlier answer left; of a prompt (the only one) that goes on where
             that ended, only the new tokens are computed.
+        is_complete: asked, once a prompt's token was taken, whether its answer ends there.
 
     Yields: (prompt, token) of every answer that goes on; a stop token is an answer's last.
     """
@@ -119,7 +121,9 @@ def stream(
         going_on = [
             place
             for place, (row, token) in enumerate(tokens)
-            if token not in stop_ids and len(sequences[row]) <= limit
+            if token not in stop_ids
+            and len(sequences[row]) <= limit
+            and not (is_complete and is_complete(row))
         ]
         if not going_on:
             return

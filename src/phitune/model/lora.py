@@ -82,7 +82,6 @@ def attach(decoder: Decoder, spec: LoraSpec, seed: int) -> Adapter:
     Every module draws its start from the seed and its own name: it does not depend on which other
     modules are adapted.
     """
-    detach(decoder)
     linears = decoder.fused_linears()
     dtype = torch.promote_types(decoder.dtype, torch.float32)
     pairs = {}
@@ -107,11 +106,20 @@ def attach(decoder: Decoder, spec: LoraSpec, seed: int) -> Adapter:
             spec.scaling,
             ops.module_key(seed, module).to(decoder.device),
         )
+    adapter = Adapter(spec, pairs, decoder.config.num_hidden_layers)
+    put_on(decoder, adapter)
+    return adapter
+
+
+def put_on(decoder: Decoder, adapter: Adapter) -> None:
+    """Puts an adapter that was made for a decoder on it, in the place of what was there."""
+    detach(decoder)
+    linears = decoder.fused_linears()
+    for module, pair in adapter.pairs.items():
         if module == EMBEDDING_MODULE:
-            decoder.embed_tokens.lora = pairs[module]
+            decoder.embed_tokens.lora = pair
         else:
-            linears[module].attach(pairs[module])
-    return Adapter(spec, pairs, decoder.config.num_hidden_layers)
+            linears[module].attach(pair)
 
 
 def detach(decoder: Decoder) -> None:

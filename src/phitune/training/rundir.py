@@ -4,7 +4,8 @@
     metrics.jsonl   one line for each step, one more for each evaluation
     samples.jsonl   the answers to the sample prompts, before training and after each epoch
     adapter/        the best adapter so far in PEFT's format, with tokenizer and chat template
-    summary.json    written last: what came out
+    summary.json    written when training has ended: what came out
+    evaluation.json base against tuned on a few validation rows, and what tells these rows again
 
 Whatever is replaced is replaced as a whole: a killed run leaves the adapter before (adapter.old/ if
 it was killed between two renames) or the adapter after, never half of one.
@@ -20,14 +21,15 @@ from typing import Any
 
 from phitune.errors import SettingsError
 
-ADAPTER, CONFIG, METRICS, SAMPLES, SUMMARY = (
+ADAPTER, CONFIG, METRICS, SAMPLES, SUMMARY, EVALUATION = (
     "adapter",
     "config.yaml",
     "metrics.jsonl",
     "samples.jsonl",
     "summary.json",
+    "evaluation.json",
 )
-_OURS = (ADAPTER, CONFIG, METRICS, SAMPLES, SUMMARY, "tensorboard")
+_OURS = (ADAPTER, CONFIG, METRICS, SAMPLES, SUMMARY, EVALUATION, "tensorboard")
 # What is being written, and what is about to be replaced; a killed run may leave them behind.
 _NEW, _OLD = ".new", ".old"
 
@@ -96,6 +98,10 @@ class RunDirectory:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         self._replace_file(SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+
+    def write_evaluation(self, evaluation: dict[str, Any]) -> None:
+        text = json.dumps(evaluation, indent=2, ensure_ascii=False, allow_nan=False)
+        self._replace_file(EVALUATION, text + "\n")
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         self._append(METRICS, line)

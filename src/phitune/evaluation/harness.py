@@ -1,0 +1,226 @@
+"""Our model as a model of the LM Evaluation Harness, which is imported here and nowhere else.
+
+The harness asks for likelihoods of text and for text, and knows no tokens; texts are encoded as its
+own transformers backend does it, with one exception: a question in the form that was trained
+(`apply_chat_template`) has exactly the tokens of training.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from phitune.data.conversation import Turn
+from phitune.data.prompt import Segment
+from phitune.data.tokenizer import IGNORE_INDEX, TokenizedExample
+from phitune.errors import ModelError
+from phitune.inference.generate import Adapters, stream
+from phitune.inference.likelihood import token_losses
+from phitune.inference.sampling import Sampling
+from phitune.inference.served import ServedModel
+
+# (what, done, in all)
+Told = Callable[[str, int, int], None]
+_MAX_NEW_TOKENS = 256  # the harness' own, where a task names none
+_SEQUENCES = 32
+_SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
+# What a task may ask of generation besides: its value where it changes nothing.
+_NEUTRAL = {"num_beams": 1, "min_length": 0, "num_return_sequences": 1}
+
+
+class HarnessModel(TemplateLM):  # type: ignore[misc]
+    """Base (None) or adapter of a served model, as the harness wants it."""
+
+    def __init__(
+        self,
+        served: ServedModel,
+        choice: int | None,
+        *,
+        in_trained_form: bool,
+        seed: int = 42,
+        told: Told = lambda what, done, total: None,
+    ) -> None:
+        super().__init__()
+        self._served, self._choice, self._seed, self._told = served, choice, seed, told
+        self._in_trained_form = in_trained_form
+        self._format = served.format_of(choice)
+        question = (Turn("user", "a"), Turn("assistant", "b"))
+        trained = next(part for part in self._format.segments(question) if part.trained)
+        self._answer_start = trained.text.removesuffix("b")  # the space after "Output:"
+        self._device = served.decoder.device
+        self.max_length = served.decoder.config.max_position_embeddings
+
+    # --- tokens -----------------------------------------------------------------------------------
+
+    @property
+    def eot_token_id(self) -> int:
+        tokenizer = self._served.tokenizer
+        return tokenizer.token_id(tokenizer.special_tokens["eos_token"])
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has no context."""
+        tokenizer = self._served.tokenizer
+        bos = tokenizer.special_tokens.get("bos_token")
+        return tokenizer.token_id(bos) if bos else self.eot_token_id
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """Ids, with special tokens in the text taken as such, and the token that a tokenizer puts
+        in front, unless it is there or the form that was trained has none.
+        """
+        tokenizer = self._served.tokenizer
+        ids = tokenizer.encode([Segment(string, control=True)])
+        adds = add_special_tokens is not False and not self._in_trained_form
+        if tokenizer.bos_token and adds and ids[:1] != [tokenizer.token_id(tokenizer.bos_token)]:
+            ids.insert(0, tokenizer.token_id(tokenizer.bos_token))
+        return ids
+
+    # --- likelihoods ------------------------------------------------------------------------------
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        """(log-probability, whether greedy decoding would say it) of each continuation."""
+        rows = []
+        for _request, context, continuation in requests:
+            ids = [*context, *continuation][-(self.max_length + 1) :]
+            given = max(len(ids) - len(continuation), 1)
+            rows.append(TokenizedExample(ids, [IGNORE_INDEX] * given + ids[given:]))
+        # Longest first: what does not fit shows at once.
+        order = sorted(range(len(rows)), key=lambda index: -len(rows[index].input_ids))
+        found: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
+        scored = token_losses(
+            self._served.decoder,
+            self._served.on_decoder,
+            (self._choice,),
+            (rows[index] for index in order),
+        )
+        for done, (index, (losses,)) in enumerate(zip(order, scored, strict=True), start=1):
+            found[index] = (-float(losses.losses.sum()), bool(losses.is_greedy.all()))
+            self._told("likelihoods", done, len(rows))
+        return found
+
+    def loglikelihood(
+        self, requests: list[Any], disable_tqdm: bool = True
+    ) -> list[tuple[float, bool]]:
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+        """The log-probability of whole texts, in windows of the model's length."""
+        windows, owners = [], []
+        for number, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0])
+            parts = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
+            for window in map(make_disjoint_window, parts):
+                windows.append((None, *window))
+                owners.append(number)
+        sums = [0.0] * len(requests)
+        for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            sums[owner] += value
+        return sums
+
+    # --- text -------------------------------------------------------------------------------------
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        """Answers, each up to the first of its stop texts, an end token or its length."""
+        found = [""] * len(requests)
+        done = 0
+        for batch, until, limit, sampling in self._generations(requests):
+            prompts = [self._prompt(requests[index].args[0], limit) for index in batch]
+            texts = self._until(prompts, until, limit, sampling)
+            for index, text in zip(batch, texts, strict=True):
+                found[index] = text
+            done += len(batch)
+            self._told("answers", done, len(requests))
+        return found
+
+    def _generations(
+        self, requests: Sequence[Any]
+    ) -> Iterator[tuple[list[int], list[str], int, Sampling]]:
+        """Requests that ask for the same, in batches."""
+        groups: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(repr(request.args[1]), []).append(index)
+        for group in groups.values():
+            asked = dict(normalize_gen_kwargs(requests[group[0]].args[1], _MAX_NEW_TOKENS))
+            until = [text for text in asked.pop("until") if text]
+            limit, draws = int(asked.pop("max_gen_toks")), asked.pop("do_sample")
+            if limit >= self.max_length:
+                raise ModelError(
+                    f"a task asks for answers of {limit} tokens; the model's positions end at"
+                    f" {self.max_length}"
+                )
+            options = {name: asked.pop(name) for name in _SAMPLING if name in asked}
+            if not draws:
+                options.pop("temperature", None)
+            if other := {k: v for k, v in asked.items() if v is not None and _NEUTRAL.get(k) != v}:
+                raise ModelError(f"a task asks generation for what is not built: {other}")
+            sampling = Sampling(**options, seed=self._seed)
+            for start in range(0, len(group), _SEQUENCES):
+                yield group[start : start + _SEQUENCES], until, limit, sampling
+
+    def _prompt(self, context: str, max_new_tokens: int) -> list[int]:
+        """Ids of a context; of one that is too long, the end."""
+        if self._in_trained_form:
+            context = context.removesuffix(self._answer_start)
+        return self.tok_encode(context)[-(self.max_length - max_new_tokens) :]
+
+    def _until(
+        self, prompts: list[list[int]], until: list[str], limit: int, sampling: Sampling
+    ) -> list[str]:
+        served = self._served
+        answers: list[list[int]] = [[] for _ in prompts]
+
+        def text(row: int) -> str:
+            return served.tokenizer.decode_answer(answers[row], prompts[row])
+
+        for tokens in stream(
+            served.decoder,
+            prompts,
+            max_new_tokens=limit,
+            stop_ids=served.stop_ids,
+            sampling=sampling,
+            adapters=Adapters(served.on_decoder, [self._choice] * len(prompts)),
+            is_complete=lambda row: any(stop in text(row) for stop in until),
+        ):
+            for row, token in tokens:
+                answers[row].append(token)
+        texts = [text(row) for row in range(len(prompts))]
+        if self._in_trained_form:
+            texts = [self._format.response(text) for text in texts]
+        for stop in until:
+            texts = [text.split(stop)[0] for text in texts]
+        return texts
+
+    # --- the form that was trained ----------------------------------------------------------------
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation in the form that was trained.
+
+        It ends with what an answer begins with (the space after `Output:`), which the harness moves
+        to the continuations it asks about; or, without `add_generation_prompt`, with the beginning
+        of an answer.
+        """
+        roles = ("system", "user", "assistant")
+        if unknown := {message["role"] for message in chat_history} - set(roles):
+            raise ModelError(f"a task has turns of {', '.join(sorted(unknown))}; known are {roles}")
+        turns: Any = [Turn(message["role"], message["content"]) for message in chat_history]  # type: ignore[arg-type]
+        segments = self._format.segments(turns)
+        if turns[-1].role == "assistant" and not add_generation_prompt:
+            segments = segments[:-1]
+        text = "".join(segment.text for segment in segments)
+        return text + self._answer_start if add_generation_prompt else text
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        return self._format.chat_template if chat_template else ""
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self._served.tokenizer.folder).replace("/", "__")

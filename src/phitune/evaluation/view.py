@@ -1,0 +1,92 @@
+"""How an evaluation looks in a terminal."""
+
+import math
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from phitune.evaluation.bootstrap import CONFIDENCE, Comparison
+from phitune.evaluation.evaluate import Evaluation, Measure
+from phitune.evaluation.general import Forgetting
+
+_STYLES = {"better": "green", "worse": "red", "not finite": "red"}
+_VERDICTS = {"kept": "green", "some forgetting": "yellow"}
+
+
+def show(evaluation: Evaluation, title: str, data: str, console: Console) -> None:
+    """A table of all figures, then what is to be said about them."""
+    console.print(Text(title, style="bold"), soft_wrap=not console.is_terminal)
+    console.print(Text(data), soft_wrap=not console.is_terminal)
+    general = evaluation.general
+    measures = list(evaluation.measures)
+    if general:
+        measures.append(Measure("general text, loss", general.loss, "lower"))
+    console.print(measures_table(measures))
+    said = []
+    if general:
+        said.append(forgetting_line(general))
+    if evaluation.recorded:
+        base, tuned = evaluation.recorded
+        said.append(Text(f"recorded by the run: validation loss {base:.4f} -> {tuned:.4f}"))
+    notes = [*evaluation.notes, *(general.notes if general else ())]
+    said += [Text(f"note: {note}", style="yellow") for note in notes]
+    for text in said:
+        console.print(text, soft_wrap=not console.is_terminal)
+
+
+def measures_table(measures: list[Measure]) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), show_edge=False)
+    table.add_column("measure", overflow="fold")
+    for heading in ("base", "tuned", "difference", f"{CONFIDENCE:.0%} interval"):
+        table.add_column(heading, justify="right", overflow="fold")
+    table.add_column("rows", justify="right")
+    table.add_column("reading", overflow="fold")
+    for measure in measures:
+        comparison, share = measure.comparison, measure.is_share
+        reading = measure.reading
+        table.add_row(
+            measure.name,
+            figure(comparison.base, share=share),
+            figure(comparison.tuned, share=share),
+            figure(comparison.difference, share=share, sign=True),
+            interval(comparison, share=share),
+            f"{comparison.rows:,}",
+            Text(reading, style=_STYLES.get(reading, "")),
+        )
+    return table
+
+
+def figure(value: float, *, share: bool = False, sign: bool = False) -> str:
+    """A number in as many digits as say something."""
+    plus = "+" if sign else ""
+    if not math.isfinite(value):
+        return str(value)
+    if share:
+        return f"{100 * value:{plus}.1f} %"
+    size = abs(value)
+    if size >= 1e6:
+        return f"{value:{plus}.2e}"
+    digits = 4 if size < 10 else 2 if size < 1000 else 0
+    return f"{value:{plus},.{digits}f}"
+
+
+def interval(comparison: Comparison, *, share: bool) -> str:
+    if comparison.low is None or comparison.high is None:
+        return "-"
+    low, high = (figure(value, sign=True) for value in (comparison.low, comparison.high))
+    if share:
+        low, high = (f"{100 * value:+.1f}" for value in (comparison.low, comparison.high))
+    return f"{low} to {high}"
+
+
+def forgetting_line(general: Forgetting) -> Text:
+    """The verdict and what it rests on."""
+    verdict = general.verdict
+    return Text.assemble(
+        "general text: ",
+        (verdict, _VERDICTS.get(verdict, "bold red")),
+        f"; perplexity is {figure(general.ratio)} x the base model's on {general.tokens:,} tokens"
+        f" of {general.name}",
+    )

@@ -37,6 +37,7 @@ DOCUMENTS = (
     "docs/memory.md",
     "docs/data.md",
     "docs/compare.md",
+    "docs/evaluate.md",
 )
 PRESET_FILES = tuple(f"examples/{name}.yaml" for name in PRESETS)
 
@@ -353,7 +354,8 @@ def test_the_configurations_are_the_guides(name: str) -> None:
 
 def test_the_guide_names_all_that_a_run_leaves_behind() -> None:
     text = GUIDE.read_text(encoding="utf-8")
-    names = [rundir.CONFIG, rundir.METRICS, rundir.SAMPLES, rundir.SUMMARY, f"{rundir.ADAPTER}/"]
+    names = [rundir.CONFIG, rundir.METRICS, rundir.SAMPLES, rundir.SUMMARY, rundir.EVALUATION]
+    names.append(f"{rundir.ADAPTER}/")
     names += [field.name for kind in (StepMetrics, Evaluation) for field in fields(kind)]
     names += [field.name for field in fields(Sample)]
     assert [name for name in names if f"`{name}`" not in text] == []

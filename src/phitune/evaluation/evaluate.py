@@ -19,6 +19,7 @@ from phitune.evaluation.source import EvaluationData
 from phitune.inference.served import ServedModel
 
 Better = Literal["lower", "higher"]
+Unit = Literal["", "share", "tokens"]
 LOSS, PERPLEXITY, STOP_RATE, LENGTH = "loss", "perplexity", "stops by itself", "tokens an answer"
 # The base's loss and the one a run recorded differ by rounding, unless the rows are other ones.
 _SAME_LOSS = 0.02
@@ -31,7 +32,7 @@ class Measure:
     name: str
     comparison: Comparison
     better: Better | None = None
-    is_share: bool = False  # from 0 to 1, shown in per cent
+    unit: Unit = ""  # a share from 0 to 1 is shown in per cent
 
     @property
     def reading(self) -> str:
@@ -110,8 +111,8 @@ def answer_measures(answers: Sequence[AnsweredRow], seed: int) -> list[Measure]:
     stopped = [(answer.base.stopped, answer.tuned.stopped) for answer in answers]
     lengths = [(answer.base.tokens, answer.tuned.tokens) for answer in answers]
     return [
-        Measure(STOP_RATE, _compare_pairs(stopped, seed), "higher", is_share=True),
-        Measure(LENGTH, _compare_pairs(lengths, seed)),
+        Measure(STOP_RATE, _compare_pairs(stopped, seed), "higher", "share"),
+        Measure(LENGTH, _compare_pairs(lengths, seed), unit="tokens"),
     ]
 
 
@@ -133,7 +134,7 @@ def metric_measures(
                 f"{name}: {left_out} of {len(answers)} expected answers have nothing to compare"
             )
         if pairs:
-            measures.append(Measure(name, _compare_pairs(pairs, seed), "higher", is_share=True))
+            measures.append(Measure(name, _compare_pairs(pairs, seed), "higher", "share"))
     return measures
 
 

@@ -33,7 +33,8 @@ BLOCK_TOKENS = 32
 SOME, MUCH, BROKEN = 1.1, 1.5, 10.0
 THRESHOLDS = (
     f"kept: perplexity below {SOME:g} x the base model's, or no clear difference; some forgetting:"
-    f" below {MUCH:g} x; much forgetting: below {BROKEN:g} x; broken: beyond"
+    f" below {MUCH:g} x; much forgetting: below {BROKEN:g} x; broken: beyond; no verdict: the base"
+    " model itself does worse than guessing"
 )
 
 
@@ -45,6 +46,7 @@ class Forgetting:
     tokens: int  # predicted
     windows: int
     loss: Comparison
+    guessing: float  # the loss of a model that finds all tokens equally probable
     notes: tuple[str, ...] = ()
 
     @property
@@ -55,9 +57,11 @@ class Forgetting:
 
     @property
     def verdict(self) -> str:
-        """kept, some forgetting, much forgetting or broken; see `THRESHOLDS`."""
+        """kept, some forgetting, much forgetting, broken or no verdict; see `THRESHOLDS`."""
         if self.ratio >= BROKEN:
             return "broken"
+        if self.loss.base > self.guessing:
+            return "no verdict"
         if self.ratio < SOME or not self.loss.is_clear:
             return "kept"
         return "some forgetting" if self.ratio < MUCH else "much forgetting"
@@ -93,14 +97,14 @@ def forgetting(served: ServedModel, path: Path | None, seed: int, progress: Prog
     starts = np.arange(0, losses.shape[1], BLOCK_TOKENS)
     sums = np.add.reduceat(losses, starts, axis=1)
     counts = np.diff([*starts, losses.shape[1]])
-    loss = compare(*sums, counts, seed=seed)
+    loss = compare(sums[0], sums[1], counts, seed=seed)
     guessing = math.log(served.decoder.config.vocab_size)
     if loss.base > guessing:
         notes.append(
             f"the base model itself does not know {name}: it does worse ({loss.base:.2f}) than"
             f" guessing among all tokens ({guessing:.2f}); --general_text takes one that it knows"
         )
-    return Forgetting(name, losses.shape[1], len(rows), loss, tuple(notes))
+    return Forgetting(name, losses.shape[1], len(rows), loss, guessing, tuple(notes))
 
 
 def read_text(path: Path) -> str:

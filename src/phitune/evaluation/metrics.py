@@ -17,7 +17,7 @@ FINAL_ANSWER = "####"
 _NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+")
 # A sign counts where it stands at the beginning of something: "-5" and "$-5" and "-$5", but not
 # "3-5", "x-5" or "(2)-5".
-_SIGN = re.compile(r"(?:^|[^\w)\]}])([-\u2212])\s?[$\u00a3\u20ac\u00a5]?$")
+_SIGN = re.compile(r"(?:^|[^\w)\]}])([-\u2212])[$\u00a3\u20ac\u00a5]?$")
 _NO_WORD = re.compile(r"[^a-z0-9]+")
 
 

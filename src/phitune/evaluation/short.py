@@ -8,6 +8,8 @@ goes wrong here fails the run, which is done.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from phitune.config import Settings
 from phitune.data.packing import steps_per_epoch
 from phitune.data.prepare import PreparedData
@@ -175,8 +177,8 @@ def _lines(measures: Sequence[Measure], part: _Part, run: RunDirectory) -> list[
     if STOP_RATE in by_name:
         stop = by_name[STOP_RATE].comparison
         said.append(
-            f"answers that end by themselves {figure(stop.base, share=True)} ->"
-            f" {figure(stop.tuned, share=True)}"
+            f"answers that end by themselves {figure(stop.base, 'share')} ->"
+            f" {figure(stop.tuned, 'share')}"
         )
     lines = [f"evaluation on {len(part.rows)} validation rows: " + ", ".join(said)] if said else []
     if part.skipped:

@@ -174,8 +174,8 @@ def _measures_of(task: str, base: Any, tuned: Any, seed: int) -> list[Measure]:
         numbers = isinstance(value, int | float) and isinstance(other, int | float)
         if not comma or metric.endswith("_stderr") or not numbers:
             continue
-        parts = [_of_questions(found, task, metric, chosen) for found in (base, tuned)]
-        comparison = paired(*parts, float(value), float(other), seed)
+        of_base, of_tuned = (_of_questions(one, task, metric, chosen) for one in (base, tuned))
+        comparison = paired(of_base, of_tuned, float(value), float(other), seed)
         better: Better | None = None
         if metric in higher_is_better and higher_is_better[metric] is not None:
             better = "higher" if higher_is_better[metric] else "lower"

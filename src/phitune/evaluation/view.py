@@ -8,17 +8,18 @@ from rich.table import Table
 from rich.text import Text
 
 from phitune.evaluation.bootstrap import CONFIDENCE, Comparison
-from phitune.evaluation.evaluate import Evaluation, Measure
+from phitune.evaluation.evaluate import Evaluation, Measure, Unit
 from phitune.evaluation.general import Forgetting
 
 _STYLES = {"better": "green", "worse": "red", "not finite": "red"}
-_VERDICTS = {"kept": "green", "some forgetting": "yellow"}
+_VERDICTS = {"kept": "green", "some forgetting": "yellow", "no verdict": "yellow"}
 
 
 def show(evaluation: Evaluation, title: str, data: str, console: Console) -> None:
     """A table of all figures, then what is to be said about them."""
     console.print(Text(title, style="bold"), soft_wrap=not console.is_terminal)
-    console.print(Text(data), soft_wrap=not console.is_terminal)
+    rows = data + (f", {len(evaluation.answers)} of them answered" if evaluation.answers else "")
+    console.print(Text(rows), soft_wrap=not console.is_terminal)
     general = evaluation.general
     measures = list(evaluation.measures)
     if general:
@@ -39,46 +40,50 @@ def show(evaluation: Evaluation, title: str, data: str, console: Console) -> Non
 def measures_table(measures: list[Measure]) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), show_edge=False)
     table.add_column("measure", overflow="fold")
-    for heading in ("base", "tuned", "difference", f"{CONFIDENCE:.0%} interval"):
-        table.add_column(heading, justify="right", overflow="fold")
-    table.add_column("rows", justify="right")
+    for heading in ("base", "tuned", "difference", f"{100 * CONFIDENCE:.0f} % interval"):
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("reading", overflow="fold")
     for measure in measures:
-        comparison, share = measure.comparison, measure.is_share
-        reading = measure.reading
+        comparison, unit, reading = measure.comparison, measure.unit, measure.reading
         table.add_row(
             measure.name,
-            figure(comparison.base, share=share),
-            figure(comparison.tuned, share=share),
-            figure(comparison.difference, share=share, sign=True),
-            interval(comparison, share=share),
-            f"{comparison.rows:,}",
+            figure(comparison.base, unit),
+            figure(comparison.tuned, unit),
+            change(comparison.difference, unit),
+            interval(comparison, unit),
             Text(reading, style=_STYLES.get(reading, "")),
         )
     return table
 
 
-def figure(value: float, *, share: bool = False, sign: bool = False) -> str:
+def figure(value: float, unit: Unit = "") -> str:
     """A number in as many digits as say something."""
-    plus = "+" if sign else ""
     if not math.isfinite(value):
         return str(value)
-    if share:
-        return f"{100 * value:{plus}.1f} %"
+    if unit:
+        return f"{100 * value:.1f} %" if unit == "share" else f"{value:,.1f}"
     size = abs(value)
     if size >= 1e6:
-        return f"{value:{plus}.2e}"
-    digits = 4 if size < 10 else 2 if size < 1000 else 0
-    return f"{value:{plus},.{digits}f}"
+        return f"{value:.2e}"
+    return f"{value:,.{4 if size < 10 else 2 if size < 1000 else 0}f}"
 
 
-def interval(comparison: Comparison, *, share: bool) -> str:
+def change(value: float, unit: Unit = "") -> str:
+    """A difference, with its sign and a digit less; of shares in points."""
+    if not math.isfinite(value):
+        return str(value)
+    if unit:
+        return f"{100 * value if unit == 'share' else value:+,.1f}"
+    size = abs(value)
+    if size >= 1e6:
+        return f"{value:+.2e}"
+    return f"{value:+,.{4 if size < 0.1 else 3 if size < 10 else 2 if size < 1000 else 0}f}"
+
+
+def interval(comparison: Comparison, unit: Unit = "") -> str:
     if comparison.low is None or comparison.high is None:
         return "-"
-    low, high = (figure(value, sign=True) for value in (comparison.low, comparison.high))
-    if share:
-        low, high = (f"{100 * value:+.1f}" for value in (comparison.low, comparison.high))
-    return f"{low} to {high}"
+    return f"{change(comparison.low, unit)} to {change(comparison.high, unit)}"
 
 
 def forgetting_line(general: Forgetting) -> Text:

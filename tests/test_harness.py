@@ -60,6 +60,11 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="module")
+def phi_2_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("phi-2"))
+
+
+@pytest.fixture(scope="module")
 def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Three tasks on twelve questions that the tuned model answers like a captain."""
     folder = tmp_path_factory.mktemp("tasks")
@@ -185,7 +190,7 @@ def test_local_tasks_run_offline_base_and_tuned_side_by_side(
     words = measures["captain_rolling,_word_perplexity"]
     assert words["interval"][1] < 0
     assert words["reading"] == "better"
-    assert "captain_choice, acc" in shown.out
+    assert "captain_choice" in shown.out
     key = "exact_match,none"
     assert found["results"]["tuned"]["captain_generation"][key] == exact["tuned"]
     capsys.readouterr()
@@ -196,8 +201,9 @@ def test_local_tasks_run_offline_base_and_tuned_side_by_side(
 
 @needs_harness
 def test_a_wrong_task_is_one_clear_error(
-    run: Path, task_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    phi_2_run: Path, task_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    run = phi_2_run
     flags = ("--adapter_path", run, "--include_path", task_folder)
     assert "captain_choice" in refused(capsys, *flags, "--tasks", "captain_choise")
     missing = tmp_path / "missing"

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -174,7 +175,7 @@ def _progress() -> "Iterator[Progress]":
         TimeRemainingColumn,
     )
 
-    console = Console(stderr=True)
+    console = Console(file=sys.stderr)  # This very one, also while another is in its place.
     if not console.is_terminal:
         yield lambda what, done, total: None
         return

@@ -177,7 +177,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         answers: list[list[int]] = [[] for _ in prompts]
 
         def text(row: int) -> str:
-            return served.tokenizer.decode_answer(answers[row], prompts[row])
+            # Decoded alone, as the harness' own backend does: of a text that begins, some
+            # tokenizers drop the first space.
+            before = prompts[row] if self._in_trained_form else []
+            return served.tokenizer.decode_answer(answers[row], before)
 
         for tokens in stream(
             served.decoder,

@@ -4,13 +4,14 @@ The harness measures; what is added are intervals of the differences, from its f
 question, where its own figure is a mean of these.
 """
 
+import contextlib
 import difflib
 import importlib.util
+import io
 import logging
 import math
-import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,14 +67,18 @@ def check_harness() -> None:
             "--tasks needs the LM Evaluation Harness, which is not installed:"
             " pip install 'phitune[eval]'"
         )
-    if not sys.stderr.isatty():
-        # Its bars are for people; in a log they are noise. Read when the libraries are imported.
-        os.environ.setdefault("TQDM_DISABLE", "1")
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the many bars and remarks of the harness; what fails is raised, and we say it."""
     for name in (_NAME, "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
+@_quietly()
 def load_tasks(tasks: HarnessTasks) -> Any:
     """The tasks with their data, which the harness fetches where it is not local.
 
@@ -124,6 +129,7 @@ def load_tasks(tasks: HarnessTasks) -> Any:
     return loaded
 
 
+@_quietly()
 def evaluate_tasks(
     served: ServedModel, tasks: HarnessTasks, loaded: Any, progress: Progress
 ) -> TaskResults:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import reference_model, write_adapter
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
+from random_adapters import reference_model, write_adapter
 from transformers import AutoTokenizer
 
 from phitune.data.conversation import Turn

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import write_adapter
+from random_adapters import write_adapter
 
 from phitune import Phi2LoRATrainer
 from phitune.cli import main

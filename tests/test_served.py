@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import reference_model, write_adapter
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from random_adapters import reference_model, write_adapter
 from safetensors.torch import load_file, save_file
 
 from phitune.cli import main

@@ -38,8 +38,8 @@ class ServedAdapter:
     name: str  # as the user named it
     folder: Path
     adapter: Adapter
-    tokenizer: TextTokenizer
     prompt_format: PromptFormat
+    tokenizer: TextTokenizer | None = None  # where it is not the model's
 
 
 class ServedModel:
@@ -97,7 +97,8 @@ class ServedModel:
         return self.format_of(choice).response(decoded)
 
     def _tokenizer(self, choice: int | None) -> TextTokenizer:
-        return self.tokenizer if choice is None else self.adapters[choice].tokenizer
+        own = None if choice is None else self.adapters[choice].tokenizer
+        return own or self.tokenizer
 
     def answers(
         self,
@@ -177,9 +178,9 @@ def open_model(
     fetch_weights(model_name, folder)
     decoder = load_decoder(folder, config, dtype, torch_device)
     adapters = []
-    for path, adapter_path, coder in zip(adapter_paths, folders, coders, strict=True):
+    for path, adapter_path, (own, form) in zip(adapter_paths, folders, coders, strict=True):
         adapter = load_adapter(decoder, adapter_path)
-        adapters.append(ServedAdapter(str(path), adapter_path, adapter, *coder))
+        adapters.append(ServedAdapter(str(path), adapter_path, adapter, form, own))
         detach(decoder)
     return ServedModel(model_name, folder, decoder, tokenizer, base_format, adapters, warnings)
 

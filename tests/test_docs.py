@@ -60,6 +60,13 @@ ADDED = {
 DATA = "--dataset_path data/train.jsonl"
 NOT_RUN = {
     "source .venv/bin/activate": "the environment this test runs in stands for it",
+    "pip install 'phitune[eval]'": "it installs",
+    "phitune evaluate --adapter_path output/my_model --tasks hellaswag,arc_easy --limit 200": (
+        "it fetches data sets"
+    ),
+    # tests/test_harness.py runs tasks like it, where the harness is installed.
+    "phitune evaluate --adapter_path output/my_model --tasks capitals --include_path tasks"
+    " --apply_chat_template": "it needs the extra eval",
 }
 # `make` is only asked what it would run: make test is this very test, and the demo is run with
 # one epoch where docs/training.md has it.
@@ -151,6 +158,7 @@ def place(tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder as the documents have it, and no network."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "src").symlink_to(ROOT / "src")
+    (tmp_path / "README.md").symlink_to(ROOT / "README.md")
     (tmp_path / "data").mkdir()
     for name, count in {"train": 12, "valid": 3}.items():
         rows = [
@@ -272,7 +280,7 @@ def test_no_command_hides_in_a_block_that_is_not_run(name: str) -> None:
 
 def test_every_flag_in_the_text_is_one(capsys: pytest.CaptureFixture[str]) -> None:
     known = {*Settings.model_fields, "logdir", "help", "version"}
-    for name in ("train", "plan", "doctor", "check", "compare"):
+    for name in COMMANDS:
         words = [name, "--help"]
         with pytest.raises(SystemExit):
             main(words)

@@ -260,6 +260,7 @@ def test_another_adapter_than_the_runs_is_noted(
         (("--adapter_path", "RUN", "--columns", "a=b"), "--dataset_path"),
         (("--adapter_path", "RUN", "--num_fewshot", "2"), "--tasks"),
         (("--adapter_path", "RUN", "--tasks", "x", "--metric", "exact"), "--tasks and --metric"),
+        (("--adapter_path", "RUN", "--tasks", "x", "--limit", "0"), "--limit 0"),
         (("--adapter_path", "RUN", "--output", "no/such/file.json"), "there is no folder"),
         (("--adapter_path", "RUN", "--output", "."), "is a folder"),
         (("--adapter_path", "RUN", "--general_text", "no.txt"), "no.txt"),
@@ -381,6 +382,19 @@ def test_a_terminal_and_a_file_get_the_same_figures(
         assert figure in shown.out
     assert f"written: {file}" in shown.out
     assert {path.name for path in tmp_path.iterdir()} == {"out.json"}
+
+
+def test_a_narrow_terminal_gets_every_figure(
+    phi_2_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--adapter_path", str(phi_2_run), "--limit", "2", "--max_new_tokens", "16"]
+    document = evaluate(capsys, *flags)
+    monkeypatch.setenv("COLUMNS", "40")
+    assert main(["evaluate", *flags]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, measure in document["measures"].items():
+        assert f"{name.replace('_', ' ')}: " in shown
+        assert measure["reading"] in shown
 
 
 # --- at the end of a run --------------------------------------------------------------------------

@@ -105,11 +105,7 @@ def _data(
 def _open(arguments: argparse.Namespace, run: "Run | None") -> "ServedModel":
     """The model; in the run's precision, where that was chosen for the same kind of device."""
     if run and arguments.precision == "auto":
-        from phitune.model.device import choose_device
-
-        here, there = choose_device(arguments.device).type, run.settings.device
-        if there.partition(":")[0] == here:
-            arguments.precision = run.settings.precision
+        arguments.precision = run.precision_on(arguments.device)
     return open_from(arguments)
 
 
@@ -148,19 +144,12 @@ def _title(served: "ServedModel") -> str:
 
 
 def _about(arguments: argparse.Namespace, served: "ServedModel") -> dict[str, Any]:
-    names = {dtype: name for name, dtype in _dtypes().items()}
     return {
         "adapter": str(arguments.adapter_path[0]),
         "base_model": served.model_name,
         "device": str(served.decoder.device),
-        "precision": names[served.decoder.dtype],
+        "dtype": str(served.decoder.dtype).removeprefix("torch."),
     }
-
-
-def _dtypes() -> dict[str, Any]:
-    from phitune.model.device import DTYPES
-
-    return DTYPES
 
 
 @contextmanager
@@ -202,6 +191,8 @@ def _check(parser: Parser, arguments: argparse.Namespace) -> None:
     own = {"dataset_path", "data_format", "columns", "max_length", "metric", "general_text"}
     if arguments.tasks and (both := (own | {"max_new_tokens"}) & given):
         parser.error(f"--tasks and --{min(both)}: the harness has data and measures of its own")
+    if arguments.tasks and arguments.limit < 1:
+        parser.error("--limit 0 leaves nothing of --tasks; name the number of questions of each")
     needs_data = {"data_format", "columns", "max_length"} & given
     if needs_data and arguments.dataset_path is None:
         parser.error(

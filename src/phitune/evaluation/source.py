@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from phitune.config import Settings, resolve
 from phitune.data.conversation import Example
@@ -19,6 +19,7 @@ from phitune.data.sources import Part
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import DataError, SettingsError
 from phitune.jsonfile import read_object
+from phitune.model.device import choose_device
 from phitune.model.files import EXAMPLE_DATASET
 from phitune.training.rundir import ADAPTER, CONFIG, EVALUATION, SUMMARY
 
@@ -38,6 +39,11 @@ class Run:
     settings: Settings
     recorded: tuple[float, float] | None  # validation loss of the base, and of the best adapter
     digest: str | None  # of its validation rows
+
+    def precision_on(self, device: str) -> Literal["auto", "fp32", "bf16"]:
+        """The run's precision, where this is the kind of device that it was chosen for."""
+        there = self.settings.device.partition(":")[0]
+        return self.settings.precision if choose_device(device).type == there else "auto"
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from phitune.evaluation.as_json import measures_as_json
 from phitune.evaluation.bootstrap import Comparison, Transform, compare
 from phitune.evaluation.evaluate import Better, Measure
 from phitune.evaluation.losses import BASE, TUNED, Progress
-from phitune.evaluation.view import measures_table
+from phitune.evaluation.view import show_measures
 from phitune.inference.served import ServedModel
 
 _NAME = "lm_eval"
@@ -247,7 +247,7 @@ def show_tasks(results: TaskResults, title: str, console: Console) -> None:
     console.print(
         Text(f"LM Evaluation Harness {results.version}"), soft_wrap=not console.is_terminal
     )
-    console.print(measures_table(list(results.measures)))
+    show_measures(results.measures, console)
 
 
 def tasks_as_json(

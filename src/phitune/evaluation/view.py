@@ -1,6 +1,7 @@
 """How an evaluation looks in a terminal."""
 
 import math
+from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -11,6 +12,7 @@ from phitune.evaluation.bootstrap import CONFIDENCE, Comparison
 from phitune.evaluation.evaluate import Evaluation, Measure, Unit
 from phitune.evaluation.general import Forgetting
 
+_TABLE_WIDTH = 76
 _STYLES = {"better": "green", "worse": "red", "not finite": "red"}
 _VERDICTS = {"kept": "green", "some forgetting": "yellow", "no verdict": "yellow"}
 
@@ -24,7 +26,7 @@ def show(evaluation: Evaluation, title: str, data: str, console: Console) -> Non
     measures = list(evaluation.measures)
     if general:
         measures.append(Measure("general text, loss", general.loss, "lower"))
-    console.print(measures_table(measures))
+    show_measures(measures, console)
     said = []
     if general:
         said.append(forgetting_line(general))
@@ -37,7 +39,20 @@ def show(evaluation: Evaluation, title: str, data: str, console: Console) -> Non
         console.print(text, soft_wrap=not console.is_terminal)
 
 
-def measures_table(measures: list[Measure]) -> Table:
+def show_measures(measures: Sequence[Measure], console: Console) -> None:
+    """A table, or on a narrow terminal a line for each."""
+    if console.width >= _TABLE_WIDTH:
+        console.print(measures_table(measures))
+        return
+    for measure in measures:
+        comparison, unit, reading = measure.comparison, measure.unit, measure.reading
+        figures = f"{figure(comparison.base, unit)} -> {figure(comparison.tuned, unit)}"
+        difference = f"{change(comparison.difference, unit)} ({interval(comparison, unit)})"
+        style = _STYLES.get(reading, "")
+        console.print(Text.assemble(f"{measure.name}: {figures}, {difference}: ", (reading, style)))
+
+
+def measures_table(measures: Sequence[Measure]) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), show_edge=False)
     table.add_column("measure", overflow="fold")
     for heading in ("base", "tuned", "difference", f"{100 * CONFIDENCE:.0f} % interval"):

@@ -25,6 +25,7 @@ DEBUG_VARIABLE = "PHITUNE_DEBUG"
 COMMANDS = {
     "train": "fine-tune a model on a file of prompts and responses",
     "evaluate": "numbers on what a fine-tune changed: loss, answers, forgetting",
+    "chat": "talk to a model, tuned or not",
     "check": "what is in a data set, and what will be trained on it",
     "plan": "what a run would take: memory, time, and which settings fit",
     "layers": "what a model is made of, and which layers your data wants to move",

@@ -46,41 +46,41 @@ def add_sampling_flags(parser: Parser, *, max_new_tokens: int, temperature: floa
     group = parser.add_argument_group("answers")
     group.add_argument(
         "--max_new_tokens",
-        type=whole("max_new_tokens", 1),
+        type=VALUES["max_new_tokens"],
         default=max_new_tokens,
         metavar="N",
         help=f"of an answer [{max_new_tokens}]",
     )
     group.add_argument(
         "--temperature",
-        type=real("temperature", 0.0, 10.0),
+        type=VALUES["temp"],
         default=temperature,
         metavar="X",
         help=f"0 takes the most probable token, 1 draws by probability [{temperature:g}]",
     )
     group.add_argument(
         "--top_p",
-        type=real("top_p", 0.0, 1.0, above=True),
+        type=VALUES["top_p"],
         default=1.0,
         metavar="X",
         help="draw among the fewest tokens whose probabilities reach this sum [1]",
     )
     group.add_argument(
         "--top_k",
-        type=whole("top_k", 0),
+        type=VALUES["top_k"],
         default=0,
         metavar="N",
         help="draw among so many most probable tokens; 0: all [0]",
     )
     group.add_argument(
         "--repetition_penalty",
-        type=real("repetition_penalty", 0.0, 10.0, above=True),
+        type=VALUES["repetition_penalty"],
         default=1.0,
         metavar="X",
         help="above 1, tokens that were there already are less probable [1]",
     )
     group.add_argument(
-        "--seed", type=whole("seed", 0), default=42, metavar="N", help="of what is drawn [42]"
+        "--seed", type=VALUES["seed"], default=42, metavar="N", help="of what is drawn [42]"
     )
 
 
@@ -126,16 +126,17 @@ def device_name(text: str) -> str:
     return text
 
 
-def whole(name: str, least: int) -> Callable[[str], int]:
-    """A parser of whole numbers of `least` or more."""
+def whole(name: str, least: int, most: int | None = None) -> Callable[[str], int]:
+    """A parser of whole numbers of `least` or more, and no more than `most`."""
 
     def check(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{text}: must be a whole number of {least} or more")
+        if value < least or (most is not None and value > most):
+            allowed = f"of {least} or more" if most is None else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text}: must be a whole number {allowed}")
         return value
 
     check.__name__ = name
@@ -159,3 +160,15 @@ def real(name: str, least: float, most: float, *, above: bool = False) -> Callab
 
     check.__name__ = name
     return check
+
+
+# What each may be, for flags and for whoever asks again later.
+VALUES: dict[str, Callable[[str], Any]] = {
+    "max_new_tokens": whole("max_new_tokens", 1),
+    "temp": real("temperature", 0.0, 10.0),
+    "top_p": real("top_p", 0.0, 1.0, above=True),
+    "top_k": whole("top_k", 0),
+    "repetition_penalty": real("repetition_penalty", 0.0, 10.0, above=True),
+    # Seeds of rows and turns are added to it; a generator takes 64 bits.
+    "seed": whole("seed", 0, 2**62),
+}

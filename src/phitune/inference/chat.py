@@ -1,0 +1,287 @@
+"""A conversation: what was said, what of it the model sees, and the answer as it comes.
+
+A turn is encoded from its text, as training does it, so that a conversation that was written to a
+file and trained on gives the same ids. Of a prompt only what the cache does not hold is computed.
+
+When a conversation outgrows the model's positions, its oldest exchanges are no longer sent: so many
+that a quarter of the positions is free again, since whatever moves the beginning makes the whole
+prompt be computed anew. The system turn stays.
+
+No terminal and no files here.
+"""
+
+import time
+from bisect import bisect_left
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from phitune.data.conversation import Turn
+from phitune.errors import SettingsError
+from phitune.inference.cache import cache_bytes
+from phitune.inference.generate import Adapters, Conversation, stream
+from phitune.inference.sampling import GREEDY, Sampling
+from phitune.inference.served import ServedModel
+from phitune.inference.text_stream import TextStream
+
+# Of the positions, what is left in use where a conversation has to be shortened.
+KEPT_SHARE = 0.75
+# By itself, with an end token; at max_new_tokens; by the user.
+Ending = Literal["stopped", "limit", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer, and what it took."""
+
+    text: str
+    ending: Ending
+    tokens: int  # its end token included
+    prompt_tokens: int
+    seconds_to_first: float
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the tokens after the first, which came with the prompt."""
+        decoding = self.seconds - self.seconds_to_first
+        return (self.tokens - 1) / decoding if self.tokens > 1 and decoding > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A question and its answer."""
+
+    question: str
+    reply: Reply
+
+    @property
+    def turns(self) -> tuple[Turn, Turn]:
+        return Turn("user", self.question), Turn("assistant", self.reply.text)
+
+
+class Chat:
+    """One conversation with one model, base or tuned.
+
+    Args:
+        choice: the adapter that answers; None for the base model.
+        context_length: tokens that a prompt and its answer may have together; by default (and at
+            most) the model's positions.
+
+    Raises:
+        SettingsError: of everything that is out of the model's reach, naming what it allows.
+    """
+
+    def __init__(
+        self,
+        model: ServedModel,
+        *,
+        choice: int | None = None,
+        system: str = "",
+        sampling: Sampling = GREEDY,
+        max_new_tokens: int = 256,
+        context_length: int | None = None,
+    ) -> None:
+        positions = model.decoder.config.max_position_embeddings
+        if context_length is not None and not 2 <= context_length <= positions:
+            raise SettingsError(
+                f"context_length {context_length}: {model.model_name} allows 2 to {positions:,}"
+            )
+        self.model = model
+        self.context_length = context_length or positions
+        self.sampling = sampling
+        self.exchanges: list[Exchange] = []
+        self.forgotten = 0  # exchanges that no longer fit
+        self._drawn = 0  # answers since the seed was set
+        self._choice = choice
+        self._cache = Conversation()
+        self._system, self._max_new_tokens = "", 1
+        self.system, self.max_new_tokens = system, max_new_tokens
+
+    @property
+    def choice(self) -> int | None:
+        return self._choice
+
+    @choice.setter
+    def choice(self, choice: int | None) -> None:
+        if choice != self._choice:
+            self._choice = choice
+            self._cache.forget()
+
+    @property
+    def system(self) -> str:
+        """The system turn's text; empty for none."""
+        return self._system
+
+    @system.setter
+    def system(self, text: str) -> None:
+        turns = [*([Turn("system", text)] if text else []), Turn("user", "?")]
+        if refusal := self.model.format_of(self._choice).refusal(turns):
+            raise SettingsError(f"system {text!r}: {refusal}")
+        self._system = text
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self._max_new_tokens
+
+    @max_new_tokens.setter
+    def max_new_tokens(self, count: int) -> None:
+        if not 1 <= count < self.context_length:
+            raise SettingsError(
+                f"max_new_tokens {count}: with {self.context_length:,} positions for prompt and"
+                f" answer, 1 to {self.context_length - 1:,} are allowed"
+            )
+        self._max_new_tokens = count
+
+    def set_seed(self, seed: int) -> None:
+        """The next answer is drawn as the first one of a conversation with this seed."""
+        self.sampling = replace(self.sampling, seed=seed)
+        self._drawn = 0
+
+    def reset(self) -> None:
+        """Forgets what was said; the settings stay, and draws begin anew."""
+        self.exchanges, self.forgotten, self._drawn = [], 0, 0
+
+    def take_back(self) -> str:
+        """Removes the last exchange. Returns: its question.
+
+        Raises:
+            SettingsError: there is none.
+        """
+        if not self.exchanges:
+            raise SettingsError("nothing was asked yet")
+        question = self.exchanges.pop().question
+        self.forgotten = min(self.forgotten, len(self.exchanges))
+        return question
+
+    def ask(self, question: str) -> Generator[str, None, None]:
+        """The answer, piece by piece, as the next exchange of the conversation.
+
+        An answer that is given up early (an exception on the way, or `close` of the iterator)
+        stays as far as it came, if it came to any text.
+
+        Raises:
+            SettingsError: the question alone does not fit, or is not text; before anything is
+                computed.
+        """
+        if any("\ud800" <= letter <= "\udfff" for letter in question):
+            raise SettingsError("the question holds bytes that are not UTF-8")
+        prompt_ids = self._fit(question)
+        sampling = replace(self.sampling, seed=self.sampling.seed + self._drawn)
+        return self._answer(question, prompt_ids, sampling)
+
+    def both(self) -> tuple[Reply, Reply]:
+        """The last question answered again by the base and by the adapter, in one batch.
+
+        The one that is in use draws as it did.
+
+        Raises:
+            SettingsError: there is no adapter, or nothing was asked.
+        """
+        if not self.model.adapters:
+            raise SettingsError("there is no adapter to compare with; start with --adapter_path")
+        if not self.exchanges:
+            raise SettingsError("nothing was asked yet")
+        choices = [self._choice, 0 if self._choice is None else None]
+        earlier, question = self.exchanges[self.forgotten : -1], self.exchanges[-1].question
+        prompts = [self.model.prompt_ids(self._turns(earlier, question), c) for c in choices]
+        seed = self.sampling.seed + max(0, self._drawn - 1)
+        started = time.perf_counter()
+        answers = self.model.answers(
+            prompts,
+            choices,
+            max_new_tokens=self.max_new_tokens,
+            sampling=replace(self.sampling, seed=seed),
+        )
+        seconds = time.perf_counter() - started
+        replies = {
+            choice: Reply(
+                self.model.text(answer.ids, prompt, choice),
+                "stopped" if answer.stopped else "limit",
+                len(answer.ids),
+                len(prompt),
+                0.0,
+                seconds,
+            )
+            for choice, prompt, answer in zip(choices, prompts, answers, strict=True)
+        }
+        return replies[None], replies[0]
+
+    def messages(self) -> list[dict[str, Any]]:
+        """The whole conversation, also what the model no longer sees, as a row to train on.
+
+        Empty answers, which no row may have, are left out with their questions.
+        """
+        told = [exchange for exchange in self.exchanges if exchange.reply.text.strip()]
+        turns = [turn for exchange in told for turn in exchange.turns]
+        system = [Turn("system", self.system)] if self.system else []
+        return [{"role": turn.role, "content": turn.content} for turn in (*system, *turns)]
+
+    def cache_bytes(self, positions: int) -> int:
+        """What the cache of so many tokens takes."""
+        decoder = self.model.decoder
+        return cache_bytes(decoder.config, 1, positions, decoder.dtype.itemsize)
+
+    def _turns(self, exchanges: Sequence[Exchange], question: str) -> list[Turn]:
+        system = [Turn("system", self.system)] if self.system else []
+        said = [turn for exchange in exchanges for turn in exchange.turns]
+        return [*system, *said, Turn("user", question)]
+
+    def _fit(self, question: str) -> list[int]:
+        """The ids of a prompt that leaves room for the answer; oldest exchanges go first."""
+        room = self.context_length - self.max_new_tokens
+
+        def prompt_ids(forgotten: int) -> list[int]:
+            turns = self._turns(self.exchanges[forgotten:], question)
+            return self.model.prompt_ids(turns, self._choice)
+
+        ids = prompt_ids(self.forgotten)
+        if len(ids) <= room:
+            return ids
+        most = len(self.exchanges)
+        alone = prompt_ids(most)
+        if len(alone) > room:
+            raise SettingsError(
+                f"the question takes {len(alone):,} tokens"
+                + (", its system text included," if self.system else "")
+                + f" and {room:,} are free: {self.context_length:,} positions less"
+                f" {self.max_new_tokens:,} for the answer (max_new_tokens)"
+            )
+        kept = max(room * KEPT_SHARE, len(alone))
+        candidates = range(self.forgotten + 1, most)
+        found = bisect_left(candidates, True, key=lambda n: len(prompt_ids(n)) <= kept)
+        self.forgotten = candidates[found] if found < len(candidates) else most
+        return prompt_ids(self.forgotten)
+
+    def _answer(
+        self, question: str, prompt_ids: list[int], sampling: Sampling
+    ) -> Generator[str, None, None]:
+        model = self.model
+        text = TextStream(model.tokenizer, model.format_of(self._choice), prompt_ids)
+        ending: Ending = "interrupted"
+        count, first, started = 0, 0.0, time.perf_counter()
+        self._drawn += 1
+        try:
+            for ((_, token),) in stream(
+                model.decoder,
+                [prompt_ids],
+                max_new_tokens=self.max_new_tokens,
+                stop_ids=model.stop_ids,
+                sampling=sampling,
+                adapters=Adapters(model.on_decoder, [self._choice]),
+                conversation=self._cache,
+            ):
+                count += 1
+                first = first or time.perf_counter() - started
+                if piece := text.add(token):
+                    yield piece
+                if token in model.stop_ids:
+                    ending = "stopped"
+            if piece := text.end():
+                yield piece
+            ending = "stopped" if ending == "stopped" else "limit"
+        finally:
+            if text.text or ending != "interrupted":
+                seconds = time.perf_counter() - started
+                reply = Reply(text.text, ending, count, len(prompt_ids), first, seconds)
+                self.exchanges.append(Exchange(question, reply))

@@ -1,7 +1,7 @@
 """A conversation: text while it comes, turns, what is trimmed, and who answers."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -312,8 +312,6 @@ def tell_again(chat: Chat) -> str:
 class Paper:
     """A screen that keeps what it was given."""
 
-    notes = "on paper"
-
     def __init__(self, chat: Chat) -> None:
         self.chat = chat
         self.said: list[str] = []
@@ -324,6 +322,9 @@ class Paper:
 
     def ask(self, question: str) -> None:
         tell(self.chat, question)
+
+    def explain(self, rows: Sequence[tuple[str, str]]) -> None:
+        self.said += [f"{words}: {meaning}" for words, meaning in rows]
 
     def beside(self, base: Reply, tuned: Reply) -> None:
         self.pairs.append((base, tuned))
@@ -369,10 +370,10 @@ def test_help_names_every_command_and_the_values_in_force(
     paper: Paper, obey: Callable[[str], bool]
 ) -> None:
     obey("/help")
-    text = paper.said[-1]
+    text = "\n".join(paper.said)
     assert all(f"/{name}" in text for name in COMMANDS)
     assert "(now 20)" in text
-    assert "on paper" in text
+    assert "Alt-Enter: begins a new line" in text
 
 
 def test_retry_undo_reset_compare_and_stats(paper: Paper, obey: Callable[[str], bool]) -> None:

@@ -8,7 +8,7 @@ import difflib
 import errno
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from io import FileIO
 from pathlib import Path
@@ -39,10 +39,13 @@ COMMANDS = {
     "quit": ("", "leave; so does Ctrl-D"),
 }
 SHORT_FOR = {"exit": "quit", "temperature": "temp", "?": "help"}
-KEYS = """\
-Enter sends; Alt-Enter, or a backslash before Enter, begins a new line. Arrows and Ctrl-R find what
-was typed before. Ctrl-C stops an answer, which stays as far as it came; Ctrl-C twice leaves.
-A question that begins with a slash: type the slash twice."""
+KEYS = {
+    "Enter": "sends",
+    "Alt-Enter": "begins a new line; so does a backslash before Enter",
+    "Up, Ctrl-R": "find what was typed before",
+    "Ctrl-C": "stops an answer, which stays as far as it came; twice leaves",
+    "//": "begins a question that begins with a slash",
+}
 
 
 class Screen(Protocol):
@@ -60,9 +63,8 @@ class Screen(Protocol):
         """Two answers to one question."""
         ...
 
-    @property
-    def notes(self) -> str:
-        """What `/help` adds about this screen."""
+    def explain(self, rows: Sequence[tuple[str, str]]) -> None:
+        """Words and what they mean; the screen may add its own."""
         ...
 
 
@@ -133,14 +135,12 @@ class ChatCommands:
         self.screen.say(f"{name}: {self.now(name)}" + (f"; {NOTHING_DRAWN}" if idle else ""))
 
     def _help(self) -> None:
-        lines = []
-        usages = {name: f"/{name} {takes}".strip() for name, (takes, _) in COMMANDS.items()}
-        width = max(map(len, usages.values()))
-        for name, (_, what) in COMMANDS.items():
+        rows = []
+        for name, (takes, what) in COMMANDS.items():
             now = " ".join(self.now(name).split())
             now = f" (now {now if len(now) < 40 else now[:36] + ' ...'})" if now else ""
-            lines.append(f"{usages[name]:<{width}}  {what}{now}")
-        self.screen.say("\n".join([*lines, "", KEYS, self.screen.notes]).rstrip())
+            rows.append((f"/{name} {takes}".strip(), what + now))
+        self.screen.explain([*rows, *KEYS.items()])
 
     def _reset(self) -> None:
         self.chat.reset()
@@ -232,7 +232,8 @@ class ChatCommands:
         total = sum(exchange.reply.tokens for exchange in chat.exchanges)
         used = reply.prompt_tokens + reply.tokens
         lines = [
-            f"last answer: {reply.tokens:,} tokens, the first after {reply.seconds_to_first:.2f} s,"
+            f"last answer: {reply.tokens:,} tokens, the first after"
+            f" {reply.seconds_to_first * 1e3:,.0f} ms,"
             f" then {reply.tokens_per_second:,.1f} a second",
             f"conversation: {len(chat.exchanges):,} answers of {total:,} tokens;"
             f" {used:,} of {chat.context_length:,} positions in use",

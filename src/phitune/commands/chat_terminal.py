@@ -6,7 +6,7 @@ Characters in an answer that would command the terminal are written out.
 import contextlib
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
@@ -25,7 +25,6 @@ from rich.text import Text
 from phitune.commands.chat_commands import COMMANDS, NOTHING_DRAWN, ChatCommands, size
 from phitune.errors import PhituneError
 from phitune.inference.chat import Chat, Reply
-from phitune.model.device import DTYPES
 from phitune.report.visible import visible
 
 _PROMPT, _CONTINUED = "> ", "  "
@@ -123,11 +122,12 @@ class Terminal:
         table.add_row(*(self._cell(reply) for reply in (base, tuned)))
         self._console.print(table)
 
-    @property
-    def notes(self) -> str:
-        if self._kept_where:
-            return f"What is typed is kept in {self._kept_where} (--no_history: nowhere)."
-        return "What is typed is kept in this chat alone."
+    def explain(self, rows: Sequence[tuple[str, str]]) -> None:
+        kept = f"kept in {self._kept_where}" if self._kept_where else "kept in this chat alone"
+        table = Table.grid(padding=(0, 2))
+        for words, meaning in (*rows, ("what is typed", kept)):
+            table.add_row(Text(words), Text(visible(meaning), style="dim", overflow="fold"))
+        self._console.print(table)
 
     def _obey(self, line: str) -> bool:
         if line.startswith("/") and not line.startswith("//"):
@@ -159,12 +159,11 @@ class Terminal:
 def first_line(chat: Chat) -> str:
     """What answers here: model, adapter, format, device, and the cache by its formula."""
     model, decoder = chat.model, chat.model.decoder
-    precision = next(name for name, dtype in DTYPES.items() if dtype == decoder.dtype)
     adapter = f"adapter {model.adapters[0].name}" if model.adapters else "no adapter"
     form = type(model.format_of(chat.choice)).__name__.removesuffix("Format").lower()
     idle = chat.sampling.temperature == 0 and (chat.sampling.top_p < 1 or chat.sampling.top_k > 0)
     return (
-        f"{model.model_name}, {adapter}, {form} format, {precision} on {decoder.device};"
+        f"{model.model_name}, {adapter}, {form} format, {model.precision} on {decoder.device};"
         f" cache: {size(chat.cache_bytes(1))} a token,"
         f" {size(chat.cache_bytes(chat.context_length))} at all {chat.context_length:,} positions"
         + (f"\ntop_p and top_k are {NOTHING_DRAWN}" if idle else "")

@@ -258,7 +258,7 @@ class Chat:
     ) -> Generator[str, None, None]:
         model = self.model
         text = TextStream(model.tokenizer, model.format_of(self._choice), prompt_ids)
-        ending: Ending = "interrupted"
+        stopped = ended = False
         count, first, started = 0, 0.0, time.perf_counter()
         self._drawn += 1
         try:
@@ -275,13 +275,13 @@ class Chat:
                 first = first or time.perf_counter() - started
                 if piece := text.add(token):
                     yield piece
-                if token in model.stop_ids:
-                    ending = "stopped"
+                stopped = token in model.stop_ids
             if piece := text.end():
                 yield piece
-            ending = "stopped" if ending == "stopped" else "limit"
+            ended = True
         finally:
-            if text.text or ending != "interrupted":
+            if text.text or ended:
+                ending: Ending = "stopped" if stopped else "limit" if ended else "interrupted"
                 seconds = time.perf_counter() - started
                 reply = Reply(text.text, ending, count, len(prompt_ids), first, seconds)
                 self.exchanges.append(Exchange(question, reply))

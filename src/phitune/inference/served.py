@@ -72,6 +72,11 @@ class ServedModel:
             }
         )
 
+    @property
+    def precision(self) -> str:
+        """Of the base, as a person names it."""
+        return next(name for name, dtype in DTYPES.items() if dtype == self.decoder.dtype)
+
     def format_of(self, choice: int | None) -> PromptFormat:
         return self.prompt_format if choice is None else self.adapters[choice].prompt_format
 

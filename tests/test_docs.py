@@ -20,7 +20,7 @@ from pydantic import Field
 from reference import phi3_config, phi_config, random_model
 
 from phitune import errors
-from phitune.cli import EXIT_INTERRUPTED, main
+from phitune.cli import COMMANDS, EXIT_INTERRUPTED, main
 from phitune.config import Settings, resolve
 from phitune.data.tokenizer import TextTokenizer
 from phitune.model.files import ASSETS

@@ -336,8 +336,8 @@ def test_an_adapter_that_breaks_the_model_shows(
     assert "general text: broken" in " ".join(capsys.readouterr().out.split())
 
 
-def test_an_adapter_of_no_numbers_shows(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    scaled(copied, math.nan)
+def test_an_adapter_that_overflows_shows(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scaled(copied, 1e30)
     found = evaluate(capsys, "--adapter_path", copied, "--limit", 2, "--max_new_tokens", 4)
     assert found["general_text"]["verdict"] == "broken"
     assert found["measures"]["loss"]["tuned"] is None

@@ -25,7 +25,7 @@ from rich.text import Text
 from phitune.commands.chat_commands import COMMANDS, NOTHING_DRAWN, ChatCommands, size
 from phitune.errors import PhituneError
 from phitune.inference.chat import Chat, Reply
-from phitune.report.visible import visible
+from phitune.visible import visible
 
 _PROMPT, _CONTINUED = "> ", "  "
 LONGEST_WORD = 24  # that is held back

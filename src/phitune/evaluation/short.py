@@ -83,7 +83,7 @@ def evaluate_at_end(
         decoder,
         tokenizer,
         prompt_format,
-        [ServedAdapter(str(run.path), run.adapter, adapter, tokenizer, prompt_format)],
+        [ServedAdapter(str(run.path), run.adapter, adapter, prompt_format, tokenizer)],
     )
     measures: list[Measure] = []
     try:

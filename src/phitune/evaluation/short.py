@@ -177,8 +177,7 @@ def _lines(measures: Sequence[Measure], part: _Part, run: RunDirectory) -> list[
     if STOP_RATE in by_name:
         stop = by_name[STOP_RATE].comparison
         said.append(
-            f"answers that end by themselves {figure(stop.base, 'share')} ->"
-            f" {figure(stop.tuned, 'share')}"
+            f"answers that stop {figure(stop.base, 'share')} -> {figure(stop.tuned, 'share')}"
         )
     lines = [f"evaluation on {len(part.rows)} validation rows: " + ", ".join(said)] if said else []
     if part.skipped:

@@ -58,6 +58,7 @@ benchmarks: setup
 	$(BIN)/python benchmarks/layer_proposal.py
 	$(BIN)/python benchmarks/cpu_gemm.py
 	$(BIN)/python benchmarks/cpu_compile.py
+	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/data_scale.py
 	$(BIN)/python benchmarks/data_report.py
 

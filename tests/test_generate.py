@@ -15,10 +15,18 @@ from transformers import (
 )
 
 from phitune.inference.cache import KVCache, cache_bytes
-from phitune.inference.generate import Adapters, Conversation, generate, stream
+from phitune.inference.generate import (
+    Adapters,
+    Conversation,
+    generate,
+    next_logits,
+    serve,
+    stream,
+)
 from phitune.inference.sampling import Sampling, narrowed, next_tokens, penalised
 from phitune.model.adapters import AdapterSet
 from phitune.model.architecture import parse_model_config
+from phitune.model.gemm import ONEDNN, has_onednn
 from phitune.model.lora import detach, load_adapter
 
 
@@ -56,6 +64,26 @@ def test_256_greedy_tokens_equal_transformers(kind: str, tmp_path: Path) -> None
         )
         assert answer.ids == reference[0, len(prompt) :].tolist()
     assert len({token for answer in answers for token in answer.ids}) > 8
+
+
+@pytest.mark.skipif(not has_onednn(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_products_of_serving_give_the_same_answers(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_model(random_model(CONFIGS[kind]()), tmp_path)
+    plain, served = open_decoder(folder), open_decoder(folder)
+    monkeypatch.setattr("phitune.inference.generate.choose_gemm", lambda *_: (ONEDNN, "asked for"))
+    serve(served)
+    for asked in (prompts(11), prompts(3, 15, 30, 24)):
+        logits = [
+            next_logits(decoder, KVCache(decoder, len(asked), 40), asked)
+            for decoder in (plain, served)
+        ]
+        torch.testing.assert_close(logits[1], logits[0], atol=1e-5, rtol=1e-5)
+        assert generate(served, asked, max_new_tokens=12, stop_ids=[]) == generate(
+            plain, asked, max_new_tokens=12, stop_ids=[]
+        )
 
 
 def test_a_stop_token_ends_its_own_answer_only(phi_folder: Path) -> None:

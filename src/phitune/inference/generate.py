@@ -17,6 +17,7 @@ from phitune.inference.cache import KVCache
 from phitune.inference.sampling import GREEDY, Sampling, next_tokens
 from phitune.model.adapters import AdapterSet
 from phitune.model.decoder import Decoder
+from phitune.model.gemm import choose_gemm
 
 
 @dataclass
@@ -33,6 +34,14 @@ class Adapters:
 
     on_decoder: AdapterSet
     choice: Sequence[int | None]
+
+
+def serve(decoder: Decoder) -> Decoder:
+    """Gives a decoder that is only to answer, without gradients, this device's fastest products."""
+    gemm, _ = choose_gemm(decoder.device, decoder.dtype)
+    for linear in decoder.fused_linears().values():
+        linear.product = gemm.forward
+    return decoder
 
 
 def generate(

@@ -16,7 +16,7 @@ from phitune.data.conversation import Turn
 from phitune.data.prompt import ChatFormat, InstructFormat, PromptFormat
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import ModelError, OutOfMemoryError
-from phitune.inference.generate import Adapters, Answer, generate
+from phitune.inference.generate import Adapters, Answer, generate, serve
 from phitune.inference.sampling import GREEDY, Sampling
 from phitune.jsonfile import read_object
 from phitune.model.adapters import AdapterSet
@@ -181,7 +181,7 @@ def open_model(
     torch_device = choose_device(device)
     dtype = DTYPES[choose_precision(precision, torch_device)]
     fetch_weights(model_name, folder)
-    decoder = load_decoder(folder, config, dtype, torch_device)
+    decoder = serve(load_decoder(folder, config, dtype, torch_device))
     adapters = []
     for path, adapter_path, (own, form) in zip(adapter_paths, folders, coders, strict=True):
         adapter = load_adapter(decoder, adapter_path)

@@ -4,6 +4,8 @@ A linear layer may be several modules of transformers in one (Phi-2's q, k, v an
 input): one weight, one GEMM, and the names of its parts kept for files and adapters.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -84,12 +86,15 @@ class FusedLinear(nn.Module):
         self.bias = _frozen(stop, dtype=dtype, device=device) if spec.bias else None
         self.lora = nn.ModuleList()  # of LoraPair, in the order of the columns
         self.bank: LoraBank | None = None  # in their place, for inference
+        # (x [T, D], W [O, D], b) -> [T, O], where no pair is attached; see gemm.py.
+        self.product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = nn.functional.linear
 
     def forward(self, x: Tensor, dropout: ops.Dropout | None = None) -> Tensor:
-        if self.bank is not None:
-            return self.bank.add_to(nn.functional.linear(x, self.weight, self.bias), x)
-        loras = [pair.operand() for pair in self.pairs()]
-        return ops.lora_linear(x, self.weight, self.bias, loras, dropout)
+        if self.lora:
+            loras = [pair.operand() for pair in self.pairs()]
+            return ops.lora_linear(x, self.weight, self.bias, loras, dropout)
+        out = self.product(x, self.weight, self.bias)
+        return out if self.bank is None else self.bank.add_to(out, x)
 
     def pairs(self) -> list[LoraPair]:
         return [pair for pair in self.lora if isinstance(pair, LoraPair)]

@@ -15,7 +15,7 @@ from phitune.data.conversation import Turn
 from phitune.data.dataset import read_examples
 from phitune.data.prompt import PromptFormat, Segment
 from phitune.data.tokenizer import TextTokenizer
-from phitune.errors import SettingsError
+from phitune.errors import OutOfMemoryError, SettingsError
 from phitune.inference.chat import KEPT_SHARE, Chat, Reply
 from phitune.inference.sampling import Sampling
 from phitune.inference.served import ServedModel, open_model
@@ -248,6 +248,24 @@ def test_an_answer_that_is_interrupted_within_a_step_leaves_a_sound_cache(
     assert tell(fresh, QUESTIONS[1]).text == after
 
 
+def test_a_full_memory_is_told_and_the_conversation_can_go_on(
+    model: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = Chat(model, max_new_tokens=10)
+    said = tell(chat, QUESTIONS[0]).text
+    with monkeypatch.context() as patch:
+
+        def full(*_: object) -> torch.Tensor:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")
+
+        patch.setattr(Decoder, "hidden_states", full)
+        with pytest.raises(OutOfMemoryError, match="a smaller context_length"):
+            next(chat.ask(QUESTIONS[1]))
+    assert len(chat.exchanges) == 1
+    chat.reset()
+    assert tell(chat, QUESTIONS[0]).text == said
+
+
 def test_what_no_longer_fits_is_dropped_from_the_front(model: ServedModel) -> None:
     limits = {"context_length": 160, "max_new_tokens": 30, "system": "Be brief."}
     chat = Chat(model, choice=0, **limits)  # type: ignore[arg-type]
@@ -263,6 +281,9 @@ def test_what_no_longer_fits_is_dropped_from_the_front(model: ServedModel) -> No
     assert sorted(forgotten) == forgotten
     assert 0 < chat.forgotten < 9
     assert len(set(forgotten)) < len(forgotten) - forgotten.count(0)  # Not at every question.
+    cache = chat._cache._cache
+    assert cache
+    assert cache.capacity <= 160  # What was announced is what it comes to at most.
     # What is left is a conversation that began there, system turn included.
     fresh = Chat(model, choice=0, **limits)  # type: ignore[arg-type]
     fresh.exchanges = chat.exchanges[chat.forgotten : -1]

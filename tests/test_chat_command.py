@@ -24,12 +24,14 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from phitune.cli import EXIT_INTERRUPTED, main
+from phitune.commands.chat_commands import COMMANDS
 from phitune.commands.chat_terminal import LONGEST_WORD, WordWrap
 from phitune.inference.chat import Chat
 from phitune.inference.served import open_model
 
 QUESTIONS = ("What is the capital of Portugal?", "How much is 8 plus 7?")
-SECONDS = 20.0
+SECONDS = 60.0
+DOCUMENT = Path(__file__).parents[1] / "docs" / "chat.md"
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +110,40 @@ def test_drawn_answers_repeat_with_the_seed_wherever_the_line_stands(
     assert told("Say a word.\nSay two words.\n", 1) == both
     assert told("Say a word.\nSay two words.\n", 2) != both
     assert told("Say two words.\n", 1)[0] in both[0]
+
+
+def test_a_flag_without_effect_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--model_name", "tiny-phi-2", "--top_p", "0.5")
+    code, out, err = piped("Hi\n", *flags, monkeypatch=monkeypatch, capsys=capsys)
+    assert (code, out.count("\n")) == (0, 1)
+    assert err == (
+        "phitune: top_p without effect while the temperature is 0, since nothing is drawn\n"
+    )
+
+
+def test_the_documents_pipes_give_what_it_shows() -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```console\n\$ (.*)\n((?:.*\n)+?)```$", text, re.MULTILINE)
+    assert len(blocks) == 2
+    for command, shown in blocks:
+        script = f'phitune() {{ "{sys.executable}" -m phitune "$@"; }}; {command}'
+        done = subprocess.run(
+            ["bash", "-c", script], capture_output=True, text=True, timeout=SECONDS, check=True
+        )
+        assert done.stdout == shown
+
+
+def test_the_document_names_every_command_and_no_other_flag(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    assert set(re.findall(r"`/(\w+)", text)) == {*COMMANDS}
+    with pytest.raises(SystemExit):
+        main(["chat", "--help"])
+    known = re.findall(r"--(\w+)", capsys.readouterr().out)
+    assert set(re.findall(r"--(\w+)", text)) <= {*known}
 
 
 @pytest.mark.parametrize(

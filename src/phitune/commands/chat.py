@@ -33,6 +33,11 @@ def run(argv: list[str]) -> int:
     if sys.stdin.isatty():
         print("one question a line; Ctrl-D ends", file=sys.stderr)
     chat = _open(arguments)
+
+    from phitune.commands.chat_commands import without_effect
+
+    if note := without_effect(chat):
+        print(f"phitune: {note}", file=sys.stderr)
     for text in answers(chat, lines_of(sys.stdin.buffer), one_conversation=arguments.turns):
         sys.stdout.write(text)
         sys.stdout.flush()

@@ -254,7 +254,15 @@ def _write_all_or_nothing(file: FileIO, data: bytes, size: int) -> None:
         raise
 
 
-NOTHING_DRAWN = "without effect while temp is 0, since nothing is drawn"
+NOTHING_DRAWN = "without effect while the temperature is 0, since nothing is drawn"
+
+
+def without_effect(chat: Chat) -> str:
+    """The settings of a chat that change nothing; empty where all do."""
+    sampling = chat.sampling
+    values = {"top_p": sampling.top_p < 1, "top_k": sampling.top_k > 0}
+    names = [name for name, given in values.items() if given and sampling.temperature == 0]
+    return f"{' and '.join(names)} {NOTHING_DRAWN}" if names else ""
 
 
 def size(count: float) -> str:

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from phitune.commands.chat_commands import COMMANDS, NOTHING_DRAWN, ChatCommands, size
+from phitune.commands.chat_commands import COMMANDS, ChatCommands, size, without_effect
 from phitune.errors import PhituneError
 from phitune.inference.chat import Chat, Reply
 from phitune.visible import visible
@@ -161,12 +161,12 @@ def first_line(chat: Chat) -> str:
     model, decoder = chat.model, chat.model.decoder
     adapter = f"adapter {model.adapters[0].name}" if model.adapters else "no adapter"
     form = type(model.format_of(chat.choice)).__name__.removesuffix("Format").lower()
-    idle = chat.sampling.temperature == 0 and (chat.sampling.top_p < 1 or chat.sampling.top_k > 0)
+    idle = without_effect(chat)
     return (
         f"{model.model_name}, {adapter}, {form} format, {model.precision} on {decoder.device};"
         f" cache: {size(chat.cache_bytes(1))} a token,"
         f" {size(chat.cache_bytes(chat.context_length))} at all {chat.context_length:,} positions"
-        + (f"\ntop_p and top_k are {NOTHING_DRAWN}" if idle else "")
+        + (f"\n{idle}" if idle else "")
     )
 
 

@@ -17,12 +17,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from phitune.data.conversation import Turn
-from phitune.errors import SettingsError
+from phitune.errors import OutOfMemoryError, SettingsError
 from phitune.inference.cache import cache_bytes
 from phitune.inference.generate import Adapters, Conversation, stream
 from phitune.inference.sampling import GREEDY, Sampling
 from phitune.inference.served import ServedModel
 from phitune.inference.text_stream import TextStream
+from phitune.model.device import is_out_of_memory
 
 # Of the positions, what is left in use where a conversation has to be shortened.
 KEPT_SHARE = 0.75
@@ -94,7 +95,7 @@ class Chat:
         self.forgotten = 0  # exchanges that no longer fit
         self._drawn = 0  # answers since the seed was set
         self._choice = choice
-        self._cache = Conversation()
+        self._cache = Conversation(self.context_length)
         self._system, self._max_new_tokens = "", 1
         self.system, self.max_new_tokens = system, max_new_tokens
 
@@ -163,6 +164,7 @@ class Chat:
         Raises:
             SettingsError: the question alone does not fit, or is not text; before anything is
                 computed.
+            OutOfMemoryError: while it is computed; the cache is given up.
         """
         if any("\ud800" <= letter <= "\udfff" for letter in question):
             raise SettingsError("the question holds bytes that are not UTF-8")
@@ -279,6 +281,14 @@ class Chat:
             if piece := text.end():
                 yield piece
             ended = True
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._cache.forget()
+            raise OutOfMemoryError(
+                f"out of memory on {model.decoder.device} at {len(prompt_ids) + count:,} positions:"
+                f" {str(error).splitlines()[0]}; begin anew, or with a smaller context_length"
+            ) from None
         finally:
             if text.text or ended:
                 ending: Ending = "stopped" if stopped else "limit" if ended else "interrupted"

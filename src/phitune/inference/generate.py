@@ -197,9 +197,14 @@ def next_logits(
 
 
 class Conversation:
-    """The cache of one sequence, kept from answer to answer."""
+    """The cache of one sequence, kept from answer to answer.
 
-    def __init__(self) -> None:
+    Args:
+        most: positions that it may come to hold; by default all that the model has.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        self._most = most
         self._cache: KVCache | None = None
 
     def forget(self) -> None:
@@ -211,7 +216,7 @@ class Conversation:
         cache = self._cache
         if cache is None or cache.capacity < capacity:
             # Room to go on, so that a growing conversation is not computed anew each time.
-            room = min(2 * capacity, decoder.config.max_position_embeddings)
+            room = min(2 * capacity, self._most or decoder.config.max_position_embeddings)
             grown = KVCache(decoder, 1, max(room, capacity))
             if cache is not None:
                 grown.take_over(cache)

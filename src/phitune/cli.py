@@ -30,6 +30,7 @@ COMMANDS = {
     "plan": "what a run would take: memory, time, and which settings fit",
     "layers": "what a model is made of, and which layers your data wants to move",
     "compare": "base model and adapters side by side: answers, stops, likelihoods",
+    "export": "write an adapter for PEFT, merged into its model, and prove it the same",
     "doctor": "what this machine has, and what training would use of it",
 }
 

@@ -43,6 +43,12 @@ class OutOfMemoryError(PhituneError):
     exit_code = 4
 
 
+class ExportError(PhituneError):
+    """An export that is not the model it was made from, or cannot be written."""
+
+    exit_code = 1
+
+
 MAX_LISTED = 20
 
 

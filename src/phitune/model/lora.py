@@ -76,12 +76,18 @@ class Adapter:
             tensor.copy_(tensors[name])
 
 
-def attach(decoder: Decoder, spec: LoraSpec, seed: int) -> Adapter:
+def attach(
+    decoder: Decoder, spec: LoraSpec, seed: int, device: torch.device | None = None
+) -> Adapter:
     """Puts a fresh adapter on a decoder, in the place of one that was there.
 
     Every module draws its start from the seed and its own name: it does not depend on which other
     modules are adapted.
+
+    Args:
+        device: where the adapter's matrices are, if not where the decoder is.
     """
+    device = device or decoder.device
     linears = decoder.fused_linears()
     dtype = torch.promote_types(decoder.dtype, torch.float32)
     pairs = {}
@@ -100,11 +106,11 @@ def attach(decoder: Decoder, spec: LoraSpec, seed: int) -> Adapter:
             lora_A = (2 * lora_A - 1) / math.sqrt(linear.in_features)
             lora_B = torch.zeros(len(columns), spec.rank, dtype=dtype)
         pairs[module] = LoraPair(
-            lora_A.to(decoder.device),
-            lora_B.to(decoder.device),
+            lora_A.to(device),
+            lora_B.to(device),
             columns,
             spec.scaling,
-            ops.module_key(seed, module).to(decoder.device),
+            ops.module_key(seed, module).to(device),
         )
     adapter = Adapter(spec, pairs, decoder.config.num_hidden_layers)
     put_on(decoder, adapter)
@@ -137,8 +143,19 @@ def save_adapter(adapter: Adapter, folder: Path, base_model_name: str) -> None:
     write_object(folder / CONFIG_FILE, _peft_config(adapter, base_model_name))
 
 
-def load_adapter(decoder: Decoder, folder: Path, seed: int = 0) -> Adapter:
+def read_adapter(config: ModelConfig, folder: Path) -> Adapter:
+    """An adapter on its own, on the CPU, without the weights of its base; see `load_adapter`."""
+    names_and_shapes = Decoder(config, torch.float32, "meta")
+    return load_adapter(names_and_shapes, folder, device=torch.device("cpu"))
+
+
+def load_adapter(
+    decoder: Decoder, folder: Path, seed: int = 0, device: torch.device | None = None
+) -> Adapter:
     """Attaches an adapter that was written here or by PEFT.
+
+    Args:
+        device: where the adapter's matrices are, if not where the decoder is.
 
     Raises:
         ModelError: files missing or damaged, another base, or a kind of adapter that is not built.
@@ -166,7 +183,7 @@ def load_adapter(decoder: Decoder, folder: Path, seed: int = 0) -> Adapter:
     # PEFT adds the base's own rows when it adapts the embedding; they say nothing new.
     given = {name: tensor for name, tensor in tensors.items() if ".base_layer." not in name}
     _check_numbers(path, given, spec)
-    adapter = attach(decoder, spec, seed)
+    adapter = attach(decoder, spec, seed, device)
     expected = adapter.tensors()
     problems = [f"{name}: missing" for name in expected.keys() - given.keys()]
     problems += _strangers(given.keys() - expected.keys(), known, decoder.config)

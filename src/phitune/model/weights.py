@@ -6,6 +6,7 @@ one error. Pickled weights are refused: loading them runs code.
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -56,33 +57,60 @@ def load_weights(
     Raises:
         ModelError: files missing or damaged, or tensors that do not fit the configuration.
     """
-    files = weight_files(folder)
-    headers = {name: header for file in files for name, header in _read_header(file).items()}
+    headers = checked_headers(decoder, folder)
     destinations = decoder.named_weights()
-    _check(folder, decoder, headers, destinations)
     for done, (name, destination) in enumerate(destinations.items(), start=1):
         if name == EMBEDDING and _can_stay_in_file(decoder, headers[name]):
-            with safe_open(headers[name][0], framework="pt") as file:
+            with safe_open(headers[name].file, framework="pt") as file:
                 table = file.get_tensor(name)
             decoder.embed_tokens.weight = nn.Parameter(table, requires_grad=False)
             continue
         rows = max(1, PIECE_BYTES * len(destination) // destination.nbytes)
         for start in range(0, len(destination), rows):
             # Opened for each piece: closing the file gives its mapped pages back.
-            with safe_open(headers[name][0], framework="pt") as file, torch.no_grad():
+            with safe_open(headers[name].file, framework="pt") as file, torch.no_grad():
                 piece = file.get_slice(name)[start : start + rows]
                 destination[start : start + rows].copy_(piece)
         if progress:
             progress(done, len(destinations))
 
 
-def _can_stay_in_file(decoder: Decoder, header: "_Header") -> bool:
+@dataclass(frozen=True)
+class Header:
+    """What a file says of one of its tensors."""
+
+    file: Path
+    shape: tuple[int, ...]
+    type: str  # as safetensors spells it
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """None where it is not a plain float."""
+        return _TORCH_TYPES.get(self.type)
+
+
+def checked_headers(decoder: Decoder, folder: Path) -> dict[str, Header]:
+    """All tensors of a folder by name, file after file.
+
+    Args:
+        decoder: whose weights they have to be; it may be on the meta device.
+
+    Raises:
+        ModelError: files missing or damaged, or tensors that do not fit the decoder.
+    """
+    files = weight_files(folder)
+    headers = {name: header for file in files for name, header in _read_header(file).items()}
+    _check(folder, decoder, headers, decoder.named_weights())
+    return headers
+
+
+def _can_stay_in_file(decoder: Decoder, header: Header) -> bool:
     """Whether the token table may be read from the mapped file, row by row as tokens need it.
 
     Most data sets use a part of the vocabulary, and only rows in use then take memory.
     """
     is_tied = decoder.config.tie_word_embeddings  # The head reads every row.
-    as_it_is = _TORCH_TYPES.get(header[2]) == decoder.dtype
+    as_it_is = header.dtype == decoder.dtype
     return decoder.device.type == "cpu" and as_it_is and not is_tied
 
 
@@ -118,15 +146,12 @@ def weight_files(folder: Path) -> list[Path]:
     raise ModelError(f"{folder}: has no {SINGLE_FILE} and no {INDEX_FILE}")
 
 
-_Header = tuple[Path, tuple[int, ...], str]  # file, shape, safetensors' name of the type
-
-
-def _read_header(file: Path) -> dict[str, _Header]:
+def _read_header(file: Path) -> dict[str, Header]:
     try:
         with safe_open(file, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             return {
-                name: (file, tuple(part.get_shape()), str(part.get_dtype()))
+                name: Header(file, tuple(part.get_shape()), str(part.get_dtype()))
                 for name, part in slices.items()
             }
     except (SafetensorError, OSError) as error:
@@ -136,11 +161,12 @@ def _read_header(file: Path) -> dict[str, _Header]:
 def _check(
     folder: Path,
     decoder: Decoder,
-    headers: dict[str, _Header],
+    headers: dict[str, Header],
     destinations: dict[str, torch.Tensor],
 ) -> None:
     problems = [f"{name}: missing" for name in destinations.keys() - headers.keys()]
-    for name, (file, shape, dtype) in headers.items():
+    for name, header in headers.items():
+        file, shape, dtype = header.file, header.shape, header.type
         if name not in destinations:
             # A tied head and the rotary tables of old files repeat what is known.
             tied = decoder.config.tie_word_embeddings and name == "lm_head.weight"
@@ -149,7 +175,7 @@ def _check(
         elif shape != tuple(destinations[name].shape):
             expected = tuple(destinations[name].shape)
             problems.append(f"{name}: shape {shape}, expected {expected}, in {file.name}")
-        elif dtype not in _TORCH_TYPES:
+        elif header.dtype is None:
             problems.append(f"{name}: type {dtype} is not a plain float, in {file.name}")
     if problems:
         raise ModelError(

@@ -11,9 +11,9 @@ from phitune.training.memory import BUDGET_SHARE, Device
 
 GB = 10**9
 
-_UNITS = {"": 10**9, "M": 10**6, "G": 10**9, "T": 10**12}
-_BINARY_UNITS = {"M": 2**20, "G": 2**30, "T": 2**40}
-_AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([MGT])(i?)B?)?\s*", re.IGNORECASE)
+_UNITS = {"": 10**9, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?)?\s*", re.IGNORECASE)
 _MOST_MEMORY = 10**15
 
 
@@ -35,14 +35,21 @@ def parse_memory(text: str) -> int:
     Raises:
         SettingsError: no amount of memory, or one that no machine has.
     """
-    match = _AMOUNT.fullmatch(text)
+    size = in_bytes(text)
     remedy = "write it like 24GB, 24GiB (2**30) or 24 (GB)"
-    if not match:
+    if size is None:
         raise SettingsError(f"--memory {text!r}: is not an amount of memory; {remedy}")
-    number, unit, binary = match[1], (match[2] or "").upper(), match[3]
-    size = round(float(number) * (_BINARY_UNITS if binary else _UNITS)[unit])
     if not 0 < size <= _MOST_MEMORY:
         raise SettingsError(
             f"--memory {text!r}: is {size / GB:,.0f} GB, which no machine has; {remedy}"
         )
     return size
+
+
+def in_bytes(text: str) -> int | None:
+    """An amount as typed, such as "5GB", "5" (GB) or "5GiB"; None where it is none."""
+    match = _AMOUNT.fullmatch(text)
+    if not match:
+        return None
+    number, unit, binary = match[1], (match[2] or "").upper(), match[3]
+    return round(float(number) * (_BINARY_UNITS if binary else _UNITS)[unit])

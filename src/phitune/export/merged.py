@@ -1,0 +1,124 @@
+"""`--format merged`: the model with the adapter in its weights, as transformers saves one.
+
+Proven with one model in memory at a time: the adapter on its base, which then becomes the merged
+model as rounded at random where weights are rounded (see rounding.py), and after that the export.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from phitune.export.folder import check_room, check_texts, write_config, write_texts
+from phitune.export.job import Export
+from phitune.export.merge import Planned, merged, plan_tensors, unties
+from phitune.export.proof import (
+    ROUNDING_TOLERANCE,
+    TIE,
+    Answered,
+    Proof,
+    compare,
+    forced_logits,
+    fp32_tolerance,
+    greedy_answers,
+    proof_prompts,
+    root_mean_square,
+)
+from phitune.export.rounding import check_weights, merge_rounded_at_random
+from phitune.export.shards import write_shards
+from phitune.model.architecture import read_model_config
+from phitune.model.decoder import Decoder
+from phitune.model.device import DTYPES
+from phitune.model.weights import load_decoder
+
+# Where rounding moves the logits by more than this part of what the adapter moves them, say so.
+_MUCH_OF_THE_ADAPTER = 0.25
+
+
+def export(job: Export) -> Proof:
+    """Writes the folder, a tensor at a time, and proves it."""
+    source, options = job.source, job.options
+    dtype = None if options.dtype == "base" else DTYPES[options.dtype]
+    planned = plan_tensors(source.model_folder, source.config, source.adapter, dtype)
+    check_room(job.destination, sum(tensor.nbytes for tensor in planned))
+    untied = unties(source.config, source.adapter)
+    if untied:
+        job.say(
+            "note: the base shares its token table with the head, and the adapter moves one of"
+            " them; so the export has both, and tie_word_embeddings is false"
+        )
+    write_config(source, job.destination, dtype, untied=untied)
+    write_shards(
+        job.destination,
+        planned,
+        (merged(tensor) for tensor in planned),
+        options.max_shard_size,
+        job.progress,
+    )
+    write_texts(source, job.destination, "merged")
+    return _prove(job, planned)
+
+
+def _prove(job: Export, planned: Sequence[Planned]) -> Proof:
+    source = job.source
+    decoder = job.served.decoder
+    config = read_model_config(job.destination)
+    if all(tensor.dtype_in_file.itemsize <= decoder.dtype.itemsize for tensor in planned):
+        check_weights(decoder, source.adapter, job.destination, config)
+    answers = greedy_answers(job.served, proof_prompts(source.run))
+    job.served.on_decoder.choose([None])
+    moved = [a - b.logits for a, b in zip(_logits(decoder, answers), answers, strict=True)]
+    # The narrowest type that weights pass on the way.
+    types = {decoder.dtype, *(tensor.dtype for tensor in planned)}
+    narrow = min(types, key=lambda dtype: (dtype.itemsize, dtype == torch.float16))
+    tolerance, tie_below = fp32_tolerance(answers), TIE
+    measured: dict[str, Any] = {
+        "computed_in": str(decoder.dtype).removeprefix("torch."),
+        "adapter_moves_logits_by": root_mean_square(moved),
+    }
+    if narrow.itemsize < torch.float32.itemsize:
+        merge_rounded_at_random(decoder, source.adapter, planned, narrow)
+        by_chance = compare(answers, _logits(decoder, answers), TIE).largest
+        tolerance = max(tolerance, ROUNDING_TOLERANCE * by_chance)
+        # Beyond that, an answer that is so close is a matter of rounding.
+        tie_below = 2 * tolerance
+        measured["rounding_at_random_moves_a_logit_by"] = by_chance
+    device, precision = decoder.device, decoder.dtype
+    del decoder
+    job.release()
+
+    check_texts(source, job.destination, answers)
+    exported = load_decoder(job.destination, config, precision, device)
+    logits = _logits(exported, answers)
+    differences = [a - b.logits for a, b in zip(logits, answers, strict=True)]
+    measured["export_moves_logits_by"] = root_mean_square(differences)
+    if narrow.itemsize < torch.float32.itemsize:
+        _warn_of_rounding(job, measured)
+    found = compare(answers, logits, tie_below)
+    return Proof(
+        "merged",
+        "the export, loaded again, beside the adapter in memory",
+        len(answers),
+        found.tokens,
+        found.differing,
+        found.ties,
+        tie_below,
+        found.largest,
+        tolerance,
+        measured,
+    )
+
+
+def _logits(decoder: Decoder, answers: Sequence[Answered]) -> list[torch.Tensor]:
+    return [forced_logits(decoder, answer.prompt_ids, answer.answer_ids) for answer in answers]
+
+
+def _warn_of_rounding(job: Export, measured: dict[str, Any]) -> None:
+    """Small updates to large weights can be lost in rounding; then fp32 keeps them."""
+    lost = measured["export_moves_logits_by"] / max(measured["adapter_moves_logits_by"], 1e-30)
+    if lost > _MUCH_OF_THE_ADAPTER:
+        job.say(
+            f"warning: rounding the merged weights moves the logits by {lost:.0%} of what the"
+            " adapter moves them; --dtype fp32 keeps all of it, in larger files, and so does"
+            " --format adapter"
+        )

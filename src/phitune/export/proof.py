@@ -1,0 +1,180 @@
+"""The proof of an export: what it answers, beside what the adapter in memory answers.
+
+The adapter in memory answers fixed prompts greedily. The export is then given each prompt and
+answer, and says at every token of the answer what it would have said: as long as the most probable
+token is the same everywhere, so is the greedy answer, and behind a first difference the comparison
+goes on.
+
+Not here: how an export is loaded; see the modules of the formats.
+
+Shapes: n tokens of an answer, V vocabulary.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phitune.data.conversation import Turn
+from phitune.export.prompts import PROMPTS
+from phitune.inference.served import ServedModel
+from phitune.jsonfile import write_object
+from phitune.model.decoder import Decoder
+from phitune.training.rundir import SAMPLES
+
+PROOF_FILE = "export_proof.json"
+MAX_NEW_TOKENS = 32
+RUN_PROMPTS = 8
+# Two tokens are a tie where what separates them is less than this.
+TIE = 1e-3
+# Largest difference of a logit in fp32 where nothing is rounded on the way: this much, or this part
+# of the largest logit where that is more (the sums of a deep model are rounded in other orders).
+FP32_TOLERANCE, FP32_RELATIVE_TOLERANCE = 1e-4, 1e-5
+# What rounding the merged weights may do, as a multiple of what rounding them at random does.
+ROUNDING_TOLERANCE = 2.0
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was compared, and how far apart it was."""
+
+    format: str
+    compared: str  # what with what, in words
+    prompts: int
+    tokens: int  # greedy tokens compared
+    tokens_differing: int  # not counting ties
+    ties_excused: int  # differing tokens that less than `tie_below` separates
+    tie_below: float
+    largest_logit_difference: float | None  # None where the other side tells no logits
+    tolerance: float | None
+    measured: Mapping[str, Any] = field(default_factory=dict)  # whatever else a format measures
+
+    @property
+    def passed(self) -> bool:
+        if self.tokens_differing:
+            return False
+        if self.largest_logit_difference is None or self.tolerance is None:
+            return True
+        return self.largest_logit_difference <= self.tolerance  # Not so for NaN.
+
+    def sentence(self) -> str:
+        """For people, in one line."""
+        said = f"{self.tokens - self.tokens_differing - self.ties_excused} of {self.tokens}"
+        said += f" greedy tokens equal on {self.prompts} prompts"
+        if self.ties_excused:
+            said += f" ({self.ties_excused} ties under {self.tie_below:.2g} excused)"
+        if self.largest_logit_difference is not None:
+            said += f", largest logit difference {self.largest_logit_difference:.2g}"
+            if self.tolerance is not None:
+                said += f" (tolerance {self.tolerance:.2g})"
+        return said
+
+
+def write_proof(folder: Path, proof: Proof, about: Mapping[str, Any]) -> None:
+    """export_proof.json: the proof, what it is about, and the files of the export."""
+    files = {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    figures = {name: value for name, value in vars(proof).items() if name != "measured"}
+    content = {**about, **figures, **proof.measured, "passed": proof.passed, "files": files}
+    write_object(folder / PROOF_FILE, content)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A prompt and its greedy answer, and the logits that each of its tokens was chosen from."""
+
+    text: str
+    prompt_ids: list[int]
+    answer_ids: list[int]  # [n], with the stop token if it came to one
+    logits: Tensor  # [n, V] in fp32, on the CPU
+
+
+def proof_prompts(run: Path | None) -> list[str]:
+    """The shipped prompts, and some of those that a run's samples answered."""
+    samples = run / SAMPLES if run else None
+    asked: list[str] = []
+    if samples and samples.is_file():
+        with samples.open(encoding="utf-8") as lines:
+            for line in lines:
+                prompt = json.loads(line).get("prompt")
+                if isinstance(prompt, str) and prompt not in asked:
+                    asked.append(prompt)
+                if len(asked) == RUN_PROMPTS:
+                    break
+    return [*PROMPTS, *(prompt for prompt in asked if prompt not in PROMPTS)]
+
+
+def greedy_answers(
+    served: ServedModel, prompts: Sequence[str], choice: int | None = 0
+) -> list[Answered]:
+    """What a model in memory answers, each prompt as a question in its format."""
+    ids = [served.prompt_ids((Turn("user", prompt),), choice) for prompt in prompts]
+    answers = served.answers(ids, [choice] * len(ids), max_new_tokens=MAX_NEW_TOKENS)
+    served.on_decoder.choose([choice])
+    return [
+        Answered(text, asked, answer.ids, forced_logits(served.decoder, asked, answer.ids))
+        for text, asked, answer in zip(prompts, ids, answers, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def forced_logits(decoder: Decoder, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> Tensor:
+    """What a decoder would choose each token of an answer from. Returns: [n, V], fp32, CPU."""
+    ids = [*prompt_ids, *answer_ids[:-1]]
+    input_ids = torch.tensor(ids, device=decoder.device)
+    positions = torch.arange(len(ids), device=decoder.device)
+    hidden = decoder(input_ids, positions, [0, len(ids)])
+    return decoder.logits(hidden[len(prompt_ids) - 1 :]).float().cpu()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same answers."""
+
+    tokens: int
+    differing: int
+    ties: int
+    largest: float
+
+
+def compare(answers: Sequence[Answered], logits: Sequence[Tensor], tie_below: float) -> Comparison:
+    """What the adapter in memory answered, against another's logits on the same answers.
+
+    Args:
+        logits: for each answer [n, V].
+        tie_below: a differing token is a tie where the adapter's logits of the two are closer.
+    """
+    tokens = differing = ties = 0
+    largest = torch.zeros(())
+    for answer, theirs in zip(answers, logits, strict=True):
+        ours = answer.logits
+        # Not max(): it would forget NaN, which then has to be the result.
+        largest = torch.maximum(largest, (ours - theirs).abs().max())
+        chosen, other = ours.argmax(-1), theirs.argmax(-1)
+        gap = ours.gather(-1, chosen.unsqueeze(-1)) - ours.gather(-1, other.unsqueeze(-1))
+        differs = chosen != other
+        close = differs & (gap.squeeze(-1) < tie_below)
+        tokens += len(chosen)
+        ties += int(close.sum())
+        differing += int(differs.sum() - close.sum())
+    return Comparison(tokens, differing, ties, float(largest))
+
+
+def root_mean_square(differences: Sequence[Tensor]) -> float:
+    """Of logits, over all answers."""
+    squares = sum(float(difference.double().pow(2).sum()) for difference in differences)
+    return math.sqrt(squares / sum(difference.numel() for difference in differences))
+
+
+def fp32_tolerance(answers: Sequence[Answered]) -> float:
+    """How far apart two computations of the same model in fp32 may be."""
+    largest = max(float(answer.logits.abs().max()) for answer in answers)
+    return max(FP32_TOLERANCE, FP32_RELATIVE_TOLERANCE * largest)

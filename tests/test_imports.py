@@ -35,6 +35,7 @@ MAY_IMPORT = {
         "recorder",
         "report",
         "evaluation",
+        "export",
         "training",
         "inference",
         "model",

@@ -21,11 +21,12 @@ from rich.markup import escape
 from phitune.config import Resolved, Settings, resolve, to_yaml
 from phitune.data.conversation import Turn
 from phitune.data.packing import steps_per_epoch
-from phitune.data.prepare import PreparedData, prepare_data
+from phitune.data.prepare import PreparedData, facts_of, prepare_data
 from phitune.data.sources import hub_id
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import NonFiniteError, OutOfMemoryError, SettingsError
 from phitune.evaluation.short import evaluate_at_end
+from phitune.export.card import write_adapter_card
 from phitune.model.architecture import read_model_config
 from phitune.model.decoder import Decoder
 from phitune.model.device import (
@@ -311,6 +312,7 @@ class Phi2LoRATrainer:
             settings.model_name,
         )
         steps = settings.epochs * steps_per_epoch(len(data.train_rows), settings.rows_per_step)
+        facts = facts_of(data)  # Now, while the files are what was read.
         started = time.perf_counter()
         view.start(steps, settings.epochs * len(data.train_rows))
         try:
@@ -338,7 +340,8 @@ class Phi2LoRATrainer:
         seconds = time.perf_counter() - started
         if compiling := compile_seconds():
             self._say(f"torch_compile: compiling took {compiling:.1f} s of it")
-        self._conclude(outcome, run, model, sampler, recorder.base_samples, seconds)
+        self._conclude(outcome, run, model, sampler, recorder.base_samples, seconds, facts)
+        write_adapter_card(run.path)
         if outcome.interrupted:
             raise KeyboardInterrupt
         coder = (self.tokenizer, self.prompt_format)
@@ -356,6 +359,7 @@ class Phi2LoRATrainer:
         sampler: Sampler,
         base_samples: list[Sample],
         seconds: float,
+        data_facts: dict[str, Any],
     ) -> None:
         """Answers the sample prompts with the best adapter, and writes and prints what came out."""
         tuned = [] if outcome.interrupted else sampler()
@@ -364,6 +368,7 @@ class Phi2LoRATrainer:
             {
                 **asdict(outcome),
                 "seconds": round(seconds, 3),
+                "data": data_facts,
                 "trainable_parameters": model.adapter.num_parameters,
                 "answers": [
                     {"prompt": old.prompt, "base": old.answer, "tuned": new.answer}

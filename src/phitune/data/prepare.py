@@ -4,6 +4,7 @@ what is too long. No torch here.
 What is held of a row is a few bytes: its tokens stay on disk.
 """
 
+import hashlib
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 DEFAULT_SAMPLE_PROMPTS = 2
 # Of a text without questions, a sample goes on from so many words.
 _FIRST_WORDS = 8
+_PIECE = 2**20
 _MASK_64 = 2**64 - 1
 
 
@@ -98,6 +100,27 @@ def prepare_data(
             rows, path = validation_rows, validation_path
         prompts = _first_prompts(rows, path, settings, tokenizer, prompt_format)
     return PreparedData(train_rows, validation_rows, prompts, notes, warnings)
+
+
+def facts_of(data: PreparedData) -> dict[str, Any]:
+    """What a run writes down of its data: how many rows, and which files to the last byte."""
+    parts = (data.train_rows, data.validation_rows)
+    files = dict.fromkeys(path for rows in parts for path in rows.store.sources)
+    return {
+        "training_rows": len(data.train_rows),
+        "training_tokens": data.train_rows.num_tokens,
+        "trained_tokens": data.train_rows.num_target_tokens,
+        "validation_rows": len(data.validation_rows),
+        "files": {path.name: _sha256(path) for path in files},
+    }
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def split_rows(

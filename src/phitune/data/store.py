@@ -156,6 +156,11 @@ class TokenStore:
         )
         self._read = 0
 
+    @property
+    def sources(self) -> Sequence[Path]:
+        """The files that the rows were read from."""
+        return self._sources
+
     def example(self, index: int) -> TokenizedExample:
         """One row."""
         self._read += 1

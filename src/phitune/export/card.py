@@ -1,9 +1,235 @@
-"""The model card: README.md of an adapter and of every export."""
+"""The model card: README.md of an adapter and of every export.
 
-from phitune.export.job import Source
+It says what the run directory knows and nothing else: what is not known is left out. Paths of this
+machine are not in it.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from phitune.data.conversation import Turn
+from phitune.data.prompt import PromptFormat
+from phitune.data.sources import hub_id
+from phitune.data.tokenizer import TextTokenizer
+from phitune.inference.served import trained_format
+from phitune.jsonfile import read_object
+from phitune.model.files import SHIPPED_MODELS, is_hub_id
+from phitune.model.lora import CONFIG_FILE
+from phitune.training.rundir import ADAPTER, CONFIG, SUMMARY
 
 CARD_FILE = "README.md"
+# Base against tuned on a few validation rows; not every run has it.
+_EVALUATION = "evaluation.json"
+# The settings that decide what was learnt, and none that is a path of this machine.
+_SETTINGS = (
+    "prompt_format",
+    "train_on_prompt",
+    "validation_split",
+    "max_length",
+    "epochs",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler",
+    "warmup_ratio",
+    "weight_decay",
+    "max_grad_norm",
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "layers",
+    "seed",
+    "precision",
+)
 
 
-def model_card(source: Source, format_name: str) -> str:
-    return f"---\nbase_model: {source.model_name}\n---\n"
+@dataclass(frozen=True)
+class FormatWords:
+    """What a card says of the format it lies in."""
+
+    library: str | None  # of the hub's vocabulary
+    what: str
+    how: str  # to load it, in Markdown; {base} is the base model's name
+
+
+_ADAPTER = FormatWords(
+    "peft",
+    "A LoRA adapter",
+    """```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(model, "path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```""",
+)
+_MERGED = FormatWords(
+    "transformers",
+    "A whole model, with a LoRA adapter merged into its weights",
+    """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```""",
+)
+FORMAT_WORDS = {"adapter": _ADAPTER, "merged": _MERGED}
+
+
+def write_adapter_card(run: Path) -> None:
+    """The card of a run's own adapter, once its summary is written."""
+    folder = run / ADAPTER
+    tokenizer = TextTokenizer(folder)
+    name = str(read_object(folder / CONFIG_FILE, "").get("base_model_name_or_path"))
+    card = model_card("adapter", name, folder, tokenizer, trained_format(tokenizer, None), run)
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def model_card(
+    format_name: str,
+    model_name: str,
+    adapter_folder: Path,
+    tokenizer: TextTokenizer,
+    prompt_format: PromptFormat,
+    run: Path | None,
+) -> str:
+    """A card in Markdown, with the front matter that the hub reads."""
+    words = FORMAT_WORDS[format_name]
+    settings = _settings(run)
+    title = run.resolve().name if run else "A fine-tuned model"
+    public = model_name in SHIPPED_MODELS or is_hub_id(str(settings.get("model_name", model_name)))
+    base = model_name if public else Path(model_name).name
+    front: dict[str, Any] = {}
+    if public:
+        front["base_model"] = model_name
+    if words.library:
+        front["library_name"] = words.library
+    front |= {"pipeline_tag": "text-generation", "tags": ["phitune", "lora", "text-generation"]}
+    if (data := settings.get("dataset_path")) and (found := hub_id(data)):
+        front["datasets"] = [found[0]]
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
+        f"# {title}",
+        f"{words.what}, fine-tuned from `{base}` with phitune.",
+        "The licence is for you to state: it follows from that of the base model and from your"
+        " data. On the hub, add `license:` to the head of this file.",
+        f"## Loading\n\n{words.how.replace('{base}', base)}",
+        _prompting(tokenizer, prompt_format),
+        _data(settings, run),
+        _table("Settings", ("setting", "value"), _chosen(settings, adapter_folder)),
+        _measured(run),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _prompting(tokenizer: TextTokenizer, prompt_format: PromptFormat) -> str:
+    """The exact text of a prompt, and what ends an answer."""
+    turns = (Turn("user", "{prompt}"),)
+    text = "".join(segment.text for segment in prompt_format.segments(turns))
+    answer = (*turns, Turn("assistant", "{answer}"))
+    whole = "".join(segment.text for segment in prompt_format.segments(answer))
+    ids = tokenizer.stop_ids(prompt_format)
+    names = {tokenizer.token_id(token): token for token in tokenizer.control_tokens}
+    ends = " or ".join(f"`{names[token]}` ({token})" for token in ids)
+    return (
+        "## Prompting\n\n"
+        "The chat template beside this file renders what the model was trained on. As JSON"
+        " strings, the prompt and the prompt with its answer are\n\n"
+        f"```\n{_quoted(text)}\n{_quoted(whole)}\n```\n\n"
+        f"An answer ends with {ends}, as generation_config.json has it too. Tokenize the prompt"
+        " without adding special tokens: all that it needs are in the text."
+    )
+
+
+def _data(settings: Mapping[str, Any], run: Path | None) -> str:
+    facts: list[tuple[str, str]] = []
+    if name := settings.get("dataset_path"):
+        facts.append(("name", f"`{name if hub_id(name) else Path(name).name}`"))
+    about = _object(run, SUMMARY).get("data")
+    if isinstance(about, Mapping):
+        for key, value in about.items():
+            if key == "files":
+                facts += [(f"SHA-256 of `{file}`", f"`{digest}`") for file, digest in value.items()]
+            else:
+                facts.append((key.replace("_", " "), f"{value:,}"))
+    return _table("Data", ("", ""), facts)
+
+
+def _chosen(settings: Mapping[str, Any], adapter_folder: Path) -> list[tuple[str, str]]:
+    if not settings:
+        raw = read_object(adapter_folder / CONFIG_FILE, "")
+        names = {"r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
+        settings = {ours: raw.get(theirs) for theirs, ours in names.items()}
+        settings = {**settings, "target_modules": raw.get("target_modules")}
+    return [
+        (name, _shown(value)) for name in _SETTINGS if (value := settings.get(name)) is not None
+    ]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _measured(run: Path | None) -> str:
+    summary, evaluation = _object(run, SUMMARY), _object(run, _EVALUATION)
+    facts: list[tuple[str, str]] = []
+    first, best = (summary.get(f"{which}_validation_loss") for which in ("first", "best"))
+    if isinstance(first, float) and isinstance(best, float):
+        facts.append(("validation loss before", f"{first:.4f}"))
+        facts.append(("validation loss after", f"{best:.4f}"))
+    if "best_step" in summary:
+        facts.append(("step of this adapter", f"{summary['best_step']} of {summary['steps']}"))
+    if answers := summary.get("answers"):
+        stopped = summary.get("answers_stopped_by_themselves")
+        facts.append(("sample answers that stopped by themselves", f"{stopped} of {len(answers)}"))
+    text = _table("Measured", ("", ""), facts)
+    measures = evaluation.get("measures")
+    if isinstance(measures, Mapping) and measures:
+        rows = [
+            (name.replace("_", " "), _figure(measure.get("base")), _figure(measure.get("tuned")))
+            for name, measure in measures.items()
+        ]
+        title = f"On {evaluation.get('rows_evaluated')} rows of the validation data"
+        text += ("\n\n" if text else "## Measured\n\n") + f"{title}:\n\n"
+        text += _rows(("", "base", "tuned"), rows)
+    return text
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else "-"
+
+
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return f"## {title}\n\n{_rows(head, rows)}" if rows else ""
+
+
+def _rows(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    escaped = [[cell.replace("|", r"\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+
+
+def _settings(run: Path | None) -> dict[str, Any]:
+    if run is None or not (run / CONFIG).is_file():
+        return {}
+    content = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) else {}
+
+
+def _object(run: Path | None, name: str) -> dict[str, Any]:
+    return read_object(run / name, "") if run and (run / name).is_file() else {}
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

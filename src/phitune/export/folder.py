@@ -58,7 +58,14 @@ def write_config(source: Source, folder: Path, dtype: torch.dtype | None, *, unt
 def write_texts(source: Source, folder: Path, format_name: str) -> None:
     """Tokenizer, chat template, generation_config.json with the stop ids, and the model card."""
     source.tokenizer.save(folder, source.prompt_format)
-    card = model_card(source, format_name)
+    card = model_card(
+        format_name,
+        source.model_name,
+        source.adapter_folder,
+        source.tokenizer,
+        source.prompt_format,
+        source.run,
+    )
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
 

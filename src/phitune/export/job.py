@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Literal
 
 import psutil
+import torch
 
 from phitune.data.prompt import PromptFormat
 from phitune.data.tokenizer import TextTokenizer
-from phitune.errors import ExportError, SettingsError
+from phitune.errors import ExportError, OutOfMemoryError, SettingsError
 from phitune.export.formats import FORMATS
 from phitune.export.proof import PROOF_FILE, Proof, write_proof
 from phitune.inference.served import (
@@ -32,11 +33,16 @@ from phitune.inference.served import (
 )
 from phitune.jsonfile import read_object
 from phitune.model.architecture import ModelConfig, read_model_config
+from phitune.model.decoder import Decoder
+from phitune.model.device import choose_device, is_out_of_memory
 from phitune.model.files import fetch_weights, find_model
 from phitune.model.lora import Adapter, read_adapter
+from phitune.training.memory import GIB, memory_budget
 from phitune.training.rundir import CONFIG
 
 DEFAULT_MAX_SHARD_SIZE = 5 * 10**9
+# The program, the cache and the logits of a proof, beside the model's weights.
+_PROOF_BYTES = GIB
 
 
 @dataclass(frozen=True)
@@ -133,6 +139,7 @@ def export(
         ExportError: the export does not answer as the adapter does; nothing is left of it.
     """
     check_output(output, overwrite=overwrite)
+    settled = proof_precision(source.config, device, precision, say)
 
     def open_served() -> ServedModel:
         return open_model(
@@ -140,20 +147,54 @@ def export(
             model_name=source.model_name,
             prompt_format=source.format_name,
             device=device,
-            precision=precision,
+            precision=settled,
         )
 
-    with _replaced_when_done(output) as destination:
-        job = Export(source, destination, options, say, progress, open_served)
-        module = importlib.import_module(f"phitune.export.{FORMATS[format_name].module}")
-        proof: Proof = module.export(job)
-        if not proof.passed:
-            raise ExportError(
-                f"{output}: the export does not answer as the adapter does, so it was removed:\n"
-                f"{proof.sentence()}"
-            )
-        write_proof(destination, proof, {"phitune": version("phitune")})
+    try:
+        with _replaced_when_done(output) as destination:
+            job = Export(source, destination, options, say, progress, open_served)
+            module = importlib.import_module(f"phitune.export.{FORMATS[format_name].module}")
+            proof: Proof = module.export(job)
+            if not proof.passed:
+                raise ExportError(
+                    f"{output}: the export does not answer as the adapter does, so it was removed:"
+                    f"\n{proof.sentence()}"
+                )
+            write_proof(destination, proof, {"phitune": version("phitune")})
+    except OSError as error:
+        raise ExportError(
+            f"{output}: cannot be written, and nothing is left of it: {error.strerror or error}"
+        ) from None
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(
+            f"out of memory on {device}: {str(error).splitlines()[0]}\n"
+            "The proof holds the model once; try --precision bf16 or --device cpu."
+        ) from None
     return proof
+
+
+def proof_precision(
+    config: ModelConfig,
+    device_name: str,
+    asked: Literal["auto", "fp32", "bf16"],
+    say: Callable[[str], None],
+) -> Literal["fp32", "bf16"]:
+    """What the proof computes in: fp32 where one model in it fits, whatever training took."""
+    if asked != "auto":
+        return asked
+    device = choose_device(device_name)
+    weights = Decoder(config, torch.float32, "meta").named_weights().values()
+    needed = 4 * sum(weight.numel() for weight in weights) + _PROOF_BYTES
+    budget = memory_budget(device)
+    if needed <= budget:
+        return "fp32"
+    say(
+        f"the proof computes in bf16: fp32 takes {needed / GIB:.1f} GiB, and {budget / GIB:.1f} GiB"
+        f" are free on {device}"
+    )
+    return "bf16"
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:

@@ -13,8 +13,9 @@ from phitune.export.folder import check_room, check_texts, write_config, write_t
 from phitune.export.job import Export
 from phitune.export.merge import Planned, merged, plan_tensors, unties
 from phitune.export.proof import (
-    ROUNDING_TOLERANCE,
+    LARGEST_ROUNDING,
     TIE,
+    TYPICAL_ROUNDING,
     Answered,
     Proof,
     compare,
@@ -22,7 +23,6 @@ from phitune.export.proof import (
     fp32_tolerance,
     greedy_answers,
     proof_prompts,
-    root_mean_square,
 )
 from phitune.export.rounding import check_weights, merge_rounded_at_random
 from phitune.export.shards import write_shards
@@ -63,38 +63,42 @@ def _prove(job: Export, planned: Sequence[Planned]) -> Proof:
     source = job.source
     decoder = job.served.decoder
     config = read_model_config(job.destination)
-    if all(tensor.dtype_in_file.itemsize <= decoder.dtype.itemsize for tensor in planned):
+    if all(_holds(decoder.dtype, tensor.dtype_in_file) for tensor in planned):
         check_weights(decoder, source.adapter, job.destination, config)
     answers = greedy_answers(job.served, proof_prompts(source.run))
     job.served.on_decoder.choose([None])
-    moved = [a - b.logits for a, b in zip(_logits(decoder, answers), answers, strict=True)]
-    # The narrowest type that weights pass on the way.
-    types = {decoder.dtype, *(tensor.dtype for tensor in planned)}
-    narrow = min(types, key=lambda dtype: (dtype.itemsize, dtype == torch.float16))
-    tolerance, tie_below = fp32_tolerance(answers), TIE
+    effect = compare(answers, _logits(decoder, answers), TIE).typical
     measured: dict[str, Any] = {
         "computed_in": str(decoder.dtype).removeprefix("torch."),
-        "adapter_moves_logits_by": root_mean_square(moved),
+        "adapter_moves_logits_typically_by": effect,
     }
-    if narrow.itemsize < torch.float32.itemsize:
-        merge_rounded_at_random(decoder, source.adapter, planned, narrow)
-        by_chance = compare(answers, _logits(decoder, answers), TIE).largest
-        tolerance = max(tolerance, ROUNDING_TOLERANCE * by_chance)
-        # Beyond that, an answer that is so close is a matter of rounding.
-        tie_below = 2 * tolerance
-        measured["rounding_at_random_moves_a_logit_by"] = by_chance
-    device, precision = decoder.device, decoder.dtype
+    largest, typical, tie_below = fp32_tolerance(answers), None, TIE
+    # The coarsest type that weights pass on the way.
+    types = {decoder.dtype, *(tensor.dtype for tensor in planned)}
+    coarsest = max(types, key=lambda dtype: torch.finfo(dtype).eps)
+    if torch.finfo(coarsest).eps > torch.finfo(torch.float32).eps:
+        merge_rounded_at_random(decoder, source.adapter, planned, coarsest)
+        by_chance = compare(answers, _logits(decoder, answers), TIE)
+        measured["rounding_at_random_moves_logits_typically_by"] = by_chance.typical
+        measured["rounding_at_random_moves_a_logit_by_at_most"] = by_chance.largest
+        typical = max(largest, TYPICAL_ROUNDING * by_chance.typical)
+        largest = max(largest, LARGEST_ROUNDING * by_chance.largest)
+        # Between answers that are so close, rounding decides.
+        tie_below = largest
+    device, dtype = decoder.device, decoder.dtype
     del decoder
     job.release()
 
     check_texts(source, job.destination, answers)
-    exported = load_decoder(job.destination, config, precision, device)
-    logits = _logits(exported, answers)
-    differences = [a - b.logits for a, b in zip(logits, answers, strict=True)]
-    measured["export_moves_logits_by"] = root_mean_square(differences)
-    if narrow.itemsize < torch.float32.itemsize:
-        _warn_of_rounding(job, measured)
-    found = compare(answers, logits, tie_below)
+    exported = load_decoder(job.destination, config, dtype, device)
+    found = compare(answers, _logits(exported, answers), tie_below)
+    if typical is not None and found.typical > _MUCH_OF_THE_ADAPTER * effect:
+        # Small updates of large weights can be lost in rounding.
+        job.say(
+            f"warning: rounding the merged weights moves the logits by {found.typical / effect:.0%}"
+            " of what the adapter moves them; --dtype fp32 keeps all of it, in larger files, and so"
+            " does --format adapter"
+        )
     return Proof(
         "merged",
         "the export, loaded again, beside the adapter in memory",
@@ -104,21 +108,17 @@ def _prove(job: Export, planned: Sequence[Planned]) -> Proof:
         found.ties,
         tie_below,
         found.largest,
-        tolerance,
+        largest,
         measured,
+        found.typical,
+        typical,
     )
+
+
+def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether every number of `other` is one of `dtype`."""
+    return torch.promote_types(dtype, other) == dtype
 
 
 def _logits(decoder: Decoder, answers: Sequence[Answered]) -> list[torch.Tensor]:
     return [forced_logits(decoder, answer.prompt_ids, answer.answer_ids) for answer in answers]
-
-
-def _warn_of_rounding(job: Export, measured: dict[str, Any]) -> None:
-    """Small updates to large weights can be lost in rounding; then fp32 keeps them."""
-    lost = measured["export_moves_logits_by"] / max(measured["adapter_moves_logits_by"], 1e-30)
-    if lost > _MUCH_OF_THE_ADAPTER:
-        job.say(
-            f"warning: rounding the merged weights moves the logits by {lost:.0%} of what the"
-            " adapter moves them; --dtype fp32 keeps all of it, in larger files, and so does"
-            " --format adapter"
-        )

@@ -69,7 +69,7 @@ def merge_rounded_at_random(
 ) -> None:
     """Merges an adapter into a decoder for good, every weight rounded to `dtype` by chance.
 
-    Weights that `dtype` holds as they are stay so.
+    Weights that the export holds as they are in their file stay so.
     """
     detach(decoder)
     if any(tensor.name == HEAD for tensor in planned) and decoder.config.tie_word_embeddings:
@@ -81,8 +81,8 @@ def merge_rounded_at_random(
     weights = _weights(decoder)
     generator = torch.Generator().manual_seed(_SEED)
     for tensor in planned:
-        narrows = tensor.dtype != dtype and tensor.pair is None
-        if tensor.pair is None and not narrows:
+        is_held = torch.promote_types(tensor.dtype, tensor.dtype_in_file) == tensor.dtype
+        if tensor.pair is None and is_held:
             continue
         weight = weights[tensor.name]
         for part in _pieces(weight):

@@ -46,6 +46,12 @@ def find_model(name: str) -> Path:
     return _from_hub(name, SMALL_FILES)
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name can only mean a model of the hub."""
+    is_here = name in SHIPPED_MODELS or Path(name).expanduser().exists()
+    return not is_here and _HUB_ID.fullmatch(name) is not None
+
+
 def cached_model(name: str) -> Path | None:
     """The folder of a hub model's config.json in the local cache; asks nobody on the network."""
     from huggingface_hub import try_to_load_from_cache

@@ -30,9 +30,7 @@ def run(argv: list[str]) -> int:
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
     from phitune.export.job import Options, export, open_source
-    from phitune.model.device import limit_product_caches
 
-    limit_product_caches()
     console = Console(highlight=False)
     errors = Console(stderr=True)
 

@@ -76,6 +76,8 @@ def check_texts(source: Source, folder: Path, answers: Sequence[Answered]) -> No
         ExportError: they do not.
     """
     tokenizer = TextTokenizer(folder)
+    if tokenizer.chat_template != source.prompt_format.chat_template:
+        raise ExportError("the export was removed: its chat template is not that of the adapter")
     form = trained_format(tokenizer, None)
     for answer in answers:
         if tokenizer.encode(form.segments((Turn("user", answer.text),))) != answer.prompt_ids:
@@ -83,5 +85,7 @@ def check_texts(source: Source, folder: Path, answers: Sequence[Answered]) -> No
                 f"the export was removed: its tokenizer encodes this prompt otherwise:"
                 f" {answer.text!r}"
             )
-    if tokenizer.stop_ids(form) != source.tokenizer.stop_ids(source.prompt_format):
+    # As servers read it, who know nothing of control tokens.
+    stops = read_object(folder / "generation_config.json", "").get("eos_token_id")
+    if stops != source.tokenizer.stop_ids(source.prompt_format):
         raise ExportError("the export was removed: its stop tokens are not those of the adapter")

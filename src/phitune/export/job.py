@@ -34,7 +34,7 @@ from phitune.inference.served import (
 from phitune.jsonfile import read_object
 from phitune.model.architecture import ModelConfig, read_model_config
 from phitune.model.decoder import Decoder
-from phitune.model.device import choose_device, is_out_of_memory
+from phitune.model.device import choose_device, is_out_of_memory, limit_product_caches
 from phitune.model.files import fetch_weights, find_model
 from phitune.model.lora import Adapter, read_adapter
 from phitune.training.memory import GIB, memory_budget
@@ -139,6 +139,7 @@ def export(
         ExportError: the export does not answer as the adapter does; nothing is left of it.
     """
     check_output(output, overwrite=overwrite)
+    limit_product_caches()
     settled = proof_precision(source.config, device, precision, say)
 
     def open_served() -> ServedModel:

@@ -75,7 +75,7 @@ def write_shards(
             for expected in shard:
                 tensor = next(coming)
                 assert (tuple(tensor.shape), tensor.dtype) == (expected.shape, expected.dtype)
-                stream.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+                stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
                 del tensor
                 weight_map[expected.name] = file
                 done += expected.nbytes

@@ -7,8 +7,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO_OUTPUT ?= output/demo
 PHI_2_CONFIG ?= config.json
+PHI_2_FOLDER ?= phi-2
 
-.PHONY: setup demo test lint check format docs models full-size benchmarks peers gpu fuzz clean
+.PHONY: setup demo test lint check format docs models full-size export-memory benchmarks peers gpu fuzz clean
 
 setup: $(INSTALLED)
 
@@ -48,6 +49,10 @@ models: setup
 # Peak memory of loading and training a full-size model; needs a config.json of Phi-2.
 full-size: setup
 	$(BIN)/python benchmarks/full_size.py --config $(PHI_2_CONFIG)
+
+# Peak memory of merging a full-size model; needs a folder with Phi-2's config.json and tokenizer.
+export-memory: setup
+	$(BIN)/python benchmarks/export_memory.py --model $(PHI_2_FOLDER)
 
 # What is claimed of memory and numerics, measured again; about half an hour.
 benchmarks: setup

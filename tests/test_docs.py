@@ -38,6 +38,7 @@ DOCUMENTS = (
     "docs/data.md",
     "docs/compare.md",
     "docs/evaluate.md",
+    "docs/export.md",
 )
 PRESET_FILES = tuple(f"examples/{name}.yaml" for name in PRESETS)
 

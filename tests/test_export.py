@@ -33,8 +33,8 @@ from phitune.export.proof import (
     TIE,
     Answered,
     compare,
-    forced_logits,
     greedy_answers,
+    logits_on,
 )
 from phitune.export.rounding import check_weights, merge_rounded_at_random
 from phitune.export.shards import shards_of, write_shards
@@ -296,8 +296,7 @@ def test_merged_in_fp32_is_the_adapter(run: Path, tmp_path: Path) -> None:
     assert sum(a.answer_ids != b.answer_ids for a, b in zip(answers, base, strict=True)) > 25
 
     decoder = open_decoder(folder)
-    logits = [forced_logits(decoder, a.prompt_ids, a.answer_ids) for a in answers]
-    found = compare(answers, logits, tie_below=0.0)
+    found = compare(answers, logits_on(decoder, answers), tie_below=0.0)
     assert (found.differing, found.ties) == (0, 0)
     assert found.tokens == sum(len(answer.answer_ids) for answer in answers) > 250
     assert found.largest < 1e-4

@@ -9,9 +9,9 @@ from phitune.export.proof import (
     TIE,
     Proof,
     compare,
-    forced_logits,
     fp32_tolerance,
     greedy_answers,
+    logits_on,
     proof_prompts,
 )
 from phitune.model.adapters import AdapterSet
@@ -36,8 +36,7 @@ def export(job: Export) -> Proof:
     ):
         raise ExportError("the export was removed: its matrices are not those of the adapter")
     AdapterSet(served.decoder, [written]).choose([0])
-    logits = [forced_logits(served.decoder, a.prompt_ids, a.answer_ids) for a in answers]
-    found = compare(answers, logits, TIE)
+    found = compare(answers, logits_on(served.decoder, answers), TIE)
     return Proof(
         "adapter",
         "the export, loaded again, beside the adapter in memory",

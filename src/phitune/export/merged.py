@@ -16,18 +16,16 @@ from phitune.export.proof import (
     LARGEST_ROUNDING,
     TIE,
     TYPICAL_ROUNDING,
-    Answered,
     Proof,
     compare,
-    forced_logits,
     fp32_tolerance,
     greedy_answers,
+    logits_on,
     proof_prompts,
 )
 from phitune.export.rounding import check_weights, merge_rounded_at_random
 from phitune.export.shards import write_shards
 from phitune.model.architecture import read_model_config
-from phitune.model.decoder import Decoder
 from phitune.model.device import DTYPES
 from phitune.model.weights import load_decoder
 
@@ -67,7 +65,7 @@ def _prove(job: Export, planned: Sequence[Planned]) -> Proof:
         check_weights(decoder, source.adapter, job.destination, config)
     answers = greedy_answers(job.served, proof_prompts(source.run))
     job.served.on_decoder.choose([None])
-    effect = compare(answers, _logits(decoder, answers), TIE).typical
+    effect = compare(answers, logits_on(decoder, answers), TIE).typical
     measured: dict[str, Any] = {
         "computed_in": str(decoder.dtype).removeprefix("torch."),
         "adapter_moves_logits_typically_by": effect,
@@ -78,7 +76,7 @@ def _prove(job: Export, planned: Sequence[Planned]) -> Proof:
     coarsest = max(types, key=lambda dtype: torch.finfo(dtype).eps)
     if torch.finfo(coarsest).eps > torch.finfo(torch.float32).eps:
         merge_rounded_at_random(decoder, source.adapter, planned, coarsest)
-        by_chance = compare(answers, _logits(decoder, answers), TIE)
+        by_chance = compare(answers, logits_on(decoder, answers), TIE)
         measured["rounding_at_random_moves_logits_typically_by"] = by_chance.typical
         measured["rounding_at_random_moves_a_logit_by_at_most"] = by_chance.largest
         typical = max(largest, TYPICAL_ROUNDING * by_chance.typical)
@@ -91,7 +89,7 @@ def _prove(job: Export, planned: Sequence[Planned]) -> Proof:
 
     check_texts(source, job.destination, answers)
     exported = load_decoder(job.destination, config, dtype, device)
-    found = compare(answers, _logits(exported, answers), tie_below)
+    found = compare(answers, logits_on(exported, answers), tie_below)
     if typical is not None and found.typical > _MUCH_OF_THE_ADAPTER * effect:
         # Small updates of large weights can be lost in rounding.
         job.say(
@@ -118,7 +116,3 @@ def _prove(job: Export, planned: Sequence[Planned]) -> Proof:
 def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
     """Whether every number of `other` is one of `dtype`."""
     return torch.promote_types(dtype, other) == dtype
-
-
-def _logits(decoder: Decoder, answers: Sequence[Answered]) -> list[torch.Tensor]:
-    return [forced_logits(decoder, answer.prompt_ids, answer.answer_ids) for answer in answers]

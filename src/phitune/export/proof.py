@@ -10,9 +10,10 @@ Not here: how an export is loaded; see the modules of the formats.
 Shapes: n tokens of an answer, V vocabulary.
 """
 
+import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,9 @@ from phitune.model.decoder import Decoder
 from phitune.training.rundir import SAMPLES
 
 PROOF_FILE = "export_proof.json"
-MAX_NEW_TOKENS = 32
+MAX_NEW_TOKENS = 24
 RUN_PROMPTS = 8
+_PACKED = 8  # prompts that are computed together
 # Two tokens are a tie where what separates them is less than this.
 TIE = 1e-3
 # Largest difference of a logit in fp32 where nothing is rounded on the way: this much, or this part
@@ -110,17 +112,20 @@ class Answered:
 
 def proof_prompts(run: Path | None) -> list[str]:
     """The shipped prompts, and some of those that a run's samples answered."""
-    samples = run / SAMPLES if run else None
-    asked: list[str] = []
-    if samples and samples.is_file():
-        with samples.open(encoding="utf-8") as lines:
-            for line in lines:
-                prompt = json.loads(line).get("prompt")
-                if isinstance(prompt, str) and prompt not in asked:
-                    asked.append(prompt)
-                if len(asked) == RUN_PROMPTS:
-                    break
-    return [*PROMPTS, *(prompt for prompt in asked if prompt not in PROMPTS)]
+    asked = _asked_by(run / SAMPLES) if run and (run / SAMPLES).is_file() else []
+    others = [prompt for prompt in dict.fromkeys(asked) if prompt not in PROMPTS]
+    return [*PROMPTS, *others[:RUN_PROMPTS]]
+
+
+def _asked_by(samples: Path) -> Iterator[str]:
+    with samples.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                prompt = json.loads(line)["prompt"]
+            except (ValueError, KeyError, TypeError):  # The half line of a killed run.
+                continue
+            if isinstance(prompt, str):
+                yield prompt
 
 
 def greedy_answers(
@@ -129,21 +134,43 @@ def greedy_answers(
     """What a model in memory answers, each prompt as a question in its format."""
     ids = [served.prompt_ids((Turn("user", prompt),), choice) for prompt in prompts]
     answers = served.answers(ids, [choice] * len(ids), max_new_tokens=MAX_NEW_TOKENS)
+    said = [answer.ids for answer in answers]
     served.on_decoder.choose([choice])
     return [
-        Answered(text, asked, answer.ids, forced_logits(served.decoder, asked, answer.ids))
-        for text, asked, answer in zip(prompts, ids, answers, strict=True)
+        Answered(*one)
+        for one in zip(prompts, ids, said, forced_logits(served.decoder, ids, said), strict=True)
     ]
 
 
 @torch.inference_mode()
-def forced_logits(decoder: Decoder, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> Tensor:
-    """What a decoder would choose each token of an answer from. Returns: [n, V], fp32, CPU."""
-    ids = [*prompt_ids, *answer_ids[:-1]]
-    input_ids = torch.tensor(ids, device=decoder.device)
-    positions = torch.arange(len(ids), device=decoder.device)
-    hidden = decoder(input_ids, positions, [0, len(ids)])
-    return decoder.logits(hidden[len(prompt_ids) - 1 :]).float().cpu()
+def forced_logits(
+    decoder: Decoder, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+) -> list[Tensor]:
+    """What a decoder would choose each token of each answer from.
+
+    Args:
+        prompts, answers: ids; computed with what is chosen on the decoder.
+
+    Returns: for each answer [n, V], in fp32, on the CPU.
+    """
+    found = []
+    # Many at once: for a few tokens, reading the weights takes longer than the products.
+    for start in range(0, len(prompts), _PACKED):
+        pairs = list(zip(prompts, answers, strict=True))[start : start + _PACKED]
+        rows = [[*prompt, *answer[:-1]] for prompt, answer in pairs]
+        ends = [0, *itertools.accumulate(map(len, rows))]
+        input_ids = torch.tensor([token for row in rows for token in row], device=decoder.device)
+        positions = torch.cat([torch.arange(len(row)) for row in rows]).to(decoder.device)
+        hidden = decoder(input_ids, positions, ends)
+        for (prompt, _), first, stop in zip(pairs, ends, ends[1:], strict=False):
+            found.append(decoder.logits(hidden[first + len(prompt) - 1 : stop]).float().cpu())
+    return found
+
+
+def logits_on(decoder: Decoder, answers: Sequence[Answered]) -> list[Tensor]:
+    """`forced_logits` of another model on answers that were given before."""
+    prompts = [answer.prompt_ids for answer in answers]
+    return forced_logits(decoder, prompts, [answer.answer_ids for answer in answers])
 
 
 @dataclass(frozen=True)

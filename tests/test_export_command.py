@@ -345,6 +345,21 @@ def test_what_a_killed_export_left_is_cleared_and_a_living_ones_is_not(
     assert left_in(place) == sorted([".out.new-mine", f".out.new-{os.getppid()}", "out"])
 
 
+def test_an_export_killed_between_two_renames_is_put_back(
+    run: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    assert export(run, "--output_dir", "out", format_name="adapter") == 0
+    (place / "out").rename(place / f".out.old-{dead.pid}")
+    assert export(run, "--output_dir", "out") == 2
+    assert "exists; choose another" in refused(capsys)
+    assert left_in(place) == ["out"]
+    shutil.copytree(place / "out", place / f".out.old-{dead.pid}")
+    assert export(run, "--output_dir", "out", "--overwrite") == 0
+    assert left_in(place) == ["out"]
+
+
 @pytest.mark.parametrize(
     "spoil",
     [

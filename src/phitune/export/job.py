@@ -111,7 +111,6 @@ def open_source(
     else:
         form = tokenizer.prompt_format(prompt_format or "instruct")
     adapter = read_adapter(config, folder)
-    fetch_weights(name, model_folder)
     run = next((path for path in (folder, folder.parent) if (path / CONFIG).is_file()), None)
     return Source(name, model_folder, config, folder, adapter, tokenizer, form, prompt_format, run)
 
@@ -138,7 +137,9 @@ def export(
         SettingsError: `output` is taken or cannot be made.
         ExportError: the export does not answer as the adapter does; nothing is left of it.
     """
+    _heal(output)
     check_output(output, overwrite=overwrite)
+    fetch_weights(source.model_name, source.model_folder)
     limit_product_caches()
     settled = proof_precision(source.config, device, precision, say)
 
@@ -234,7 +235,6 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 def _replaced_when_done(output: Path) -> Iterator[Path]:
     """A new folder beside `output`, which takes its place at the end, or is removed."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    _remove_left_behind(output)
     new = output.with_name(f".{output.name}.new-{os.getpid()}")
     old = output.with_name(f".{output.name}.old-{os.getpid()}")
     new.mkdir()
@@ -258,11 +258,15 @@ def _replaced_when_done(output: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _remove_left_behind(output: Path) -> None:
-    """Removes what exports to the same place left when they were killed."""
-    for path in output.parent.glob(f".{output.name}.new-*"):
-        process = path.name.rpartition("-")[2]
-        if process.isdigit() and not psutil.pid_exists(int(process)):
+def _heal(output: Path) -> None:
+    """Puts right what exports to the same place left when they were killed."""
+    for path in output.parent.glob(f".{output.name}.*-*"):
+        kind, _, process = path.name.removeprefix(f".{output.name}.").partition("-")
+        if kind not in ("new", "old") or not process.isdigit() or psutil.pid_exists(int(process)):
+            continue
+        if kind == "old" and not output.exists():
+            path.rename(output)  # Killed between two renames.
+        else:
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -341,14 +341,15 @@ class Phi2LoRATrainer:
         if compiling := compile_seconds():
             self._say(f"torch_compile: compiling took {compiling:.1f} s of it")
         self._conclude(outcome, run, model, sampler, recorder.base_samples, seconds, facts)
+        if not outcome.interrupted:
+            coder = (self.tokenizer, self.prompt_format)
+            for line in evaluate_at_end(
+                settings, model.decoder, model.adapter, *coder, data, outcome, run
+            ):
+                self._say(line)
         write_adapter_card(run.path)
         if outcome.interrupted:
             raise KeyboardInterrupt
-        coder = (self.tokenizer, self.prompt_format)
-        for line in evaluate_at_end(
-            settings, model.decoder, model.adapter, *coder, data, outcome, run
-        ):
-            self._say(line)
         return outcome
 
     def _conclude(

@@ -28,8 +28,9 @@ from phitune.inference.served import (
     ServedModel,
     adapter_folder,
     base_model_name,
+    base_names,
+    coder_of,
     open_model,
-    trained_format,
 )
 from phitune.jsonfile import read_object
 from phitune.model.architecture import ModelConfig, read_model_config
@@ -101,15 +102,10 @@ def open_source(
         ModelError: files missing or damaged, or an adapter that does not fit its base.
     """
     folder = adapter_folder(adapter_path)
-    name = model_name or base_model_name([folder])
+    name = model_name or base_model_name(base_names([folder]))
     model_folder = find_model(name)
     config = read_model_config(model_folder)
-    has_tokenizer = (folder / "tokenizer.json").is_file()
-    tokenizer = TextTokenizer(folder if has_tokenizer else model_folder)
-    if has_tokenizer:
-        form = trained_format(tokenizer, prompt_format)
-    else:
-        form = tokenizer.prompt_format(prompt_format or "instruct")
+    tokenizer, form = coder_of(folder, model_folder, config, prompt_format)
     adapter = read_adapter(config, folder)
     run = next((path for path in (folder, folder.parent) if (path / CONFIG).is_file()), None)
     return Source(name, model_folder, config, folder, adapter, tokenizer, form, prompt_format, run)

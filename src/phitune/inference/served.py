@@ -176,8 +176,8 @@ def open_model(
     # Adapters are tried on a model without numbers: before gigabytes are fetched and read.
     for path in folders:
         load_adapter(Decoder(config, torch.float32, "meta"), path)
-    coders = [_coder(path, folder, config, prompt_format) for path in folders]
-    tokenizer, base_format = coders[0] if coders else _coder(folder, folder, config, prompt_format)
+    coders = [coder_of(path, folder, config, prompt_format) for path in folders]
+    tokenizer, base_format = coders[0] if coders else coder_of(folder, folder, config, prompt_format)
     torch_device = choose_device(device)
     dtype = DTYPES[choose_precision(precision, torch_device)]
     fetch_weights(model_name, folder)
@@ -190,7 +190,7 @@ def open_model(
     return ServedModel(model_name, folder, decoder, tokenizer, base_format, adapters, warnings)
 
 
-def _coder(
+def coder_of(
     path: Path, base: Path, config: ModelConfig, name: FormatName | None
 ) -> tuple[TextTokenizer, PromptFormat]:
     """The tokenizer in a folder, or else the base's, and the format it was used with."""

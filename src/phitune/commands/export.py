@@ -8,6 +8,7 @@ from phitune.commands.flags import Parser, help_format
 from phitune.commands.model_flags import add_model_flags, one_adapter
 from phitune.errors import SettingsError
 from phitune.export.formats import FORMATS
+from phitune.export.gguf_types import DEFAULT, QUANTIZATIONS
 
 
 def run(argv: list[str]) -> int:
@@ -117,8 +118,23 @@ def _parser() -> Parser:
         metavar="SIZE",
         help="merged: largest file, like 5GB or 500MB [5GB]",
     )
+    group.add_argument(
+        "--quantization",
+        type=_quantization,
+        metavar="TYPE",
+        help=f"gguf: of the weights, one of {', '.join(QUANTIZATIONS)} [{DEFAULT}]",
+    )
     add_model_flags(parser)
     return parser
+
+
+def _quantization(text: str) -> str:
+    name = text.lower()
+    if name not in QUANTIZATIONS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: is not a quantization; one of {', '.join(QUANTIZATIONS)}"
+        )
+    return name
 
 
 def _size(text: str) -> int:

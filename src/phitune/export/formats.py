@@ -19,4 +19,10 @@ FORMATS = {
         ("dtype", "max_shard_size"),
     ),
     "adapter": Format("the adapter alone, as PEFT and vLLM load it beside its base", "adapter"),
+    "gguf": Format(
+        "the whole model as a file for llama.cpp, with a Modelfile for Ollama",
+        "gguf_model",
+        ("quantization",),
+    ),
+    "gguf-lora": Format("the adapter alone, for llama-server --lora", "gguf_lora"),
 }

@@ -59,14 +59,20 @@ class Proof:
     measured: Mapping[str, Any] = field(default_factory=dict)  # whatever else a format measures
     typical_logit_difference: float | None = None  # the root of the mean square
     typical_tolerance: float | None = None
+    # Of the adapter's answers, as a share. With a tolerance for it single tokens are not judged: a
+    # quantised model is another model, and may say other words.
+    perplexity_rise: float | None = None
+    perplexity_tolerance: float | None = None
 
     @property
     def passed(self) -> bool:
         pairs = (
             (self.largest_logit_difference, self.tolerance),
             (self.typical_logit_difference, self.typical_tolerance),
+            (self.perplexity_rise, self.perplexity_tolerance),
         )
-        return not self.tokens_differing and all(
+        same = not self.tokens_differing or self.perplexity_tolerance is not None
+        return same and all(
             difference <= tolerance  # Not so for NaN.
             for difference, tolerance in pairs
             if difference is not None and tolerance is not None
@@ -85,6 +91,11 @@ class Proof:
         if self.typical_logit_difference is not None and self.typical_tolerance is not None:
             said += f", typically {self.typical_logit_difference:.2g}"
             said += f" (tolerance {self.typical_tolerance:.2g})"
+        if self.perplexity_rise is not None and self.perplexity_tolerance is not None:
+            said += (
+                f", perplexity of the answers {self.perplexity_rise:+.2%}"
+                f" (tolerance {self.perplexity_tolerance:+.0%})"
+            )
         return said
 
 

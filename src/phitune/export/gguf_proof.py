@@ -1,0 +1,223 @@
+"""The proof of a llama.cpp file, through llama.cpp itself.
+
+llama.cpp tells the logarithms of the probabilities of the most probable tokens. It is asked to
+answer each prompt greedily; at a token that differs it is put back on the adapter's answer, so that
+behind a first difference the comparison goes on.
+
+Where weights are rounded to 16 bits the greedy answers have to be the same, except where two tokens
+are so close that rounding decides. llama.cpp also rounds what it multiplies with 16-bit weights to
+16 bits, and reads Phi-2's gelu from a table of f16 numbers. Quantising to fewer bits changes the
+model: then it is bounded how much less probable the adapter's own answers become.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phitune.data.conversation import Turn
+from phitune.data.prompt import PromptFormat, Segment
+from phitune.errors import ExportError, listing
+from phitune.export.gguf_types import QUANTIZATIONS
+from phitune.export.job import Source
+from phitune.export.llama_cpp import LlamaCpp
+from phitune.export.proof import TIE, Answered, Proof
+
+# Most probable tokens that are compared at each step.
+_MOST_PROBABLE = 64
+# The largest difference of a token's log-probability, as a part of how far apart logits are (their
+# standard deviation over the vocabulary). On the tiny models it is a tenth of that; a wrong scale,
+# rotation or order of heads makes it larger than one.
+_TOLERANCES = {"f32": 0.05, "f16": 0.05, "bf16": 0.2}
+# What tokenizers differ in: spaces, scripts, digits, bytes, special tokens typed as text.
+PROBES = (
+    "Hello world",
+    " leading space",
+    "trailing space ",
+    "two  spaces   three",
+    "tab\tand\t\ttabs",
+    "line\nbreak\n\nand\r\nmore\n",
+    "\n",
+    "    indented = code(1, 2.5)\n        return x[0] // 10",
+    "0 12 345 6789 1234567890 3.14159",
+    "don't can't we'll I'm they've it's HE'S",
+    "Crème brûlée, naïve, Straße, ÅNGSTRÖM",
+    "Привет, мир! Καλημέρα",
+    "你好，世界。こんにちは 안녕하세요",
+    "مرحبا بالعالم שלום हिन्दी বাংলা",
+    "🙂 👩‍👩‍👧‍👦 🏳️‍🌈",
+    "a\u00a0b\u200bc\u3000d",
+    "<|endoftext|> <|end|> <|user|> </s> <s> <unk> <0x0A>",
+    '{"key": [1, null, true], "x": "<a href=\'y\'>"}',
+    "!!! ??? ... --- === ### ``` $$$ %%% @@@",
+    "CamelCase snake_case kebab-case SCREAMING",
+)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """llama.cpp beside the adapter in memory, on the adapter's answers."""
+
+    tokens: int
+    gaps: tuple[float, ...]  # of each differing token: between the adapter's logits of the two
+    first_tokens_differing: int
+    largest: float  # difference of a log-probability, among the most probable tokens
+    spread: float  # standard deviation of the adapter's logits over the vocabulary
+    perplexity: tuple[float, float]  # of the answers: under the adapter, under llama.cpp
+
+
+def compare_in_llama_cpp(
+    llama: LlamaCpp, answers: Sequence[Answered], stop_ids: Sequence[int]
+) -> Compared:
+    """Raises:
+    ExportError: llama.cpp does not stop where the adapter does.
+    """
+    tokens = first = 0
+    gaps = []
+    spread = largest = ours_total = theirs_total = 0.0
+    for answer in answers:
+        ours = torch.log_softmax(answer.logits.double(), -1)
+        spread += float(answer.logits.std(-1).sum())
+        length = len(answer.answer_ids)
+        place = 0
+        while place < length:
+            before = [*answer.prompt_ids, *answer.answer_ids[:place]]
+            # One more than there are: it has to stop by itself.
+            steps = llama.greedy(before, length - place + 1, _MOST_PROBABLE)
+            for step in steps:
+                expected = answer.answer_ids[place]
+                row = ours[place]
+                for token, logprob in step.logprobs.items():
+                    largest = _larger(largest, abs(float(row[token]) - logprob))
+                theirs = step.logprobs.get(expected)
+                if theirs is None:
+                    theirs = _logprob(llama, [*answer.prompt_ids], answer, place, expected)
+                ours_total += float(row[expected])
+                theirs_total += theirs
+                tokens += 1
+                place += 1
+                if step.token != expected:
+                    gaps.append(_gap(answer.logits[place - 1], expected, step.token))
+                    first += place == 1
+                    break
+                if place == length:
+                    _check_end(answer, steps, step, stop_ids)
+                    break
+    perplexity = math.exp(-ours_total / tokens), math.exp(-theirs_total / tokens)
+    return Compared(tokens, tuple(gaps), first, largest, spread / tokens, perplexity)
+
+
+def prove(
+    format_name: str,
+    quantization: str,
+    compared: Compared,
+    answers: Sequence[Answered],
+    computed_in: torch.dtype,
+    measured: dict[str, Any],
+) -> Proof:
+    """The verdict, by what the quantisation allows; see gguf_types.py.
+
+    Args:
+        computed_in: what the adapter in memory answered in.
+    """
+    allowed = QUANTIZATIONS[quantization]
+    rise = compared.perplexity[1] / compared.perplexity[0] - 1
+    share = _TOLERANCES.get(quantization)
+    if share is not None and computed_in == torch.bfloat16:
+        share = _TOLERANCES["bf16"]
+    tolerance = None if share is None else share * compared.spread
+    # Below that, which of two close tokens comes first is a matter of rounding.
+    tie_below = TIE if tolerance is None else max(TIE, tolerance)
+    ties = sum(gap < tie_below for gap in compared.gaps)
+    return Proof(
+        format_name,
+        "the file in llama.cpp, beside the adapter in memory",
+        len(answers),
+        compared.tokens,
+        len(compared.gaps) - ties,
+        ties,
+        tie_below,
+        compared.largest,
+        tolerance,
+        {
+            **measured,
+            "quantization": quantization,
+            "computed_in": str(computed_in).removeprefix("torch."),
+            "logits": f"log-probabilities of the {_MOST_PROBABLE} most probable tokens",
+            "ties_under_0.001": sum(gap < TIE for gap in compared.gaps),
+            "first_tokens_differing": compared.first_tokens_differing,
+            "perplexity_of_the_answers": compared.perplexity[0],
+            "perplexity_in_llama_cpp": compared.perplexity[1],
+        },
+        perplexity_rise=rise,
+        perplexity_tolerance=allowed.perplexity,
+    )
+
+
+def check_tokenizer(llama: LlamaCpp, source: Source, answers: Sequence[Answered]) -> int:
+    """Holds llama.cpp's tokenizer and chat template against those the adapter was trained with.
+
+    Returns: how many texts were compared.
+
+    Raises:
+        ExportError: they differ, with the texts.
+    """
+    problems = [
+        f"{text!r}: {theirs}, expected {ours}"
+        for text in PROBES
+        if (theirs := llama.tokenize(text, special=False))
+        != (ours := source.tokenizer.encode([Segment(text)]))
+    ]
+    for answer in answers:
+        # As its server puts a question, whose bos_token it then adds when it encodes.
+        text = llama.apply_template([{"role": "user", "content": answer.text}])
+        expected = rendered(source.prompt_format, answer.text)
+        bos = source.tokenizer.bos_token
+        if text.removeprefix(bos) != expected.removeprefix(bos):
+            problems.append(f"the prompt {text!r}, expected {expected!r}")
+        elif (theirs := llama.tokenize(expected, special=True)) != answer.prompt_ids:
+            problems.append(f"{expected!r}: {theirs}, expected {answer.prompt_ids}")
+    if problems:
+        raise ExportError(
+            "the export was removed: llama.cpp does not put these as training did:\n"
+            + listing(problems)
+        )
+    return len(PROBES) + len(answers)
+
+
+def rendered(prompt_format: PromptFormat, question: str) -> str:
+    """A question as the text that a server makes of it."""
+    return "".join(segment.text for segment in prompt_format.segments((Turn("user", question),)))
+
+
+def context_for(answers: Sequence[Answered]) -> int:
+    """A context that the longest answer fits into."""
+    return max(len(answer.prompt_ids) + len(answer.answer_ids) for answer in answers) + 8
+
+
+def _logprob(llama: LlamaCpp, prompt: list[int], answer: Answered, place: int, token: int) -> float:
+    """Of a token that was not among the most probable."""
+    vocab_size = answer.logits.shape[-1]
+    [step] = llama.greedy([*prompt, *answer.answer_ids[:place]], 1, vocab_size)
+    return step.logprobs[token]
+
+
+def _gap(logits: Tensor, expected: int, other: int) -> float:
+    return float(logits[expected] - logits[other])
+
+
+def _larger(known: float, other: float) -> float:
+    """The larger of two; NaN if one is."""
+    return known if known >= other or math.isnan(known) else other
+
+
+def _check_end(answer: Answered, steps: Sequence[Any], last: Any, stop_ids: Sequence[int]) -> None:
+    if last.token in stop_ids and steps[-1] is not last:
+        raise ExportError(
+            "the export was removed: llama.cpp does not stop at the token that ends an answer,"
+            f" {last.token}, after {answer.text!r}"
+        )

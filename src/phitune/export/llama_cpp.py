@@ -1,0 +1,158 @@
+"""A model loaded by llama.cpp, through the `xllamacpp` wheel, and asked what it computes."""
+
+import importlib.util
+import json
+import secrets
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from phitune.errors import ExportError
+
+_LINES_OF_LOG = 12
+
+
+def require_llama_cpp() -> str:
+    """The version of the wheel; without it no file can be proven.
+
+    Raises:
+        ExportError: it is not installed.
+    """
+    if importlib.util.find_spec("xllamacpp") is None:
+        raise ExportError(
+            "an export is only called done once llama.cpp itself has loaded it and answered as the"
+            " adapter does, and that needs the xllamacpp package;"
+            " install it with: pip install 'phitune[gguf]'"
+        )
+    return version("xllamacpp")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One token as llama.cpp chose it."""
+
+    token: int
+    logprobs: dict[int, float]  # of the most probable tokens
+
+
+class LlamaCpp:
+    """A context: the model is there inside it.
+
+    Raises:
+        ExportError: llama.cpp cannot load the file; the end of its log is in the message.
+    """
+
+    def __init__(
+        self, model: Path, *, context: int, threads: int, lora: Path | None = None
+    ) -> None:
+        self._asked = {
+            "model": str(model.absolute()),
+            "lora": str(lora.absolute()) if lora else "",
+            "context": context,
+            "threads": threads,
+            "key": secrets.token_urlsafe(),
+        }
+        # Not through a proxy that the environment may name: the address is this machine.
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def __enter__(self) -> "LlamaCpp":
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "phitune.export.llama_process"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(self._asked) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            error = self._failure("llama.cpp cannot load the file")
+            self.__exit__(None, None, None)
+            raise error
+        self._address = json.loads(line)["address"]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._process.kill()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                stream.close()
+        self._process.wait()
+        self._log.close()
+
+    def tokenize(self, text: str, *, special: bool) -> list[int]:
+        """A text's ids as its server makes them.
+
+        Args:
+            special: special tokens in the text are tokens, as in a rendered template.
+        """
+        answer = self._ask(
+            "/tokenize", {"content": text, "add_special": False, "parse_special": special}
+        )
+        return [int(token) for token in answer["tokens"]]
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return str(self._ask("/detokenize", {"tokens": list(ids)})["content"])
+
+    def apply_template(self, messages: Sequence[dict[str, str]]) -> str:
+        """The prompt that its server makes of a conversation."""
+        return str(self._ask("/apply-template", {"messages": list(messages)})["prompt"])
+
+    def greedy(self, prompt: Sequence[int], length: int, most_probable: int) -> list[Step]:
+        """At most `length` tokens, each with the `most_probable` ones it was chosen from."""
+        answer = self._ask(
+            "/completion",
+            {
+                "prompt": list(prompt),
+                "n_predict": length,
+                "temperature": 0.0,
+                "n_probs": most_probable,
+                "cache_prompt": True,
+                "return_tokens": True,
+            },
+        )
+        return [
+            Step(
+                int(step["id"]),
+                {int(other["id"]): float(other["logprob"]) for other in step["top_logprobs"]},
+            )
+            for step in answer["completion_probabilities"]
+        ]
+
+    def _ask(self, path: str, content: dict[str, Any]) -> Any:
+        request = urllib.request.Request(
+            self._address + path,
+            json.dumps(content).encode(),
+            {
+                "Content-Type": "application/json",
+                "Authorization": f"Bearer {self._asked['key']}",
+            },
+        )
+        try:
+            with self._opener.open(request) as response:
+                return json.load(response)
+        except (OSError, urllib.error.URLError) as error:
+            raise self._failure(f"llama.cpp failed at {path}: {error}") from None
+
+    def _failure(self, what: str) -> ExportError:
+        self._log.seek(0)
+        end = self._log.read().strip().splitlines()[-_LINES_OF_LOG:]
+        return ExportError("\n  ".join([f"{what}:", *end]))

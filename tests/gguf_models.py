@@ -19,7 +19,7 @@ def random_adapter(
     name: FormatName = "instruct",
     *,
     targets: list[str] | None = None,
-    spread: float = 0.03,
+    spread: float = 0.2,
     use_rslora: bool = False,
 ) -> Path:
     """Writes an adapter whose B is drawn at random, with tokenizer and template."""
@@ -72,7 +72,7 @@ _PIECES = (
     "Привет",
     "Ελληνικά",
     "日本語",
-    "你好，",
+    "你好。",
     "한국어",
     "العربية",
     "עברית",

@@ -476,9 +476,7 @@ def test_without_the_extra_nothing_is_written(
 def test_an_unknown_quantization_is_refused_with_all_of_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        export(tmp_path, tmp_path / "out", "--format", "gguf", "--quantization", "q7")
-    assert exit_.value.code == 2
+    assert export(tmp_path, tmp_path / "out", "--format", "gguf", "--quantization", "q7") == 2
     error = capsys.readouterr().err
     assert all(name in error for name in ("q7", "q4_k_m", "bf16"))
 
@@ -572,7 +570,7 @@ def _wrong_quantiser(monkeypatch: pytest.MonkeyPatch) -> None:
         (_swapped_halves, "does not answer as the adapter does"),
         (_wrong_rotation, "does not answer as the adapter does"),
         (_lost_adapter, "does not answer as the adapter does"),
-        (_wrong_end, "llama.cpp does not put these as training did"),
+        (_wrong_end, "llama.cpp does not stop at the token that ends an answer, 1535"),
         (_wrong_merges, "llama.cpp does not put these as training did"),
         (_wrong_quantiser, "weights in it are more than"),
     ],

@@ -22,7 +22,6 @@ from phitune.export.gguf_layout import (
     rope_factors,
 )
 from phitune.export.gguf_tokenizer import FileTokenizer
-from phitune.export.gguf_types import QUANTIZATIONS
 from phitune.export.merge import merged, plan_tensors
 from phitune.model.architecture import ModelConfig
 from phitune.model.lora import Adapter
@@ -157,7 +156,7 @@ class ModelFile:
         return out
 
     def _type_of(self, tensor: FileTensor) -> "GGMLQuantizationType":
-        kinds = self.gguf.GGMLQuantizationType
+        kinds: type[GGMLQuantizationType] = self.gguf.GGMLQuantizationType
         if not tensor.is_matrix:
             return kinds.F32
         name = self.quantization
@@ -216,7 +215,3 @@ def _write(writer: "GGUFWriter", arrays: Iterable[NDArray[Any]]) -> None:
             os.fsync(stream.fileno())
     finally:
         writer.close()
-
-
-def quantised_by_python(quantization: str) -> bool:
-    return QUANTIZATIONS[quantization].python

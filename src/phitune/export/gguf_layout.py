@@ -27,7 +27,7 @@ _OUTSIDE = {
     "model.norm.weight": "output_norm.weight",
 }
 # Of one layer: the modules that make up each tensor, in order.
-_LAYER = {
+_LAYER: dict[str, dict[str, tuple[str, ...]]] = {
     "phi": {
         "attn_norm": ("input_layernorm",),
         "attn_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

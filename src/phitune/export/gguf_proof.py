@@ -11,24 +11,22 @@ model: then it is bounded how much less probable the adapter's own answers becom
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from phitune.data.conversation import Turn
 from phitune.data.prompt import PromptFormat, Segment
 from phitune.errors import ExportError, listing
 from phitune.export.gguf_types import QUANTIZATIONS
 from phitune.export.job import Source
-from phitune.export.llama_cpp import LlamaCpp
+from phitune.export.llama_cpp import LlamaCpp, Step
 from phitune.export.proof import TIE, Answered, Proof
 
 # Most probable tokens that are compared at each step.
-_MOST_PROBABLE = 64
+_TOP = 64
 # The largest difference of a token's log-probability, as a part of how far apart logits are (their
 # standard deviation over the vocabulary). On the tiny models it is a tenth of that; a wrong scale,
 # rotation or order of heads makes it larger than one.
@@ -47,7 +45,7 @@ PROBES = (
     "don't can't we'll I'm they've it's HE'S",
     "Crème brûlée, naïve, Straße, ÅNGSTRÖM",
     "Привет, мир! Καλημέρα",
-    "你好，世界。こんにちは 안녕하세요",
+    "你好、世界。こんにちは 안녕하세요",
     "مرحبا بالعالم שלום हिन्दी বাংলা",
     "🙂 👩‍👩‍👧‍👦 🏳️‍🌈",
     "a\u00a0b\u200bc\u3000d",
@@ -63,6 +61,7 @@ class Compared:
     """llama.cpp beside the adapter in memory, on the adapter's answers."""
 
     tokens: int
+    told: int  # of them, tokens whose probability llama.cpp told
     gaps: tuple[float, ...]  # of each differing token: between the adapter's logits of the two
     first_tokens_differing: int
     largest: float  # difference of a log-probability, among the most probable tokens
@@ -73,42 +72,58 @@ class Compared:
 def compare_in_llama_cpp(
     llama: LlamaCpp, answers: Sequence[Answered], stop_ids: Sequence[int]
 ) -> Compared:
-    """Raises:
-    ExportError: llama.cpp does not stop where the adapter does.
+    """Asks llama.cpp for every answer.
+
+    Raises:
+        ExportError: llama.cpp does not stop where the adapter does, or tells no probabilities.
     """
-    tokens = first = 0
-    gaps = []
+    tokens = told = first = 0
+    gaps: list[float] = []
     spread = largest = ours_total = theirs_total = 0.0
     for answer in answers:
         ours = torch.log_softmax(answer.logits.double(), -1)
         spread += float(answer.logits.std(-1).sum())
-        length = len(answer.answer_ids)
-        place = 0
-        while place < length:
-            before = [*answer.prompt_ids, *answer.answer_ids[:place]]
-            # One more than there are: it has to stop by itself.
-            steps = llama.greedy(before, length - place + 1, _MOST_PROBABLE)
-            for step in steps:
-                expected = answer.answer_ids[place]
-                row = ours[place]
-                for token, logprob in step.logprobs.items():
-                    largest = _larger(largest, abs(float(row[token]) - logprob))
-                theirs = step.logprobs.get(expected)
-                if theirs is None:
-                    theirs = _logprob(llama, [*answer.prompt_ids], answer, place, expected)
+        for place, step in enumerate(_forced_steps(llama, answer, stop_ids)):
+            expected = answer.answer_ids[place]
+            row = ours[place]
+            tokens += 1
+            for token, logprob in step.logprobs.items():
+                largest = _larger(largest, abs(float(row[token]) - logprob))
+            theirs = step.logprobs.get(expected)
+            if theirs is None and step.logprobs:
+                theirs = _logprob(llama, answer, place, expected)
+            if theirs is not None:
                 ours_total += float(row[expected])
                 theirs_total += theirs
-                tokens += 1
-                place += 1
-                if step.token != expected:
-                    gaps.append(_gap(answer.logits[place - 1], expected, step.token))
-                    first += place == 1
-                    break
-                if place == length:
-                    _check_end(answer, steps, step, stop_ids)
-                    break
-    perplexity = math.exp(-ours_total / tokens), math.exp(-theirs_total / tokens)
-    return Compared(tokens, tuple(gaps), first, largest, spread / tokens, perplexity)
+                told += 1
+            if step.token != expected:
+                gaps.append(float(row[expected] - row[step.token]))
+                first += place == 0
+    if not told:
+        raise ExportError("the export was removed: llama.cpp tells no probabilities")
+    perplexity = math.exp(-ours_total / told), math.exp(-theirs_total / told)
+    return Compared(tokens, told, tuple(gaps), first, largest, spread / tokens, perplexity)
+
+
+def _forced_steps(llama: LlamaCpp, answer: Answered, stop_ids: Sequence[int]) -> Iterator[Step]:
+    """What llama.cpp chooses at each token of an answer; it goes on alone while it is the same."""
+    ids = answer.answer_ids
+    place = 0
+    while place < len(ids):
+        # One more than there are: it has to stop by itself.
+        steps = llama.greedy([*answer.prompt_ids, *ids[:place]], len(ids) - place + 1, _TOP)
+        for number, step in enumerate(steps, start=1):
+            yield step
+            place += 1
+            if step.token != ids[place - 1]:
+                break
+            if step.token in stop_ids and number < len(steps):
+                raise ExportError(
+                    "the export was removed: llama.cpp does not stop at the token that ends an"
+                    f" answer, {step.token}, after {answer.text!r}"
+                )
+            if place == len(ids):
+                break
 
 
 def prove(
@@ -147,7 +162,8 @@ def prove(
             **measured,
             "quantization": quantization,
             "computed_in": str(computed_in).removeprefix("torch."),
-            "logits": f"log-probabilities of the {_MOST_PROBABLE} most probable tokens",
+            "logits": f"log-probabilities of the {_TOP} most probable tokens",
+            "tokens_with_logits": compared.told,
             "ties_under_0.001": sum(gap < TIE for gap in compared.gaps),
             "first_tokens_differing": compared.first_tokens_differing,
             "perplexity_of_the_answers": compared.perplexity[0],
@@ -199,25 +215,14 @@ def context_for(answers: Sequence[Answered]) -> int:
     return max(len(answer.prompt_ids) + len(answer.answer_ids) for answer in answers) + 8
 
 
-def _logprob(llama: LlamaCpp, prompt: list[int], answer: Answered, place: int, token: int) -> float:
-    """Of a token that was not among the most probable."""
+def _logprob(llama: LlamaCpp, answer: Answered, place: int, token: int) -> float | None:
+    """Of a token that was not among the most probable; None where the server does not tell."""
     vocab_size = answer.logits.shape[-1]
-    [step] = llama.greedy([*prompt, *answer.answer_ids[:place]], 1, vocab_size)
-    return step.logprobs[token]
-
-
-def _gap(logits: Tensor, expected: int, other: int) -> float:
-    return float(logits[expected] - logits[other])
+    before = [*answer.prompt_ids, *answer.answer_ids[:place]]
+    [step] = llama.greedy(before, 1, vocab_size)
+    return step.logprobs.get(token)
 
 
 def _larger(known: float, other: float) -> float:
     """The larger of two; NaN if one is."""
     return known if known >= other or math.isnan(known) else other
-
-
-def _check_end(answer: Answered, steps: Sequence[Any], last: Any, stop_ids: Sequence[int]) -> None:
-    if last.token in stop_ids and steps[-1] is not last:
-        raise ExportError(
-            "the export was removed: llama.cpp does not stop at the token that ends an answer,"
-            f" {last.token}, after {answer.text!r}"
-        )

@@ -111,8 +111,7 @@ def name_in_file(tokenizer: TextTokenizer, model_name: str) -> str:
     if as_phi_3 and not named:
         return f"Phi-3 {last}"
     if named and not as_phi_3:
-        lowered = last.lower().replace("phi-3", "phi 3").replace("phi3", "phi 3")
-        return lowered
+        return last.lower().replace("phi-3", "phi 3").replace("phi3", "phi 3")
     return last
 
 
@@ -120,8 +119,7 @@ def _special_ids(tokenizer: TextTokenizer, prompt_format: PromptFormat) -> dict[
     """llama.cpp stops at eos, eot and eom."""
     ids = {"eos": tokenizer.token_id(prompt_format.end_token)}
     further = [index for index in tokenizer.stop_ids(prompt_format) if index != ids["eos"]]
-    for name, index in zip(("eot", "eom"), further, strict=False):
-        ids[name] = index
+    ids |= dict(zip(("eot", "eom"), further, strict=False))
     for ours, theirs in (("bos_token", "bos"), ("unk_token", "unknown"), ("pad_token", "padding")):
         if token := tokenizer.special_tokens.get(ours):
             ids[theirs] = tokenizer.token_id(token)

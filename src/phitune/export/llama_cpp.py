@@ -40,7 +40,9 @@ class Step:
     """One token as llama.cpp chose it."""
 
     token: int
-    logprobs: dict[int, float]  # of the most probable tokens
+    # Of the most probable tokens; empty where the server does not tell, in the middle of a letter
+    # that is spelt in several tokens.
+    logprobs: dict[int, float]
 
 
 class LlamaCpp:
@@ -129,13 +131,7 @@ class LlamaCpp:
                 "return_tokens": True,
             },
         )
-        return [
-            Step(
-                int(step["id"]),
-                {int(other["id"]): float(other["logprob"]) for other in step["top_logprobs"]},
-            )
-            for step in answer["completion_probabilities"]
-        ]
+        return _steps(answer["tokens"], answer.get("completion_probabilities", ()))
 
     def _ask(self, path: str, content: dict[str, Any]) -> Any:
         request = urllib.request.Request(
@@ -156,3 +152,19 @@ class LlamaCpp:
         self._log.seek(0)
         end = self._log.read().strip().splitlines()[-_LINES_OF_LOG:]
         return ExportError("\n  ".join([f"{what}:", *end]))
+
+
+def _steps(tokens: Sequence[int], told: Sequence[dict[str, Any]]) -> list[Step]:
+    """All tokens, with the probabilities of those that end a letter.
+
+    From the end: of the tokens of one letter the last is told, and some may be the same.
+    """
+    steps = []
+    left = list(told)
+    for token in reversed(tokens):
+        logprobs = {}
+        if left and int(left[-1]["id"]) == token:
+            others = left.pop()["top_logprobs"]
+            logprobs = {int(other["id"]): float(other["logprob"]) for other in others}
+        steps.append(Step(int(token), logprobs))
+    return steps[::-1]

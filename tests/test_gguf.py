@@ -408,6 +408,7 @@ def test_an_adapter_file_on_the_base_answers_as_the_merged_file(
     assert export(adapter, tmp_path / "lora", "--format", "gguf-lora") == 0
     assert {path.name for path in (tmp_path / "lora").iterdir()} == {
         "adapter.gguf",
+        "chat_template.jinja",
         "README.md",
         PROOF_FILE,
     }

@@ -56,6 +56,8 @@ class FormatWords:
     library: str | None  # of the hub's vocabulary
     what: str
     how: str  # to load it, in Markdown; {base} is the base model's name
+    template: str = "The chat template beside this file"
+    stops: str = ", as generation_config.json has it too"
 
 
 _ADAPTER = FormatWords(
@@ -80,7 +82,32 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto"
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```""",
 )
-FORMAT_WORDS = {"adapter": _ADAPTER, "merged": _MERGED}
+_GGUF = FormatWords(
+    None,
+    "A whole model for llama.cpp and Ollama, with a LoRA adapter merged into its weights",
+    """```sh
+llama-server -m {file} -c {context}{ollama}
+```""",
+    "The chat template in the file",
+    ", as the file has it too",
+)
+_GGUF_LORA = FormatWords(
+    None,
+    "A LoRA adapter for llama.cpp, to be loaded on a file of its base",
+    """```sh
+llama-server -m BASE.gguf --lora {file} --chat-template-file chat_template.jinja -c {context}
+```
+
+BASE.gguf is a file of `{base}`. It has a chat template and an end token of its own; the template
+beside this file is the one that was trained.""",
+    stops="",
+)
+FORMAT_WORDS = {
+    "adapter": _ADAPTER,
+    "merged": _MERGED,
+    "gguf": _GGUF,
+    "gguf-lora": _GGUF_LORA,
+}
 
 
 def write_adapter_card(run: Path) -> None:
@@ -99,8 +126,13 @@ def model_card(
     tokenizer: TextTokenizer,
     prompt_format: PromptFormat,
     run: Path | None,
+    names: Mapping[str, str] | None = None,
 ) -> str:
-    """A card in Markdown, with the front matter that the hub reads."""
+    """A card in Markdown, with the front matter that the hub reads.
+
+    Args:
+        names: what else is to be put into `how`, by its name in braces.
+    """
     words = FORMAT_WORDS[format_name]
     settings = _settings(run)
     title = run.resolve().name if run else "A fine-tuned model"
@@ -114,14 +146,17 @@ def model_card(
     front |= {"pipeline_tag": "text-generation", "tags": ["phitune", "lora", "text-generation"]}
     if (data := settings.get("dataset_path")) and (found := hub_id(data)):
         front["datasets"] = [found[0]]
+    how = words.how
+    for name, value in {"base": base, **(names or {})}.items():
+        how = how.replace(f"{{{name}}}", value)
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         f"# {title}",
         f"{words.what}, fine-tuned from `{base}` with phitune.",
         "The licence is for you to state: it follows from that of the base model and from your"
         " data. On the hub, add `license:` to the head of this file.",
-        f"## Loading\n\n{words.how.replace('{base}', base)}",
-        _prompting(tokenizer, prompt_format),
+        f"## Loading\n\n{how}",
+        _prompting(words, tokenizer, prompt_format),
         _data(settings, run),
         _table("Settings", ("setting", "value"), _chosen(settings, adapter_folder)),
         _measured(run),
@@ -129,7 +164,7 @@ def model_card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _prompting(tokenizer: TextTokenizer, prompt_format: PromptFormat) -> str:
+def _prompting(words: FormatWords, tokenizer: TextTokenizer, prompt_format: PromptFormat) -> str:
     """The exact text of a prompt, and what ends an answer."""
     turns = (Turn("user", "{prompt}"),)
     text = "".join(segment.text for segment in prompt_format.segments(turns))
@@ -140,10 +175,10 @@ def _prompting(tokenizer: TextTokenizer, prompt_format: PromptFormat) -> str:
     ends = " or ".join(f"`{names[token]}` ({token})" for token in ids)
     return (
         "## Prompting\n\n"
-        "The chat template beside this file renders what the model was trained on. As JSON"
-        " strings, the prompt and the prompt with its answer are\n\n"
+        f"{words.template} renders what the model was trained on. As JSON strings, the prompt and"
+        " the prompt with its answer are\n\n"
         f"```\n{_quoted(text)}\n{_quoted(whole)}\n```\n\n"
-        f"An answer ends with {ends}, as generation_config.json has it too. Tokenize the prompt"
+        f"An answer ends with {ends}{words.stops}. Tokenize the prompt"
         " without adding special tokens: all that it needs are in the text."
     )
 

@@ -111,8 +111,8 @@ def context_note(config: ModelConfig) -> str | None:
         else "sees further back than the sliding window"
     )
     return (
-        f"note: run it with a context of at most {safe} tokens (llama-server -c {safe}; the"
-        f" Modelfile says so): beyond that llama.cpp {why}, which is not what was trained"
+        f"note: run it with a context of at most {safe} tokens (llama-server -c {safe}):"
+        f" beyond that llama.cpp {why}, which is not what was trained"
     )
 
 

@@ -24,10 +24,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from phitune.errors import ExportError
-from phitune.export.card import CARD_FILE, model_card
 from phitune.export.folder import check_room
 from phitune.export.gguf_file import ModelFile, require_gguf, write_arrays
-from phitune.export.gguf_layout import ARCHITECTURES, check_architecture, layer_modules
+from phitune.export.gguf_layout import (
+    ARCHITECTURES,
+    check_architecture,
+    context_note,
+    layer_modules,
+    safe_context,
+)
+from phitune.export.gguf_model import add_base, write_card
 from phitune.export.gguf_proof import compare_in_llama_cpp, context_for, prove
 from phitune.export.gguf_tokenizer import file_tokenizer, name_in_file
 from phitune.export.job import Export
@@ -38,30 +44,33 @@ from phitune.model.linear import LoraPair
 from phitune.model.lora import Adapter
 from phitune.model.targets import EMBEDDING_MODULE
 
-FILE = "adapter.gguf"
+FILE, TEMPLATE_FILE = "adapter.gguf", "chat_template.jinja"
 _BASE_TYPE = "f16"
 
 
 def export(job: Export) -> Proof:
     """Writes the adapter, and has llama.cpp answer with it on a base of f16."""
     source = job.source
-    require_gguf()
+    gguf = require_gguf()
     version = require_llama_cpp()
     check_architecture(source.config)
     arrays = lora_arrays(source.config, source.adapter)
     base = ModelFile(source.config, source.model_folder, None, _BASE_TYPE)
     check_room(job.destination, base.nbytes + sum(array.nbytes for _, array in arrays))
     path = job.destination / FILE
-    gguf = require_gguf()
     writer = gguf.GGUFWriter(path, ARCHITECTURES[source.config.model_type])
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", float(source.adapter.spec.alpha))
-    writer.add_name(f"adapter on {source.model_name}")
-    writer.add_base_model_count(1)
-    writer.add_base_model_name(0, source.model_name)
+    add_base(writer, source.model_name)
     write_arrays(writer, arrays)
-    (job.destination / CARD_FILE).write_text(model_card(source, "gguf-lora"), encoding="utf-8")
+    # The base's file has a template of its own, and an adapter's file cannot hold one.
+    template = source.prompt_format.chat_template
+    (job.destination / TEMPLATE_FILE).write_text(template, encoding="utf-8")
+    names = {"file": FILE, "context": str(safe_context(source.config))}
+    write_card(source, job.destination, "gguf-lora", names)
+    if note := context_note(source.config):
+        job.say(note)
 
     answers = greedy_answers(job.served, proof_prompts(source.run))
     stop_ids, computed_in = job.served.stop_ids, job.served.decoder.dtype

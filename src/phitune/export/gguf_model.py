@@ -1,5 +1,6 @@
 """`--format gguf`: the model with the adapter in its weights, for llama.cpp and Ollama."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,9 +24,12 @@ from phitune.export.llama_cpp import LlamaCpp, require_llama_cpp
 from phitune.export.llama_quantize import quantize, require_tool
 from phitune.export.modelfile import MODELFILE, modelfile
 from phitune.export.proof import Proof, greedy_answers, proof_prompts
+from phitune.model.files import is_hub_id
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
+
+_OLLAMA = "\nollama create my-model -f Modelfile && ollama run my-model"
 
 
 def export(job: Export) -> Proof:
@@ -82,9 +86,14 @@ def _write(job: Export, path: Path, quantization: str) -> ModelFile:
 def _about(writer: "GGUFWriter", source: Source) -> None:
     writer.add_type("model")
     writer.add_name(name_in_file(source.tokenizer, source.model_name))
-    writer.add_base_model_count(1)
-    writer.add_base_model_name(0, source.model_name)
+    add_base(writer, source.model_name)
     writer.add_chat_template(source.prompt_format.chat_template)
+
+
+def add_base(writer: "GGUFWriter", model_name: str) -> None:
+    """The base model's name; of a folder of this machine only the last part."""
+    writer.add_base_model_count(1)
+    writer.add_base_model_name(0, model_name if is_hub_id(model_name) else Path(model_name).name)
 
 
 def _write_beside(job: Export, file: str) -> None:
@@ -101,4 +110,22 @@ def _write_beside(job: Export, file: str) -> None:
         (job.destination / MODELFILE).write_text(text, encoding="utf-8")
     if note := context_note(source.config):
         job.say(note)
-    (job.destination / CARD_FILE).write_text(model_card(source, "gguf"), encoding="utf-8")
+    write_card(
+        source,
+        job.destination,
+        "gguf",
+        {"file": file, "context": str(context), "ollama": _OLLAMA if text else ""},
+    )
+
+
+def write_card(source: Source, folder: Path, format_name: str, names: Mapping[str, str]) -> None:
+    card = model_card(
+        format_name,
+        source.model_name,
+        source.adapter_folder,
+        source.tokenizer,
+        source.prompt_format,
+        source.run,
+        names,
+    )
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")

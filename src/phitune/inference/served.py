@@ -177,7 +177,9 @@ def open_model(
     for path in folders:
         load_adapter(Decoder(config, torch.float32, "meta"), path)
     coders = [coder_of(path, folder, config, prompt_format) for path in folders]
-    tokenizer, base_format = coders[0] if coders else coder_of(folder, folder, config, prompt_format)
+    tokenizer, base_format = (
+        coders[0] if coders else coder_of(folder, folder, config, prompt_format)
+    )
     torch_device = choose_device(device)
     dtype = DTYPES[choose_precision(precision, torch_device)]
     fetch_weights(model_name, folder)

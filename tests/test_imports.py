@@ -67,6 +67,8 @@ NO_TORCH = (
     "phitune.planning.questions",
     "phitune.planning.rows",
     "phitune.planning.view",
+    "phitune.training.budget",
+    "phitune.training.fit",
     "phitune.training.memory",
     "phitune.training.rundir",
 )

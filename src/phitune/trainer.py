@@ -6,10 +6,8 @@ before the model is there.
 """
 
 import datetime
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,16 +39,11 @@ from phitune.model.targets import resolve_targets
 from phitune.model.weights import load_decoder
 from phitune.recorder import Recorder, Sampler
 from phitune.report.short import check_before_training
+from phitune.training.budget import memory_advice, memory_budget
+from phitune.training.fit import settle_memory
+from phitune.training.interrupt import polite_interrupt
 from phitune.training.loop import Outcome, train
-from phitune.training.memory import (
-    MemoryPlan,
-    Shape,
-    fewest_recomputed,
-    largest_batch,
-    memory_advice,
-    memory_budget,
-    plan_memory,
-)
+from phitune.training.memory import MemoryPlan
 from phitune.training.rundir import RunDirectory, check_output_dir, default_output_dir
 from phitune.training.tracking import check_tracker, open_trackers
 from phitune.training.view import (
@@ -237,44 +230,11 @@ class Phi2LoRATrainer:
 
     def _plan_memory(self, data: PreparedData) -> tuple[MemoryPlan, int]:
         """Settles the batch size and the recomputed layers; the plan, and the bytes there are."""
-        settings, config = self.settings, self.model_config
-        most = settings.rows_per_step  # "auto" goes no further.
-        rows = sorted(
-            data.train_rows.longest_rows(most) + data.validation_rows.longest_rows(most),
-            key=lambda row: len(row.input_ids),
-            reverse=True,
-        )
         budget = memory_budget(self.device)
-        base: Any = settings.precision
         device: Any = self.device.type
-        fixed = settings.recompute_layers
-        if not settings.gradient_checkpointing:
-            fixed = 0
-        elif settings.engine == "reference" and fixed is None:
-            fixed = "all"  # The plan's arithmetic is not that of autograd.
-
-        def plan_of(batch_size: int) -> MemoryPlan:
-            longest = rows[:batch_size]
-            shape = Shape(
-                tuple(len(row.input_ids) for row in longest),
-                sum(row.num_target_tokens for row in longest),
-            )
-            what = (config, self.target_modules, settings.lora_r, base, shape)
-            if fixed is None:
-                return fewest_recomputed(*what, budget, device)
-            layers = config.num_hidden_layers if fixed == "all" else fixed
-            return plan_memory(*what, layers, device)
-
-        batch_size, steps = settings.batch_size, settings.gradient_accumulation_steps
-        chosen: dict[str, Any] = {}
-        if batch_size == "auto":
-            batch_size, plan = largest_batch(plan_of, settings.rows_per_step, budget)
-            steps = settings.rows_per_step // batch_size
-            chosen = {"batch_size": batch_size, "gradient_accumulation_steps": steps}
-        else:
-            plan = plan_of(batch_size)
-        if settings.recompute_layers is None:
-            chosen["recompute_layers"] = plan.recompute_layers
+        chosen, plan = settle_memory(
+            self.settings, self.model_config, self.target_modules, data, budget, device
+        )
         self.resolved = self.resolved.choose(**chosen)
         self.settings = self.resolved.settings
         return plan, budget
@@ -315,7 +275,7 @@ class Phi2LoRATrainer:
         started = time.perf_counter()
         view.start(steps, settings.epochs * len(data.train_rows))
         try:
-            with _polite_interrupt(self.console) as interrupted:
+            with polite_interrupt(self.console) as interrupted:
                 outcome = train(
                     engine,
                     model.adapter,
@@ -424,25 +384,3 @@ class Phi2LoRATrainer:
     def _say(self, text: str) -> None:
         # A log keeps its lines whole; a terminal breaks them between words.
         self.console.print(escape(text), soft_wrap=not self.console.is_terminal)
-
-
-@contextmanager
-def _polite_interrupt(console: Console) -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C lets the micro-batch finish and saves; the second leaves at once."""
-    asked = False
-
-    def on_signal(*_: Any) -> None:
-        nonlocal asked
-        asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        console.print("stopping after this micro-batch; Ctrl-C again leaves at once")
-
-    try:
-        before = signal.signal(signal.SIGINT, on_signal)
-    except ValueError:  # Not in the main thread: signals are somebody else's business.
-        yield lambda: False
-        return
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)

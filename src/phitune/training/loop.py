@@ -21,7 +21,7 @@ from phitune.errors import NonFiniteError
 from phitune.model import ops
 from phitune.model.engine import Engine
 from phitune.model.lora import Adapter
-from phitune.training.memory import memory_in_use
+from phitune.training.budget import memory_in_use
 from phitune.training.optim import (
     build_adamw,
     clip_gradients,

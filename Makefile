@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 DEMO_OUTPUT ?= output/demo
 PHI_2_CONFIG ?= config.json
 
-.PHONY: setup demo test lint check format docs models full-size benchmarks peers gpu fuzz clean
+.PHONY: setup demo test lint check format docs models full-size benchmarks peers gpu fuzz torture clean
 
 setup: $(INSTALLED)
 
@@ -64,6 +64,10 @@ benchmarks: setup
 # Twenty thousand damaged data files; some minutes.
 fuzz: setup
 	$(BIN)/python benchmarks/fuzz_data.py
+
+# A hundred kills, each run gone on with to its end; some minutes.
+torture: setup
+	$(BIN)/python benchmarks/torture.py
 
 # phitune beside its peers, which it installs into output/peers-env; about an hour on an idle machine.
 peers: setup

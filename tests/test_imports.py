@@ -70,6 +70,7 @@ NO_TORCH = (
     "phitune.training.budget",
     "phitune.training.fit",
     "phitune.training.memory",
+    "phitune.training.resume",
     "phitune.training.rundir",
 )
 

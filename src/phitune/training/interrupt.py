@@ -1,30 +1,89 @@
-"""Signals that ask a run to stop."""
+"""Signals that ask a run to stop.
 
+The first lets the micro-batch finish and the checkpoint be written, the second leaves at once. A
+terminal that was closed (SIGHUP) asks the same, unless the run was started with nohup, which says
+that it should go on.
+"""
+
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import FrameType
 
-from rich.console import Console
+from phitune.errors import Interrupted
+
+# Exit codes as shells have them: 128 and the signal's number. SIGUSR1 is how schedulers announce
+# the SIGTERM that is to follow.
+EXIT_CODES = {
+    name: code
+    for name, code in {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 143, "SIGHUP": 129}.items()
+    if hasattr(signal, name)
+}
+
+
+class StopRequested(BaseException):
+    """Raised inside of the loop where a signal came; never reaches a user.
+
+    No Exception: nothing on the way out may take it for an error.
+    """
+
+
+class Stop:
+    """Whether, and by what, a run was asked to stop."""
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+
+    def __call__(self) -> bool:
+        return self.signal is not None
+
+    def check(self) -> None:
+        """
+        Raises:
+            StopRequested: it was asked to stop.
+        """
+        if self():
+            raise StopRequested
+
+    def interrupted(self, message: str) -> Interrupted:
+        """The end of a run that was asked to stop."""
+        return Interrupted(message, EXIT_CODES[self.signal or "SIGINT"])
 
 
 @contextmanager
-def polite_interrupt(console: Console) -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C lets the micro-batch finish and saves; the second leaves at once."""
-    asked = False
+def stop_signals(say: Callable[[str], None]) -> Iterator[Stop]:
+    """Listens for the signals of `EXIT_CODES`; outside of the main thread they are not ours."""
+    stop = Stop()
 
-    def on_signal(*_: Any) -> None:
-        nonlocal asked
-        asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        console.print("stopping after this micro-batch; Ctrl-C again leaves at once")
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if stop():
+            raise Interrupted(f"left at once by {name}; nothing more was saved", EXIT_CODES[name])
+        stop.signal = name
+        if name == "SIGHUP":
+            _let_go_of_terminal()
+        say(f"{name}: stopping after this micro-batch; a second one leaves at once")
 
+    before = {}
     try:
-        before = signal.signal(signal.SIGINT, on_signal)
-    except ValueError:  # Not in the main thread: signals are somebody else's business.
-        yield lambda: False
-        return
+        for name in EXIT_CODES:
+            number = signal.Signals[name]
+            if not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+                before[number] = signal.signal(number, on_signal)
+    except ValueError:  # Not in the main thread.
+        pass
     try:
-        yield lambda: asked
+        yield stop
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _let_go_of_terminal() -> None:
+    """Nothing more is written to a terminal that is gone: that would fail."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        if os.isatty(descriptor):
+            os.dup2(nowhere, descriptor)
+    os.close(nowhere)

@@ -200,13 +200,13 @@ class Model:
         self.durations = {place: _median(found.marks, place) for place in PLACES}
         self.operations = int(found.marks[-1][1].removeprefix("="))
 
-    def moment(self, draw: random.Random) -> Moment:
-        kind = draw.choice([*PLACES, FILE, FILE, CLOCK])
+    def moment(self, kind: str, draw: random.Random) -> Moment:
+        """A moment of a kind, in the first half of a run: it may be gone on with already."""
         if kind == CLOCK:
-            return Moment(kind, seconds=draw.uniform(0, self.seconds))
+            return Moment(kind, seconds=draw.uniform(0, self.seconds / 2))
         if kind == FILE:
-            return Moment(kind, count=draw.randrange(1, self.operations * 2 // 3))
-        count = draw.randrange(1, max(2, self.counts[kind] * 2 // 3))
+            return Moment(kind, count=draw.randrange(1, self.operations // 2))
+        count = draw.randrange(1, max(2, self.counts[kind] // 2))
         return Moment(kind, count, draw.uniform(0, self.durations[kind]))
 
 
@@ -245,6 +245,7 @@ def campaign(kills: int, seed: int, folder: Path) -> dict[str, Any]:
     models = [Model(name, folder) for name in MODELS]
     places: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
+    deck: list[str] = []
     done = runs = verified = 0
     while done < kills:
         model = models[runs % len(models)]
@@ -253,7 +254,10 @@ def campaign(kills: int, seed: int, folder: Path) -> dict[str, Any]:
         of_run = 0
         while True:
             spare = done < kills and of_run < MOST_KILLS_A_RUN
-            moment = model.moment(draw) if spare else None
+            if not deck:
+                # File operations are those of checkpoints, old ones, the adapter and the logs.
+                deck = draw.sample([*PLACES, CLOCK, FILE], len(PLACES) + 2) + [FILE, FILE]
+            moment = model.moment(deck.pop(), draw) if spare else None
             found = attempt(f"{model.line}/{run.name}", moment, model.log)
             if found.code is not None:
                 break

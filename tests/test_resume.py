@@ -343,6 +343,11 @@ def test_another_base_model_is_refused(
     with monkeypatch.context() as patched:
         kill_at(patched, 9, signal.SIGTERM)
         assert phitune(f"{line} --output_dir run") == 143
+    # The adapter names its base from anywhere, gone on with or not.
+    shutil.copytree("run", "copy")
+    assert phitune("train --resume copy") == 0
+    assert phitune(f"{line} --output_dir whole") == 0
+    assert contents(place / "copy") == contents(place / "whole")
     weights = load_file("model/model.safetensors")
     weights["model.layers.0.mlp.fc1.weight"][0, 0] += 0.25
     save_file(weights, "model/model.safetensors")

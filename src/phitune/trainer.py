@@ -339,16 +339,18 @@ class Phi2LoRATrainer:
         )
         if resumption:
             state.load(resumption.state["progress"], resumption.files)
+            resumption.files.clear()  # Three or four times the adapter.
         with stop_signals(self._say) as stop:
             recorder = Recorder(
                 run,
                 view,
-                open_trackers(settings.report_to, run.path, state.step + 1),
+                open_trackers(settings.report_to, run.path, state.step + 1 if resumption else 0),
                 sampler,
                 model.adapter,
                 self.tokenizer,
                 self.prompt_format,
-                settings.model_name,
+                # The adapter names its base, and means the same from any folder.
+                provenance.effective.settings.model_name,
                 stop,
             )
             if resumption:

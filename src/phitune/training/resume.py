@@ -120,13 +120,16 @@ class Resumption:
                 + listing([str(each) for each in found])
                 + "\nPut it back as it was, or start anew in another --output_dir."
             )
+        notes = []
         found = differences(self.saved.surroundings, now.surroundings)
         if self.threads_to_use(now) != self.saved.threads:
             found.append(Difference("threads", self.saved.threads, now.threads))
-        if not found:
-            return []
-        lines = listing([str(each) for each in found])
-        return [f"warning: what follows may differ in the last bits:\n{lines}"]
+        elif self.saved.threads != now.threads:
+            notes.append(f"threads: {self.saved.threads}, as this run had before")
+        if found:
+            lines = listing([str(each) for each in found])
+            notes.append(f"warning: what follows may differ in the last bits:\n{lines}")
+        return notes
 
     def threads_to_use(self, now: Provenance) -> int:
         """The run's number of threads, where this machine has so many processors."""

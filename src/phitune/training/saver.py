@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 from phitune.config import Settings
 from phitune.training.checkpoint import remove_older, write_checkpoint
@@ -94,7 +95,6 @@ class Saver:
             return 0.0
         try:
             write_checkpoint(self._run.checkpoints, state.name, self._files(state))
-            remove_older(self._run.checkpoints, self._settings.keep_checkpoints, state.best_step)
         except OSError as error:
             self._tried_at = started
             self.problem = f"{self._run.checkpoints / state.name}: {error.strerror or error}"
@@ -106,6 +106,10 @@ class Saver:
             self.problem = None
             self._saved, self._saved_step = state.name, state.step
             self._saved_at = time.monotonic()
+            with suppress(OSError):  # What cannot be removed is removed the next time.
+                remove_older(
+                    self._run.checkpoints, self._settings.keep_checkpoints, state.best_step
+                )
         taken = time.monotonic() - started
         self.seconds += taken
         return taken

@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 DEMO_OUTPUT ?= output/demo
 PHI_2_CONFIG ?= config.json
 
-.PHONY: setup demo test lint check format docs models full-size benchmarks peers gpu fuzz torture clean
+.PHONY: setup demo test lint check format docs models full-size benchmarks peers gpu fuzz torture disk-faults clean
 
 setup: $(INSTALLED)
 
@@ -68,6 +68,10 @@ fuzz: setup
 # A hundred kills, each run gone on with to its end; some minutes.
 torture: setup
 	$(BIN)/python benchmarks/torture.py
+
+# Two hundred runs on disks that fill up or fail; needs the right to mount a tmpfs.
+disk-faults: setup
+	$(BIN)/python benchmarks/disk_faults.py
 
 # phitune beside its peers, which it installs into output/peers-env; about an hour on an idle machine.
 peers: setup

@@ -90,13 +90,20 @@ class Attempt:
         return open_places[-1] if open_places else "in between"
 
 
-def attempt(line: str, moment: Moment | None, output: Path) -> Attempt:
-    """Runs a command line in a process of its own, and kills it at a moment."""
+def attempt(
+    line: str, moment: Moment | None, output: Path, inject: Callable[[], None] = lambda: None
+) -> Attempt:
+    """Runs a command line in a process of its own, and kills it at a moment.
+
+    Args:
+        inject: called in that process first.
+    """
     reader, writer = os.pipe()
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
         os.close(reader)
+        inject()
         _run(line, moment, writer, output)
     os.close(writer)
     try:
@@ -156,6 +163,8 @@ def _marked(real: Callable[..., Any], place: str, writer: int) -> Callable[..., 
         os.write(writer, f"+{place}\n".encode())
         result = real(*args, **kwargs)
         os.write(writer, f"-{place}\n".encode())
+        if isinstance(result, Path):
+            os.write(writer, f"!{result.name}\n".encode())
         return result
 
     return wrapped
@@ -187,13 +196,13 @@ class Model:
             f"train --dataset_path {folder}/train.jsonl --model_name {name} --epochs 3"
             " --batch_size 1 --gradient_accumulation_steps 4 --learning_rate 5e-3"
             " --lora_dropout 0.1 --sample_tokens 6 --save_every 2 --early_stopping_patience 0"
-            f" --resume auto --output_dir {folder}/{name}"
+            " --resume auto --output_dir"
         )
-        self.reference = folder / name / "whole"
         self.folder = folder / name
         self.folder.mkdir()
+        self.reference = self.folder / "whole"
         self.log = folder / f"{name}.log"
-        found = attempt(f"{self.line}/whole", None, self.log)
+        found = attempt(f"{self.line} {self.reference}", None, self.log)
         assert found.code == 0, self.log.read_text()
         self.seconds = found.marks[-1][0]
         self.counts = Counter(mark[1:] for _, mark in found.marks if mark.startswith("+"))
@@ -226,6 +235,17 @@ def contents(run: Path) -> dict[str, Any]:
     }
 
 
+def assert_equal(run: Path, reference: Path) -> None:
+    """
+    Raises:
+        AssertionError: the two did not come to the same end.
+    """
+    ours, theirs = contents(run), contents(reference)
+    differing = [name for name in theirs if ours.get(name) != theirs[name]]
+    assert not differing, (run, differing)
+    assert ours.keys() == theirs.keys(), run
+
+
 def whole_checkpoints(run: Path) -> int:
     """How many checkpoints bear their name; each of them must be whole."""
     found = checkpoints_of(run / "checkpoints")
@@ -234,13 +254,17 @@ def whole_checkpoints(run: Path) -> int:
     return len(found)
 
 
+def write_rows(folder: Path) -> None:
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+
+
 def campaign(kills: int, seed: int, folder: Path) -> dict[str, Any]:
     """Kills runs so often. Returns: where they were killed, and what came out.
 
     Raises:
         AssertionError: a run that does not end as the one that was left alone.
     """
-    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    write_rows(folder)
     draw = random.Random(seed)
     models = [Model(name, folder) for name in MODELS]
     places: Counter[str] = Counter()
@@ -256,9 +280,9 @@ def campaign(kills: int, seed: int, folder: Path) -> dict[str, Any]:
             spare = done < kills and of_run < MOST_KILLS_A_RUN
             if not deck:
                 # File operations are those of checkpoints, old ones, the adapter and the logs.
-                deck = draw.sample([*PLACES, CLOCK, FILE], len(PLACES) + 2) + [FILE, FILE]
+                deck = [*draw.sample([*PLACES, CLOCK, FILE], len(PLACES) + 2), FILE, FILE]
             moment = model.moment(deck.pop(), draw) if spare else None
-            found = attempt(f"{model.line}/{run.name}", moment, model.log)
+            found = attempt(f"{model.line} {run}", moment, model.log)
             if found.code is not None:
                 break
             assert moment, f"{run}: took more than {SECONDS} s"
@@ -267,10 +291,7 @@ def campaign(kills: int, seed: int, folder: Path) -> dict[str, Any]:
             kinds[moment.kind] += 1
             verified += whole_checkpoints(run)
         assert found.code == 0, (run, model.log.read_text()[-4000:])
-        ours, theirs = contents(run), contents(model.reference)
-        differing = [name for name in theirs if ours.get(name) != theirs[name]]
-        assert not differing, (run, differing)
-        assert ours.keys() == theirs.keys(), run
+        assert_equal(run, model.reference)
     return {
         "seed": seed,
         "kills": done,

@@ -90,9 +90,16 @@ class Recorder:
         prompt_format: PromptFormat,
         model_name: str,
         stop: Stop,
+        say: Callable[[str], None],
     ) -> None:
+        """
+        Args:
+            say: told what cannot be written at the time.
+        """
         self.base_samples: list[Sample] = []
+        self.adapter_waits = False  # It could not be written when it was the best.
         self._stop = stop
+        self._say = say
         self._run = run
         self._view = view
         self._trackers = trackers
@@ -116,7 +123,7 @@ class Recorder:
         if evaluation:
             self._view.evaluated(evaluation, is_best=is_best)
         if is_best:
-            self.save_adapter()
+            self._try_to_save_adapter()
         samples = self._sampler(self._stop.check)
         # Written down together, when nothing can interrupt any more: an epoch is over or it is not.
         if evaluation:
@@ -135,6 +142,18 @@ class Recorder:
             self._tokenizer.save(folder, self._prompt_format)
 
         self._run.replace_adapter(write)
+
+    def _try_to_save_adapter(self) -> None:
+        try:
+            self.save_adapter()
+        except OSError as error:
+            self.adapter_waits = True
+            self._say(
+                f"warning: {self._run.adapter}: cannot be written: {error.strerror or error};"
+                " training goes on, and it is tried again"
+            )
+        else:
+            self.adapter_waits = False
 
     def recall_base_samples(self) -> None:
         """The base's answers, of a run that was begun by another process."""

@@ -328,7 +328,8 @@ class Phi2LoRATrainer:
         settings, resumption = self.settings, self._resumption
         assert settings.output_dir
         state = start_state(engine, model.adapter, len(data.train_rows), settings)
-        run = (RunDirectory.take_up if resumption else RunDirectory)(settings.output_dir)
+        open_run = RunDirectory.take_up if resumption else RunDirectory
+        run = open_run(settings.output_dir, self._say)
         view = open_view(self.console)
         sampler = Sampler(
             model.decoder,
@@ -352,6 +353,7 @@ class Phi2LoRATrainer:
                 # The adapter names its base, and means the same from any folder.
                 provenance.effective.settings.model_name,
                 stop,
+                self._say,
             )
             if resumption:
                 self._rewind(resumption, run, recorder, state)
@@ -388,8 +390,15 @@ class Phi2LoRATrainer:
                 ) from None
             finally:
                 recorder.close()
-            if not run.adapter.exists():
-                recorder.save_adapter()
+            try:
+                if recorder.adapter_waits or not run.adapter.exists():
+                    recorder.save_adapter()
+                run.lengths()  # Whatever waits is written now, or this is no success.
+            except OSError as error:
+                raise CheckpointError(
+                    f"{run.path}: what came out cannot be written: {error.strerror or error}; make"
+                    f" room, then go on from the last checkpoint with: {_command(run)}"
+                ) from None
         compare_with_memory(model.adapter, run.adapter)
         if compiling := compile_seconds():
             self._say(f"torch_compile: compiling took {compiling:.1f} s of it")
@@ -405,7 +414,7 @@ class Phi2LoRATrainer:
         if outcome.interrupted:
             raise stop.interrupted(
                 f"interrupted by {stop.signal} after step {outcome.steps} of {steps}; go on with:"
-                f" phitune train --resume {shlex.quote(str(run.path))}"
+                f" {_command(run)}"
             )
         return outcome
 
@@ -488,3 +497,8 @@ class Phi2LoRATrainer:
     def _say(self, text: str) -> None:
         # A log keeps its lines whole; a terminal breaks them between words.
         self.console.print(escape(text), soft_wrap=not self.console.is_terminal)
+
+
+def _command(run: RunDirectory) -> str:
+    """What goes on with a run."""
+    return f"phitune train --resume {shlex.quote(str(run.path))}"

@@ -6,6 +6,8 @@ A rename is atomic but says nothing about what is on the disk; so files and fold
 
 import os
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 # Behind a name: what is being written, what is being replaced, and what is being removed.
@@ -70,6 +72,52 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
     path.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
+
+
+class LineFile:
+    """A file that grows line by line, and waits where the disk is full or gone.
+
+    Lines that could not be written are kept, and written with the next one. There is never a part
+    of a line at its end.
+    """
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        self.path = path
+        self._say = say
+        self._waiting: list[str] = []
+        self._has_failed = False
+
+    def append(self, line: str) -> None:
+        self._waiting.append(line)
+        try:
+            self.write_waiting()
+        except OSError as error:
+            if not self._has_failed:
+                self._say(
+                    f"warning: {self.path}: cannot be written: {error.strerror or error};"
+                    " its lines wait until it can"
+                )
+            self._has_failed = True
+
+    def write_waiting(self) -> None:
+        """
+        Raises:
+            OSError: it is not possible now; the lines go on waiting.
+        """
+        if not self._waiting:
+            return
+        before = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("ab") as file:
+                file.write("".join(self._waiting).encode())
+        except OSError:
+            with suppress(OSError):
+                os.truncate(self.path, before)
+            raise
+        self._waiting = []
+        if self._has_failed:
+            self._say(f"{self.path}: is written again, nothing is missing")
+        self._has_failed = False
 
 
 def with_suffix(path: Path, suffix: str) -> Path:

@@ -26,6 +26,7 @@ from phitune.training.disk import (
     NEW,
     OLD,
     PASSING,
+    LineFile,
     replace_file,
     replace_folder,
     sync_file,
@@ -105,9 +106,13 @@ def _ours(name: str) -> str | None:
 class RunDirectory:
     """Writes a run's files as they come about."""
 
-    def __init__(self, path: Path) -> None:
-        """Creates the folder, emptied of an earlier run; see `check_output_dir`."""
-        self.path = path
+    def __init__(self, path: Path, say: Callable[[str], None] = lambda text: None) -> None:
+        """Creates the folder, emptied of an earlier run; see `check_output_dir`.
+
+        Args:
+            say: told what cannot be written at the time.
+        """
+        self._set_up(path, say)
         path.mkdir(parents=True, exist_ok=True)
         for entry in path.iterdir():
             if not _ours(entry.name):
@@ -117,11 +122,15 @@ class RunDirectory:
             else:
                 entry.unlink(missing_ok=True)
 
+    def _set_up(self, path: Path, say: Callable[[str], None]) -> None:
+        self.path = path
+        self._logs = {name: LineFile(path / name, say) for name in _LOGS}
+
     @classmethod
-    def take_up(cls, path: Path) -> "RunDirectory":
+    def take_up(cls, path: Path, say: Callable[[str], None] = lambda text: None) -> "RunDirectory":
         """The folder of a run that goes on, with what a kill left half done put right."""
         run = cls.__new__(cls)
-        run.path = path
+        run._set_up(path, say)
         old = with_suffix(run.adapter, OLD)
         if old.exists() and not run.adapter.exists():
             old.rename(run.adapter)
@@ -169,10 +178,15 @@ class RunDirectory:
         return [line for line in lines if line["epoch"] == epoch]
 
     def lengths(self) -> dict[str, dict[str, int]]:
-        """Bytes and lines of the files that grow, as they are on the disk from now on."""
+        """Bytes and lines of the files that grow, as they are on the disk from now on.
+
+        Raises:
+            OSError: lines are waiting that cannot be written.
+        """
         found = {}
-        for name in _LOGS:
-            path = self.path / name
+        for name, log in self._logs.items():
+            log.write_waiting()
+            path = log.path
             if path.exists():
                 sync_file(path)
             data = path.read_bytes() if path.exists() else b""
@@ -201,8 +215,7 @@ class RunDirectory:
         return warnings
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._logs[name].append(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def read_summary(path: Path) -> dict[str, Any] | None:

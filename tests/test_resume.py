@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -503,3 +505,31 @@ def test_nothing_in_a_checkpoint_is_pickled(stopped: Path) -> None:
     for folder in checkpoints_of(stopped / "checkpoints"):
         suffixes = {path.suffix for path in folder.iterdir()}
         assert suffixes == {".json", ".safetensors"}
+
+
+@pytest.mark.parametrize("reader", ["terminal", "pipe"])
+def test_whoever_stops_reading_does_not_lose_the_run(reader: str, place: Path) -> None:
+    """A terminal that is closed while a step is shown, and a pipe whose reader leaves."""
+    assert phitune(f"{LINE} --output_dir whole") == 0
+    ours, theirs = os.openpty() if reader == "terminal" else os.pipe()
+    command = [sys.executable, "-m", "phitune", *LINE.split()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm"}
+    with subprocess.Popen(
+        [*command, "--output_dir", "run"],
+        stdout=theirs,
+        stderr=theirs if reader == "terminal" else subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        env=environment,
+    ) as process:
+        os.close(theirs)
+        said = b""
+        while b"base model" not in said:
+            said += os.read(ours, 2**16)
+        os.close(ours)
+        assert process.wait(timeout=120) == 129
+    assert any("step-" in path.name for path in (place / "run/checkpoints").iterdir())
+    assert not (place / "run/run.lock").exists()
+    assert json.loads((place / "run/summary.json").read_text())["interrupted"] is True
+    assert phitune("train --resume run") == 0
+    assert contents(place / "run") == contents(place / "whole")

@@ -110,18 +110,22 @@ class Recorder:
         self._model_name = model_name
 
     def micro_batch_done(self, sequences: int) -> None:
-        self._view.micro_batch_done(sequences)
+        with self._stop.showing():
+            self._view.micro_batch_done(sequences)
 
     def step_done(self, metrics: StepMetrics) -> None:
         self._log(asdict(metrics))
-        self._view.step_done(metrics)
+        with self._stop.showing():
+            self._view.step_done(metrics)
 
     def evaluating(self, done: int, sequences: int) -> None:
-        self._view.evaluating(done, sequences)
+        with self._stop.showing():
+            self._view.evaluating(done, sequences)
 
     def epoch_done(self, epoch: int, evaluation: Evaluation | None, *, is_best: bool) -> None:
         if evaluation:
-            self._view.evaluated(evaluation, is_best=is_best)
+            with self._stop.showing():
+                self._view.evaluated(evaluation, is_best=is_best)
         if is_best:
             self._try_to_save_adapter()
         samples = self._sampler(self._stop.check)
@@ -130,7 +134,8 @@ class Recorder:
             self._log(asdict(evaluation))
         for sample in samples:
             self._run.append_sample({"epoch": epoch, **asdict(sample)})
-        self._view.sampled(epoch, samples[:_SHOWN])
+        with self._stop.showing():
+            self._view.sampled(epoch, samples[:_SHOWN])
         if epoch == 0:
             self.base_samples = samples
 
@@ -177,7 +182,8 @@ class Recorder:
             restore(self._adapter, now)
 
     def close(self) -> None:
-        self._view.close()
+        with self._stop.showing():
+            self._view.close()
         for tracker in self._trackers:
             tracker.close()
 

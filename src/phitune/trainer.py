@@ -58,6 +58,7 @@ from phitune.training.saver import Saver
 from phitune.training.state import TrainingState
 from phitune.training.tracking import check_tracker, open_trackers
 from phitune.training.view import (
+    RunConsole,
     Sample,
     answers_table,
     data_line,
@@ -121,7 +122,7 @@ class Phi2LoRATrainer:
 
     def _set_up(self, resolved: Resolved) -> None:
         """Fills in what was left open, and finds the model's folder."""
-        self.console = Console(highlight=False)
+        self.console: Console = RunConsole(highlight=False)
         self._resumption = take_up(resolved)
         self._asked = with_absolute_paths(resolved)
         if self._resumption:

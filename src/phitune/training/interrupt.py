@@ -5,8 +5,10 @@ terminal that was closed (SIGHUP) asks the same, unless the run was started with
 that it should go on.
 """
 
+import errno
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -34,6 +36,8 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal: str | None = None
+        # Looked at now: a terminal that was closed is none any more.
+        self._terminals = [number for number in (0, 1, 2) if os.isatty(number)]
 
     def __call__(self) -> bool:
         return self.signal is not None
@@ -46,9 +50,31 @@ class Stop:
         if self():
             raise StopRequested
 
+    def hang_up(self, *others: int) -> None:
+        """Nobody reads any more: stops, and writes no more to where that would fail.
+
+        Args:
+            others: descriptors that are no terminals.
+        """
+        self.signal = self.signal or "SIGHUP"
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for number in {*self._terminals, *others}:
+            os.dup2(nowhere, number)
+        os.close(nowhere)
+
+    @contextmanager
+    def showing(self) -> Iterator[None]:
+        """For writing to a person, who may close the terminal, or the pipe, at any time."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.EIO, errno.EPIPE):
+                raise
+            self.hang_up(sys.stdout.fileno())
+
     def interrupted(self, message: str) -> Interrupted:
         """The end of a run that was asked to stop."""
-        return Interrupted(message, EXIT_CODES[self.signal or "SIGINT"])
+        return Interrupted(message, EXIT_CODES.get(self.signal or "SIGINT", 129))
 
 
 @contextmanager
@@ -62,8 +88,9 @@ def stop_signals(say: Callable[[str], None]) -> Iterator[Stop]:
             raise Interrupted(f"left at once by {name}; nothing more was saved", EXIT_CODES[name])
         stop.signal = name
         if name == "SIGHUP":
-            _let_go_of_terminal()
-        say(f"{name}: stopping after this micro-batch; a second one leaves at once")
+            stop.hang_up()
+        with stop.showing():
+            say(f"{name}: stopping after this micro-batch; a second one leaves at once")
 
     before = {}
     try:
@@ -78,12 +105,3 @@ def stop_signals(say: Callable[[str], None]) -> Iterator[Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _let_go_of_terminal() -> None:
-    """Nothing more is written to a terminal that is gone: that would fail."""
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for descriptor in (0, 1, 2):
-        if os.isatty(descriptor):
-            os.dup2(nowhere, descriptor)
-    os.close(nowhere)

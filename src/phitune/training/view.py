@@ -1,6 +1,8 @@
 """What a person sees of a run: a live view on a terminal, plain lines everywhere else."""
 
 import datetime
+import errno
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +41,14 @@ class Sample:
     answer: str
     tokens: int
     stopped: bool  # by itself, with an end token
+
+
+class RunConsole(Console):
+    """A console whose reader may leave without ending the run on the spot."""
+
+    def on_broken_pipe(self) -> None:
+        # rich would exit here; what is to be done is the matter of `interrupt.Stop.showing`.
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 class View(Protocol):

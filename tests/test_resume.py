@@ -23,9 +23,9 @@ from phitune.model.engine import FusedEngine, ReferenceEngine
 from phitune.model.files import ASSETS
 from phitune.model.lora import Adapter, LoraSpec, attach
 from phitune.model.targets import resolve_targets
+from phitune.training.changes import CHANGEABLE, WHY_NOT
 from phitune.training.checkpoint import checkpoints_of
 from phitune.training.loop import Outcome, start_state, train
-from phitune.training.resume import _WHY_NOT, CHANGEABLE
 from phitune.training.state import TrainingState, as_bytes
 
 TRAIN, VALIDATION = random_rows([9, 12, 5, 20, 7, 11, 30]), random_rows([8, 16], seed=1)
@@ -380,8 +380,8 @@ def test_what_cannot_be_changed_is_refused_with_the_reason(
 
 
 def test_every_setting_can_be_changed_or_has_a_reason() -> None:
-    assert set(CHANGEABLE) | set(_WHY_NOT) == set(Settings.model_fields)
-    assert not set(CHANGEABLE) & set(_WHY_NOT)
+    assert set(CHANGEABLE) | set(WHY_NOT) == set(Settings.model_fields)
+    assert not set(CHANGEABLE) & set(WHY_NOT)
 
 
 def test_what_may_be_changed_is_changed_and_recorded(

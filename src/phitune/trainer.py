@@ -22,7 +22,7 @@ from phitune.config import Resolved, resolve, to_yaml
 from phitune.data.conversation import Turn
 from phitune.data.prepare import PreparedData, prepare_data
 from phitune.data.tokenizer import TextTokenizer
-from phitune.errors import CheckpointError, NonFiniteError, OutOfMemoryError, SettingsError
+from phitune.errors import CheckpointError, NonFiniteError, OutOfMemoryError
 from phitune.model.architecture import read_model_config
 from phitune.model.decoder import Decoder
 from phitune.model.device import (
@@ -41,7 +41,7 @@ from phitune.model.weights import load_decoder, weights_fingerprint
 from phitune.recorder import Recorder, Sampler
 from phitune.report.short import check_before_training
 from phitune.training.budget import memory_advice, memory_budget
-from phitune.training.fit import settle_memory
+from phitune.training.fit import check_against_model, settle_memory
 from phitune.training.interrupt import stop_signals
 from phitune.training.lock import run_lock
 from phitune.training.loop import Outcome, start_state, train
@@ -150,7 +150,9 @@ class Phi2LoRATrainer:
         self.target_modules = resolve_targets(
             self.model_config, self.settings.target_modules, self.settings.layers
         )
-        self._check_against_model()
+        check_against_model(
+            self.settings, self.model_config, self.tokenizer.size, self.model_folder
+        )
         self._model: PreparedModel | None = None
 
     @property
@@ -473,27 +475,6 @@ class Phi2LoRATrainer:
             f"{outcome.ended}: {outcome.steps} steps in {duration}{figures}\n"
             f"adapter of step {outcome.best_step}{which}: {run.adapter}"
         )
-
-    def _check_against_model(self) -> None:
-        settings, config = self.settings, self.model_config
-        problems = []
-        if settings.max_length > config.max_position_embeddings:
-            problems.append(
-                f"max_length {settings.max_length}: the model's positions end at"
-                f" {config.max_position_embeddings}"
-            )
-        layers = settings.recompute_layers
-        if isinstance(layers, int) and layers > config.num_hidden_layers:
-            problems.append(
-                f"recompute_layers {layers}: the model has {config.num_hidden_layers} layers"
-            )
-        if self.tokenizer.size > config.vocab_size:
-            problems.append(
-                f"{self.model_folder}: the tokenizer has {self.tokenizer.size} tokens, the model"
-                f" {config.vocab_size}; they do not belong together"
-            )
-        if problems:
-            raise SettingsError("\n".join(problems))
 
     def _say(self, text: str) -> None:
         # A log keeps its lines whole; a terminal breaks them between words.

@@ -1,13 +1,16 @@
-"""What fits into the memory there is: the micro-batch, and as few recomputed layers as it takes.
+"""What fits: settings to a model, and into the memory there is a micro-batch and as few recomputed
+layers as it takes.
 
 No torch here: `phitune plan` answers at once.
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from phitune.config import Settings
 from phitune.data.prepare import PreparedData
+from phitune.errors import SettingsError
 from phitune.model.architecture import ModelConfig
 from phitune.training.memory import Base, Device, MemoryPlan, Shape, plan_memory
 
@@ -105,3 +108,34 @@ def settle_memory(
     if settings.recompute_layers is None:
         chosen["recompute_layers"] = plan.recompute_layers
     return chosen, plan
+
+
+def check_against_model(
+    settings: Settings, config: ModelConfig, tokenizer_size: int, folder: Path
+) -> None:
+    """Refuses what a model cannot do, before its weights are read.
+
+    Args:
+        folder: of the model, for the message.
+
+    Raises:
+        SettingsError: every such setting.
+    """
+    problems = []
+    if settings.max_length > config.max_position_embeddings:
+        problems.append(
+            f"max_length {settings.max_length}: the model's positions end at"
+            f" {config.max_position_embeddings}"
+        )
+    layers = settings.recompute_layers
+    if isinstance(layers, int) and layers > config.num_hidden_layers:
+        problems.append(
+            f"recompute_layers {layers}: the model has {config.num_hidden_layers} layers"
+        )
+    if tokenizer_size > config.vocab_size:
+        problems.append(
+            f"{folder}: the tokenizer has {tokenizer_size} tokens, the model"
+            f" {config.vocab_size}; they do not belong together"
+        )
+    if problems:
+        raise SettingsError("\n".join(problems))

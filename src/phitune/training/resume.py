@@ -5,14 +5,14 @@ No torch here: whatever is refused is refused at once. Tensors are the matter of
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from phitune.config import Resolved, Settings, unknown_name, validated
+from phitune.config import Resolved, Settings, validated
 from phitune.errors import ResumeError, SettingsError, listing
+from phitune.training.changes import CHANGEABLE, parse_changes
 from phitune.training.checkpoint import (
     DamagedCheckpointError,
     checkpoints_of,
@@ -30,57 +30,6 @@ from phitune.training.rundir import CHECKPOINTS, CONFIG, read_summary
 
 AUTO = "auto"
 STATE = "state.json"
-
-# What --resume_with may change.
-CHANGEABLE = (
-    "epochs",
-    "learning_rate",
-    "lr_scheduler",
-    "warmup_ratio",
-    "weight_decay",
-    "max_grad_norm",
-    "early_stopping_patience",
-    "lora_dropout",
-    "batch_size",
-    "gradient_accumulation_steps",
-    "gradient_checkpointing",
-    "recompute_layers",
-    "torch_compile",
-    "engine",
-    "device",
-    "save_every",
-    "keep_checkpoints",
-    "cache",
-    "sample_prompts",
-    "sample_tokens",
-    "report_to",
-    # The same rows and the same weights in another place; their fingerprints are compared.
-    "dataset_path",
-    "validation_path",
-    "model_name",
-)
-_ROWS = "it decides which rows are trained on and in which order, and a part of them is behind"
-_SHAPE = "the adapter in the checkpoint has this shape"
-_WHY_NOT = {
-    "seed": _ROWS,
-    "data_format": _ROWS,
-    "columns": _ROWS,
-    "on_bad_row": _ROWS,
-    "validation_split": _ROWS,
-    "prompt_format": _ROWS,
-    "max_length": _ROWS,
-    "on_too_long": _ROWS,
-    "train_on_prompt": _ROWS,
-    "lora_r": _SHAPE,
-    "lora_alpha": "the adapter so far was learnt at this scale",
-    "target_modules": _SHAPE,
-    "layers": _SHAPE,
-    "precision": "the frozen weights would be other numbers",
-    "output_dir": "a run stays in its folder; move the folder and name it with --resume",
-    "overwrite": "a run that goes on replaces nothing",
-    "resume": "it says which run this is",
-    "resume_with": "it is this very list",
-}
 
 
 @dataclass(frozen=True)
@@ -211,7 +160,7 @@ def _resumption(folder: Path, found: list[Path], resolved: Resolved) -> Resumpti
         raise ResumeError(
             f"{checkpoint}: was written by another version of phitune ({error})"
         ) from None
-    changes = _changes(resolved.settings.resume_with)
+    changes = parse_changes(resolved.settings.resume_with)
     effective, asked = _settings(folder, saved, resolved, changes)
     steps, kept = saved.effective.settings.rows_per_step, effective.settings.rows_per_step
     if steps != kept:
@@ -258,28 +207,6 @@ def _read_or_why(folder: Path) -> dict[str, bytes] | str:
         return read_checkpoint(folder)
     except DamagedCheckpointError as error:
         return str(error)
-
-
-def _changes(text: str | None) -> dict[str, str]:
-    """What --resume_with says, by name.
-
-    Raises:
-        ResumeError: something in it is unknown or cannot be changed; all of it in one message.
-    """
-    if text is None:
-        return {}
-    # A comma belongs to a value unless a name and = follow.
-    pairs = [part.partition("=") for part in re.split(r",(?=\s*\w+\s*=)", text)]
-    changes = {name.strip(): value.strip() for name, _, value in pairs}
-    problems = []
-    for name in changes:
-        if name not in Settings.model_fields:
-            problems.append(unknown_name(name, CHANGEABLE, kind="setting"))
-        elif name not in CHANGEABLE:
-            problems.append(f"{name}: cannot be changed; {_WHY_NOT[name]}")
-    if problems:
-        raise ResumeError(f"--resume_with {text}:\n{listing(problems)}")
-    return changes
 
 
 def _settings(

@@ -9,7 +9,7 @@ DEMO_OUTPUT ?= output/demo
 PHI_2_CONFIG ?= config.json
 PHI_2_FOLDER ?= phi-2
 
-.PHONY: setup demo test lint check format docs models full-size export-memory benchmarks peers gpu fuzz clean
+.PHONY: setup demo test lint check format docs models full-size export-memory benchmarks peers gpu fuzz torture disk-faults clean
 
 setup: $(INSTALLED)
 
@@ -70,6 +70,14 @@ benchmarks: setup
 # Twenty thousand damaged data files; some minutes.
 fuzz: setup
 	$(BIN)/python benchmarks/fuzz_data.py
+
+# A hundred kills, each run gone on with to its end; some minutes.
+torture: setup
+	$(BIN)/python benchmarks/torture.py
+
+# Two hundred runs on disks that fill up or fail; needs the right to mount a tmpfs.
+disk-faults: setup
+	$(BIN)/python benchmarks/disk_faults.py
 
 # phitune beside its peers, which it installs into output/peers-env; about an hour on an idle machine.
 peers: setup

@@ -25,8 +25,9 @@ from phitune.data.packing import pack
 from phitune.data.tokenizer import IGNORE_INDEX, TokenizedExample
 from phitune.model.engine import FusedEngine
 from phitune.model.fused import Kernels
+from phitune.training.fit import fewest_recomputed
 from phitune.training.loop import dropout_of
-from phitune.training.memory import Shape, fewest_recomputed
+from phitune.training.memory import Shape
 from phitune.training.optim import build_adamw, clip_gradients, gradient_norm
 
 OURS, THEIRS, LIGER = "phitune", "transformers + peft", "Liger"

@@ -92,7 +92,8 @@ def test_the_three_commands_of_the_guide_run_as_written(place: Path, line: str) 
     else:
         assert run.name.startswith("phi-2-captain-20")
     names = {path.name for path in run.iterdir()}
-    assert names == {"adapter", "config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json"}
+    files = {"config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json"}
+    assert names == {"adapter", "checkpoints", *files}
     settings = yaml.safe_load((run / "config.yaml").read_text())
     assert settings["model_name"] == "microsoft/phi-2"
     assert settings["epochs"] == 20
@@ -108,6 +109,7 @@ def test_the_three_commands_of_the_guide_run_as_written(place: Path, line: str) 
         "tokens",
         "tokens_per_second",
         "memory_gib",
+        "checkpoint_seconds",
     }
     evaluations = [line for line in metrics if "validation_loss" in line]
     assert [line["epoch"] for line in evaluations] == list(range(len(evaluations)))
@@ -122,7 +124,7 @@ def test_a_run_is_repeated_by_its_config_from_another_folder(place: Path) -> Non
     assert again.returncode == 0, again.stderr
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (place / "a/adapter" / name).read_bytes() == Path("b/adapter", name).read_bytes()
-    different = ("tokens_per_second", "memory_gib")
+    different = ("tokens_per_second", "memory_gib", "checkpoint_seconds")
     curves = [
         [{k: v for k, v in line.items() if k not in different} for line in lines_of(path)]
         for path in (place / "a" / "metrics.jsonl", Path("b/metrics.jsonl"))

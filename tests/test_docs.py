@@ -26,6 +26,8 @@ from phitune.data.tokenizer import TextTokenizer
 from phitune.model.files import ASSETS
 from phitune.planning.presets import PRESETS
 from phitune.training import rundir
+from phitune.training.interrupt import EXIT_CODES
+from phitune.training.lock import LOCK
 from phitune.training.loop import Evaluation, StepMetrics
 from phitune.training.view import Sample
 
@@ -39,6 +41,7 @@ DOCUMENTS = (
     "docs/compare.md",
     "docs/evaluate.md",
     "docs/export.md",
+    "docs/reliability.md",
 )
 PRESET_FILES = tuple(f"examples/{name}.yaml" for name in PRESETS)
 
@@ -181,8 +184,8 @@ def written_out(command: Command) -> list[str]:
     words = shlex.split(command.text)
     if words[:2] == ["python", "src/main.py"]:
         words[:2] = ["phitune", "train"]
-    if command.shown:
-        return words
+    if command.shown or ("--resume" in words and "auto" not in words):
+        return words  # A run that goes on has its settings already.
     for start, added in ADDED.items():
         if words[: len(start.split())] == start.split():
             words += added.split()
@@ -364,8 +367,8 @@ def test_the_configurations_are_the_guides(name: str) -> None:
 
 def test_the_guide_names_all_that_a_run_leaves_behind() -> None:
     text = GUIDE.read_text(encoding="utf-8")
-    names = [rundir.CONFIG, rundir.METRICS, rundir.SAMPLES, rundir.SUMMARY, rundir.EVALUATION]
-    names.append(f"{rundir.ADAPTER}/")
+    names = [rundir.CONFIG, rundir.METRICS, rundir.SAMPLES, rundir.SUMMARY, rundir.EVALUATION, LOCK]
+    names += [f"{rundir.ADAPTER}/", f"{rundir.CHECKPOINTS}/"]
     names += [field.name for kind in (StepMetrics, Evaluation) for field in fields(kind)]
     names += [field.name for field in fields(Sample)]
     assert [name for name in names if f"`{name}`" not in text] == []
@@ -376,6 +379,7 @@ def test_the_guide_names_every_exit_code() -> None:
     assert said
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
     codes = {getattr(kind, "exit_code", 1) for kind in kinds} | {0, EXIT_INTERRUPTED}
+    codes |= set(EXIT_CODES.values())
     assert set(map(int, re.findall(r"\b\d+\b", said[1]))) == codes
 
 

@@ -86,7 +86,10 @@ NO_TORCH = (
     "phitune.planning.questions",
     "phitune.planning.rows",
     "phitune.planning.view",
+    "phitune.training.budget",
+    "phitune.training.fit",
     "phitune.training.memory",
+    "phitune.training.resume",
     "phitune.training.rundir",
 )
 

@@ -7,15 +7,8 @@ from memory_plan import Setting, measured, narrow_config, predicted
 
 from phitune.model.architecture import known_model_config
 from phitune.model.targets import resolve_targets
-from phitune.training.memory import (
-    GIB,
-    MemoryPlan,
-    Shape,
-    Term,
-    fewest_recomputed,
-    largest_batch,
-    plan_memory,
-)
+from phitune.training.fit import fewest_recomputed, largest_batch
+from phitune.training.memory import GIB, MemoryPlan, Shape, Term, plan_memory
 
 SHAPE = Shape((1024,) * 4, 4 * 600)
 

@@ -27,15 +27,9 @@ from phitune.planning.cost import token_cost
 from phitune.planning.plan import make_plan
 from phitune.planning.presets import PRESETS
 from phitune.planning.rows import assumed_rows
-from phitune.training.memory import (
-    BUDGET_SHARE,
-    GIB,
-    Base,
-    Device,
-    MemoryPlan,
-    fewest_recomputed,
-    largest_batch,
-)
+from phitune.training.budget import BUDGET_SHARE
+from phitune.training.fit import fewest_recomputed, largest_batch
+from phitune.training.memory import GIB, Base, Device, MemoryPlan
 
 PHI_2, PHI_3_5 = "microsoft/phi-2", "microsoft/Phi-3.5-mini-instruct"
 CAPTAIN = ASSETS / "captain.jsonl"

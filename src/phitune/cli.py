@@ -4,7 +4,7 @@ A command is a module of `commands/`, imported when it is asked for: `phitune --
 once.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, settings, data or model files, 3 the numbers stopped
-being finite, 4 out of memory, 130 interrupted.
+being finite, 4 out of memory, 129 hung up, 130 interrupted, 143 terminated.
 """
 
 import importlib
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from phitune import __version__
 from phitune.commands.flags import Parser
-from phitune.errors import PhituneError, SettingsError
+from phitune.errors import Interrupted, PhituneError, SettingsError
 
 EXIT_INTERRUPTED = 130
 DEBUG_VARIABLE = "PHITUNE_DEBUG"
@@ -46,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PhituneError as error:
         print(f"phitune: {error}", file=sys.stderr)
         return error.exit_code
+    except Interrupted as stopped:
+        print(f"phitune: {stopped}", file=sys.stderr)
+        return stopped.exit_code
     except KeyboardInterrupt:
         print("phitune: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

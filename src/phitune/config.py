@@ -6,6 +6,7 @@ dictionaries here; both pass through the same validation, so both are refused wi
 """
 
 import difflib
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from pydantic_core import ErrorDetails
 
 from phitune.errors import SettingsError, listing
 
-Origin = Literal["default", "file", "flag", "argument", "chosen"]
+Origin = Literal["default", "file", "flag", "argument", "chosen", "resume_with"]
 LORA_ALPHA_PER_RANK = (2, 4)
 DEFAULT_BATCH_SIZE = 4
 
@@ -69,6 +70,21 @@ def _count_or(word: str, least: int) -> Callable[[Any], Any]:
     return check
 
 
+def _save_every(value: Any) -> Any:
+    if value in ("auto", "epoch"):
+        return value
+    number, minutes = str(_no_bool(value)).strip(), False
+    if number.endswith("m"):
+        number, minutes = number[:-1], True
+    try:
+        amount = float(number) if minutes else int(number)
+    except ValueError:
+        amount = 0
+    if not 0 < amount < math.inf:
+        raise ValueError("must be a number of steps, minutes such as 10m, epoch or auto")
+    return f"{number}m" if minutes else number
+
+
 def _one_or_more(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -87,6 +103,7 @@ UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 Texts = Annotated[list[Annotated[str, AfterValidator(_encodable)]], BeforeValidator(_one_or_more)]
 BatchSize = Annotated[int | Literal["auto"], BeforeValidator(_count_or("auto", 1))]
 LayerCount = Annotated[int | Literal["all"] | None, BeforeValidator(_count_or("all", 0))]
+SaveEvery = Annotated[str, BeforeValidator(_save_every)]
 Precision = Annotated[Literal["auto", "fp32", "bf16"], BeforeValidator(_no_fp16)]
 
 _RUN, _DATA, _TRAIN, _LORA, _MACHINE, _REPORT = (
@@ -114,6 +131,18 @@ class Settings(BaseModel):
         None, "run directory (default: output/<model>-<data>-<date-time>)", group=_RUN
     )
     overwrite: bool = _knob(False, "replace a run that is already in output_dir", group=_RUN)
+    resume: str | None = _knob(
+        None,
+        "go on with the run in this directory; auto: with the one in output_dir, if there is one",
+        group=_RUN,
+        min_length=1,
+    )
+    resume_with: str | None = _knob(
+        None,
+        "what is changed on going on, such as learning_rate=1e-4,epochs=30",
+        group=_RUN,
+        pattern=r"^\s*\w+\s*=",
+    )
     model_name: str = _knob(
         "microsoft/phi-2",
         "a hub id, a local folder, or a shipped model (tiny-phi-2, tiny-phi-3.5)",
@@ -122,6 +151,14 @@ class Settings(BaseModel):
     )
     seed: Whole = _knob(
         42, "decides the split, the order, dropout and the adapter's start", group=_RUN, ge=0
+    )
+    save_every: SaveEvery = _knob(
+        "auto",
+        "a checkpoint every N steps, 10m (minutes) or epoch; auto: an epoch or 10m, the sooner one",
+        group=_RUN,
+    )
+    keep_checkpoints: Whole = _knob(
+        2, "newest checkpoints that are kept, beside that of the best step", group=_RUN, ge=1
     )
 
     dataset_path: UserPath | None = _knob(
@@ -299,7 +336,7 @@ class Settings(BaseModel):
 
 
 # What belongs to one run only: left out of the config.yaml that repeats it.
-NOT_REPEATED = ("output_dir", "overwrite")
+NOT_REPEATED = ("output_dir", "overwrite", "resume", "resume_with")
 
 
 @dataclass(frozen=True)
@@ -381,22 +418,11 @@ def resolve(
     origins: dict[str, Origin] = dict.fromkeys(Settings.model_fields, "default")
     origins |= dict.fromkeys(from_file, "file")
     origins |= dict.fromkeys(flags, origin)
-    values = {**from_file, **flags}
-    try:
-        settings = Settings.model_validate(values)
-    except ValidationError as error:
-        where = {"file": f"in {config_path}", "flag": "on the command line"}
-        problems = []
-        for detail in error.errors():
-            name = str(detail["loc"][0])
-            place = where.get(origins[name], "")
-            problems.append(f"{name} = {values[name]!r}: {_in_words(detail)} ({place})")
-        raise SettingsError("these settings cannot be used:\n" + listing(problems)) from None
-    if settings.recompute_layers and not settings.gradient_checkpointing:
-        raise SettingsError(
-            "recompute_layers and gradient_checkpointing false contradict each other;"
-            " leave out the one you do not mean"
-        )
+    where = {
+        name: {"file": f"in {config_path}", "flag": "on the command line"}.get(kind, "")
+        for name, kind in origins.items()
+    }
+    settings = validated({**from_file, **flags}, where)
     if settings.validation_path and settings.validation_split:
         if origins["validation_split"] != "default":
             raise SettingsError(
@@ -405,6 +431,32 @@ def resolve(
             )
         return Resolved(settings, origins).choose(validation_split=0.0)
     return Resolved(settings, origins)
+
+
+def validated(values: Mapping[str, Any], where: Mapping[str, str]) -> Settings:
+    """Settings from values by name; all problems in one error.
+
+    Args:
+        where: in words, the place that each value came from.
+
+    Raises:
+        SettingsError: values out of range or of another type, or two that contradict each other.
+    """
+    try:
+        settings = Settings.model_validate(values)
+    except ValidationError as error:
+        problems = []
+        for detail in error.errors():
+            name = str(detail["loc"][0])
+            place = where.get(name, "")
+            problems.append(f"{name} = {values[name]!r}: {_in_words(detail)} ({place})")
+        raise SettingsError("these settings cannot be used:\n" + listing(problems)) from None
+    if settings.recompute_layers and not settings.gradient_checkpointing:
+        raise SettingsError(
+            "recompute_layers and gradient_checkpointing false contradict each other;"
+            " leave out the one you do not mean"
+        )
+    return settings
 
 
 def _in_words(detail: ErrorDetails) -> str:
@@ -427,6 +479,8 @@ def _in_words(detail: ErrorDetails) -> str:
             return f"must be one of {context['expected']}"
         case "string_pattern_mismatch" if detail["loc"][0] == "layers":
             return "must look like 16-31 or 0,2,8-11"
+        case "string_pattern_mismatch" if detail["loc"][0] == "resume_with":
+            return "must look like learning_rate=1e-4,epochs=30"
         case "string_pattern_mismatch":
             return "must be auto, cpu, cuda, cuda:N or mps"
         case "value_error":

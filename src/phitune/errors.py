@@ -37,6 +37,24 @@ class NonFiniteError(PhituneError):
     exit_code = 3
 
 
+class ResumeError(PhituneError):
+    """A run that cannot be gone on with: damaged, in use, or not what it was."""
+
+    exit_code = 2
+
+
+class CheckpointError(PhituneError):
+    """A run came to its end, but its last checkpoint could not be written."""
+
+    exit_code = 1
+
+
+class SavedAdapterError(PhituneError):
+    """The adapter on disk is not the one in memory; never to be taken for a success."""
+
+    exit_code = 1
+
+
 class OutOfMemoryError(PhituneError):
     """The device has no room for the model or a micro-batch."""
 
@@ -47,6 +65,14 @@ class ExportError(PhituneError):
     """An export that is not the model it was made from, or cannot be written."""
 
     exit_code = 1
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended a run after its checkpoint was written; the message says how to go on."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 MAX_LISTED = 20

@@ -1,18 +1,24 @@
 """What happens in the training loop, written to the run directory, to trackers and to the view."""
 
-from collections.abc import Sequence
-from dataclasses import asdict
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from phitune.data.prepare import SamplePrompt
 from phitune.data.prompt import PromptFormat
 from phitune.data.tokenizer import TextTokenizer
-from phitune.inference.generate import generate
+from phitune.errors import SavedAdapterError
+from phitune.inference.generate import Answer, stream
 from phitune.model.decoder import Decoder
-from phitune.model.lora import Adapter, save_adapter
+from phitune.model.lora import Adapter, compare_with_memory, save_adapter
+from phitune.training.interrupt import Stop
 from phitune.training.loop import Evaluation, StepMetrics
 from phitune.training.rundir import RunDirectory
+from phitune.training.state import copy_of, restore
 from phitune.training.tracking import Tracker
 from phitune.training.view import Sample, View
 
@@ -37,16 +43,28 @@ class Sampler:
         self._prompts = list(prompts) if max_new_tokens else []
         self._max_new_tokens = max_new_tokens
 
-    def __call__(self) -> list[Sample]:
-        """One greedy answer for each prompt."""
-        if not self._prompts:
-            return []
-        answers = generate(
+    @property
+    def prompts(self) -> list[str]:
+        return [prompt.text for prompt in self._prompts]
+
+    def __call__(self, check: Callable[[], None] = lambda: None) -> list[Sample]:
+        """One greedy answer for each prompt.
+
+        Args:
+            check: called after each token, and free to raise.
+        """
+        answers = [Answer() for _ in self._prompts]
+        stop_ids = self._tokenizer.stop_ids(self._prompt_format)
+        for tokens in stream(
             self._decoder,
             [prompt.ids for prompt in self._prompts],
             max_new_tokens=self._max_new_tokens,
-            stop_ids=self._tokenizer.stop_ids(self._prompt_format),
-        )
+            stop_ids=stop_ids,
+        ):
+            for row, token in tokens:
+                answers[row].ids.append(token)
+                answers[row].stopped = token in stop_ids
+            check()
         return [
             Sample(
                 prompt.text,
@@ -71,8 +89,17 @@ class Recorder:
         tokenizer: TextTokenizer,
         prompt_format: PromptFormat,
         model_name: str,
+        stop: Stop,
+        say: Callable[[str], None],
     ) -> None:
+        """
+        Args:
+            say: told what cannot be written at the time.
+        """
         self.base_samples: list[Sample] = []
+        self.adapter_waits = False  # It could not be written when it was the best.
+        self._stop = stop
+        self._say = say
         self._run = run
         self._view = view
         self._trackers = trackers
@@ -83,25 +110,32 @@ class Recorder:
         self._model_name = model_name
 
     def micro_batch_done(self, sequences: int) -> None:
-        self._view.micro_batch_done(sequences)
+        with self._stop.showing():
+            self._view.micro_batch_done(sequences)
 
     def step_done(self, metrics: StepMetrics) -> None:
         self._log(asdict(metrics))
-        self._view.step_done(metrics)
+        with self._stop.showing():
+            self._view.step_done(metrics)
 
     def evaluating(self, done: int, sequences: int) -> None:
-        self._view.evaluating(done, sequences)
+        with self._stop.showing():
+            self._view.evaluating(done, sequences)
 
     def epoch_done(self, epoch: int, evaluation: Evaluation | None, *, is_best: bool) -> None:
         if evaluation:
-            self._log(asdict(evaluation))
-            self._view.evaluated(evaluation, is_best=is_best)
+            with self._stop.showing():
+                self._view.evaluated(evaluation, is_best=is_best)
         if is_best:
-            self.save_adapter()
-        samples = self._sampler()
+            self._try_to_save_adapter()
+        samples = self._sampler(self._stop.check)
+        # Written down together, when nothing can interrupt any more: an epoch is over or it is not.
+        if evaluation:
+            self._log(asdict(evaluation))
         for sample in samples:
             self._run.append_sample({"epoch": epoch, **asdict(sample)})
-        self._view.sampled(epoch, samples[:_SHOWN])
+        with self._stop.showing():
+            self._view.sampled(epoch, samples[:_SHOWN])
         if epoch == 0:
             self.base_samples = samples
 
@@ -114,8 +148,42 @@ class Recorder:
 
         self._run.replace_adapter(write)
 
+    def _try_to_save_adapter(self) -> None:
+        try:
+            self.save_adapter()
+        except OSError as error:
+            self.adapter_waits = True
+            self._say(
+                f"warning: {self._run.adapter}: cannot be written: {error.strerror or error};"
+                " training goes on, and it is tried again"
+            )
+        else:
+            self.adapter_waits = False
+
+    def recall_base_samples(self) -> None:
+        """The base's answers, of a run that was begun by another process."""
+        samples = self._run.samples(epoch=0)
+        if [sample["prompt"] for sample in samples] == self._sampler.prompts:
+            names = [field.name for field in fields(Sample)]
+            self.base_samples = [Sample(*(line[name] for name in names)) for line in samples]
+
+    def put_back_adapter(self, best: dict[str, Tensor]) -> None:
+        """Makes the run's adapter the best one of a checkpoint again, or none."""
+        if not best:
+            shutil.rmtree(self._run.adapter, ignore_errors=True)
+            return
+        now = copy_of(self._adapter)
+        restore(self._adapter, best)
+        try:
+            compare_with_memory(self._adapter, self._run.adapter)
+        except SavedAdapterError:
+            self.save_adapter()
+        finally:
+            restore(self._adapter, now)
+
     def close(self) -> None:
-        self._view.close()
+        with self._stop.showing():
+            self._view.close()
         for tracker in self._trackers:
             tracker.close()
 

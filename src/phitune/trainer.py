@@ -6,11 +6,11 @@ before the model is there.
 """
 
 import datetime
-import signal
+import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,11 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from phitune.config import Resolved, Settings, resolve, to_yaml
+from phitune.config import Resolved, resolve, to_yaml
 from phitune.data.conversation import Turn
-from phitune.data.packing import steps_per_epoch
 from phitune.data.prepare import PreparedData, facts_of, prepare_data
-from phitune.data.sources import hub_id
 from phitune.data.tokenizer import TextTokenizer
-from phitune.errors import NonFiniteError, OutOfMemoryError, SettingsError
+from phitune.errors import CheckpointError, NonFiniteError, OutOfMemoryError
 from phitune.evaluation.short import evaluate_at_end
 from phitune.export.card import write_adapter_card
 from phitune.model.architecture import read_model_config
@@ -34,28 +32,35 @@ from phitune.model.device import (
     choose_device,
     choose_precision,
     compile_seconds,
+    device_name,
     is_out_of_memory,
 )
 from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
 from phitune.model.files import EXAMPLE_DATASET, fetch_weights, find_model
-from phitune.model.lora import Adapter, LoraSpec, attach
+from phitune.model.lora import Adapter, LoraSpec, attach, compare_with_memory
 from phitune.model.targets import resolve_targets
-from phitune.model.weights import load_decoder
+from phitune.model.weights import load_decoder, weights_fingerprint
 from phitune.recorder import Recorder, Sampler
 from phitune.report.short import check_before_training
-from phitune.training.loop import Outcome, train
-from phitune.training.memory import (
-    MemoryPlan,
-    Shape,
-    fewest_recomputed,
-    largest_batch,
-    memory_advice,
-    memory_budget,
-    plan_memory,
+from phitune.training.budget import memory_advice, memory_budget
+from phitune.training.fit import check_against_model, settle_memory
+from phitune.training.interrupt import stop_signals
+from phitune.training.lock import run_lock
+from phitune.training.loop import Outcome, start_state, train
+from phitune.training.memory import MemoryPlan
+from phitune.training.provenance import (
+    Provenance,
+    data_fingerprints,
+    surroundings,
+    with_absolute_paths,
 )
+from phitune.training.resume import Resumption, take_up
 from phitune.training.rundir import RunDirectory, check_output_dir, default_output_dir
+from phitune.training.saver import Saver
+from phitune.training.state import TrainingState
 from phitune.training.tracking import check_tracker, open_trackers
 from phitune.training.view import (
+    RunConsole,
     Sample,
     answers_table,
     data_line,
@@ -117,7 +122,11 @@ class Phi2LoRATrainer:
 
     def _set_up(self, resolved: Resolved) -> None:
         """Fills in what was left open, and finds the model's folder."""
-        self.console = Console(highlight=False)
+        self.console: Console = RunConsole(highlight=False)
+        self._resumption = take_up(resolved)
+        self._asked = with_absolute_paths(resolved)
+        if self._resumption:
+            resolved, self._asked = self._resumption.effective, self._resumption.asked
         settings = resolved.settings
         device = choose_device(settings.device)
         chosen: dict[str, Any] = {}
@@ -132,7 +141,7 @@ class Phi2LoRATrainer:
         self.resolved = resolved.choose(**chosen)
         self.settings = self.resolved.settings
         assert self.settings.output_dir
-        check_output_dir(self.settings.output_dir, overwrite=self.settings.overwrite)
+        self._check_output_dir()
         check_tracker(self.settings.report_to)
         self.model_folder = find_model(self.settings.model_name)
         self.model_config = read_model_config(self.model_folder)
@@ -141,7 +150,9 @@ class Phi2LoRATrainer:
         self.target_modules = resolve_targets(
             self.model_config, self.settings.target_modules, self.settings.layers
         )
-        self._check_against_model()
+        check_against_model(
+            self.settings, self.model_config, self.tokenizer.size, self.model_folder
+        )
         self._model: PreparedModel | None = None
 
     @property
@@ -186,6 +197,7 @@ class Phi2LoRATrainer:
                 DTYPES[settings.precision],
                 self.device,
             )
+            self._base_fingerprint = weights_fingerprint(decoder)
             spec = LoraSpec(
                 settings.lora_r, settings.lora_alpha, settings.lora_dropout, self.target_modules
             )
@@ -199,82 +211,106 @@ class Phi2LoRATrainer:
             PhituneError: what cannot be used, or went wrong; its message says what to do.
             KeyboardInterrupt: it was interrupted; what there was is saved.
         """
-        assert self.settings.output_dir
-        check_output_dir(self.settings.output_dir, overwrite=self.settings.overwrite)
-        data = self.prepare_data()
-        coder = (self.tokenizer, self.prompt_format)
-        check_before_training(self.settings, self._dataset_path, *coder, data, self._say)
-        plan, budget = self._plan_memory(data)
+        resumption = self._resumption
+        if resumption and resumption.summary:
+            return self._finished_before(resumption)
+        with ExitStack() as held:
+            if resumption:
+                held.enter_context(run_lock(resumption.folder))
+                resumption.check_unchanged()
+            self._check_output_dir()
+            data = self.prepare_data()
+            coder = (self.tokenizer, self.prompt_format)
+            check_before_training(self.settings, self._dataset_path, *coder, data, self._say)
+            plan, budget = self._plan_memory(data)
+            self._show_settings(data)
+            try:
+                model, engine = self._load(plan, budget)
+                provenance = self._provenance(data, model, engine)
+                if not resumption:
+                    assert self.settings.output_dir
+                    held.enter_context(run_lock(self.settings.output_dir))
+                    self._check_output_dir()
+                return self._train(model, engine, data, provenance)
+            except (RuntimeError, MemoryError) as error:
+                if is_out_of_memory(error):
+                    raise OutOfMemoryError(
+                        f"out of memory on {self.settings.device}: {str(error).splitlines()[0]}\n"
+                        + memory_advice(self.settings)
+                    ) from None
+                raise
+
+    def _check_output_dir(self) -> None:
+        settings = self.settings
+        assert settings.output_dir
+        if not self._resumption:
+            resuming = settings.resume is not None
+            check_output_dir(settings.output_dir, overwrite=settings.overwrite, resuming=resuming)
+
+    def _finished_before(self, resumption: Resumption) -> Outcome:
+        assert resumption.summary
+        names = [field.name for field in fields(Outcome)]
+        outcome = Outcome(**{name: resumption.summary[name] for name in names})
+        self._say(
+            f"{resumption.folder}: this run is finished ({outcome.ended}, {outcome.steps} steps);"
+            f" nothing is left to do. For more: --resume {resumption.folder} --resume_with epochs=N"
+        )
+        return outcome
+
+    def _show_settings(self, data: PreparedData) -> None:
         self.console.print("[bold]Settings[/]")
         self.console.print(settings_lines(self.resolved), soft_wrap=True)
         for warning in self.settings.warnings():
             self._say(f"warning: {warning}")
         self._say(data_line(data, self.settings.dataset_path or EXAMPLE_DATASET.name))
         self._say(targets_line(self.target_modules, self.model_config, self.settings.lora_r))
-        try:
-            started = time.perf_counter()
-            model = self.prepare_model()
-            seconds = time.perf_counter() - started
-            self._say(model_line(model.decoder, model.adapter, self.settings, seconds))
-            # The plan follows the fused engine's buffers and says nothing of autograd's.
-            if self.settings.engine == "fused":
-                self._say(memory_line(plan, budget))
-                if plan.bytes > budget:
-                    self._say(f"warning: that may not fit. {memory_advice(self.settings)}")
-            engine = self._build_engine(model.decoder)
-            for name, choice in engine.choices.items():
-                self._say(f"{name}: {choice}")
-            run = RunDirectory(self.settings.output_dir)
-            run.write_config(to_yaml(self._repeatable()))
-            return self._train(model, engine, data, run)
-        except (RuntimeError, MemoryError) as error:
-            if is_out_of_memory(error):
-                raise OutOfMemoryError(
-                    f"out of memory on {self.settings.device}: {str(error).splitlines()[0]}\n"
-                    + memory_advice(self.settings)
-                ) from None
-            raise
+
+    def _load(self, plan: MemoryPlan, budget: int) -> tuple[PreparedModel, Engine]:
+        started = time.perf_counter()
+        model = self.prepare_model()
+        seconds = time.perf_counter() - started
+        self._say(model_line(model.decoder, model.adapter, self.settings, seconds))
+        # The plan follows the fused engine's buffers and says nothing of autograd's.
+        if self.settings.engine == "fused":
+            self._say(memory_line(plan, budget))
+            if plan.bytes > budget:
+                self._say(f"warning: that may not fit. {memory_advice(self.settings)}")
+        engine = self._build_engine(model.decoder)
+        for name, choice in engine.choices.items():
+            self._say(f"{name}: {choice}")
+        return model, engine
+
+    def _provenance(self, data: PreparedData, model: PreparedModel, engine: Engine) -> Provenance:
+        """What this run is made of; of one that goes on, held against what it was made of.
+
+        Raises:
+            ResumeError: data or base model are not what they were.
+        """
+        now = Provenance(
+            with_absolute_paths(self.resolved),
+            self._asked,
+            {
+                **data_fingerprints(data, self.tokenizer),
+                "base model": self._base_fingerprint,
+            },
+            surroundings(device_name(self.device), engine.choices),
+            torch.get_num_threads(),
+        )
+        if self._resumption is None:
+            return now
+        for note in self._resumption.compare(now):
+            self._say(note)
+        threads = self._resumption.threads_to_use(now)
+        torch.set_num_threads(threads)
+        return self._resumption.going_on(now, threads)
 
     def _plan_memory(self, data: PreparedData) -> tuple[MemoryPlan, int]:
         """Settles the batch size and the recomputed layers; the plan, and the bytes there are."""
-        settings, config = self.settings, self.model_config
-        most = settings.rows_per_step  # "auto" goes no further.
-        rows = sorted(
-            data.train_rows.longest_rows(most) + data.validation_rows.longest_rows(most),
-            key=lambda row: len(row.input_ids),
-            reverse=True,
-        )
         budget = memory_budget(self.device)
-        base: Any = settings.precision
         device: Any = self.device.type
-        fixed = settings.recompute_layers
-        if not settings.gradient_checkpointing:
-            fixed = 0
-        elif settings.engine == "reference" and fixed is None:
-            fixed = "all"  # The plan's arithmetic is not that of autograd.
-
-        def plan_of(batch_size: int) -> MemoryPlan:
-            longest = rows[:batch_size]
-            shape = Shape(
-                tuple(len(row.input_ids) for row in longest),
-                sum(row.num_target_tokens for row in longest),
-            )
-            what = (config, self.target_modules, settings.lora_r, base, shape)
-            if fixed is None:
-                return fewest_recomputed(*what, budget, device)
-            layers = config.num_hidden_layers if fixed == "all" else fixed
-            return plan_memory(*what, layers, device)
-
-        batch_size, steps = settings.batch_size, settings.gradient_accumulation_steps
-        chosen: dict[str, Any] = {}
-        if batch_size == "auto":
-            batch_size, plan = largest_batch(plan_of, settings.rows_per_step, budget)
-            steps = settings.rows_per_step // batch_size
-            chosen = {"batch_size": batch_size, "gradient_accumulation_steps": steps}
-        else:
-            plan = plan_of(batch_size)
-        if settings.recompute_layers is None:
-            chosen["recompute_layers"] = plan.recompute_layers
+        chosen, plan = settle_memory(
+            self.settings, self.model_config, self.target_modules, data, budget, device
+        )
         self.resolved = self.resolved.choose(**chosen)
         self.settings = self.resolved.settings
         return plan, budget
@@ -290,9 +326,13 @@ class Phi2LoRATrainer:
         )
 
     def _train(
-        self, model: PreparedModel, engine: Engine, data: PreparedData, run: RunDirectory
+        self, model: PreparedModel, engine: Engine, data: PreparedData, provenance: Provenance
     ) -> Outcome:
-        settings = self.settings
+        settings, resumption = self.settings, self._resumption
+        assert settings.output_dir
+        state = start_state(engine, model.adapter, len(data.train_rows), settings)
+        open_run = RunDirectory.take_up if resumption else RunDirectory
+        run = open_run(settings.output_dir, self._say)
         view = open_view(self.console)
         sampler = Sampler(
             model.decoder,
@@ -301,22 +341,39 @@ class Phi2LoRATrainer:
             data.sample_prompts,
             settings.sample_tokens,
         )
-        recorder = Recorder(
-            run,
-            view,
-            open_trackers(settings.report_to, run.path),
-            sampler,
-            model.adapter,
-            self.tokenizer,
-            self.prompt_format,
-            settings.model_name,
-        )
-        steps = settings.epochs * steps_per_epoch(len(data.train_rows), settings.rows_per_step)
         facts = facts_of(data)  # Now, while the files are what was read.
-        started = time.perf_counter()
-        view.start(steps, settings.epochs * len(data.train_rows))
-        try:
-            with _polite_interrupt(self.console) as interrupted:
+        if resumption:
+            state.load(resumption.state["progress"], resumption.files)
+            resumption.files.clear()  # Three or four times the adapter.
+        with stop_signals(self._say) as stop:
+            recorder = Recorder(
+                run,
+                view,
+                open_trackers(settings.report_to, run.path, state.step + 1 if resumption else 0),
+                sampler,
+                model.adapter,
+                self.tokenizer,
+                self.prompt_format,
+                # The adapter names its base, and means the same from any folder.
+                provenance.effective.settings.model_name,
+                stop,
+                self._say,
+            )
+            if resumption:
+                self._rewind(resumption, run, recorder, state)
+            run.write_config(to_yaml(with_absolute_paths(self.resolved)))
+            saver = Saver(
+                run,
+                settings,
+                provenance,
+                self._say,
+                resumption.state["seconds"] if resumption else 0.0,
+                resumption.checkpoint.name if resumption else None,
+            )
+            rows = len(data.train_rows)
+            steps = settings.epochs * state.steps_per_epoch
+            view.start(steps, settings.epochs * rows, state.step, state.rows_seen(rows, settings))
+            try:
                 outcome = train(
                     engine,
                     model.adapter,
@@ -324,23 +381,34 @@ class Phi2LoRATrainer:
                     data.validation_rows,
                     settings,
                     recorder,
-                    interrupted,
+                    stop,
+                    state,
+                    saver,
                 )
-        except NonFiniteError as error:
-            if not run.adapter.exists():
-                recorder.save_adapter()
-            raise NonFiniteError(
-                f"{error}\nThe last good adapter is in {run.adapter}. Try half the"
-                " --learning_rate, --precision fp32, or look for odd rows in the data."
-            ) from None
-        finally:
-            recorder.close()
-        if not run.adapter.exists():
-            recorder.save_adapter()
-        seconds = time.perf_counter() - started
+            except NonFiniteError as error:
+                if not run.adapter.exists():
+                    recorder.save_adapter()
+                raise NonFiniteError(
+                    f"{error}\nThe last good adapter is in {run.adapter}. Try half the"
+                    " --learning_rate, --precision fp32, or look for odd rows in the data."
+                ) from None
+            finally:
+                recorder.close()
+            try:
+                if recorder.adapter_waits or not run.adapter.exists():
+                    recorder.save_adapter()
+                run.lengths()  # Whatever waits is written now, or this is no success.
+            except OSError as error:
+                raise CheckpointError(
+                    f"{run.path}: what came out cannot be written: {error.strerror or error}; make"
+                    f" room, then go on from the last checkpoint with: {_command(run)}"
+                ) from None
+        compare_with_memory(model.adapter, run.adapter)
         if compiling := compile_seconds():
             self._say(f"torch_compile: compiling took {compiling:.1f} s of it")
-        self._conclude(outcome, run, model, sampler, recorder.base_samples, seconds, facts)
+        seconds = saver.training_seconds
+        told = {"data": facts, "changed_on_resume": provenance.changes}
+        self._conclude(outcome, run, model, sampler, recorder.base_samples, seconds, told)
         if not outcome.interrupted:
             coder = (self.tokenizer, self.prompt_format)
             for line in evaluate_at_end(
@@ -348,9 +416,28 @@ class Phi2LoRATrainer:
             ):
                 self._say(line)
         write_adapter_card(run.path)
+        if saver.problem:
+            raise CheckpointError(
+                f"the last checkpoint could not be written: {saver.problem}; the adapter is whole:"
+                f" {run.adapter}"
+            )
         if outcome.interrupted:
-            raise KeyboardInterrupt
+            raise stop.interrupted(
+                f"interrupted by {stop.signal} after step {outcome.steps} of {steps}; go on with:"
+                f" {_command(run)}"
+            )
         return outcome
+
+    def _rewind(
+        self, resumption: Resumption, run: RunDirectory, recorder: Recorder, state: TrainingState
+    ) -> None:
+        """Takes back what was written after the checkpoint; the run is as it was then."""
+        for warning in [*resumption.notes, *run.rewind(resumption.state["logs"])]:
+            self._say(f"warning: {warning}")
+        resumption.set_damaged_aside()
+        recorder.recall_base_samples()
+        recorder.put_back_adapter(state.best)
+        self._say(f"going on from {resumption.checkpoint}: step {state.step} is done")
 
     def _conclude(
         self,
@@ -360,7 +447,7 @@ class Phi2LoRATrainer:
         sampler: Sampler,
         base_samples: list[Sample],
         seconds: float,
-        data_facts: dict[str, Any],
+        provenance: dict[str, Any],
     ) -> None:
         """Answers the sample prompts with the best adapter, and writes and prints what came out."""
         tuned = [] if outcome.interrupted else sampler()
@@ -369,7 +456,7 @@ class Phi2LoRATrainer:
             {
                 **asdict(outcome),
                 "seconds": round(seconds, 3),
-                "data": data_facts,
+                **provenance,
                 "trainable_parameters": model.adapter.num_parameters,
                 "answers": [
                     {"prompt": old.prompt, "base": old.answer, "tuned": new.answer}
@@ -378,7 +465,7 @@ class Phi2LoRATrainer:
                 "answers_stopped_by_themselves": len(tuned) - unstopped,
             }
         )
-        if tuned:
+        if tuned and base_samples:
             self.console.print()
             self.console.print(answers_table(base_samples, tuned))
         if unstopped:
@@ -396,63 +483,11 @@ class Phi2LoRATrainer:
             f"adapter of step {outcome.best_step}{which}: {run.adapter}"
         )
 
-    def _check_against_model(self) -> None:
-        settings, config = self.settings, self.model_config
-        problems = []
-        if settings.max_length > config.max_position_embeddings:
-            problems.append(
-                f"max_length {settings.max_length}: the model's positions end at"
-                f" {config.max_position_embeddings}"
-            )
-        layers = settings.recompute_layers
-        if isinstance(layers, int) and layers > config.num_hidden_layers:
-            problems.append(
-                f"recompute_layers {layers}: the model has {config.num_hidden_layers} layers"
-            )
-        if self.tokenizer.size > config.vocab_size:
-            problems.append(
-                f"{self.model_folder}: the tokenizer has {self.tokenizer.size} tokens, the model"
-                f" {config.vocab_size}; they do not belong together"
-            )
-        if problems:
-            raise SettingsError("\n".join(problems))
-
-    def _repeatable(self) -> Resolved:
-        """The settings with paths that mean the same from any folder."""
-        settings, origins = self.settings, self.resolved.origins
-        paths = {
-            name: path.resolve()
-            for name in ("dataset_path", "validation_path")
-            if (path := getattr(settings, name)) and not hub_id(path)
-        }
-        model = Path(settings.model_name).expanduser()
-        if self.model_folder == model:
-            paths["model_name"] = model.resolve()
-        values = {**settings.model_dump(), **{key: str(value) for key, value in paths.items()}}
-        return Resolved(Settings.model_validate(values), origins)
-
     def _say(self, text: str) -> None:
         # A log keeps its lines whole; a terminal breaks them between words.
         self.console.print(escape(text), soft_wrap=not self.console.is_terminal)
 
 
-@contextmanager
-def _polite_interrupt(console: Console) -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C lets the micro-batch finish and saves; the second leaves at once."""
-    asked = False
-
-    def on_signal(*_: Any) -> None:
-        nonlocal asked
-        asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        console.print("stopping after this micro-batch; Ctrl-C again leaves at once")
-
-    try:
-        before = signal.signal(signal.SIGINT, on_signal)
-    except ValueError:  # Not in the main thread: signals are somebody else's business.
-        yield lambda: False
-        return
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)
+def _command(run: RunDirectory) -> str:
+    """What goes on with a run."""
+    return f"phitune train --resume {shlex.quote(str(run.path))}"

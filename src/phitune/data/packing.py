@@ -6,6 +6,7 @@ so every position that is computed is a token of the data.
 Shapes: T packed tokens, B sequences, N trained tokens.
 """
 
+import itertools
 import random
 from array import array
 from collections.abc import Iterator, Sequence
@@ -84,20 +85,28 @@ def epoch_steps(
     *,
     seed: int,
     epoch: int,
+    first_step: int = 0,
+    first_rows: int = 0,
 ) -> Iterator[list[Batch]]:
     """The micro-batches of each optimizer step of an epoch, every row once.
 
     The order depends on the seed and the epoch alone, so any step can be produced again.
+
+    Args:
+        first_step: so many steps of the epoch are left out.
+        first_rows: the first step is cut behind so many of its rows, whatever the batch size.
     """
     order = array("I", range(len(rows)))  # Four bytes a row.
     random.Random(f"{seed}/{epoch}").shuffle(order)
     rows_per_step = batch_size * gradient_accumulation_steps
-    for start in range(0, len(order), rows_per_step):
+    for start in range(first_step * rows_per_step, len(order), rows_per_step):
         step = order[start : start + rows_per_step]
+        slots = [*range(0, first_rows, batch_size), *range(first_rows, len(step), batch_size)]
         yield [
-            pack([rows[index] for index in step[slot : slot + batch_size]], first_slot=slot)
-            for slot in range(0, len(step), batch_size)
+            pack([rows[index] for index in step[slot:stop]], first_slot=slot)
+            for slot, stop in itertools.pairwise([*slots, len(step)])
         ]
+        first_rows = 0
 
 
 def batches(rows: Sequence[TokenizedExample], batch_size: int) -> Iterator[Batch]:

@@ -145,6 +145,9 @@ class TokenStore:
         manifest = _read_manifest(folder)
         self.rows: int = manifest["rows"]
         self.about: dict[str, Any] = manifest["about"]
+        self.checksums: dict[str, int] = {
+            name: column["crc32"] for name, column in manifest["columns"].items()
+        }
         self._sources = sources
         self._types = {name: column["type"] for name, column in manifest["columns"].items()}
         for name, column in manifest["columns"].items():
@@ -241,6 +244,17 @@ class TokenRows(Sequence[TokenizedExample]):
     def place(self, index: int) -> str:
         """file:line of a row."""
         return self.store.place(int(self.indices[index]))
+
+    @property
+    def fingerprint(self) -> str:
+        """16 digits that change with any token, any trained part, and which rows these are.
+
+        Where the rows lie in their files is not among it.
+        """
+        digest = hashlib.sha256(self.indices.astype("<u4").tobytes())
+        for name in ("ids", "ends", "spans", "span_ends"):
+            digest.update(f"{name} {self.store.checksums[name]}\n".encode())
+        return digest.hexdigest()[:16]
 
     def lengths(self) -> NDArray[np.uint32]:
         """Tokens of each row. [len]"""

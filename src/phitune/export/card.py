@@ -20,11 +20,11 @@ from phitune.inference.served import trained_format
 from phitune.jsonfile import read_object
 from phitune.model.files import SHIPPED_MODELS, is_hub_id
 from phitune.model.lora import CONFIG_FILE
-from phitune.training.rundir import ADAPTER, CONFIG, SUMMARY
+from phitune.training.rundir import ADAPTER, CONFIG, EVALUATION, SUMMARY
 
 CARD_FILE = "README.md"
-# Base against tuned on a few validation rows; not every run has it.
-_EVALUATION = "evaluation.json"
+
+
 # The settings that decide what was learnt, and none that is a path of this machine.
 _SETTINGS = (
     "prompt_format",
@@ -217,7 +217,7 @@ def _shown(value: Any) -> str:
 
 
 def _measured(run: Path | None) -> str:
-    summary, evaluation = _object(run, SUMMARY), _object(run, _EVALUATION)
+    summary, evaluation = _object(run, SUMMARY), _object(run, EVALUATION)
     facts: list[tuple[str, str]] = []
     first, best = (summary.get(f"{which}_validation_loss") for which in ("first", "best"))
     if isinstance(first, float) and isinstance(best, float):

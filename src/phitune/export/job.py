@@ -38,7 +38,8 @@ from phitune.model.decoder import Decoder
 from phitune.model.device import choose_device, is_out_of_memory, limit_product_caches
 from phitune.model.files import fetch_weights, find_model
 from phitune.model.lora import Adapter, read_adapter
-from phitune.training.memory import GIB, memory_budget
+from phitune.training.budget import memory_budget
+from phitune.training.memory import GIB
 from phitune.training.rundir import CONFIG
 
 DEFAULT_MAX_SHARD_SIZE = 5 * 10**9

@@ -25,7 +25,9 @@ from phitune.model.device import is_out_of_memory
 from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
 from phitune.planning.rows import Row, Rows
 from phitune.trainer import Phi2LoRATrainer
-from phitune.training.memory import Base, Device, Shape, fewest_recomputed, memory_budget
+from phitune.training.budget import memory_budget
+from phitune.training.fit import fewest_recomputed
+from phitune.training.memory import Base, Device, Shape
 
 DEFAULT_BATCHES = 8
 # tests/test_layers.py holds what it says of the benchmark against the committed result.

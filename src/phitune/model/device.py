@@ -39,6 +39,15 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def device_name(device: torch.device) -> str:
+    """The processor or card, as far as it decides how sums are made."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return f"Apple GPU, {platform.processor()}"
+    return f"CPU with {torch.backends.cpu.get_cpu_capability()}"
+
+
 def choose_precision(name: Literal["auto", "fp32", "bf16"], device: torch.device) -> str:
     """The precision of the frozen base: bf16 where the device computes in it fast, else fp32.
 

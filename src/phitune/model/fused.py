@@ -110,11 +110,17 @@ class WidenedLinear:
             self.weight[rows, columns] = pair.lora_B.detach()
 
     def prepare_gradients(self) -> None:
-        """Gradients are added to what is there; where there is nothing, they start at zero."""
+        """Gradients are added to what is there; where there is nothing, they start at zero.
+
+        Those of A lie side by side; what was put in their place (by a checkpoint) is taken over.
+        """
         for pair, place in zip(self.pairs, self.places, strict=True):
-            if pair.lora_A.grad is None:
-                self.grad_A[place].zero_()
-                pair.lora_A.grad = self.grad_A[place]
+            own, grad = self.grad_A[place], pair.lora_A.grad
+            if grad is None:
+                own.zero_()
+            elif grad.data_ptr() != own.data_ptr():
+                own.copy_(grad)
+            pair.lora_A.grad = own
             if pair.lora_B.grad is None:
                 pair.lora_B.grad = torch.zeros_like(pair.lora_B)
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 
-from phitune.errors import ModelError, listing
+from phitune.errors import ModelError, SavedAdapterError, listing
 from phitune.jsonfile import read_object, write_object
 from phitune.model import ops
 from phitune.model.architecture import FAMILIES, ModelConfig
@@ -253,6 +253,46 @@ def _by_layer(problems: list[str]) -> list[str]:
         more = f" (and so in {len(of) - 1} more layers)" if len(of) > 1 else ""
         lines.append(f"{before}{min(of) if before else ''}{after}{more}")
     return lines
+
+
+def compare_with_memory(adapter: Adapter, folder: Path) -> None:
+    """Reads a saved adapter back and compares it with the one in memory, bit for bit.
+
+    Raises:
+        SavedAdapterError: it cannot be read, or it is another one.
+    """
+    try:
+        raw = _read_adapter_config(folder / CONFIG_FILE)
+        saved = load((folder / WEIGHTS_FILE).read_bytes())
+    except (ModelError, SafetensorError, OSError) as error:
+        raise SavedAdapterError(f"{folder}: cannot be read back: {error}") from None
+    spec, expected = adapter.spec, adapter.tensors()
+    problems = [
+        f"{name}: {raw.get(name)!r} in {CONFIG_FILE}, {value!r} in memory"
+        for name, value in (
+            ("r", spec.rank),
+            ("lora_alpha", spec.alpha),
+            ("use_rslora", spec.use_rslora),
+        )
+        if raw.get(name) != value
+    ]
+    problems += [f"{name}: only in one of the two" for name in expected.keys() ^ saved.keys()]
+    problems += [
+        f"{name}: differs"
+        for name, tensor in expected.items()
+        if name in saved and not _same_bits(saved[name], tensor)
+    ]
+    if problems:
+        raise SavedAdapterError(
+            f"{folder}: what was saved is not what is in memory:\n{listing(sorted(problems))}"
+        )
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal to the last bit, on whatever device."""
+    one, other = (tensor.detach().cpu().contiguous() for tensor in (one, other))
+    is_alike = one.dtype == other.dtype and one.shape == other.shape
+    return is_alike and one.numpy().tobytes() == other.numpy().tobytes()
 
 
 def _peft_names(module: str) -> tuple[str, str]:

@@ -4,6 +4,7 @@ All names, shapes and types are checked first, from the files' headers alone; ev
 one error. Pickled weights are refused: loading them runs code.
 """
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ SINGLE_FILE = "model.safetensors"
 EMBEDDING = "model.embed_tokens.weight"
 # A tensor is read in pieces of about this size.
 PIECE_BYTES = 32 * 2**20
+FINGERPRINT_ROWS = 64
 _TORCH_TYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
@@ -102,6 +104,20 @@ def checked_headers(decoder: Decoder, folder: Path) -> dict[str, Header]:
     headers = {name: header for file in files for name, header in _read_header(file).items()}
     _check(folder, decoder, headers, decoder.named_weights())
     return headers
+
+
+def weights_fingerprint(decoder: Decoder) -> str:
+    """16 digits that change with the configuration and with the weights, as they were loaded.
+
+    Of each weight, rows that are evenly spaced are read: another model differs in nearly all of
+    them, and gigabytes are not gone through.
+    """
+    digest = hashlib.sha256(repr(decoder.config).encode())
+    for name, weight in decoder.named_weights().items():
+        rows = weight.detach()[:: max(1, len(weight) // FINGERPRINT_ROWS)].cpu().contiguous()
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
+        digest.update(rows.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _can_stay_in_file(decoder: Decoder, header: Header) -> bool:

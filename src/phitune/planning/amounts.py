@@ -7,7 +7,8 @@ import re
 from dataclasses import dataclass
 
 from phitune.errors import SettingsError
-from phitune.training.memory import BUDGET_SHARE, Device
+from phitune.training.budget import BUDGET_SHARE
+from phitune.training.memory import Device
 
 GB = 10**9
 

@@ -6,7 +6,8 @@ from rich.table import Table
 from rich.text import Text
 
 from phitune.planning.amounts import GB
-from phitune.training.memory import BUDGET_SHARE, GIB
+from phitune.training.budget import BUDGET_SHARE
+from phitune.training.memory import GIB
 
 
 def table_of(*columns: str, right: tuple[int, ...] | None = None) -> Table:

@@ -32,7 +32,8 @@ from phitune.planning.questions import (
     speeds,
 )
 from phitune.planning.rows import ASSUMED_ROWS, Rows, assumed_rows, rows_of_file
-from phitune.training.memory import BUDGET_SHARE, Base, Device, MemoryPlan
+from phitune.training.budget import BUDGET_SHARE
+from phitune.training.memory import Base, Device, MemoryPlan
 
 
 @dataclass(frozen=True)

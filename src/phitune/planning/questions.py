@@ -9,15 +9,8 @@ from phitune.planning.cost import Cost
 from phitune.planning.machines import MACHINES, Machine
 from phitune.planning.presets import PRESETS, Preset
 from phitune.planning.rows import Rows, assumed_rows
-from phitune.training.memory import (
-    GIB,
-    Base,
-    Device,
-    MemoryPlan,
-    fewest_recomputed,
-    largest_batch,
-    plan_memory,
-)
+from phitune.training.fit import fewest_recomputed, largest_batch
+from phitune.training.memory import GIB, Base, Device, MemoryPlan, plan_memory
 
 BASES: tuple[Base, ...] = ("fp32", "bf16", "int8", "nf4")
 # Shorter rows are not advised.

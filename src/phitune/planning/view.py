@@ -12,7 +12,7 @@ from phitune.planning.layout import gigabytes, section, shares, size_in, table_o
 from phitune.planning.memory_view import memory_table
 from phitune.planning.plan import Plan
 from phitune.planning.questions import BatchOption, PresetOption
-from phitune.training.memory import BUDGET_SHARE
+from phitune.training.budget import BUDGET_SHARE
 
 # Below this hidden size no machine comes near the share of its peak that is assumed.
 SMALL_MODEL = 1024

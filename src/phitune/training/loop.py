@@ -9,10 +9,9 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
 
 from phitune.config import Settings
 from phitune.data.packing import Batch, batches, epoch_steps, steps_per_epoch
@@ -21,13 +20,15 @@ from phitune.errors import NonFiniteError
 from phitune.model import ops
 from phitune.model.engine import Engine
 from phitune.model.lora import Adapter
-from phitune.training.memory import memory_in_use
+from phitune.training.budget import memory_in_use
+from phitune.training.interrupt import StopRequested
 from phitune.training.optim import (
     build_adamw,
     clip_gradients,
     gradient_norm,
     learning_rate_at,
 )
+from phitune.training.state import TrainingState, copy_of, restore
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class StepMetrics:
     tokens: int  # real tokens, trained or not; there is no padding
     tokens_per_second: float
     memory_gib: float
+    checkpoint_seconds: float = 0.0  # spent on checkpoints since the step before
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,12 @@ class Outcome:
     best_validation_loss: float | None = None
     ended: str = "all epochs done"
     interrupted: bool = False
+
+
+# A moment at which a run can be taken up again: after a step, after an epoch (a better one than all
+# before), and at the end, where nothing follows.
+Moment = Literal["step", "epoch", "best", "end"]
+Save = Callable[[TrainingState, Moment], float]
 
 
 class Events(Protocol):
@@ -89,132 +97,171 @@ def train(
     settings: Settings,
     events: Events,
     interrupted: Callable[[], bool] = lambda: False,
+    state: TrainingState | None = None,
+    save: Save = lambda state, moment: 0.0,
 ) -> Outcome:
     """Trains the adapter in place and leaves it at its best.
 
     Args:
-        interrupted: asked before each micro-batch; once it says yes, the step at hand is dropped
-            and training ends with what there is.
+        interrupted: asked before each micro-batch, in training and in validation; once it says
+            yes, the state is saved and training ends with what there is.
+        state: where to go on; see `start_state`.
+        save: offered the state at every moment from which the run can go on; keeps it if it is
+            time to, and returns the seconds that took.
 
     Raises:
         NonFiniteError: loss or gradient is not finite, and the update is not applied; or the
             validation loss is not, and the adapter is put back to its best, or to its start.
     """
-    parameters = adapter.parameters()
-    optimizer = build_adamw(parameters, settings.weight_decay)
-    total_steps = settings.epochs * steps_per_epoch(len(train_rows), settings.rows_per_step)
-    outcome = Outcome()
-    start = _copy(adapter)
-    best: dict[str, Tensor] = {}
-    epochs_without_gain = 0
+    state = state or start_state(engine, adapter, len(train_rows), settings)
+    total_steps = settings.epochs * state.steps_per_epoch
+    start = copy_of(adapter)
+    checkpoint_seconds = 0.0
 
     def validate(epoch: int) -> Evaluation | None:
+        def progress(done: int, sequences: int) -> None:
+            events.evaluating(done, sequences)
+            if interrupted():
+                raise StopRequested
+
         if not validation_rows:
             return None
-        evaluation = evaluate(
-            engine,
-            validation_rows,
-            settings.micro_batch,
-            outcome.steps,
-            epoch,
-            events.evaluating,
-        )
+        size = settings.micro_batch
+        evaluation = evaluate(engine, validation_rows, size, state.step, epoch, progress)
         if not math.isfinite(evaluation.validation_loss):
-            _restore(adapter, best or start)
+            restore(adapter, state.best or start)
             raise NonFiniteError(
-                f"step {outcome.steps}: the validation loss is {evaluation.validation_loss}"
+                f"step {state.step}: the validation loss is {evaluation.validation_loss}"
             )
         return evaluation
 
-    # The base model, before the first step
-    evaluation = validate(epoch=0)
-    outcome.first_validation_loss = evaluation.validation_loss if evaluation else None
-    events.epoch_done(0, evaluation, is_best=False)
+    try:
+        # The base model, before the first step
+        if state.epochs_done < 0:
+            evaluation = validate(epoch=0)
+            events.epoch_done(0, evaluation, is_best=False)
+            state.first_validation_loss = evaluation.validation_loss if evaluation else None
+            state.epochs_done = 0
+            checkpoint_seconds += save(state, "epoch")
 
-    for epoch in range(1, settings.epochs + 1):
-        for micro_batches in epoch_steps(
-            train_rows,
-            settings.micro_batch,
-            settings.gradient_accumulation_steps,
-            seed=settings.seed,
-            epoch=epoch,
-        ):
-            step = outcome.steps + 1
-            started = time.perf_counter()
+        while state.epochs_done < settings.epochs and not _out_of_patience(state, settings):
+            epoch = state.epochs_done + 1
+            for micro_batches in epoch_steps(
+                train_rows,
+                settings.micro_batch,
+                settings.gradient_accumulation_steps,
+                seed=settings.seed,
+                epoch=epoch,
+                first_step=state.step_in_epoch,
+                first_rows=state.rows_in_step,
+            ):
+                step = state.step + 1
+                started = time.perf_counter() - state.seconds_in_step
 
-            # Gradients of the step, accumulated over its micro-batches
-            num_target_tokens = sum(batch.num_target_tokens for batch in micro_batches)
-            step_loss = torch.zeros((), device=engine.device)
-            for batch in micro_batches:
-                if interrupted():
-                    optimizer.zero_grad()
-                    return _finish(outcome, adapter, best, "interrupted", interrupted=True)
-                step_loss += engine.loss_and_gradients(
-                    batch.to(engine.device),
-                    dropout_of(batch, settings, step, engine.device),
-                    1 / num_target_tokens,
+                # Gradients of the step, accumulated over its micro-batches
+                num_target_tokens = sum(batch.num_target_tokens for batch in micro_batches)
+                for batch in micro_batches:
+                    if batch.slots[0] < state.rows_in_step:
+                        continue  # Done before the checkpoint.
+                    if interrupted():
+                        raise StopRequested
+                    state.step_loss += engine.loss_and_gradients(
+                        batch.to(engine.device),
+                        dropout_of(batch, settings, step, engine.device),
+                        1 / num_target_tokens,
+                    )
+                    state.rows_in_step = batch.slots[-1] + 1
+                    state.seconds_in_step = time.perf_counter() - started
+                    events.micro_batch_done(len(batch.slots))
+
+                update = apply_update(state, settings, total_steps)
+                tokens = sum(batch.num_tokens for batch in micro_batches)
+                events.step_done(
+                    StepMetrics(
+                        step=step,
+                        epoch=epoch,
+                        loss=update.loss,
+                        learning_rate=update.learning_rate,
+                        grad_norm=update.grad_norm,
+                        tokens=tokens,
+                        tokens_per_second=tokens / (time.perf_counter() - started),
+                        memory_gib=memory_in_use(engine.device),
+                        checkpoint_seconds=round(checkpoint_seconds, 4),
+                    )
                 )
-                events.micro_batch_done(len(batch.slots))
+                checkpoint_seconds = save(state, "step")
 
-            # Refuse bad numbers before they reach the adapter
-            norm = gradient_norm(parameters)
-            loss_value, norm_value = step_loss.item(), norm.item()
-            if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-                optimizer.zero_grad()
-                _restore(adapter, best)
-                raise NonFiniteError(
-                    f"step {step}: the loss is {loss_value} and the gradient norm {norm_value};"
-                    " the update was not applied"
-                )
-
-            # Update
-            learning_rate = learning_rate_at(
-                step,
-                total_steps=total_steps,
-                warmup_ratio=settings.warmup_ratio,
-                peak=settings.learning_rate,
-                schedule=settings.lr_scheduler,
-            )
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-            clip_gradients(parameters, norm, settings.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            outcome.steps = step
-
-            tokens = sum(batch.num_tokens for batch in micro_batches)
-            events.step_done(
-                StepMetrics(
-                    step=step,
-                    epoch=epoch,
-                    loss=loss_value,
-                    learning_rate=learning_rate,
-                    grad_norm=norm_value,
-                    tokens=tokens,
-                    tokens_per_second=tokens / (time.perf_counter() - started),
-                    memory_gib=memory_in_use(engine.device),
-                )
-            )
-
-        # Validation, and the best adapter so far
-        is_best = True
-        evaluation = validate(epoch)
-        if evaluation:
-            before = outcome.best_validation_loss
-            is_best = before is None or evaluation.validation_loss < before
-            if is_best:
-                outcome.best_validation_loss = evaluation.validation_loss
-            epochs_without_gain = 0 if is_best else epochs_without_gain + 1
-        if is_best:
-            best = _copy(adapter)
-            outcome.best_step = outcome.steps
-        events.epoch_done(epoch, evaluation, is_best=is_best)
-
+            # Validation, and the best adapter so far
+            evaluation = validate(epoch)
+            loss = evaluation.validation_loss if evaluation else None
+            before = state.best_validation_loss
+            is_best = loss is None or before is None or loss < before
+            events.epoch_done(epoch, evaluation, is_best=is_best)
+            state.end_epoch(loss, is_best=is_best)
+            checkpoint_seconds += save(state, "best" if is_best and evaluation else "epoch")
+    except StopRequested:
+        save(state, "end")
+        return _outcome(state, "interrupted", interrupted=True)
+    save(state, "end")
+    if _out_of_patience(state, settings):
         patience = settings.early_stopping_patience
-        if patience and epochs_without_gain >= patience:
-            reason = f"stopped early: no better validation loss in {patience} epochs"
-            return _finish(outcome, adapter, best, reason)
-    return _finish(outcome, adapter, best, outcome.ended)
+        return _outcome(state, f"stopped early: no better validation loss in {patience} epochs")
+    return _outcome(state, "all epochs done")
+
+
+def start_state(
+    engine: Engine, adapter: Adapter, num_rows: int, settings: Settings
+) -> TrainingState:
+    """The state of a run that has not begun."""
+    return TrainingState(
+        adapter,
+        build_adamw(adapter.parameters(), settings.weight_decay),
+        steps_per_epoch(num_rows, settings.rows_per_step),
+        torch.zeros((), device=engine.device),
+    )
+
+
+class Update(NamedTuple):
+    """What an optimizer step did."""
+
+    loss: float
+    learning_rate: float
+    grad_norm: float  # before clipping
+
+
+def apply_update(state: TrainingState, settings: Settings, total_steps: int) -> Update:
+    """The optimizer step that follows from the gradients that are accumulated.
+
+    Raises:
+        NonFiniteError: loss or gradient is not finite; the adapter is put back to its best.
+    """
+    step, parameters = state.step + 1, state.adapter.parameters()
+
+    # Refuse bad numbers before they reach the adapter
+    norm = gradient_norm(parameters)
+    loss_value, norm_value = state.step_loss.item(), norm.item()
+    if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+        state.begin_step()
+        state.restore_best()
+        raise NonFiniteError(
+            f"step {step}: the loss is {loss_value} and the gradient norm {norm_value};"
+            " the update was not applied"
+        )
+
+    learning_rate = learning_rate_at(
+        step,
+        total_steps=total_steps,
+        warmup_ratio=settings.warmup_ratio,
+        peak=settings.learning_rate,
+        schedule=settings.lr_scheduler,
+    )
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate
+    clip_gradients(parameters, norm, settings.max_grad_norm)
+    state.optimizer.step()
+    state.step = step
+    state.begin_step()
+    return Update(loss_value, learning_rate, norm_value)
 
 
 def dropout_of(
@@ -252,26 +299,18 @@ def evaluate(
     return Evaluation(step, epoch, (loss_sum / num_target_tokens).item())
 
 
-def _finish(
-    outcome: Outcome,
-    adapter: Adapter,
-    best: dict[str, Tensor],
-    ended: str,
-    *,
-    interrupted: bool = False,
-) -> Outcome:
-    if not best:
-        outcome.best_step = outcome.steps
-    _restore(adapter, best)
-    outcome.ended, outcome.interrupted = ended, interrupted
-    return outcome
+def _out_of_patience(state: TrainingState, settings: Settings) -> bool:
+    patience = settings.early_stopping_patience
+    return bool(patience) and state.epochs_without_gain >= patience
 
 
-def _copy(adapter: Adapter) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in adapter.tensors().items()}
-
-
-def _restore(adapter: Adapter, best: dict[str, Tensor]) -> None:
-    if best:
-        with torch.no_grad():
-            adapter.load_tensors(best)
+def _outcome(state: TrainingState, ended: str, *, interrupted: bool = False) -> Outcome:
+    state.restore_best()
+    return Outcome(
+        steps=state.step,
+        best_step=state.best_step if state.best else state.step,
+        first_validation_loss=state.first_validation_loss,
+        best_validation_loss=state.best_validation_loss,
+        ended=ended,
+        interrupted=interrupted,
+    )

@@ -1,4 +1,6 @@
-"""What memory a run takes, as a sum of named buffers, and what to change when it does not fit.
+"""What memory a run takes, as a sum of named buffers.
+
+What there is stands in `budget.py`, what fits in `fit.py`.
 
 The arithmetic follows `model/fused_layers.py` buffer by buffer; benchmarks/memory_plan.py holds it
 against an allocator that counts. No torch here: `phitune plan` answers at once.
@@ -7,14 +9,10 @@ Letters: T tokens of a micro-batch, N trained tokens, D hidden, F intermediate, 
 R rank, X further columns of a widened weight.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-import psutil
-
-from phitune.config import Settings
-from phitune.errors import listing
 from phitune.model import sizes
 from phitune.model.architecture import (
     EMBED_TOKENS,
@@ -24,9 +22,6 @@ from phitune.model.architecture import (
     ModelConfig,
     layer_linears,
 )
-
-if TYPE_CHECKING:
-    import torch
 
 GIB = 2**30
 
@@ -50,10 +45,6 @@ PROGRAM_BYTES: dict[Device, int] = {
     "cuda": round(0.5 * GIB),
     "mps": round(0.35 * GIB),
 }
-
-
-# Of what there is, a run plans with this share: the rest is for others and for chance.
-BUDGET_SHARE: dict[Device, float] = {"cpu": 0.9, "cuda": 0.92, "mps": 0.95}
 
 
 @dataclass(frozen=True)
@@ -119,48 +110,6 @@ def plan_memory(
     return _Arithmetic(config, modules, rank, base, shape, recompute_layers, device).plan()
 
 
-def fewest_recomputed(
-    config: ModelConfig,
-    modules: Sequence[str],
-    rank: int,
-    base: Base,
-    shape: Shape,
-    budget: int,
-    device: Device = "cpu",
-) -> MemoryPlan:
-    """The plan that recomputes as few layers as fit `budget` bytes; all where nothing fits."""
-    for layers in range(config.num_hidden_layers + 1):
-        plan = plan_memory(config, modules, rank, base, shape, layers, device)
-        if plan.bytes <= budget:
-            break
-    return plan
-
-
-def largest_batch(
-    plan_of: Callable[[int], MemoryPlan], rows_per_step: int, budget: int
-) -> tuple[int, MemoryPlan]:
-    """The largest micro-batch, among those that fit with the fewest layers recomputed.
-
-    A larger micro-batch that has to recompute more would take longer, not less.
-
-    Args:
-        plan_of: the plan for a batch size.
-        rows_per_step: stays what it is; the micro-batch divides it.
-    """
-    plans = {
-        size: plan_of(size) for size in range(1, rows_per_step + 1) if rows_per_step % size == 0
-    }
-    best = min(
-        plans,
-        key=lambda size: (
-            max(plans[size].bytes - budget, 0),
-            plans[size].recompute_layers,
-            -size,
-        ),
-    )
-    return best, plans[best]
-
-
 def saved_bytes_per_token(
     config: ModelConfig, modules: Sequence[str], rank: int, element_bytes: int, layer: int
 ) -> int:
@@ -177,45 +126,6 @@ def _saved_of_token(config: ModelConfig, further: dict[str, int], element_bytes:
         elements += config.hidden_size + 2 * config.intermediate_size
     log_sum_exp = _FP32 * config.num_attention_heads
     return (elements + sum(further.values())) * element_bytes + log_sum_exp
-
-
-def memory_in_use(device: "torch.device") -> float:
-    """GiB held now: the allocator's on an accelerator, the process's resident memory on a CPU."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.memory_reserved(device) / GIB
-    if device.type == "mps":
-        return torch.mps.driver_allocated_memory() / GIB
-    return float(psutil.Process().memory_info().rss) / GIB
-
-
-def memory_budget(device: "torch.device") -> int:
-    """Bytes that a run may plan with: its share of what is free."""
-    import torch
-
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return round(BUDGET_SHARE["cuda"] * free)
-    if device.type == "mps":
-        # Beyond the recommended working set a Mac swaps instead of failing.
-        return round(BUDGET_SHARE["mps"] * torch.mps.recommended_max_memory())
-    return round(BUDGET_SHARE["cpu"] * psutil.virtual_memory().available)
-
-
-def memory_advice(settings: Settings) -> str:
-    """What to try when memory ran out, the changes that cost least first."""
-    tries = []
-    if settings.micro_batch > 1:
-        half = settings.micro_batch // 2
-        steps = -(-settings.rows_per_step // half)
-        tries.append(f"--batch_size {half} --gradient_accumulation_steps {steps} (same result)")
-    if not settings.gradient_checkpointing or settings.recompute_layers not in (None, "all"):
-        tries.append("--recompute_layers all (same result, slower)")
-    if settings.precision == "fp32":
-        tries.append("--precision bf16")
-    tries.append(f"--max_length {settings.max_length // 2}")
-    return f"Try, in this order:\n{listing(tries)}"
 
 
 def _further(

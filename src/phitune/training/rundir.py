@@ -4,11 +4,13 @@
     metrics.jsonl   one line for each step, one more for each evaluation
     samples.jsonl   the answers to the sample prompts, before training and after each epoch
     adapter/        the best adapter so far in PEFT's format, with tokenizer and chat template
+    checkpoints/    what it takes to go on, see `checkpoint.py`
     summary.json    written when training has ended: what came out
     evaluation.json base against tuned on a few validation rows, and what tells these rows again
+    run.lock        there while a run is at work
 
 Whatever is replaced is replaced as a whole: a killed run leaves the adapter before (adapter.old/ if
-it was killed between two renames) or the adapter after, never half of one.
+it was killed between two renames) or the adapter after, never half of one. `take_up` heals that.
 """
 
 import datetime
@@ -20,18 +22,33 @@ from pathlib import Path
 from typing import Any
 
 from phitune.errors import SettingsError
+from phitune.training.checkpoint import clear_leftovers
+from phitune.training.disk import (
+    NEW,
+    OLD,
+    PASSING,
+    LineFile,
+    replace_file,
+    replace_folder,
+    sync_file,
+    with_suffix,
+)
+from phitune.training.lock import LOCK, refuse_if_held
 
-ADAPTER, CONFIG, METRICS, SAMPLES, SUMMARY, EVALUATION = (
+ADAPTER, CONFIG, METRICS, SAMPLES, SUMMARY, EVALUATION, CHECKPOINTS = (
     "adapter",
     "config.yaml",
     "metrics.jsonl",
     "samples.jsonl",
     "summary.json",
     "evaluation.json",
+    "checkpoints",
 )
-_OURS = (ADAPTER, CONFIG, METRICS, SAMPLES, SUMMARY, EVALUATION, "tensorboard")
-# What is being written, and what is about to be replaced; a killed run may leave them behind.
-_NEW, _OLD = ".new", ".old"
+_OURS = (ADAPTER, CONFIG, METRICS, SAMPLES, SUMMARY, EVALUATION, CHECKPOINTS, "tensorboard")
+# What only a run that came to something has.
+_RESULTS = (ADAPTER, SUMMARY)
+# The files that grow line by line.
+_LOGS = (METRICS, SAMPLES)
 
 
 def default_output_dir(model_name: str, dataset_path: Path) -> Path:
@@ -46,12 +63,16 @@ def default_output_dir(model_name: str, dataset_path: Path) -> Path:
     return path
 
 
-def check_output_dir(path: Path, *, overwrite: bool) -> None:
+def check_output_dir(path: Path, *, overwrite: bool, resuming: bool = False) -> None:
     """Refuses a place where a run cannot go, before anything costly is done.
+
+    Args:
+        resuming: what a run left that was killed before its first checkpoint may be replaced.
 
     Raises:
         SettingsError: a file, a folder that is not empty, or (even with `overwrite`) a folder that
             holds other things than a run.
+        ResumeError: a run is at work in it.
     """
     if path.exists() and not path.is_dir():
         raise SettingsError(f"output_dir {path}: is a file; name a folder")
@@ -60,48 +81,85 @@ def check_output_dir(path: Path, *, overwrite: bool) -> None:
         raise SettingsError(f"output_dir {path}: cannot be made, {parent} is not writable")
     if not path.is_dir():
         return
-    names = sorted(entry.name for entry in path.iterdir())
+    refuse_if_held(path)
+    names = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK)
+    ours = {name: _ours(name) for name in names}
+    if resuming and set(_RESULTS).isdisjoint(ours.values()):
+        overwrite = True
     if names and not overwrite:
         raise SettingsError(
-            f"output_dir {path}: is not empty; choose another, or replace the run in it"
-            " with --overwrite"
+            f"output_dir {path}: is not empty; choose another, go on with the run in it with"
+            f" --resume {path}, or replace it with --overwrite"
         )
-    if foreign := [
-        name for name in names if name.removesuffix(_NEW).removesuffix(_OLD) not in _OURS
-    ]:
+    if foreign := [name for name in names if ours[name] is None]:
         raise SettingsError(
             f"output_dir {path}: --overwrite replaces a run, but this folder holds other things"
             f" ({', '.join(foreign[:3])}); choose another"
         )
 
 
+def _ours(name: str) -> str | None:
+    """What a name in a run directory stands for; None where it is somebody else's."""
+    for suffix in PASSING:
+        name = name.removesuffix(suffix)
+    return name if name in _OURS else None
+
+
 class RunDirectory:
     """Writes a run's files as they come about."""
 
-    def __init__(self, path: Path) -> None:
-        """Creates the folder, emptied of an earlier run; see `check_output_dir`."""
-        self.path = path
+    def __init__(self, path: Path, say: Callable[[str], None] = lambda text: None) -> None:
+        """Creates the folder, emptied of an earlier run; see `check_output_dir`.
+
+        Args:
+            say: told what cannot be written at the time.
+        """
+        self._set_up(path, say)
         path.mkdir(parents=True, exist_ok=True)
-        for name in _OURS:
-            for entry in (path / name, path / (name + _NEW), path / (name + _OLD)):
-                if entry.is_dir():
-                    shutil.rmtree(entry)
-                else:
-                    entry.unlink(missing_ok=True)
+        for entry in path.iterdir():
+            if not _ours(entry.name):
+                continue
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink(missing_ok=True)
+
+    def _set_up(self, path: Path, say: Callable[[str], None]) -> None:
+        self.path = path
+        self._logs = {name: LineFile(path / name, say) for name in _LOGS}
+
+    @classmethod
+    def take_up(cls, path: Path, say: Callable[[str], None] = lambda text: None) -> "RunDirectory":
+        """The folder of a run that goes on, with what a kill left half done put right."""
+        run = cls.__new__(cls)
+        run._set_up(path, say)
+        old = with_suffix(run.adapter, OLD)
+        if old.exists() and not run.adapter.exists():
+            old.rename(run.adapter)
+        for entry in path.iterdir():
+            if entry.name.endswith(PASSING) and _ours(entry.name):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        clear_leftovers(run.checkpoints)
+        return run
 
     @property
     def adapter(self) -> Path:
         return self.path / ADAPTER
 
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / CHECKPOINTS
+
     def write_config(self, text: str) -> None:
-        self._replace_file(CONFIG, text)
+        replace_file(self.path / CONFIG, text)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        self._replace_file(SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
+        replace_file(self.path / SUMMARY, text)
 
     def write_evaluation(self, evaluation: dict[str, Any]) -> None:
         text = json.dumps(evaluation, indent=2, ensure_ascii=False, allow_nan=False)
-        self._replace_file(EVALUATION, text + "\n")
+        replace_file(self.path / EVALUATION, text + "\n")
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         self._append(METRICS, line)
@@ -111,21 +169,65 @@ class RunDirectory:
 
     def replace_adapter(self, write: Callable[[Path], None]) -> None:
         """Lets `write` fill a new folder, then puts it in the place of the adapter before."""
-        new = self.path / (ADAPTER + _NEW)
+        new = with_suffix(self.adapter, NEW)
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
         write(new)
-        old = self.path / (ADAPTER + _OLD)
-        if self.adapter.exists():
-            self.adapter.rename(old)
-        new.rename(self.adapter)
-        shutil.rmtree(old, ignore_errors=True)
+        replace_folder(new, self.adapter)
+
+    def samples(self, epoch: int) -> list[dict[str, Any]]:
+        """The lines of samples.jsonl of an epoch."""
+        path = self.path / SAMPLES
+        if not path.exists():
+            return []
+        lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        return [line for line in lines if line["epoch"] == epoch]
+
+    def lengths(self) -> dict[str, dict[str, int]]:
+        """Bytes and lines of the files that grow, as they are on the disk from now on.
+
+        Raises:
+            OSError: lines are waiting that cannot be written.
+        """
+        found = {}
+        for name, log in self._logs.items():
+            log.write_waiting()
+            path = log.path
+            if path.exists():
+                sync_file(path)
+            data = path.read_bytes() if path.exists() else b""
+            found[name] = {"bytes": len(data), "lines": data.count(b"\n")}
+        return found
+
+    def rewind(self, lengths: dict[str, dict[str, int]]) -> list[str]:
+        """Takes the lines away that were written after `lengths`, and the summary.
+
+        Returns: what is to be said of lines that are missing.
+        """
+        warnings = []
+        for name, then in lengths.items():
+            path = self.path / name
+            data = path.read_bytes() if path.exists() else b""
+            kept = data[: then["bytes"]]
+            lines = kept.count(b"\n")
+            if len(kept) < then["bytes"] or lines != then["lines"]:
+                warnings.append(
+                    f"{path}: is not what it was; of {then['lines']} lines in {then['bytes']}"
+                    f" bytes there are {lines} in {len(kept)}"
+                )
+            if len(kept) < len(data):
+                os.truncate(path, len(kept))
+        (self.path / SUMMARY).unlink(missing_ok=True)
+        return warnings
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._logs[name].append(json.dumps(line, ensure_ascii=False) + "\n")
 
-    def _replace_file(self, name: str, text: str) -> None:
-        new = self.path / (name + _NEW)
-        new.write_text(text, encoding="utf-8")
-        new.replace(self.path / name)
+
+def read_summary(path: Path) -> dict[str, Any] | None:
+    """The summary of a run that came to its end; None of any other."""
+    try:
+        summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return summary if isinstance(summary, dict) and not summary.get("interrupted") else None

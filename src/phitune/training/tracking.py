@@ -20,10 +20,14 @@ class Tracker(Protocol):
 class TensorBoardTracker:
     """Writes event files for TensorBoard."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, first_step: int = 0) -> None:
+        """
+        Args:
+            first_step: of a run that goes on; curves beyond it are those of a part that was lost.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder))
+        self._writer = SummaryWriter(str(folder), purge_step=first_step or None)
 
     def log(self, metrics: dict[str, Any]) -> None:
         for name, value in metrics.items():
@@ -50,6 +54,10 @@ def check_tracker(report_to: Literal["none", "tensorboard"]) -> None:
             ) from None
 
 
-def open_trackers(report_to: Literal["none", "tensorboard"], run_path: Path) -> list[Tracker]:
+def open_trackers(
+    report_to: Literal["none", "tensorboard"], run_path: Path, first_step: int = 0
+) -> list[Tracker]:
     """The trackers a run was asked to feed; their files lie in the run directory."""
-    return [TensorBoardTracker(run_path / "tensorboard")] if report_to == "tensorboard" else []
+    if report_to == "none":
+        return []
+    return [TensorBoardTracker(run_path / "tensorboard", first_step)]

@@ -1,6 +1,8 @@
 """What a person sees of a run: a live view on a terminal, plain lines everywhere else."""
 
 import datetime
+import errno
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,10 +43,25 @@ class Sample:
     stopped: bool  # by itself, with an end token
 
 
+class RunConsole(Console):
+    """A console whose reader may leave without ending the run on the spot."""
+
+    def on_broken_pipe(self) -> None:
+        # rich would exit here; what is to be done is the matter of `interrupt.Stop.showing`.
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 class View(Protocol):
     """Shows the numbers of a run while it goes on."""
 
-    def start(self, total_steps: int, total_sequences: int) -> None: ...
+    def start(
+        self, total_steps: int, total_sequences: int, steps: int = 0, sequences: int = 0
+    ) -> None:
+        """
+        Args:
+            steps, sequences: done already, by a run that goes on.
+        """
+        ...
 
     def micro_batch_done(self, sequences: int) -> None: ...
 
@@ -70,18 +87,21 @@ class PlainView:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._total_steps = 0
+        self._total_steps = self._first_step = 0
         self._started = 0.0
 
-    def start(self, total_steps: int, total_sequences: int) -> None:
-        self._total_steps = total_steps
+    def start(
+        self, total_steps: int, total_sequences: int, steps: int = 0, sequences: int = 0
+    ) -> None:
+        self._total_steps, self._first_step = total_steps, steps
         self._started = time.perf_counter()
 
     def micro_batch_done(self, sequences: int) -> None:
         pass
 
     def step_done(self, metrics: StepMetrics) -> None:
-        seconds_a_step = (time.perf_counter() - self._started) / metrics.step
+        done = metrics.step - self._first_step
+        seconds_a_step = (time.perf_counter() - self._started) / done
         left = round(seconds_a_step * (self._total_steps - metrics.step))
         self._print(
             f"step {metrics.step}/{self._total_steps}  epoch {metrics.epoch}"
@@ -129,9 +149,11 @@ class LiveView:
         self._step: StepMetrics | None = None
         self._evaluation: Evaluation | None = None
 
-    def start(self, total_steps: int, total_sequences: int) -> None:
+    def start(
+        self, total_steps: int, total_sequences: int, steps: int = 0, sequences: int = 0
+    ) -> None:
         self._total_steps = total_steps
-        self._progress.update(self._task, total=total_sequences)
+        self._progress.update(self._task, total=total_sequences, completed=sequences)
         self._live.start()
         self._refresh()
 

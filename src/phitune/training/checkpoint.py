@@ -1,0 +1,167 @@
+"""A checkpoint on disk: a folder that is whole or absent, and says so when it is damaged.
+
+    checkpoints/step-000063-epoch-1/
+      manifest.json     name, size and SHA-256 of every file; a checksum of itself
+      state.json        position, early stopping, metrics, settings, versions, fingerprints
+      ...safetensors    adapter, best adapter, optimizer, random states, and gradients where the
+                        checkpoint lies between two micro-batches
+
+It is written beside its place, flushed and renamed. A name says where it lies: after a step, after
+the epoch that a step ended, or between two micro-batches of a step. What is in the files is the
+matter of `state.py`; here they are bytes. No torch, no pickle.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from phitune.errors import PhituneError
+from phitune.training.disk import GONE, NEW, OLD, remove_folder, replace_folder, write_synced
+
+LAYOUT = 1
+MANIFEST = "manifest.json"
+DAMAGED = ".damaged"
+_NAME = re.compile(r"step-(\d{6,})(?:-epoch-(\d+)|-row-(\d+))?")
+# Larger manifests and state files are nobody's; what a JSON parser is given is bounded.
+MAX_JSON_BYTES = 2**26
+
+
+class DamagedCheckpointError(PhituneError):
+    """A folder that is not the checkpoint its manifest says; nothing of it is used."""
+
+
+def checkpoint_name(step: int, rows: int = 0, epoch: int | None = None) -> str:
+    """The name of a place in a run.
+
+    Args:
+        step: optimizer steps done.
+        rows: of the step at hand, whose gradients are accumulated.
+        epoch: which has just ended, its validation included; 0 for that of the base model.
+    """
+    behind = f"-row-{rows}" if rows else "" if epoch is None else f"-epoch-{epoch}"
+    return f"step-{step:06d}{behind}"
+
+
+def write_checkpoint(root: Path, name: str, files: Iterable[tuple[str, bytes]]) -> Path:
+    """Writes a checkpoint, in the place of one of the same name.
+
+    Args:
+        root: the folder of all checkpoints of the run.
+        files: names and contents, asked for one at a time.
+
+    Raises:
+        OSError: it could not be written; what was there before is still there.
+    """
+    root.mkdir(exist_ok=True)
+    new = root / (name + NEW)
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    try:
+        found = {}
+        for file, data in files:
+            write_synced(new / file, data)
+            found[file] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        write_synced(new / MANIFEST, _manifest(name, found))
+        replace_folder(new, root / name)
+    except OSError:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    return root / name
+
+
+def read_checkpoint(folder: Path) -> dict[str, bytes]:
+    """The files of a checkpoint by name, every byte of them verified.
+
+    Raises:
+        DamagedCheckpointError: something is missing, changed or was added.
+    """
+    try:
+        if (size := (folder / MANIFEST).stat().st_size) > MAX_JSON_BYTES:
+            raise DamagedCheckpointError(f"{MANIFEST}: {size} bytes are too many")
+        text = (folder / MANIFEST).read_bytes()
+        content = json.loads(text)
+        name, found = content["name"], content["files"]
+        is_whole = text == _manifest(name, found) and content["layout"] == LAYOUT
+        expected = {file: (about["bytes"], about["sha256"]) for file, about in found.items()}
+    except OSError as error:
+        raise DamagedCheckpointError(f"{MANIFEST}: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        is_whole = False
+    if not is_whole:
+        raise DamagedCheckpointError(f"{MANIFEST}: its checksum is not right")
+    if name != folder.name.removesuffix(OLD):
+        raise DamagedCheckpointError(f"{MANIFEST}: is that of {name}")
+    there = {entry.name for entry in folder.iterdir()} - {MANIFEST}
+    if missing := sorted(expected.keys() - there):
+        raise DamagedCheckpointError(f"{missing[0]}: is missing")
+    if unknown := sorted(there - expected.keys()):
+        raise DamagedCheckpointError(f"{unknown[0]}: does not belong here")
+    return {file: _verified(folder / file, *about) for file, about in expected.items()}
+
+
+def checkpoints_of(root: Path) -> list[Path]:
+    """The folders of a run's checkpoints, whole or not, the latest first.
+
+    One that was being replaced when the run was killed is among them.
+    """
+    if not root.is_dir():
+        return []
+    found = [entry for entry in root.iterdir() if _position(entry) is not None and entry.is_dir()]
+    return sorted(found, key=lambda entry: (_position(entry), entry.name), reverse=True)
+
+
+def set_aside(folder: Path) -> None:
+    """Renames a damaged checkpoint, so that it is neither read nor counted again."""
+    aside = folder.with_name(folder.name.removesuffix(OLD) + DAMAGED)
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+
+
+def remove_older(root: Path, keep: int, best_step: int) -> None:
+    """Leaves the latest `keep` checkpoints, and the latest of the best step."""
+    found = checkpoints_of(root)
+    best = [folder for folder in found if (at := _position(folder)) and at[0] == best_step]
+    for folder in found[keep:]:
+        if folder not in best[:1]:
+            remove_folder(folder)
+
+
+def clear_leftovers(root: Path) -> None:
+    """Removes what a killed run was just writing or removing."""
+    if root.is_dir():
+        for entry in root.iterdir():
+            if entry.name.endswith((NEW, GONE)):
+                shutil.rmtree(entry, ignore_errors=True)
+
+
+def _position(folder: Path) -> tuple[int, int, int] | None:
+    """What a name says of the time: steps, rows, and whether an epoch ended."""
+    match = _NAME.fullmatch(folder.name.removesuffix(OLD))
+    if not match:
+        return None
+    step, epoch, row = match.groups()
+    return int(step), int(row or 0), 0 if epoch is None else 1 + int(epoch)
+
+
+def _manifest(name: str, files: dict[str, Any]) -> bytes:
+    """A manifest with its checksum; the only way its bytes may be."""
+    content: dict[str, Any] = {"layout": LAYOUT, "name": name, "files": files}
+    checksum = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    document = {"checksum": checksum, **content}
+    return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _verified(path: Path, size: int, sha256: str) -> bytes:
+    try:
+        if (found := path.stat().st_size) != size:
+            raise DamagedCheckpointError(f"{path.name}: {found} bytes, expected {size}")
+        data = path.read_bytes()
+    except OSError as error:
+        raise DamagedCheckpointError(f"{path.name}: {error.strerror or error}") from None
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise DamagedCheckpointError(f"{path.name}: its SHA-256 is not right")
+    return data

@@ -1,0 +1,107 @@
+"""Signals that ask a run to stop.
+
+The first lets the micro-batch finish and the checkpoint be written, the second leaves at once. A
+terminal that was closed (SIGHUP) asks the same, unless the run was started with nohup, which says
+that it should go on.
+"""
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from phitune.errors import Interrupted
+
+# Exit codes as shells have them: 128 and the signal's number. SIGUSR1 is how schedulers announce
+# the SIGTERM that is to follow.
+EXIT_CODES = {
+    name: code
+    for name, code in {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 143, "SIGHUP": 129}.items()
+    if hasattr(signal, name)
+}
+
+
+class StopRequested(BaseException):
+    """Raised inside of the loop where a signal came; never reaches a user.
+
+    No Exception: nothing on the way out may take it for an error.
+    """
+
+
+class Stop:
+    """Whether, and by what, a run was asked to stop."""
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+        # Looked at now: a terminal that was closed is none any more.
+        self._terminals = [number for number in (0, 1, 2) if os.isatty(number)]
+
+    def __call__(self) -> bool:
+        return self.signal is not None
+
+    def check(self) -> None:
+        """
+        Raises:
+            StopRequested: it was asked to stop.
+        """
+        if self():
+            raise StopRequested
+
+    def hang_up(self, *others: int) -> None:
+        """Nobody reads any more: stops, and writes no more to where that would fail.
+
+        Args:
+            others: descriptors that are no terminals.
+        """
+        self.signal = self.signal or "SIGHUP"
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for number in {*self._terminals, *others}:
+            os.dup2(nowhere, number)
+        os.close(nowhere)
+
+    @contextmanager
+    def showing(self) -> Iterator[None]:
+        """For writing to a person, who may close the terminal, or the pipe, at any time."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.EIO, errno.EPIPE):
+                raise
+            self.hang_up(sys.stdout.fileno())
+
+    def interrupted(self, message: str) -> Interrupted:
+        """The end of a run that was asked to stop."""
+        return Interrupted(message, EXIT_CODES.get(self.signal or "SIGINT", 129))
+
+
+@contextmanager
+def stop_signals(say: Callable[[str], None]) -> Iterator[Stop]:
+    """Listens for the signals of `EXIT_CODES`; outside of the main thread they are not ours."""
+    stop = Stop()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if stop():
+            raise Interrupted(f"left at once by {name}; nothing more was saved", EXIT_CODES[name])
+        stop.signal = name
+        if name == "SIGHUP":
+            stop.hang_up()
+        with stop.showing():
+            say(f"{name}: stopping after this micro-batch; a second one leaves at once")
+
+    before = {}
+    try:
+        for name in EXIT_CODES:
+            number = signal.Signals[name]
+            if not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+                before[number] = signal.signal(number, on_signal)
+    except ValueError:  # Not in the main thread.
+        pass
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,263 @@
+"""`--resume`: which run is gone on with, from which checkpoint, and with which settings.
+
+No torch here: whatever is refused is refused at once. Tensors are the matter of `state.py`.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from phitune.config import Resolved, Settings, validated
+from phitune.errors import ResumeError, SettingsError, listing
+from phitune.training.changes import CHANGEABLE, parse_changes
+from phitune.training.checkpoint import (
+    DamagedCheckpointError,
+    checkpoints_of,
+    read_checkpoint,
+    set_aside,
+)
+from phitune.training.lock import refuse_if_held
+from phitune.training.provenance import (
+    Difference,
+    Provenance,
+    differences,
+    with_absolute_paths,
+)
+from phitune.training.rundir import CHECKPOINTS, CONFIG, read_summary
+
+AUTO = "auto"
+STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """A run to go on with."""
+
+    folder: Path
+    checkpoint: Path  # the folder of the checkpoint it goes on from
+    files: dict[str, bytes]
+    state: dict[str, Any]  # its state.json
+    saved: Provenance
+    effective: Resolved
+    asked: Resolved
+    summary: dict[str, Any] | None  # of a run that came to its end and has nothing left to do
+    notes: list[str] = field(default_factory=list)
+    damaged: list[Path] = field(default_factory=list)
+
+    def check_unchanged(self) -> None:
+        """To be called once the folder is locked.
+
+        Raises:
+            ResumeError: another process went on with the run since it was looked at.
+        """
+        found = checkpoints_of(self.folder / CHECKPOINTS)
+        if [path for path in found if path not in self.damaged][:1] != [self.checkpoint]:
+            raise ResumeError(f"{self.folder}: another process went on with it; start again")
+
+    def compare(self, now: Provenance) -> list[str]:
+        """What may change the last bits, in words.
+
+        Raises:
+            ResumeError: the rows or the weights are others.
+        """
+        if found := differences(self.saved.fingerprints, now.fingerprints):
+            raise ResumeError(
+                f"{self.folder}: the run was made of something else:\n"
+                + listing([str(each) for each in found])
+                + "\nPut it back as it was, or start anew in another --output_dir."
+            )
+        notes = []
+        found = differences(self.saved.surroundings, now.surroundings)
+        if self.threads_to_use(now) != self.saved.threads:
+            found.append(Difference("threads", self.saved.threads, now.threads))
+        elif self.saved.threads != now.threads:
+            notes.append(f"threads: {self.saved.threads}, as this run had before")
+        if found:
+            lines = listing([str(each) for each in found])
+            notes.append(f"warning: what follows may differ in the last bits:\n{lines}")
+        return notes
+
+    def threads_to_use(self, now: Provenance) -> int:
+        """The run's number of threads, where this machine has so many processors."""
+        return self.saved.threads if self.saved.threads <= (os.cpu_count() or 1) else now.threads
+
+    def going_on(self, now: Provenance, threads: int) -> Provenance:
+        """What the checkpoints of the run say from now on."""
+        then = self.saved.effective.settings.model_dump(mode="json")
+        today = now.effective.settings.model_dump(mode="json")
+        step = self.state["progress"]["step"]
+        changes = [
+            {"after_step": step, "name": each.name, "then": each.then, "now": each.now}
+            for each in differences(then, today)
+            if each.name in CHANGEABLE
+        ]
+        return replace(now, threads=threads, changes=[*self.saved.changes, *changes])
+
+    def set_damaged_aside(self) -> None:
+        for folder in self.damaged:
+            set_aside(folder)
+
+
+def take_up(resolved: Resolved) -> Resumption | None:
+    """The run that these settings ask to go on with; None where a new one starts.
+
+    Raises:
+        ResumeError: there is no such run, it cannot be gone on with, or settings differ.
+    """
+    settings = resolved.settings
+    if settings.resume is None:
+        if settings.resume_with:
+            raise SettingsError("resume_with: says what changes on going on; name a run: --resume")
+        return None
+    if settings.overwrite:
+        raise SettingsError(
+            "resume and overwrite contradict each other; leave out the one you do not mean"
+        )
+    folder = _folder_of(settings)
+    found = checkpoints_of(folder / CHECKPOINTS)
+    if settings.resume == AUTO and not found:
+        return None
+    if not found:
+        raise ResumeError(f"--resume {settings.resume}: {_why_nothing(folder)}")
+    refuse_if_held(folder)
+    return _resumption(folder, found, resolved)
+
+
+def _folder_of(settings: Settings) -> Path:
+    output_dir = settings.output_dir
+    if settings.resume == AUTO:
+        if output_dir is None:
+            raise SettingsError("--resume auto: name the run's folder with --output_dir")
+        return output_dir
+    folder = Path(str(settings.resume)).expanduser()
+    if output_dir is not None and output_dir.resolve() != folder.resolve():
+        raise SettingsError(
+            f"resume {folder} and output_dir {output_dir}: a run goes on in its own folder; leave"
+            " out --output_dir"
+        )
+    return folder
+
+
+def _why_nothing(folder: Path) -> str:
+    if not folder.is_dir():
+        return "there is no such folder"
+    if not (folder / CONFIG).exists():
+        return f"is not a run, it has no {CONFIG}"
+    if read_summary(folder):
+        return "this run is finished, and was made without checkpoints; there is nothing to do"
+    return "the run was ended before its first checkpoint; start it anew with --overwrite"
+
+
+def _resumption(folder: Path, found: list[Path], resolved: Resolved) -> Resumption:
+    checkpoint, files, damaged = _newest_whole(found)
+    try:
+        state = json.loads(files[STATE])
+        saved = Provenance.from_json(state["provenance"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ResumeError(
+            f"{checkpoint}: was written by another version of phitune ({error})"
+        ) from None
+    changes = parse_changes(resolved.settings.resume_with)
+    effective, asked = _settings(folder, saved, resolved, changes)
+    steps, kept = saved.effective.settings.rows_per_step, effective.settings.rows_per_step
+    if steps != kept:
+        raise ResumeError(
+            f"resume_with: a step would have {kept} rows (batch_size x"
+            f" gradient_accumulation_steps) instead of {steps}, which moves every step after it;"
+            " change both, so that their product stays"
+        )
+    summary = read_summary(folder)
+    if summary and _goes_further(saved.effective.settings, effective.settings, state):
+        summary = None
+    notes = [f"{path} is damaged ({why}); an earlier one is used" for path, why in damaged.items()]
+    return Resumption(
+        folder,
+        checkpoint,
+        files,
+        state,
+        saved,
+        effective,
+        asked,
+        summary,
+        notes,
+        list(damaged),
+    )
+
+
+def _newest_whole(found: list[Path]) -> tuple[Path, dict[str, bytes], dict[Path, str]]:
+    """The latest checkpoint that is whole, its files, and what is wrong with those after it."""
+    damaged: dict[Path, str] = {}
+    for folder in found:
+        files = _read_or_why(folder)
+        if not isinstance(files, str):
+            return folder, files, damaged
+        damaged[folder] = files
+    lines = [f"{folder}: {why}" for folder, why in damaged.items()]
+    raise ResumeError(
+        f"every checkpoint is damaged:\n{listing(lines)}\nStart anew with --overwrite."
+    )
+
+
+def _read_or_why(folder: Path) -> dict[str, bytes] | str:
+    """The files of a checkpoint, or what is wrong with it."""
+    try:
+        return read_checkpoint(folder)
+    except DamagedCheckpointError as error:
+        return str(error)
+
+
+def _settings(
+    folder: Path, saved: Provenance, resolved: Resolved, changes: Mapping[str, str]
+) -> tuple[Resolved, Resolved]:
+    """The settings to go on with, in effect and as asked for.
+
+    Raises:
+        ResumeError: settings that were given differ from the run's.
+        SettingsError: a changed value that cannot be used.
+    """
+    given = with_absolute_paths(resolved)
+    auto = resolved.settings.resume == AUTO
+    differing = []
+    for name in Settings.model_fields:
+        if name in changes or name in ("output_dir", "overwrite", "resume", "resume_with"):
+            continue
+        then = getattr(saved.asked.settings, name)
+        in_effect = getattr(saved.effective.settings, name)
+        now = getattr(given.settings, name)
+        is_given = given.origins[name] not in ("default", "chosen")
+        was_given = saved.asked.origins[name] not in ("default", "chosen")
+        if (is_given or (auto and was_given)) and now not in (then, in_effect):
+            differing.append(Difference(name, in_effect, now))
+    if differing:
+        lines = [str(difference) for difference in differing]
+        changeable = [each.name for each in differing if each.name in CHANGEABLE]
+        hint = "Leave them out, or start anew in another --output_dir (or with --overwrite)."
+        if changeable:
+            pairs = ",".join(f"{n}={getattr(given.settings, n)}" for n in changeable)
+            hint += f" On purpose: --resume_with {pairs}"
+        raise ResumeError(f"{folder}: the run has other settings:\n{listing(lines)}\n{hint}")
+    where = dict.fromkeys(changes, "in --resume_with")
+    texts: dict[str, Any] = {**changes}
+    if "sample_prompts" in texts:
+        texts["sample_prompts"] = [texts["sample_prompts"]]
+    now_in_effect, now_asked = (
+        with_absolute_paths(
+            Resolved(
+                validated({**then.settings.model_dump(), **texts, "output_dir": folder}, where),
+                {**then.origins, **dict.fromkeys(changes, "resume_with")},
+            )
+        )
+        for then in (saved.effective, saved.asked)
+    )
+    return now_in_effect, now_asked
+
+
+def _goes_further(then: Settings, now: Settings, state: Mapping[str, Any]) -> bool:
+    """Whether a finished run has something left to do with changed settings."""
+    progress = state["progress"]
+    patience = now.early_stopping_patience
+    is_patient = not patience or progress["epochs_without_gain"] < patience
+    return bool(progress["epochs_done"] < now.epochs and is_patient)

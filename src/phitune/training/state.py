@@ -1,0 +1,191 @@
+"""Where a run is: all that decides what comes next, apart from rows, base model and settings.
+
+The order of the rows is a function of seed and epoch, and dropout of seed, step and place: both
+need no state. Nothing draws random numbers while it trains; the generators' states are kept all
+the same, so that whatever may draw from them one day goes on where it was.
+"""
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from phitune.config import Settings
+from phitune.model.lora import Adapter
+from phitune.training.checkpoint import checkpoint_name
+
+ADAPTER, BEST, OPTIMIZER, GRADIENTS, RANDOM = (
+    f"{name}.safetensors" for name in ("adapter", "best", "optimizer", "gradients", "random")
+)
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_STEP_LOSS = "step_loss"
+
+
+@dataclass
+class TrainingState:
+    """The loop's state; its numbers are those of a checkpoint's state.json."""
+
+    adapter: Adapter
+    optimizer: torch.optim.AdamW
+    steps_per_epoch: int
+    step_loss: Tensor  # scalar, of the micro-batches of the step at hand that are done
+
+    step: int = 0  # optimizer steps done
+    epochs_done: int = -1  # their validation included; -1 before that of the base model
+    rows_in_step: int = 0  # of the step at hand, whose gradients are accumulated
+    seconds_in_step: float = 0.0
+
+    first_validation_loss: float | None = None
+    best_validation_loss: float | None = None
+    best_step: int = 0
+    epochs_without_gain: int = 0
+    best: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def step_in_epoch(self) -> int:
+        """Steps done of the epoch at hand."""
+        return self.step - max(self.epochs_done, 0) * self.steps_per_epoch
+
+    @property
+    def name(self) -> str:
+        """What a checkpoint of this state is called."""
+        is_epoch_end = self.epochs_done >= 0 and not (self.step_in_epoch or self.rows_in_step)
+        return checkpoint_name(
+            self.step, self.rows_in_step, self.epochs_done if is_epoch_end else None
+        )
+
+    def rows_seen(self, rows: int, settings: Settings) -> int:
+        """Training rows gone through so far, in all epochs."""
+        of_epoch = min(self.step_in_epoch * settings.rows_per_step, rows)
+        return max(self.epochs_done, 0) * rows + of_epoch + self.rows_in_step
+
+    def begin_step(self) -> None:
+        """After an update, the gradients start from nothing."""
+        self.optimizer.zero_grad()
+        self.rows_in_step, self.seconds_in_step = 0, 0.0
+        self.step_loss = torch.zeros_like(self.step_loss)
+
+    def end_epoch(self, validation_loss: float | None, *, is_best: bool) -> None:
+        self.epochs_done += 1
+        if is_best:
+            self.best = copy_of(self.adapter)
+            self.best_step, self.best_validation_loss = self.step, validation_loss
+        self.epochs_without_gain = 0 if is_best else self.epochs_without_gain + 1
+
+    def restore_best(self) -> None:
+        """Puts the adapter back to its best, where there was one."""
+        if self.best:
+            restore(self.adapter, self.best)
+
+    def numbers(self) -> dict[str, Any]:
+        """What is not a tensor."""
+        return {name: getattr(self, name) for name in _NUMBERS}
+
+    def tensors(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Name and tensors of each file, one file at a time."""
+        yield ADAPTER, self.adapter.tensors()
+        if self.best:
+            yield BEST, self.best
+        yield OPTIMIZER, self._moments()
+        if self.rows_in_step:
+            gradients = {
+                name: parameter.grad
+                for name, parameter in self._parameters().items()
+                if parameter.grad is not None
+            }
+            yield GRADIENTS, {**gradients, _STEP_LOSS: self.step_loss}
+        yield RANDOM, _random_states(self.step_loss.device)
+
+    def load(self, numbers: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
+        """Takes over what a checkpoint holds. The adapter must be of the same shape.
+
+        Args:
+            numbers: as `numbers` gave them.
+            files: contents by name, as `as_bytes` made them of `tensors`.
+        """
+        for name in _NUMBERS:
+            setattr(self, name, numbers[name])
+        restore(self.adapter, load(files[ADAPTER]))
+        device = self.step_loss.device
+        if BEST in files:
+            self.best = {name: tensor.to(device) for name, tensor in load(files[BEST]).items()}
+        moments = load(files[OPTIMIZER])
+        for name, parameter in self._parameters().items():
+            kept = {part: moments[f"{part}.{name}"] for part in _MOMENTS if moments}
+            self.optimizer.state[parameter] = {
+                part: tensor.to(device) for part, tensor in kept.items()
+            }
+        if GRADIENTS in files:
+            gradients = {name: t.to(device) for name, t in load(files[GRADIENTS]).items()}
+            self.step_loss = gradients.pop(_STEP_LOSS)
+            for name, gradient in gradients.items():
+                self._parameters()[name].grad = gradient
+        _set_random_states(load(files[RANDOM]), device)
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return dict(zip(self.adapter.tensors(), self.adapter.parameters(), strict=True))
+
+    def _moments(self) -> dict[str, Tensor]:
+        return {
+            f"{part}.{name}": self.optimizer.state[parameter][part]
+            for name, parameter in self._parameters().items()
+            if self.optimizer.state[parameter]
+            for part in _MOMENTS
+        }
+
+
+_NUMBERS = (
+    "step",
+    "epochs_done",
+    "rows_in_step",
+    "seconds_in_step",
+    "first_validation_loss",
+    "best_validation_loss",
+    "best_step",
+    "epochs_without_gain",
+)
+
+
+def as_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """A safetensors file of tensors that may lie on any device."""
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def copy_of(adapter: Adapter) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in adapter.tensors().items()}
+
+
+def restore(adapter: Adapter, tensors: dict[str, Tensor]) -> None:
+    """Puts an adapter to what `copy_of` kept of it."""
+    with torch.no_grad():
+        adapter.load_tensors(tensors)
+
+
+def _random_states(device: torch.device) -> dict[str, Tensor]:
+    version, numbers, gauss = random.getstate()
+    states = {
+        "python": torch.tensor([version, *numbers]),
+        "torch": torch.get_rng_state(),
+    }
+    if gauss is not None:
+        states["python_gauss"] = torch.tensor(gauss, dtype=torch.float64)
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def _set_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
+    version, *numbers = states["python"].tolist()
+    gauss = states["python_gauss"].item() if "python_gauss" in states else None
+    random.setstate((version, tuple(numbers), gauss))
+    torch.set_rng_state(states["torch"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+    elif device.type == "mps" and "mps" in states:
+        torch.mps.set_rng_state(states["mps"])

@@ -1,0 +1,96 @@
+"""One run at a time in a folder; what a killed run left holds nobody up."""
+
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from phitune.errors import ResumeError
+from phitune.training import lock
+from phitune.training.lock import LOCK, refuse_if_held, run_lock
+from phitune.training.rundir import check_output_dir
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from phitune.training.lock import run_lock
+with run_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> "subprocess.Popen[str]":
+    """Another process that holds tmp_path."""
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_run_is_refused_and_told_by_whom(
+    tmp_path: Path, holder: "subprocess.Popen[str]"
+) -> None:
+    who = f"process {holder.pid} on {socket.gethostname()} is training in it"
+    with pytest.raises(ResumeError, match=who), run_lock(tmp_path):
+        pass
+    with pytest.raises(ResumeError, match=who):
+        refuse_if_held(tmp_path)
+    with pytest.raises(ResumeError, match=who):
+        check_output_dir(tmp_path, overwrite=True)
+
+
+def test_a_lock_that_a_killed_run_left_is_nobodys(
+    tmp_path: Path, holder: "subprocess.Popen[str]"
+) -> None:
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert (tmp_path / LOCK).exists()
+    refuse_if_held(tmp_path)
+    check_output_dir(tmp_path, overwrite=False)
+    with run_lock(tmp_path):
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+        with pytest.raises(ResumeError), run_lock(tmp_path):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_the_file_system_cannot_lock_the_files_words_decide(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cannot(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", cannot)
+    me = {"pid": os.getpid(), "started": psutil.Process().create_time()}
+    here = socket.gethostname()
+    lines = {
+        "alive": ({**me, "host": here}, True),
+        "another start": ({**me, "started": 1.0, "host": here}, False),
+        "dead": ({"pid": 2**22 - 3, "started": 1.0, "host": here}, False),
+        "elsewhere": ({**me, "host": "another-host"}, True),
+    }
+    for name, (holder, held) in lines.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / LOCK).write_text(json.dumps(holder))
+        if held:
+            with pytest.raises(ResumeError, match=f"remove .*{LOCK}"), run_lock(folder):
+                pass
+        else:
+            with run_lock(folder):
+                pass
+    for text in ("", "{", "[]", '{"pid": "x"}'):
+        (tmp_path / LOCK).write_text(text)
+        with run_lock(tmp_path):
+            pass

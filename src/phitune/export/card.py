@@ -23,8 +23,6 @@ from phitune.model.lora import CONFIG_FILE
 from phitune.training.rundir import ADAPTER, CONFIG, EVALUATION, SUMMARY
 
 CARD_FILE = "README.md"
-
-
 # The settings that decide what was learnt, and none that is a path of this machine.
 _SETTINGS = (
     "prompt_format",

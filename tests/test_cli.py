@@ -92,8 +92,8 @@ def test_the_three_commands_of_the_guide_run_as_written(place: Path, line: str) 
     else:
         assert run.name.startswith("phi-2-captain-20")
     names = {path.name for path in run.iterdir()}
-    files = {"config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json"}
-    assert names == {"adapter", "checkpoints", *files}
+    files = {"config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "evaluation.json"}
+    assert names == files | {"adapter", "checkpoints"}
     settings = yaml.safe_load((run / "config.yaml").read_text())
     assert settings["model_name"] == "microsoft/phi-2"
     assert settings["epochs"] == 20

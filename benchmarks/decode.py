@@ -138,6 +138,7 @@ def measure(name: str, batch_size: int, model: PreTrainedModel, decoder: Decoder
     ratios = [t / o for o, t in zip(times["phitune"], times["transformers"], strict=True)]
     found["ratio"] = statistics.median(ratios)
     found["spread_ratio"] = [min(ratios), max(ratios)]
+    print(f"{name}, {batch_size}: {found['ratio']:.2f}x", flush=True)
     return found
 
 

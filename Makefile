@@ -9,7 +9,8 @@ DEMO_OUTPUT ?= output/demo
 PHI_2_CONFIG ?= config.json
 PHI_2_FOLDER ?= phi-2
 
-.PHONY: setup demo test lint check format docs models full-size export-memory benchmarks peers gpu fuzz torture disk-faults clean
+.PHONY: setup demo test lint check format docs models full-size export-memory export-gguf \
+  benchmarks peers gpu fuzz torture disk-faults clean
 
 setup: $(INSTALLED)
 
@@ -53,6 +54,10 @@ full-size: setup
 # Peak memory of merging a full-size model; needs a folder with Phi-2's config.json and tokenizer.
 export-memory: setup
 	$(BIN)/python benchmarks/export_memory.py --model $(PHI_2_FOLDER)
+
+# Peak memory of writing full-size llama.cpp files; needs the same folder.
+export-gguf: setup
+	$(BIN)/python benchmarks/export_gguf.py --model $(PHI_2_FOLDER)
 
 # What is claimed of memory and numerics, measured again; about half an hour.
 benchmarks: setup

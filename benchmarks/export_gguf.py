@@ -109,7 +109,7 @@ def main() -> None:
         f"Random bf16 weights from {options.model.name}'s config.json, an adapter of rank 8 on all"
         " linear layers, added in fp32 and rounded once.",
         "",
-        "| file | GiB | peak memory | goal | seconds | checking, s | largest error |",
+        "| file | GiB | peak memory | goal | seconds | checked in | weights' largest error |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in names:

@@ -13,6 +13,7 @@ Writes results/full_size.json. Takes about 12 GiB of disk for a while.
 
 import argparse
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -93,6 +94,11 @@ def child(folder: Path, tokens: int, recompute_layers: int) -> None:
 
 
 def peak_gib() -> float:
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux's ru_maxrss of a process begins with that of its parent.
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        if found:
+            return int(found[1]) * 1024 / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 

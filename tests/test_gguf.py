@@ -84,10 +84,9 @@ def answers_of(adapter: Path, questions: Sequence[str]) -> list[Answered]:
     prompts = [served.prompt_ids((Turn("user", question),), 0) for question in questions]
     answers = served.answers(prompts, [0] * len(prompts), max_new_tokens=32)
     served.on_decoder.choose([0])
-    return [
-        Answered(text, ids, answer.ids, forced_logits(served.decoder, ids, answer.ids))
-        for text, ids, answer in zip(questions, prompts, answers, strict=True)
-    ]
+    ids = [answer.ids for answer in answers]
+    logits = forced_logits(served.decoder, prompts, ids)
+    return [Answered(*one) for one in zip(questions, prompts, ids, logits, strict=True)]
 
 
 # --- the model --------------------------------------------------------------------------------
@@ -151,7 +150,7 @@ def test_every_trait_of_the_families_is_computed_alike(kind: str, tmp_path: Path
     if kind != "phi3-sliding":  # Its window is what llama.cpp does not have.
         cases.append((long, 512))
     for ids, context in cases:
-        answer = Answered("", ids, [5], forced_logits(decoder, ids, [5]))
+        answer = Answered("", ids, [5], *forced_logits(decoder, [ids], [[5]]))
         with llama_cpp(path, context) as llama:
             compared = compare_in_llama_cpp(llama, [answer], [])
         assert compared.largest < 0.005 * max(1.0, compared.spread)
@@ -170,7 +169,7 @@ def test_longrope_takes_the_short_factors_in_a_safe_context_only(tmp_path: Path)
     assert "at most 256 tokens" in (context_note(ours) or "")
     decoder = open_decoder(folder)
     ids = torch.randint(3, size, (100,)).tolist()
-    answer = Answered("", ids, [5], forced_logits(decoder, ids, [5]))
+    answer = Answered("", ids, [5], *forced_logits(decoder, [ids], [[5]]))
     path = write_model(folder, tokens)
     differences = []
     for context in (256, 512):

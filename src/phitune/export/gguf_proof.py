@@ -28,9 +28,10 @@ from phitune.export.proof import TIE, Answered, Proof
 # Most probable tokens that are compared at each step.
 _TOP = 64
 # The largest difference of a token's log-probability, as a part of how far apart logits are (their
-# standard deviation over the vocabulary). On the tiny models it is a tenth of that; a wrong scale,
-# rotation or order of heads makes it larger than one.
-_TOLERANCES = {"f32": 0.05, "f16": 0.05, "bf16": 0.2}
+# standard deviation over the vocabulary). The tiny models, and random ones of 32 layers, are at a
+# fifth of it or less, all but bf16 on weights drawn so large that errors grow from layer to layer;
+# a wrong scale, rotation or order of heads makes it one and more.
+_TOLERANCES = {"f32": 0.05, "f16": 0.1, "bf16": 0.5}
 # What tokenizers differ in: spaces, scripts, digits, bytes, special tokens typed as text.
 PROBES = (
     "Hello world",
@@ -145,8 +146,8 @@ def prove(
     if share is not None and computed_in == torch.bfloat16:
         share = _TOLERANCES["bf16"]
     tolerance = None if share is None else share * compared.spread
-    # Below that, which of two close tokens comes first is a matter of rounding.
-    tie_below = TIE if tolerance is None else max(TIE, tolerance)
+    # What was measured of two logits can turn their order around, as far as it is allowed at all.
+    tie_below = TIE if tolerance is None else max(TIE, min(2 * compared.largest, tolerance))
     ties = sum(gap < tie_below for gap in compared.gaps)
     return Proof(
         format_name,

@@ -31,17 +31,20 @@ def weight_errors(path: Path, tensors: Sequence[FileTensor]) -> dict[str, float]
             problems.append(f"{tensor.name}: {shape or 'missing'}, expected {tensor.shape}")
             continue
         wrong = whole = 0.0
-        row = 0
+        place = int(found.data_offset)
+        row_bytes = int(found.n_bytes) // tensor.shape[0]
         for part in tensor.parts:
             expected = merged(part).numpy()
             rows = max(1, _PIECE * len(expected) // max(expected.size, 1))
             for start in range(0, len(expected), rows):
                 piece = expected[start : start + rows]
-                data = found.data[row : row + len(piece)]
-                values = gguf.quants.dequantize(data, found.tensor_type).reshape(piece.shape)
-                wrong += float(np.square(values - piece, dtype=np.float64).sum())
-                whole += float(np.square(piece, dtype=np.float64).sum())
-                row += len(piece)
+                # Read, not mapped: pages of a mapped file count as memory of this process.
+                data = np.fromfile(path, np.uint8, len(piece) * row_bytes, offset=place)
+                place += data.size
+                values = gguf.quants.dequantize(data.reshape(len(piece), -1), found.tensor_type)
+                difference = values.reshape(piece.shape) - piece
+                wrong += float(np.vdot(difference, difference))
+                whole += float(np.vdot(piece, piece))
         errors[tensor.name] = math.sqrt(wrong / whole) if whole else math.sqrt(wrong)
     if problems:
         raise ExportError(

@@ -163,7 +163,7 @@ def test_rows_that_are_packed_score_as_each_alone(
     answers = [model.answer_ids(q.turns, q.expected or "15", None) for q in QUESTIONS]
     choices = [1, None, 0]
     together = likelihoods(model, prompts, answers, choices)
-    monkeypatch.setattr("phitune.inference.scores.TOKENS_AT_ONCE", 1)
+    monkeypatch.setattr("phitune.inference.likelihood.BATCH_TOKENS", 1)
     alone = likelihoods(model, prompts, answers, choices)
     for packed, single in zip(together, alone, strict=True):
         assert packed

@@ -20,7 +20,8 @@ from random_adapters import write_adapter
 
 from phitune import Phi2LoRATrainer
 from phitune.cli import main
-from phitune.comparison.finished_run import open_run
+from phitune.data.tokenizer import TextTokenizer
+from phitune.run_rows import find_run, rows_of_run
 
 PHITUNE = [sys.executable, "-m", "phitune"]
 ROWS = [{"prompt": f"How much is {n} plus 2?", "response": f"It is {n + 2}."} for n in range(40)]
@@ -99,10 +100,13 @@ def test_validation_rows_of_the_run_with_their_answers(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     document = document_of(capsys, "--adapter_path run/adapter --from_validation 3")
-    kept = open_run(place / "run").validation_rows()
+    run = find_run(place / "run")
+    assert run
+    tokenizer = TextTokenizer(place / "run" / "adapter")
+    kept = rows_of_run(run, tokenizer, tokenizer.prompt_format("instruct"), remedy="").rows
     places = {kept.place(index) for index in range(len(kept))}
     assert len(kept) == 4
-    assert document["questions_from"] == f"3 of the 4 validation rows of {place / 'run'}"
+    assert document["questions_from"] == "3 of the 4 validation rows of run"
     for question in document["questions"]:
         assert question["place"] in places
         row = ROWS[int(question["place"].rpartition(":")[2]) - 1]
@@ -130,7 +134,7 @@ def test_an_adapter_that_may_have_been_trained_on_the_rows_is_named(
     config = place / "second" / "config.yaml"
     config.write_text(config.read_text().replace("seed: 42", "seed: 43"))
     (note,) = document_of(capsys, line)["notes"]
-    assert str(place / "second") in note
+    assert "second" in note
     assert "another split" in note
 
 
@@ -141,27 +145,26 @@ def test_validation_rows_that_are_not_to_be_had(
         code, out, err = compare(capsys, line)
         assert (code, out) == (2, ""), err
         assert err.startswith("phitune: ")
-        assert "--questions_file" in err or "Put" in err or "no such file" in err
+        assert "--questions_file" in err
         return err
 
     assert "not in a run directory" in refused("--adapter_path other --from_validation 2")
     data, config = place / "data.jsonl", place / "run" / "config.yaml"
     text = data.read_text()
-    data.write_text(text + "\n" + json.dumps({"prompt": "And 1000?", "response": "That is it."}))
-    assert "its data has changed since the run" in refused("--adapter_path run --from_validation 2")
+    data.write_text(text.replace("That", "This"))
+    assert f"{data}: has changed since" in refused("--adapter_path run --from_validation 2")
     data.unlink()
     gone = refused("--adapter_path run --from_validation 2")
     assert f"{data}: there is no such file" in gone
     data.write_text(text)
     settings = config.read_text()
     config.write_text(settings.replace("validation_split: 0.1", "validation_split: 0"))
-    assert "kept no rows for validation" in refused("--adapter_path run --from_validation 2")
+    assert "kept no validation rows" in refused("--adapter_path run --from_validation 2")
     config.write_text(settings)
-    # As it was, but for the time it was written.
-    later = time.time() + 100
-    os.utime(data, (later, later))
+    # A run that was stopped left nothing that tells whether the rows are the same.
+    (place / "run" / "evaluation.json").unlink()
     (note,) = document_of(capsys, "--adapter_path run --from_validation 2")["notes"]
-    assert "was written after the run began" in note
+    assert "cannot be told" in note
 
 
 def test_texts_without_questions_cannot_be_asked(

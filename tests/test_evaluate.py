@@ -25,11 +25,11 @@ from phitune.evaluation.general import (
     windows,
 )
 from phitune.evaluation.losses import row_losses
-from phitune.evaluation.source import digest_of, find_run, rows_of_run
 from phitune.inference.served import open_model
 from phitune.model.engine import ReferenceEngine
 from phitune.model.files import ASSETS
 from phitune.model.lora import detach
+from phitune.run_rows import digest_of, find_run, rows_of_run
 
 MODELS = ("tiny-phi-2", "tiny-phi-3.5")
 
@@ -122,7 +122,7 @@ def test_the_loss_of_each_row_is_that_of_plain_torch(run: Path) -> None:
     known = find_run(run)
     assert known
     served = open_model([run])
-    rows = rows_of_run(known, served.tokenizer, served.format_of(0)).rows
+    rows = rows_of_run(known, served.tokenizer, served.format_of(0), remedy="").rows
     losses = row_losses(served, rows, len(rows), silent)
     engine = ReferenceEngine(open_model([run]).decoder)
     detach(engine.decoder)
@@ -136,7 +136,7 @@ def test_base_and_tuned_answers_are_each_models_own(run: Path) -> None:
     known = find_run(run)
     assert known
     served = open_model([run])
-    data = rows_of_run(known, served.tokenizer, served.format_of(0))
+    data = rows_of_run(known, served.tokenizer, served.format_of(0), remedy="")
     examples = data.examples([0, 3, 4, 9])
     assert len(examples) == 4
     given = answer_rows(served, examples, 40, silent)
@@ -450,7 +450,7 @@ def test_the_digest_tells_rows_apart(phi_2_run: Path) -> None:
     known = find_run(phi_2_run)
     assert known
     served = open_model([phi_2_run])
-    rows = rows_of_run(known, served.tokenizer, served.format_of(0)).rows
+    rows = rows_of_run(known, served.tokenizer, served.format_of(0), remedy="").rows
     assert known.digest == digest_of(rows)
     shorter = type(rows)(rows.store, rows.indices[:-1])
     turned = type(rows)(rows.store, rows.indices[::-1])

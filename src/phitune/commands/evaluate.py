@@ -15,8 +15,10 @@ from phitune.evaluation.metrics import METRICS
 
 if TYPE_CHECKING:
     from phitune.evaluation.losses import Progress
-    from phitune.evaluation.source import EvaluationData, Run
     from phitune.inference.served import ServedModel
+    from phitune.run_rows import DataRows, Run
+
+_REMEDY = "Name the data to evaluate on with --dataset_path."
 
 
 def run(argv: list[str]) -> int:
@@ -44,8 +46,8 @@ def run(argv: list[str]) -> int:
 def _measures(arguments: argparse.Namespace, console: Any) -> dict[str, Any]:
     from phitune.evaluation.as_json import as_json
     from phitune.evaluation.evaluate import Wanted, evaluate_adapter
-    from phitune.evaluation.source import find_run
     from phitune.evaluation.view import show
+    from phitune.run_rows import find_run
 
     run = find_run(arguments.adapter_path[0])
     if run is None and arguments.dataset_path is None:
@@ -81,8 +83,8 @@ def _measures(arguments: argparse.Namespace, console: Any) -> dict[str, Any]:
 
 def _data(
     arguments: argparse.Namespace, run: "Run | None", served: "ServedModel", progress: "Progress"
-) -> "EvaluationData":
-    from phitune.evaluation.source import rows_of_data, rows_of_run
+) -> "DataRows":
+    from phitune.run_rows import rows_of_data, rows_of_run
 
     def reading(rows: int, done: int, total: int) -> None:
         progress(f"reading, {rows:,} rows", done, total)
@@ -90,7 +92,7 @@ def _data(
     what = (run, served.tokenizer, served.format_of(0))
     if arguments.dataset_path is None:
         assert run
-        return rows_of_run(run, *what[1:], reading)
+        return rows_of_run(run, *what[1:], reading, remedy=_REMEDY)
     changes = {
         name: value
         for name in ("data_format", "columns", "max_length")
@@ -111,7 +113,6 @@ def _open(arguments: argparse.Namespace, run: "Run | None") -> "ServedModel":
 
 def _tasks(arguments: argparse.Namespace, console: Any) -> dict[str, Any]:
     """Hands over to the LM Evaluation Harness."""
-    from phitune.evaluation.source import find_run
     from phitune.evaluation.tasks import (
         HarnessTasks,
         check_harness,
@@ -120,6 +121,7 @@ def _tasks(arguments: argparse.Namespace, console: Any) -> dict[str, Any]:
         show_tasks,
         tasks_as_json,
     )
+    from phitune.run_rows import find_run
 
     check_harness()
     tasks = HarnessTasks(

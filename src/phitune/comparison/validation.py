@@ -4,9 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from phitune.comparison.finished_run import FinishedRun, open_run, run_directory
+from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import DataError
-from phitune.inference.questions import Question, of_example, picked, spread
+from phitune.inference.questions import Question, of_example, spread
+from phitune.run_rows import Run, find_run, rows_of_run
+from phitune.training.rundir import ADAPTER
+
+_REMEDY = "Ask from a file with --questions_file."
 
 
 @dataclass(frozen=True)
@@ -25,44 +29,40 @@ def validation_questions(adapter_paths: Sequence[Path], count: int) -> Validatio
     row, with the turns before it.
 
     Raises:
+        SettingsError: the run kept no rows.
         DataError: no adapter has a run, or its rows are not what they were.
     """
-    folders = [folder for path in adapter_paths if (folder := run_directory(path))]
-    if not folders:
+    found = [run for path in adapter_paths if (run := find_run(path))]
+    if not found:
         named = ", ".join(map(str, adapter_paths))
         raise DataError(
             f"--from_validation: {named} is not in a run directory (there is no config.yaml), and"
-            " only a run knows its validation rows; ask from a file with --questions_file"
+            f" only a run knows its validation rows. {_REMEDY}"
         )
-    run, *others = [open_run(folder) for folder in dict.fromkeys(folders)]
-    rows = run.validation_rows()
-    wanted = [int(rows.indices[index]) for index in spread(count, len(rows))]
-    examples = picked(run.examples(), wanted)
+    run, *others = {run.path.resolve(): run for run in found}.values()
+    tokenizer = TextTokenizer(run.path / ADAPTER)
+    prompt_format = tokenizer.prompt_format(run.settings.prompt_format)
+    data = rows_of_run(run, tokenizer, prompt_format, remedy=_REMEDY)
+    there = len(data.rows)
+    examples = data.examples(spread(count, there))
     if any(example.is_completion for example in examples):
         raise DataError(
-            f"{run.path}: its rows are texts without questions, there is nothing to ask; ask from a"
-            " file with --questions_file"
+            f"{run.path}: its rows are texts without questions, there is nothing to ask. {_REMEDY}"
         )
+    notes = list(data.notes)
+    if count > there:
+        notes.append(f"{count} rows were asked for, and the run kept {there} for validation")
     return ValidationQuestions(
         [of_example(example) for example in examples],
-        f"{len(examples)} of the {len(rows):,} validation rows of {run.path}",
-        tuple(_notes(run, others, count, len(rows))),
+        f"{len(examples)} of the {there:,} validation rows of {run.path}",
+        (*notes, *_notes(run, others)),
     )
 
 
-def _notes(run: FinishedRun, others: Sequence[FinishedRun], count: int, there: int) -> list[str]:
-    notes = []
-    if count > there:
-        notes.append(f"{count} rows were asked for, and the run kept {there} for validation")
-    if newer := run.newer_data():
-        notes.append(
-            f"{newer} was written after the run began; its training rows have as many tokens as"
-            " then, its validation rows may be others"
-        )
-    notes += [
+def _notes(run: Run, others: Sequence[Run]) -> list[str]:
+    return [
         f"{other.path} was trained with another split or on other data, so it may have been trained"
         " on these rows"
         for other in others
         if not run.same_split(other)
     ]
-    return notes

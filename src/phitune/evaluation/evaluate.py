@@ -15,8 +15,8 @@ from phitune.evaluation.bootstrap import Comparison, compare
 from phitune.evaluation.general import Forgetting, forgetting
 from phitune.evaluation.losses import Progress, RowLosses, row_losses
 from phitune.evaluation.metrics import METRICS, metrics_for
-from phitune.evaluation.source import EvaluationData
 from phitune.inference.served import ServedModel
+from phitune.run_rows import DataRows
 
 Better = Literal["lower", "higher"]
 Unit = Literal["", "share", "tokens"]
@@ -63,7 +63,7 @@ class Wanted:
 
 
 def evaluate_adapter(
-    served: ServedModel, data: EvaluationData, wanted: Wanted, progress: Progress
+    served: ServedModel, data: DataRows, wanted: Wanted, progress: Progress
 ) -> Evaluation:
     """Measures base and tuned model on the same rows.
 
@@ -159,7 +159,7 @@ def _too_short(served: ServedModel, examples: Sequence[Example], limit: int) -> 
     ]
 
 
-def _check_recorded(data: EvaluationData, loss: Comparison) -> list[str]:
+def _check_recorded(data: DataRows, loss: Comparison) -> list[str]:
     """Says where the losses are not those that the run wrote down."""
     if data.recorded is None:
         return []

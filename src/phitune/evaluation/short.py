@@ -27,13 +27,13 @@ from phitune.evaluation.evaluate import (
     loss_measures,
 )
 from phitune.evaluation.losses import row_losses
-from phitune.evaluation.source import EvaluationData, digest_of
 from phitune.evaluation.view import figure
 from phitune.inference.served import ServedAdapter, ServedModel
 from phitune.model.decoder import Decoder
 from phitune.model.device import is_out_of_memory
 from phitune.model.files import find_model
 from phitune.model.lora import Adapter, put_on
+from phitune.run_rows import DataRows, digest_of
 from phitune.training.loop import Outcome
 from phitune.training.rundir import RunDirectory
 
@@ -158,7 +158,7 @@ def _measure(
     if part.rows:
         losses = row_losses(served, [rows[row] for row in part.rows], len(part.rows), silent)
         measures += loss_measures(losses, settings.seed)
-    source = EvaluationData.of_run(rows, settings, served.format_of(0))
+    source = DataRows.of_run(rows, settings, served.format_of(0))
     answers = answer_rows(served, source.examples(part.answered), part.max_new_tokens, silent)
     if answers:
         measures += answer_measures(answers, settings.seed)

@@ -73,13 +73,13 @@ def target_losses(decoder: Decoder, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def batches_of_tokens(
-    rows: Iterable[TokenizedExample], most: int = BATCH_TOKENS
+    rows: Iterable[TokenizedExample],
 ) -> Iterator[list[TokenizedExample]]:
-    """Rows in their order, in batches of at most so many tokens or of one row."""
+    """Rows in their order, in batches of at most BATCH_TOKENS or of one row."""
     batch: list[TokenizedExample] = []
     tokens = 0
     for row in rows:
-        if batch and tokens + len(row.input_ids) > most:
+        if batch and tokens + len(row.input_ids) > BATCH_TOKENS:
             yield batch
             batch, tokens = [], 0
         batch.append(row)

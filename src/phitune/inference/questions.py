@@ -5,8 +5,7 @@ optionally a `system` for all of them. What is written there is a text, whatever
 it: `expected: 15` is the answer "15". No torch here.
 """
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -185,10 +184,3 @@ def _kind(node: Node) -> str:
 def _turns(text: str, system: str | None) -> tuple[Turn, ...]:
     asked = Turn("user", text)
     return (Turn("system", system), asked) if system else (asked,)
-
-
-def picked(examples: Iterator[Example], wanted: Sequence[int]) -> list[Example]:
-    """The examples at these places of a stream, in their order; goes no further than it must."""
-    places = set(wanted)
-    until = itertools.islice(examples, max(places, default=-1) + 1)
-    return [example for index, example in enumerate(until) if index in places]

@@ -1,4 +1,4 @@
-"""The rows that are evaluated: those a run kept for validation, or all of a data set.
+"""Rows to measure a finished run by: those it kept for validation, or all of a data set.
 
 A run's rows are found again from its config.yaml: the same files, the same split. Whether they are
 the very rows is known by their tokens: the run left a digest of them behind (`evaluation.json`).
@@ -29,6 +29,16 @@ if TYPE_CHECKING:
 
 # Whether rows are the same is seen from the tokens of so many of them, spread evenly.
 _DIGESTED_ROWS = 2000
+# Two runs that differ in none of these settings have the same validation rows.
+_DECIDES_THE_SPLIT = (
+    "dataset_path",
+    "validation_path",
+    "validation_split",
+    "seed",
+    "data_format",
+    "columns",
+    "on_bad_row",
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,13 @@ class Run:
     recorded: tuple[float, float] | None  # validation loss of the base, and of the best adapter
     digest: str | None  # of its validation rows
 
+    def same_split(self, other: "Run") -> bool:
+        """Whether what one run kept for validation was not trained on by the other."""
+        return all(
+            getattr(self.settings, name) == getattr(other.settings, name)
+            for name in _DECIDES_THE_SPLIT
+        )
+
     def precision_on(self, device: str) -> Literal["auto", "fp32", "bf16"]:
         """The run's precision, where this is the kind of device that it was chosen for."""
         there = self.settings.device.partition(":")[0]
@@ -47,7 +64,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class EvaluationData:
+class DataRows:
     """Rows as tokens, and the way back to their texts."""
 
     rows: "TokenRows"
@@ -70,7 +87,7 @@ class EvaluationData:
         recorded: tuple[float, float] | None = None,
         *,
         is_verified: bool = False,
-    ) -> "EvaluationData":
+    ) -> "DataRows":
         """The validation rows of a run with these settings."""
         path = settings.validation_path or settings.dataset_path or EXAMPLE_DATASET
         return cls(
@@ -126,15 +143,19 @@ def rows_of_run(
     tokenizer: TextTokenizer,
     prompt_format: PromptFormat,
     progress: "Progress | None" = None,
-) -> EvaluationData:
+    *,
+    remedy: str,
+) -> DataRows:
     """The rows that a run kept for validation.
+
+    Args:
+        remedy: what to do where they cannot be had.
 
     Raises:
         SettingsError: it kept none.
         DataError: its data is gone, or no longer what it was.
     """
     settings = run.settings
-    remedy = "Name the data to evaluate on with --dataset_path."
     if not settings.validation_split and not settings.validation_path:
         raise SettingsError(
             f"{run.path}: this run kept no validation rows (validation_split 0). {remedy}"
@@ -161,7 +182,7 @@ def rows_of_run(
             f"{run.path}: holds no {EVALUATION}, so whether the data is still the same cannot be"
             " told"
         )
-    return EvaluationData.of_run(
+    return DataRows.of_run(
         rows, settings, prompt_format, notes, run.recorded, is_verified=bool(run.digest)
     )
 
@@ -173,7 +194,7 @@ def rows_of_data(
     prompt_format: PromptFormat,
     changes: dict[str, Any],
     progress: "Progress | None" = None,
-) -> EvaluationData:
+) -> DataRows:
     """All rows of a data set, with a run's settings where they are not about its own data.
 
     Args:
@@ -199,7 +220,7 @@ def rows_of_data(
     notes = list(data.warnings)
     if run and run.settings.dataset_path and _same(settings.dataset_path, run.settings):
         notes.append(f"{path}: holds the rows that this adapter was trained on")
-    return EvaluationData(
+    return DataRows(
         data.train_rows,
         f"all {len(data.train_rows)} rows of {path}",
         settings.dataset_path,

@@ -106,7 +106,7 @@ def test_validation_rows_of_the_run_with_their_answers(
     kept = rows_of_run(run, tokenizer, tokenizer.prompt_format("instruct"), remedy="").rows
     places = {kept.place(index) for index in range(len(kept))}
     assert len(kept) == 4
-    assert document["questions_from"] == "3 of the 4 validation rows of run"
+    assert document["questions_from"] == f"3 of the 4 validation rows of {place / 'run'}"
     for question in document["questions"]:
         assert question["place"] in places
         row = ROWS[int(question["place"].rpartition(":")[2]) - 1]
@@ -151,7 +151,7 @@ def test_validation_rows_that_are_not_to_be_had(
     assert "not in a run directory" in refused("--adapter_path other --from_validation 2")
     data, config = place / "data.jsonl", place / "run" / "config.yaml"
     text = data.read_text()
-    data.write_text(text.replace("That", "This"))
+    data.write_text(text.replace("It is", "That is"))
     assert f"{data}: has changed since" in refused("--adapter_path run --from_validation 2")
     data.unlink()
     gone = refused("--adapter_path run --from_validation 2")

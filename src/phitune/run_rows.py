@@ -19,7 +19,6 @@ from phitune.data.sources import Part
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import DataError, SettingsError
 from phitune.jsonfile import read_object
-from phitune.model.device import choose_device
 from phitune.model.files import EXAMPLE_DATASET
 from phitune.training.rundir import ADAPTER, CONFIG, EVALUATION, SUMMARY
 
@@ -59,6 +58,8 @@ class Run:
 
     def precision_on(self, device: str) -> Literal["auto", "fp32", "bf16"]:
         """The run's precision, where this is the kind of device that it was chosen for."""
+        from phitune.model.device import choose_device  # Takes torch along.
+
         there = self.settings.device.partition(":")[0]
         return self.settings.precision if choose_device(device).type == there else "auto"
 

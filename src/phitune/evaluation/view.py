@@ -12,7 +12,8 @@ from phitune.evaluation.bootstrap import CONFIDENCE, Comparison
 from phitune.evaluation.evaluate import Evaluation, Measure, Unit
 from phitune.evaluation.general import Forgetting
 
-_TABLE_WIDTH = 76
+# What the table takes, with names of words of so many letters.
+_TABLE_WIDTH, _NAME_WIDTH = 76, 10
 _STYLES = {"better": "green", "worse": "red", "not finite": "red"}
 _VERDICTS = {"kept": "green", "some forgetting": "yellow", "no verdict": "yellow"}
 
@@ -40,8 +41,8 @@ def show(evaluation: Evaluation, title: str, data: str, console: Console) -> Non
 
 
 def show_measures(measures: Sequence[Measure], console: Console) -> None:
-    """A table, or on a narrow terminal a line for each."""
-    if console.width >= _TABLE_WIDTH:
+    """A table, or on a narrow terminal, or with long names, a line for each."""
+    if console.width >= _TABLE_WIDTH + max(0, _longest_word(measures) - _NAME_WIDTH):
         console.print(measures_table(measures))
         return
     for measure in measures:
@@ -54,7 +55,7 @@ def show_measures(measures: Sequence[Measure], console: Console) -> None:
 
 def measures_table(measures: Sequence[Measure]) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), show_edge=False)
-    table.add_column("measure", overflow="fold")
+    table.add_column("measure", overflow="fold", min_width=_longest_word(measures))
     for heading in ("base", "tuned", "difference", f"{100 * CONFIDENCE:.0f} % interval"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("reading", overflow="fold")
@@ -69,6 +70,10 @@ def measures_table(measures: Sequence[Measure]) -> Table:
             Text(reading, style=_STYLES.get(reading, "")),
         )
     return table
+
+
+def _longest_word(measures: Sequence[Measure]) -> int:
+    return max((len(word) for measure in measures for word in measure.name.split()), default=0)
 
 
 def figure(value: float, unit: Unit = "") -> str:

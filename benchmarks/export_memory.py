@@ -102,6 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Merge a full-size model.")
     parser.add_argument("--model", type=Path, required=True, help="config.json and tokenizer")
     parser.add_argument("--precision", default="auto", help="of the proof")
+    parser.add_argument("--note", default="", help="of the circumstances, for the result")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -154,8 +155,15 @@ def main() -> None:
         f" (tolerance {proof['typical_tolerance']:.3g}); the adapter moves them typically by"
         f" {proof['adapter_moves_logits_typically_by']:.3g}.",
     ]
+    if options.note:
+        lines += ["", options.note]
     proof.pop("files")
-    save("export_memory", "Memory of an export", lines, {"goal_gib": goal, **found, "proof": proof})
+    save(
+        "export_memory",
+        "Memory of an export",
+        lines,
+        {"goal_gib": goal, **found, "proof": proof, "note": options.note},
+    )
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from phitune.export.gguf_layout import check_architecture, context_note, safe_co
 from phitune.export.gguf_proof import compare_in_llama_cpp, rendered
 from phitune.export.gguf_tokenizer import file_tokenizer, name_in_file
 from phitune.export.gguf_types import QUANTIZATIONS
-from phitune.export.llama_cpp import LlamaCpp
+from phitune.export.llama_cpp import LlamaCpp, _steps
 from phitune.export.proof import PROOF_FILE, TIE, Answered, forced_logits
 from phitune.inference.served import open_model
 from phitune.model.architecture import parse_model_config, read_model_config
@@ -594,6 +594,29 @@ def test_a_file_that_llama_cpp_cannot_load_is_an_error_with_its_words(tmp_path: 
     path.write_bytes(b"GGUF and nothing else")
     with pytest.raises(ExportError, match=r"cannot load the file:\n"), llama_cpp(path):
         pass
+
+
+def test_a_process_that_is_interrupted_while_it_loads_is_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(self: LlamaCpp) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LlamaCpp, "_started", interrupted)
+    llama = llama_cpp(ASSETS / "none.gguf")
+    with pytest.raises(KeyboardInterrupt), llama:
+        pass
+    assert llama._process.returncode is not None
+
+
+def test_tokens_in_the_middle_of_a_letter_have_no_probabilities() -> None:
+    # A letter of three tokens is told with its last; here the last two are the same.
+    told = [
+        {"id": token, "top_logprobs": [{"id": token, "logprob": -0.5}]} for token in (7, 128, 9)
+    ]
+    steps = _steps([7, 226, 128, 128, 9], told)
+    assert [step.token for step in steps] == [7, 226, 128, 128, 9]
+    assert [bool(step.logprobs) for step in steps] == [True, False, False, True, True]
 
 
 def test_weight_errors_find_a_tensor_of_another_shape(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from phitune.errors import ExportError
 
 _LINES_OF_LOG = 12
+_SECONDS = 3600.0  # for one answer; a large model on a slow machine takes minutes
 
 
 def require_llama_cpp() -> str:
@@ -74,6 +75,15 @@ class LlamaCpp:
             stderr=self._log,
             text=True,
         )
+        try:
+            self._address = self._started()
+        except BaseException:  # Ctrl-C too: nobody else would end the process.
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def _started(self) -> str:
+        """Sends what to load, and waits for the server's address."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(self._asked) + "\n")
@@ -81,11 +91,9 @@ class LlamaCpp:
         line = self._process.stdout.readline()
         if not line:
             self._process.wait()
-            error = self._failure("llama.cpp cannot load the file")
-            self.__exit__(None, None, None)
-            raise error
-        self._address = json.loads(line)["address"]
-        return self
+            raise self._failure("llama.cpp cannot load the file")
+        address: str = json.loads(line)["address"]
+        return address
 
     def __exit__(
         self,
@@ -143,7 +151,7 @@ class LlamaCpp:
             },
         )
         try:
-            with self._opener.open(request) as response:
+            with self._opener.open(request, timeout=_SECONDS) as response:
                 return json.load(response)
         except (OSError, urllib.error.URLError) as error:
             raise self._failure(f"llama.cpp failed at {path}: {error}") from None

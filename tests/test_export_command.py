@@ -109,7 +109,7 @@ def test_an_adapter_folder_without_its_config(
     shutil.copytree(run / "adapter", place / "adapter")
     (place / "adapter" / "adapter_config.json").unlink()
     assert export(place / "adapter") == 2
-    assert "holds no adapter_config.json" in refused(capsys)
+    assert "without adapter_config.json" in refused(capsys)
     assert export(place / "nowhere") == 2
     assert "there is no such folder" in refused(capsys)
     assert left_in(place) == ["adapter"]

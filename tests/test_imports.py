@@ -11,7 +11,7 @@ import phitune
 from phitune.cli import COMMANDS
 
 SOURCE = Path(phitune.__file__).parent
-FREE_TO_ALL = {"config", "errors", "jsonfile"}
+FREE_TO_ALL = {"config", "errors", "jsonfile", "visible"}
 MAY_IMPORT = {
     "cli": {"commands", *FREE_TO_ALL},
     "commands": {
@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "config": {"errors"},
     "jsonfile": {"errors"},
     "errors": set(),
+    "visible": set(),
 }
 NO_TORCH = (
     "phitune.cli",

@@ -8,7 +8,9 @@ Shapes: R rank, D in, O out, V vocabulary.
 """
 
 import math
+import re
 import zlib
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from phitune.errors import ModelError, listing
 from phitune.jsonfile import read_object, write_object
 from phitune.model import ops
+from phitune.model.architecture import FAMILIES, ModelConfig
 from phitune.model.decoder import Decoder
 from phitune.model.linear import LoraPair
 from phitune.model.targets import EMBEDDING_MODULE
@@ -137,7 +140,10 @@ def load_adapter(decoder: Decoder, folder: Path, seed: int = 0) -> Adapter:
     try:
         tensors = load_file(path)
     except FileNotFoundError:
-        raise ModelError(f"{path}: missing") from None
+        why = ""
+        if path.with_suffix(".bin").exists():
+            why = "; loading the pickle beside it would run code, save the adapter as safetensors"
+        raise ModelError(f"{path}: missing{why}") from None
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: damaged or not a safetensors file: {error}") from None
     known = (EMBEDDING_MODULE, *decoder.fused_linears())
@@ -149,12 +155,13 @@ def load_adapter(decoder: Decoder, folder: Path, seed: int = 0) -> Adapter:
         modules=modules,
         use_rslora=bool(raw.get("use_rslora")),
     )
-    adapter = attach(decoder, spec, seed)
-    expected = adapter.tensors()
     # PEFT adds the base's own rows when it adapts the embedding; they say nothing new.
     given = {name: tensor for name, tensor in tensors.items() if ".base_layer." not in name}
+    _check_numbers(path, given, spec)
+    adapter = attach(decoder, spec, seed)
+    expected = adapter.tensors()
     problems = [f"{name}: missing" for name in expected.keys() - given.keys()]
-    problems += [f"{name}: not in this model" for name in given.keys() - expected.keys()]
+    problems += _strangers(given.keys() - expected.keys(), known, decoder.config)
     problems += [
         f"{name}: shape {tuple(given[name].shape)}, expected {tuple(tensor.shape)}"
         for name, tensor in expected.items()
@@ -162,13 +169,65 @@ def load_adapter(decoder: Decoder, folder: Path, seed: int = 0) -> Adapter:
     ]
     if problems or not modules:
         detach(decoder)
+        base = raw.get("base_model_name_or_path")
         raise ModelError(
             f"{folder}: this adapter does not fit the model:\n"
-            + listing(sorted(problems) or ["it holds no LoRA matrices"])
+            + listing(_by_layer(problems) or ["it holds no LoRA matrices"])
+            + (f"\nIt names {base} as its base." if base else "")
+            + "\nOpen it with the base model that it was trained on (--model_name)."
         )
     with torch.no_grad():
         adapter.load_tensors(given)
     return adapter
+
+
+def _check_numbers(path: Path, tensors: dict[str, Tensor], spec: LoraSpec) -> None:
+    """Refuses numbers that are no weights, before anything is made for them."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise ModelError(f"{path}: {name} is of type {tensor.dtype}, expected a plain float")
+        if not tensor.isfinite().all():
+            raise ModelError(
+                f"{path}: {name} holds numbers that are not finite; the run that wrote it went"
+                " wrong, train again with half the learning rate"
+            )
+    for module in spec.modules:
+        name = _peft_names(module)[0]
+        rank = tensors[name].shape[0] if tensors[name].ndim else 0
+        if rank != spec.rank:
+            raise ModelError(
+                f"{path}: {name} has rank {rank}, and {CONFIG_FILE} says r = {spec.rank}; the two"
+                " files do not belong together"
+            )
+
+
+def _strangers(names: Iterable[str], known: Collection[str], config: ModelConfig) -> list[str]:
+    """Tensors that the model has no place for; of a module that it lacks only the module."""
+    foreign = FAMILIES[config.model_type].foreign
+    problems: dict[str, None] = {}
+    for name in names:
+        module, lora, _ = name.removeprefix(_PEFT_PREFIX).partition(".lora_")
+        if not lora or module in known:
+            problems[f"{name}: not in this model"] = None
+            continue
+        instead = foreign.get(module.rsplit(".", 1)[-1])
+        hint = f", its work is done by {instead}" if instead else ""
+        problems[f"{module}: not in this model{hint}"] = None
+    return list(problems)
+
+
+def _by_layer(problems: list[str]) -> list[str]:
+    """Problems that are the same in several layers in one line, at the lowest of them."""
+    layers: dict[tuple[str, str], list[int]] = {}
+    for problem in problems:
+        parts = re.split(r"(?<=\.layers\.)(\d+)", problem, maxsplit=1)
+        before, layer, after = parts if len(parts) == 3 else ("", "0", problem)
+        layers.setdefault((before, after), []).append(int(layer))
+    lines = []
+    for (before, after), of in sorted(layers.items()):
+        more = f" (and so in {len(of) - 1} more layers)" if len(of) > 1 else ""
+        lines.append(f"{before}{min(of) if before else ''}{after}{more}")
+    return lines
 
 
 def _peft_names(module: str) -> tuple[str, str]:
@@ -231,7 +290,17 @@ def _read_adapter_config(path: Path) -> dict[str, Any]:
     if raw.get("bias", "none") != "none":
         problems.append(f"bias = {raw['bias']!r}")
     if problems:
-        raise ModelError(f"{path}: asks for what is not built:\n{listing(problems)}")
-    if not isinstance(raw.get("r"), int) or not isinstance(raw.get("lora_alpha"), int | float):
-        raise ModelError(f"{path}: r and lora_alpha must be numbers")
+        raise ModelError(
+            f"{path}: asks for what is not built:\n{listing(problems)}\n"
+            "Only plain LoRA adapters can be opened; train one without these."
+        )
+    for name, least, most in (("r", 1, 2**16), ("lora_alpha", -1e9, 1e9), ("lora_dropout", 0, 1)):
+        value: Any = raw.get(name)
+        if value is None and name == "lora_dropout":
+            continue
+        is_number = isinstance(value, int if name == "r" else (int, float))
+        if not is_number or isinstance(value, bool) or not least <= value <= most:
+            raise ModelError(
+                f"{path}: {name} is {value!r}, expected a number from {least:g} to {most:g}"
+            )
     return raw

@@ -1,0 +1,31 @@
+"""Text from anywhere made safe to show: nothing in it moves the cursor or turns the line."""
+
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# Control characters but tab and line feed, and the marks that turn the direction of what follows
+# them. In a terminal the first would be commands; the second would show text in another order.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2028\u2029\u2066-\u2069\ufeff]")
+
+
+def visible(text: str) -> str:
+    """The text with such characters written out, such as `\\x1b`."""
+    return _UNSAFE.sub(lambda found: ascii(found.group())[1:-1], text)
+
+
+def shortened(text: str, first: int, last: int) -> tuple[str, str, str]:
+    """The beginning of a long text, a note of what is left out, and its end."""
+    left_out = len(text) - first - last
+    if left_out <= (first + last) // 4:  # Too little to be worth a gap.
+        return text, "", ""
+    return text[:first], f"... {left_out:,} characters left out ...", text[len(text) - last :]
+
+
+def marks_of(console: "Console") -> tuple[str, str] | None:
+    """What stands around marked text on a console without colour; None where there is colour."""
+    if console.is_terminal and console.color_system and not console.no_color:
+        return None
+    return ("⟦", "⟧") if console.encoding.lower().startswith("utf") else ("[[", "]]")

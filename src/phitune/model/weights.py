@@ -1,20 +1,21 @@
 """Safetensors files into a decoder's fused buffers, one tensor at a time.
 
-All names, shapes and types are checked first, from the files' headers alone; every mismatch is in
-one error. Pickled weights are refused: loading them runs code.
+All names, shapes and types are checked first, from the files' headers alone and before memory is
+taken; every mismatch is in one error. Pickled weights are refused: loading them runs code.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 
 from phitune.errors import ModelError, listing
+from phitune.jsonfile import own_file, read_object
 from phitune.model.architecture import ModelConfig
 from phitune.model.decoder import Decoder
+from phitune.model.safetensors_header import TensorHeader, read_header
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -37,7 +38,12 @@ def load_decoder(
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
-    """Builds the decoder of a model folder; see `load_weights`."""
+    """Builds the decoder of a model folder; see `load_weights`.
+
+    The files are held against a decoder without memory first: sizes in config.json that they do not
+    bear out are refused before anything of these sizes is made.
+    """
+    _check(folder, Decoder(config, dtype, torch.device("meta")))
     decoder = Decoder(config, dtype, device)
     load_weights(decoder, folder, progress)
     return decoder
@@ -56,33 +62,31 @@ def load_weights(
     Raises:
         ModelError: files missing or damaged, or tensors that do not fit the configuration.
     """
-    files = weight_files(folder)
-    headers = {name: header for file in files for name, header in _read_header(file).items()}
+    headers = _check(folder, decoder)
     destinations = decoder.named_weights()
-    _check(folder, decoder, headers, destinations)
     for done, (name, destination) in enumerate(destinations.items(), start=1):
         if name == EMBEDDING and _can_stay_in_file(decoder, headers[name]):
-            with safe_open(headers[name][0], framework="pt") as file:
+            with safe_open(headers[name].file, framework="pt") as file:
                 table = file.get_tensor(name)
             decoder.embed_tokens.weight = nn.Parameter(table, requires_grad=False)
             continue
         rows = max(1, PIECE_BYTES * len(destination) // destination.nbytes)
         for start in range(0, len(destination), rows):
             # Opened for each piece: closing the file gives its mapped pages back.
-            with safe_open(headers[name][0], framework="pt") as file, torch.no_grad():
+            with safe_open(headers[name].file, framework="pt") as file, torch.no_grad():
                 piece = file.get_slice(name)[start : start + rows]
                 destination[start : start + rows].copy_(piece)
         if progress:
             progress(done, len(destinations))
 
 
-def _can_stay_in_file(decoder: Decoder, header: "_Header") -> bool:
+def _can_stay_in_file(decoder: Decoder, header: TensorHeader) -> bool:
     """Whether the token table may be read from the mapped file, row by row as tokens need it.
 
     Most data sets use a part of the vocabulary, and only rows in use then take memory.
     """
     is_tied = decoder.config.tie_word_embeddings  # The head reads every row.
-    as_it_is = _TORCH_TYPES.get(header[2]) == decoder.dtype
+    as_it_is = _TORCH_TYPES.get(header.dtype) == decoder.dtype
     return decoder.device.type == "cpu" and as_it_is and not is_tied
 
 
@@ -93,21 +97,19 @@ def weight_files(folder: Path) -> list[Path]:
         ModelError: there are none, or the index names files that are missing or elsewhere.
     """
     index = folder / INDEX_FILE
-    if index.is_file():
-        try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ModelError(f"{index}: cannot be read: {error!r}") from None
-        if outside := [
-            name for name in names if not isinstance(name, str) or Path(name).name != name
-        ]:
-            raise ModelError(f"{index}: names files outside of its folder: {outside}")
-        if missing := [name for name in names if not (folder / name).is_file()]:
+    if own_file(index):
+        files = read_object(index, "").get("weight_map")
+        if not isinstance(files, dict) or not files:
+            raise ModelError(f"{index}: cannot be read: it has no weight_map")
+        if strange := [name for name in files.values() if not isinstance(name, str)]:
+            raise ModelError(f"{index}: names files by {strange[0]!r}, expected a text")
+        names = sorted(set(files.values()))
+        if outside := [name for name in names if Path(name).name != name or name == ".."]:
+            raise ModelError(f"{index}: names files outside of its folder: {outside[:3]}")
+        if missing := [name for name in names if not own_file(folder / name)]:
             raise ModelError(f"{folder}: files of the model are missing:\n{listing(missing)}")
         return [folder / name for name in names]
-    if (folder / SINGLE_FILE).is_file():
+    if own_file(folder / SINGLE_FILE):
         return [folder / SINGLE_FILE]
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:
@@ -118,29 +120,14 @@ def weight_files(folder: Path) -> list[Path]:
     raise ModelError(f"{folder}: has no {SINGLE_FILE} and no {INDEX_FILE}")
 
 
-_Header = tuple[Path, tuple[int, ...], str]  # file, shape, safetensors' name of the type
-
-
-def _read_header(file: Path) -> dict[str, _Header]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            return {
-                name: (file, tuple(part.get_shape()), str(part.get_dtype()))
-                for name, part in slices.items()
-            }
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file}: damaged or not a safetensors file: {error}") from None
-
-
-def _check(
-    folder: Path,
-    decoder: Decoder,
-    headers: dict[str, _Header],
-    destinations: dict[str, torch.Tensor],
-) -> None:
+def _check(folder: Path, decoder: Decoder) -> dict[str, TensorHeader]:
+    """The tensors of a folder by name, if they are those the decoder needs."""
+    files = weight_files(folder)
+    headers = {name: header for file in files for name, header in read_header(file).items()}
+    destinations = decoder.named_weights()
     problems = [f"{name}: missing" for name in destinations.keys() - headers.keys()]
-    for name, (file, shape, dtype) in headers.items():
+    for name, header in headers.items():
+        file, shape, dtype = header.file, header.shape, header.dtype
         if name not in destinations:
             # A tied head and the rotary tables of old files repeat what is known.
             tied = decoder.config.tie_word_embeddings and name == "lm_head.weight"
@@ -156,3 +143,4 @@ def _check(
             f"{folder}: {len(problems)} tensors do not fit config.json:\n"
             + listing(sorted(problems))
         )
+    return headers

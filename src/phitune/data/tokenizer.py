@@ -38,8 +38,8 @@ TOKENIZER_FILES = (
 )
 # Rows and characters that are encoded in one call, enough for all cores.
 BATCH_ROWS, BATCH_CHARACTERS = 2048, 2**21
-# Of each of its files; that of Phi-4-mini, which has 200,000 tokens, is a quarter of it.
-MAX_FILE_BYTES = 2**26
+# Of each of its files; that of Phi-4-mini, which has 200,000 tokens, is half of it.
+MAX_FILE_BYTES = 2**25
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 

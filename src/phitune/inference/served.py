@@ -188,6 +188,9 @@ def trained_format(tokenizer: TextTokenizer, name: FormatName | None) -> PromptF
     template = tokenizer.chat_template
     if not template or template == instruct.chat_template:
         return instruct
-    return ChatFormat.from_template(
-        template, tokenizer.special_tokens, tokenizer.control_tokens, tokenizer.bos_token
-    )
+    try:
+        return ChatFormat.from_template(
+            template, tokenizer.special_tokens, tokenizer.control_tokens, tokenizer.bos_token
+        )
+    except ModelError as error:
+        raise ModelError(f"{tokenizer.folder}: {error}") from None

@@ -61,9 +61,10 @@ benchmarks: setup
 	$(BIN)/python benchmarks/data_scale.py
 	$(BIN)/python benchmarks/data_report.py
 
-# Twenty thousand damaged data files; some minutes.
+# Twenty thousand damaged data files, and as many model and adapter folders; half an hour.
 fuzz: setup
 	$(BIN)/python benchmarks/fuzz_data.py
+	$(BIN)/python benchmarks/fuzz_models.py
 
 # phitune beside its peers, which it installs into output/peers-env; about an hour on an idle machine.
 peers: setup

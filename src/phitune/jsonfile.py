@@ -17,6 +17,7 @@ from phitune.errors import ModelError
 MAX_BYTES = 8 * 2**20  # of a file that `read_object` or `read_text` reads, if no other is named
 MAX_DEPTH = 64  # of objects in objects
 MAX_DIGITS = 20  # of a whole number
+MAX_PARTS = 2**20  # entries, lists and objects; a tokenizer of 200,000 tokens has 800,000
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -79,6 +80,8 @@ def read_object(path: Path, if_missing: str, max_bytes: int = MAX_BYTES) -> dict
     """
     text = read_text(path, if_missing, max_bytes)
     try:
+        if sum(map(text.count, ",[{")) > MAX_PARTS:
+            raise ValueError(f"more than {MAX_PARTS:,} entries")
         content = json.loads(text, parse_int=_whole_number)
         _check_depth(content)
         if _SURROGATE.search(text):

@@ -19,7 +19,7 @@ from typing import Any
 from phitune.errors import ModelError
 from phitune.jsonfile import own_file
 
-MAX_HEADER = 16 * 2**20  # bytes; those of Phi-4, in six files, have 30 thousand together
+MAX_HEADER = 2**22  # bytes; those of Phi-4, in six files, have 30 thousand together
 MAX_NAME, MAX_DIMENSIONS, MAX_SIZE = 1000, 8, 2**40
 # Bits of a number of each type, in the names of the format.
 _BITS = {

@@ -104,7 +104,7 @@ def weight_files(folder: Path) -> list[Path]:
         if strange := [name for name in files.values() if not isinstance(name, str)]:
             raise ModelError(f"{index}: names files by {strange[0]!r}, expected a text")
         names = sorted(set(files.values()))
-        if outside := [name for name in names if Path(name).name != name or name == ".."]:
+        if outside := [name for name in names if Path(name).name != name or name in ("", "..")]:
             raise ModelError(f"{index}: names files outside of its folder: {outside[:3]}")
         if missing := [name for name in names if not own_file(folder / name)]:
             raise ModelError(f"{folder}: files of the model are missing:\n{listing(missing)}")

@@ -72,9 +72,10 @@ benchmarks: setup
 	$(BIN)/python benchmarks/data_scale.py
 	$(BIN)/python benchmarks/data_report.py
 
-# Twenty thousand damaged data files; some minutes.
+# Twenty thousand damaged data files, and as many model and adapter folders; half an hour.
 fuzz: setup
 	$(BIN)/python benchmarks/fuzz_data.py
+	$(BIN)/python benchmarks/fuzz_models.py
 
 # A hundred kills, each run gone on with to its end; some minutes.
 torture: setup

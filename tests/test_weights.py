@@ -80,7 +80,7 @@ def test_pickled_weights_are_refused(folder: Path) -> None:
         ({"weight_map": {"a": "../model.safetensors"}}, "outside of its folder"),
         ({"weight_map": {"a": "/etc/passwd"}}, "outside of its folder"),
         ({}, "cannot be read"),
-        ([], "cannot be read"),
+        ([], "is not a JSON object"),
     ],
 )
 def test_a_bad_index_is_refused(folder: Path, index: Any, said: str) -> None:
@@ -125,7 +125,7 @@ def test_real_configs_are_read_in_both_spellings(shared: Path) -> None:
         ({"qk_layernorm": True}, "qk_layernorm"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "part of 5 dimensions, which is odd"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"hidden_size": None}, "a value is missing or not usable"),
+        ({"hidden_size": None}, "hidden_size is missing, expected a whole number"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "'yarn' is not built"),
     ],
 )

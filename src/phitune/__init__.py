@@ -1,9 +1,13 @@
 """phitune: fine-tune Phi-2, Phi-3.5 and their siblings with LoRA on the machine you own."""
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from phitune.trainer import Phi2LoRATrainer as Phi2LoRATrainer
+
+# The hub's library reads it when it is imported: nothing is told to anyone who was not asked.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 __all__ = ["Phi2LoRATrainer", "__version__"]

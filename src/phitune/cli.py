@@ -17,10 +17,12 @@ from collections.abc import Sequence
 
 from phitune import __version__
 from phitune.commands.flags import Parser
-from phitune.errors import Interrupted, PhituneError, SettingsError
+from phitune.errors import Interrupted, PhituneError, SettingsError, without_tokens
+from phitune.visible import shortened, visible
 
 EXIT_INTERRUPTED = 130
 DEBUG_VARIABLE = "PHITUNE_DEBUG"
+MAX_LINE = 1000  # characters of an error's line that are shown
 # Each is a module of `commands` with `run(argv) -> exit code`, imported when it is asked for.
 COMMANDS = {
     "train": "fine-tune a model on a file of prompts and responses",
@@ -44,10 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except PhituneError as error:
-        print(f"phitune: {error}", file=sys.stderr)
+        _tell(str(error))
         return error.exit_code
     except Interrupted as stopped:
-        print(f"phitune: {stopped}", file=sys.stderr)
+        _tell(str(stopped))
         return stopped.exit_code
     except KeyboardInterrupt:
         print("phitune: interrupted", file=sys.stderr)
@@ -58,21 +60,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"phitune: {where}{error.strerror or error}", file=sys.stderr)
+        _tell(f"{where}{error.strerror or error}")
         return 1
     except Exception as error:  # The last resort: a mistake of ours, told without a traceback.
+        trace = without_tokens(traceback.format_exc())
         if os.environ.get(DEBUG_VARIABLE):
-            raise
+            print(trace, file=sys.stderr)
+            return 1
         with tempfile.NamedTemporaryFile(
             "w", prefix="phitune-", suffix=".log", delete=False, encoding="utf-8"
         ) as log:
-            traceback.print_exc(file=log)
-        print(
-            f"phitune: internal error: {type(error).__name__}: {error}\n"
-            f"This is a fault of phitune, please report it with {log.name}",
-            file=sys.stderr,
+            log.write(trace)
+        _tell(
+            f"internal error: {type(error).__name__}: {error}\n"
+            f"This is a fault of phitune, please report it with {log.name}"
         )
         return 1
+
+
+def _tell(what: str) -> None:
+    """Prints an error. What it quotes may come from anywhere: made harmless, and kept short."""
+    lines = [
+        "".join(shortened(line, MAX_LINE, MAX_LINE // 4))
+        for line in visible(without_tokens(what)).split("\n")
+    ]
+    print("phitune: " + "\n".join(lines), file=sys.stderr)
 
 
 def _run(argv: list[str]) -> int:

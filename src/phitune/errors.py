@@ -4,13 +4,32 @@ A message names the value, the place and the remedy. Anything else that escapes 
 ours and is reported as such by the command line.
 """
 
+import os
+import re
 from collections.abc import Sequence
+
+_TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+_SHORTEST_TOKEN = 8  # Anything shorter might be a word of the message.
+# The hub's tokens, what stands before the @ of an address, and what follows "Bearer".
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^/\s@]+(?=@)|(?<=\b[Bb]earer )[\w.~+/=-]+")
+
+
+def without_tokens(text: str) -> str:
+    """The text with access tokens taken out, for all that is shown or written of an error."""
+    for name in _TOKEN_VARIABLES:
+        token = os.environ.get(name, "").strip()
+        if len(token) >= _SHORTEST_TOKEN:
+            text = text.replace(token, f"[{name}]")
+    return _TOKEN.sub("[token]", text)
 
 
 class PhituneError(Exception):
     """Something the user can put right; the message says how."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return without_tokens(super().__str__())
 
 
 class SettingsError(PhituneError):

@@ -1,26 +1,93 @@
-"""JSON files of models and adapters, which come from anywhere: read as an object, or refused."""
+"""Small files of models and adapters, which come from anywhere: read within limits, or refused.
+
+A file is read only if it lies in its folder. A link out of it is refused: a stranger's folder
+could pass a private file off as its own, and it would be copied along with the rest. The hub's
+folders are made of links into the hub's own store, and those are followed.
+"""
 
 import json
+import math
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from phitune.errors import ModelError
 
+MAX_BYTES = 8 * 2**20  # of a file that `read_object` or `read_text` reads, if no other is named
+MAX_DEPTH = 64  # of objects in objects
+MAX_DIGITS = 20  # of a whole number
+MAX_PARTS = 2**20  # entries, lists and objects; a tokenizer of 200,000 tokens has 800,000
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
-def read_object(path: Path, if_missing: str) -> dict[str, Any]:
-    """The object in a JSON file.
+
+def own_file(path: Path) -> Path | None:
+    """The same path, if it is a file of its folder; None if there is none.
+
+    Raises:
+        ModelError: a link that leads out of the folder.
+    """
+    try:
+        if not path.is_file():
+            return None
+        folder, target = path.parent.resolve(), path.resolve()
+    except PermissionError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
+    except (OSError, ValueError, RuntimeError):  # A name that is too long, a circle of links.
+        return None
+    allowed = [folder]
+    if folder.parent.name == "snapshots":
+        # The hub's cache: REPO/snapshots/COMMIT/file -> REPO/blobs/..., or one store for all.
+        repo = folder.parent.parent
+        allowed += [repo / "blobs", repo.parent / "blobs"]
+    if any(target.is_relative_to(one) for one in allowed):
+        return path
+    raise ModelError(
+        f"{path}: is a link out of its folder, to {target}, and is not followed; put the file"
+        " itself there"
+    )
+
+
+def read_text(path: Path, if_missing: str, max_bytes: int = MAX_BYTES) -> str:
+    """The text in a small file.
 
     Args:
         if_missing: what to say where there is no such file.
 
     Raises:
-        ModelError: missing, not readable, not JSON, or not an object.
+        ModelError: missing, a link out of its folder, too large, or not text in UTF-8.
     """
+    if own_file(path) is None:
+        raise ModelError(f"{path}: missing; {if_missing}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path}: missing; {if_missing}") from None
-    except (OSError, ValueError, RecursionError) as error:
+        with path.open("rb") as file:
+            content = file.read(max_bytes + 1)
+        if len(content) > max_bytes:
+            raise ModelError(
+                f"{path}: has {path.stat().st_size:,} bytes, more than the {max_bytes:,} that such"
+                " a file can need; get it again from where it came from"
+            )
+        return content.decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read: {error}") from None
+
+
+def read_object(path: Path, if_missing: str, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ModelError: as `read_text`; or not JSON, not an object, or nothing that anyone writes.
+    """
+    text = read_text(path, if_missing, max_bytes)
+    try:
+        if sum(map(text.count, ",[{")) > MAX_PARTS:
+            raise ValueError(f"more than {MAX_PARTS:,} entries")
+        content = json.loads(text, parse_int=_whole_number)
+        _check_depth(content)
+        if _SURROGATE.search(text):
+            # Halves of letters: such texts can be neither encoded nor written.
+            json.dumps(content, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise ModelError(f"{path}: is not a JSON object")
@@ -29,3 +96,64 @@ def read_object(path: Path, if_missing: str) -> dict[str, Any]:
 
 def write_object(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def whole(
+    raw: Mapping[str, Any], key: str, least: int, most: int, default: int | None = None
+) -> int:
+    """A whole number in an object that was read; null is taken as missing.
+
+    Raises:
+        ModelError: missing without a default, something else, or out of range.
+    """
+    value: Any = raw.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ModelError(
+            f"{key} is {_shown(value)}, expected a whole number from {least:,} to {most:,}"
+        )
+    return int(value)
+
+
+def real(
+    raw: Mapping[str, Any], key: str, least: float, most: float, default: float | None = None
+) -> float:
+    """A number in an object that was read, as `whole`."""
+    value: Any = raw.get(key)
+    value = default if value is None else value
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    # What is not a number at all (NaN) is in no range.
+    if not is_number or not least <= value <= most or not math.isfinite(value):
+        raise ModelError(f"{key} is {_shown(value)}, expected a number from {least:g} to {most:g}")
+    return float(value)
+
+
+def flag(raw: Mapping[str, Any], key: str) -> bool:
+    """A true or false in an object that was read; false where it is missing or null."""
+    value = raw.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ModelError(f"{key} is {_shown(value)}, expected true or false")
+    return bool(value)
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "missing"
+    said = repr(value)
+    return said if len(said) <= 40 else said[:40] + "..."
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits):,} digits")
+    return int(digits)
+
+
+def _check_depth(content: Any) -> None:
+    rest = [(content, 1)] if isinstance(content, dict | list) else []
+    while rest:
+        value, depth = rest.pop()
+        if depth > MAX_DEPTH:
+            raise ValueError(f"objects in objects, more than {MAX_DEPTH} deep")
+        inner = value.values() if isinstance(value, dict) else value
+        rest += [(part, depth + 1) for part in inner if isinstance(part, dict | list)]

@@ -11,15 +11,12 @@ inference stops, so that is what the next question follows.
 """
 
 import functools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-from jinja2 import TemplateError, TemplateSyntaxError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typing import Protocol
 
 from phitune.data.conversation import Role, Turn
+from phitune.data.template import render
 from phitune.errors import ModelError
 
 
@@ -261,39 +258,3 @@ def _cut(chat: ChatFormat, roles: tuple[Role, ...]) -> tuple[str, ...] | str:
                 " use --prompt_format instruct"
             )
     return tuple(cut)
-
-
-def render(
-    chat_template: str,
-    messages: list[dict[str, Any]],
-    special_tokens: dict[str, str],
-    *,
-    add_generation_prompt: bool = False,
-) -> str:
-    """A conversation through a chat template, in Jinja's sandbox.
-
-    Raises:
-        ModelError: the template is not Jinja, or gives up on these messages.
-    """
-    try:
-        text: str = _compiled(chat_template).render(
-            messages=messages, add_generation_prompt=add_generation_prompt, **special_tokens
-        )
-        return text
-    except TemplateSyntaxError as error:
-        raise ModelError(f"the chat template is not Jinja: {error}") from None
-    except (TemplateError, TypeError, ValueError, LookupError) as error:
-        raise ModelError(f"the chat template failed: {error}") from None
-
-
-@functools.lru_cache(maxsize=8)
-def _compiled(chat_template: str) -> Any:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    environment.globals["raise_exception"] = raise_exception
-    # Marks what the assistant says, for trainers that mask by template; plain text to us.
-    chat_template = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", chat_template)
-    return environment.from_string(chat_template)

@@ -1,7 +1,7 @@
 """Segments to token ids and labels, and ids back to text.
 
-tokenizer.json is read with the `tokenizers` library; truncation and padding saved in it are
-switched off, since they would cut or fill rows silently. What this file adds is the seam:
+tokenizer.json is read with the `tokenizers` library; truncation, padding and dropout saved in it
+are switched off, since they would change rows silently. What this file adds is the seam:
 
 - Text and the special tokens around it are encoded apart, so that a special token typed by a user
   stays text.
@@ -11,6 +11,7 @@ switched off, since they would cut or fill rows silently. What this file adds is
   encoder without that habit is used there.
 """
 
+import functools
 import hashlib
 import json
 import re
@@ -20,12 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tokenizers import Tokenizer
-
 from phitune.data.conversation import Example
 from phitune.data.prompt import ChatFormat, InstructFormat, PromptFormat, Segment
+from phitune.data.tokenizer_library import added_tokens, library_errors, load
 from phitune.errors import ModelError
-from phitune.jsonfile import read_object, write_object
+from phitune.jsonfile import own_file, read_object, read_text, write_object
 
 IGNORE_INDEX = -100
 TOKENIZER_FILES = (
@@ -38,6 +38,8 @@ TOKENIZER_FILES = (
 )
 # Rows and characters that are encoded in one call, enough for all cores.
 BATCH_ROWS, BATCH_CHARACTERS = 2048, 2**21
+# Of each of its files; that of Phi-4-mini, which has 200,000 tokens, is half of it.
+MAX_FILE_BYTES = 2**25
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -95,14 +97,24 @@ class TextTokenizer:
             ModelError: one of them is missing or damaged.
         """
         self.folder = folder
-        spec = read_object(folder / "tokenizer.json", "a model folder needs its tokenizer")
+        self._file = folder / "tokenizer.json"
+        spec = read_object(self._file, "a model folder needs its tokenizer", MAX_FILE_BYTES)
+        self._check_copied()
         self.config = _read_if_there(folder / "tokenizer_config.json")
         spec["truncation"] = spec["padding"] = None
-        added = spec.get("added_tokens", [])
+        if isinstance(spec.get("model"), dict):
+            spec["model"].pop("dropout", None)
+        try:
+            added = added_tokens(spec)
+        except ModelError as error:
+            raise ModelError(f"{self._file}: not usable: {error}") from None
         # Runs of spaces (Phi-2 has 38) are vocabulary; every other added token is control.
         self._control = {
             token["content"]: _ControlToken(
-                token["content"], token["id"], bool(token["lstrip"]), bool(token["rstrip"])
+                token["content"],
+                token["id"],
+                bool(token.get("lstrip")),
+                bool(token.get("rstrip")),
             )
             for token in added
             if token["content"].strip()
@@ -111,8 +123,8 @@ class TextTokenizer:
         self._control_pattern = re.compile("|".join(map(re.escape, names)) or r"(?!)")
         self._control_ids = {token.id for token in self._control.values()}
         plain = {**spec, "added_tokens": [t for t in added if t["content"] not in self._control]}
-        self._start = self._load(plain)
-        self._continue = self._load(_without_leading_space(plain))
+        self._start = load(plain, self._file)
+        self._continue = load(_without_leading_space(plain), self._file)
         self.special_tokens = self._special_tokens()
         self.bos_token = self._automatic_bos(spec)
         self.chat_template = self._chat_template()
@@ -121,11 +133,11 @@ class TextTokenizer:
     def control_tokens(self) -> list[str]:
         return list(self._control)
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
         """One more than the largest id."""
-        vocabulary = self._start.get_vocab_size(with_added_tokens=True)
-        return max([vocabulary, *(token.id + 1 for token in self._control.values())])
+        ids = self._start.get_vocab(with_added_tokens=True).values()
+        return 1 + max([*ids, *(token.id for token in self._control.values())], default=-1)
 
     @property
     def fingerprint(self) -> str:
@@ -177,10 +189,11 @@ class TextTokenizer:
                 for what, starts, _ in plan:
                     if isinstance(what, str):
                         texts[starts].append(what)
-            encoded = [
-                iter(tokenizer.encode_batch_fast(part, add_special_tokens=False))
-                for tokenizer, part in zip((self._continue, self._start), texts, strict=True)
-            ]
+            with library_errors(self._file):
+                encoded = [
+                    iter(tokenizer.encode_batch_fast(part, add_special_tokens=False))
+                    for tokenizer, part in zip((self._continue, self._start), texts, strict=True)
+                ]
 
             def in_order(text: str, starts: bool, encoded: Any = encoded) -> list[int]:
                 ids: list[int] = next(encoded[starts]).ids
@@ -195,7 +208,8 @@ class TextTokenizer:
         starts = not prompt_ids or prompt_ids[-1] in self._control_ids
         tokenizer = self._start if starts else self._continue
         kept = [token for token in ids if token not in self._control_ids]
-        return str(tokenizer.decode(kept, skip_special_tokens=False))
+        with library_errors(self._file):
+            return str(tokenizer.decode(kept, skip_special_tokens=False))
 
     def prompt_format(self, name: Literal["instruct", "chat"]) -> PromptFormat:
         """The named format in this tokenizer's special tokens.
@@ -212,9 +226,12 @@ class TextTokenizer:
             raise ModelError(
                 f"{self.folder}: this model has no chat template; use --prompt_format instruct"
             )
-        return ChatFormat.from_template(
-            self.chat_template, self.special_tokens, self.control_tokens, self.bos_token
-        )
+        try:
+            return ChatFormat.from_template(
+                self.chat_template, self.special_tokens, self.control_tokens, self.bos_token
+            )
+        except ModelError as error:
+            raise ModelError(f"{self.folder}: {error}") from None
 
     def stop_ids(self, prompt_format: PromptFormat) -> list[int]:
         """Tokens that end an answer: the format's end token, and those the model came with."""
@@ -225,7 +242,7 @@ class TextTokenizer:
         declared = saved.get("eos_token_id")
         # Only control tokens: a wrong id here (Phi-2's config says 2, a "#") would cut answers.
         listed = declared if isinstance(declared, list) else [declared]
-        return sorted(ids | (self._control_ids & {token for token in listed if token is not None}))
+        return sorted(ids | (self._control_ids & {one for one in listed if isinstance(one, int)}))
 
     def save(self, folder: Path, prompt_format: PromptFormat) -> None:
         """Copies the tokenizer, with a chat template that renders `prompt_format`.
@@ -234,14 +251,16 @@ class TextTokenizer:
         generation_config.json.
         """
         for name in TOKENIZER_FILES:
-            if (self.folder / name).is_file():
-                shutil.copyfile(self.folder / name, folder / name)
+            if source := own_file(self.folder / name):
+                shutil.copyfile(source, folder / name)
         template = prompt_format.chat_template
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
         # The class that takes tokenizer.json as it is. Away from the model's config.json, readers
         # go by this name, and LlamaTokenizer has its own idea of leading spaces.
         changes = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
-        write_object(folder / "tokenizer_config.json", {**self.config, **changes})
+        # Names of Python files, which some readers would fetch and run.
+        kept = {key: value for key, value in self.config.items() if key != "auto_map"}
+        write_object(folder / "tokenizer_config.json", {**kept, **changes})
         write_object(
             folder / "generation_config.json", {"eos_token_id": self.stop_ids(prompt_format)}
         )
@@ -300,13 +319,15 @@ class TextTokenizer:
 
     def _encode_text(self, text: str, starts: bool) -> list[int]:
         tokenizer = self._start if starts else self._continue
-        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+        with library_errors(self._file):
+            return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def _load(self, spec: dict[str, Any]) -> Tokenizer:
-        try:
-            return Tokenizer.from_str(json.dumps(spec))
-        except Exception as error:  # The library raises nothing narrower.
-            raise ModelError(f"{self.folder / 'tokenizer.json'}: not usable: {error}") from None
+    def _check_copied(self) -> None:
+        """Refuses files that `save` will copy and should not: now, not at the end of a run."""
+        for name in TOKENIZER_FILES:
+            file = own_file(self.folder / name)
+            if file and file.stat().st_size > MAX_FILE_BYTES:
+                raise ModelError(f"{file}: has more than the {MAX_FILE_BYTES:,} bytes of any such")
 
     def _special_tokens(self) -> dict[str, str]:
         """bos_token, eos_token and the like by name, as far as the tokenizer has them."""
@@ -315,28 +336,34 @@ class TextTokenizer:
         for name in _NAMED_TOKENS:
             token = self.config.get(name) or saved.get(name)
             content = token.get("content") if isinstance(token, dict) else token
-            if content in self._control:
-                found[name] = str(content)
+            if isinstance(content, str) and content in self._control:
+                found[name] = content
         return found
 
     def _automatic_bos(self, spec: dict[str, Any]) -> str:
         """The token the tokenizer itself puts in front of a text, or ""."""
-        whole = self._load(spec)
+        whole = load(spec, self._file)
         with_special = whole.encode("a", add_special_tokens=True).ids
         without = whole.encode("a", add_special_tokens=False).ids
-        first = with_special[0]
-        if len(with_special) == len(without) or first == without[0]:
+        if len(with_special) <= len(without) or with_special[:1] == without[:1]:
             return ""
-        return next(token.content for token in self._control.values() if token.id == first)
+        bos = [token.content for token in self._control.values() if token.id == with_special[0]]
+        if not bos:
+            raise ModelError(
+                f"{self._file}: not usable: it puts the token {with_special[0]} in front of a text,"
+                " which is none of its added tokens"
+            )
+        return bos[0]
 
     def _chat_template(self) -> str | None:
-        file = self.folder / "chat_template.jinja"
-        if file.is_file():
-            return file.read_text(encoding="utf-8")
+        if file := own_file(self.folder / "chat_template.jinja"):
+            return read_text(file, "")
         template = self.config.get("chat_template")
         if isinstance(template, list):  # Several, by name.
-            by_name = {entry.get("name"): entry.get("template") for entry in template}
-            template = by_name.get("default")
+            entries = [entry for entry in template if isinstance(entry, dict)]
+            template = next(
+                (entry.get("template") for entry in entries if entry.get("name") == "default"), None
+            )
         return template if isinstance(template, str) else None
 
 
@@ -393,4 +420,4 @@ def _without_leading_space(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:
-    return read_object(path, "") if path.exists() else {}
+    return read_object(path, "") if own_file(path) else {}

@@ -22,7 +22,7 @@ from phitune.model.decoder import Decoder
 from phitune.model.linear import LoraPair
 from phitune.model.lora import Adapter
 from phitune.model.targets import EMBEDDING_MODULE
-from phitune.model.weights import EMBEDDING, PIECE_BYTES, checked_headers
+from phitune.model.weights import EMBEDDING, PIECE_BYTES, checked_headers, torch_type
 
 HEAD = f"{LM_HEAD}.weight"
 
@@ -95,8 +95,7 @@ def plan_tensors(
     for name, header in checked_headers(decoder, folder).items():
         if name not in names:
             continue  # A tied head or rotary tables, which repeat what is known.
-        assert header.dtype is not None
-        rest = (header.shape, dtype or header.dtype, header.dtype, header.file, name)
+        rest = (header.shape, dtype or torch_type(header), torch_type(header), header.file, name)
         planned.append(Planned(name, *rest, pairs.get(name)))
         if name == EMBEDDING and unties(config, adapter):
             planned.append(Planned(HEAD, *rest, pairs.get(HEAD)))

@@ -20,7 +20,7 @@ from phitune.model.architecture import ModelConfig
 from phitune.model.decoder import Decoder
 from phitune.model.linear import LoraPair
 from phitune.model.lora import Adapter, detach
-from phitune.model.weights import EMBEDDING, PIECE_BYTES, checked_headers
+from phitune.model.weights import EMBEDDING, PIECE_BYTES, checked_headers, torch_type
 
 # Of the largest number in a sum: products in fp32 add up in different orders.
 _ORDER_OF_SUMS = 2e-6
@@ -42,9 +42,8 @@ def check_weights(decoder: Decoder, adapter: Adapter, folder: Path, config: Mode
     ours = _weights(decoder)
     problems = []
     for name, header in checked_headers(Decoder(config, torch.float32, "meta"), folder).items():
-        assert header.dtype is not None
         pair = adapter.pairs.get(name.removesuffix(".weight")) if name in ours else None
-        limits = torch.finfo(header.dtype)
+        limits = torch.finfo(torch_type(header))
         outside = 0
         for part in _pieces(ours[name]):
             expected = _merged(ours[name], pair, part, name)

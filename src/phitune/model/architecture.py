@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from phitune.errors import ModelError, listing
-from phitune.jsonfile import read_object
+from phitune.jsonfile import flag, read_object, real, whole
 
 EMBED_TOKENS, LM_HEAD = "embed_tokens", "lm_head"
+# No model of these families comes near: Phi-4's sizes are under a fifth of them.
+MAX_VOCABULARY, MAX_WIDTH, MAX_LAYERS, MAX_HEADS, MAX_HEAD_DIM = 2**22, 2**18, 1000, 1024, 1024
+MAX_POSITIONS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -227,40 +230,40 @@ def read_model_config(folder: Path) -> ModelConfig:
         return parse_model_config(raw)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ModelError(f"{path}: a value is missing or not usable: {error!r}") from None
 
 
 def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
     """A config.json's content as ModelConfig; see `read_model_config`."""
     model_type = raw.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ModelError(
             f"model_type {model_type!r} is not one of phi (Phi-1, 1.5, 2) and"
             " phi3 (Phi-3, 3.5-mini, 4)"
         )
     rope = _rope_parameters(raw)
-    heads = int(raw["num_attention_heads"])
-    hidden_size = int(raw["hidden_size"])
-    head_dim = int(raw.get("head_dim") or hidden_size // heads)
-    rotary_factor = float(rope.get("partial_rotary_factor") or (0.5 if model_type == "phi" else 1))
+    hidden_size = whole(raw, "hidden_size", 1, MAX_WIDTH)
+    heads = whole(raw, "num_attention_heads", 1, MAX_HEADS)
+    head_dim = whole(raw, "head_dim", 1, MAX_HEAD_DIM, default=hidden_size // heads)
+    whole_head = 0.5 if model_type == "phi" else 1.0
+    rotary_factor = real(rope, "partial_rotary_factor", 0, 1, default=whole_head)
     rotary_dim = int(head_dim * rotary_factor)
+    window = raw.get("sliding_window")
     config = ModelConfig(
-        model_type=str(model_type),
-        vocab_size=int(raw["vocab_size"]),
+        model_type=model_type,
+        vocab_size=whole(raw, "vocab_size", 1, MAX_VOCABULARY),
         hidden_size=hidden_size,
-        intermediate_size=int(raw["intermediate_size"]),
-        num_hidden_layers=int(raw["num_hidden_layers"]),
+        intermediate_size=whole(raw, "intermediate_size", 1, MAX_WIDTH),
+        num_hidden_layers=whole(raw, "num_hidden_layers", 1, MAX_LAYERS),
         num_attention_heads=heads,
-        num_key_value_heads=int(raw.get("num_key_value_heads") or heads),
+        num_key_value_heads=whole(raw, "num_key_value_heads", 1, heads, default=heads),
         head_dim=head_dim,
         rotary_dim=rotary_dim,
-        rope_theta=float(rope.get("rope_theta") or 10_000.0),
+        rope_theta=real(rope, "rope_theta", 1, 1e15, default=10_000.0),
         long_rope=_long_rope(raw, rope, rotary_dim),
-        norm_eps=float(raw["layer_norm_eps" if model_type == "phi" else "rms_norm_eps"]),
-        max_position_embeddings=int(raw["max_position_embeddings"]),
-        sliding_window=int(raw["sliding_window"]) if raw.get("sliding_window") else None,
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        norm_eps=real(raw, "layer_norm_eps" if model_type == "phi" else "rms_norm_eps", 0, 1),
+        max_position_embeddings=whole(raw, "max_position_embeddings", 1, MAX_POSITIONS),
+        sliding_window=whole(raw, "sliding_window", 1, MAX_POSITIONS) if window else None,
+        tie_word_embeddings=flag(raw, "tie_word_embeddings"),
     )
     _refuse_unknown_features(raw, config)
     return config
@@ -268,8 +271,13 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
 
 def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary settings gathered from either spelling."""
-    top = {key: raw[key] for key in ("rope_theta", "partial_rotary_factor") if key in raw}
-    return {**top, **(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    found = {key: raw[key] for key in ("rope_theta", "partial_rotary_factor") if key in raw}
+    for name in ("rope_scaling", "rope_parameters"):
+        section = raw.get(name) or {}
+        if not isinstance(section, Mapping):
+            raise ModelError(f"{name} is a {type(section).__name__}, expected an object")
+        found |= section
+    return found
 
 
 def _long_rope(raw: Mapping[str, Any], rope: Mapping[str, Any], rotary_dim: int) -> LongRope | None:
@@ -278,27 +286,29 @@ def _long_rope(raw: Mapping[str, Any], rope: Mapping[str, Any], rotary_dim: int)
         return None
     if kind not in ("longrope", "su"):
         raise ModelError(f"rotary scaling {kind!r} is not built; only longrope is")
-    longest = int(raw["max_position_embeddings"])
-    original = int(
-        rope.get("original_max_position_embeddings")
-        or raw.get("original_max_position_embeddings")
-        or longest
-    )
-    short = tuple(float(factor) for factor in rope["short_factor"])
-    long = tuple(float(factor) for factor in rope["long_factor"])
+    longest = whole(raw, "max_position_embeddings", 1, MAX_POSITIONS)
+    name = "original_max_position_embeddings"
+    original = whole(rope if rope.get(name) else raw, name, 2, MAX_POSITIONS, default=longest)
+    short, long = (_factors(rope, name) for name in ("short_factor", "long_factor"))
     if not len(short) == len(long) == rotary_dim // 2:
         raise ModelError(
             f"longrope has {len(short)} short and {len(long)} long factors,"
             f" expected {rotary_dim // 2} of each"
         )
-    attention_factor = rope.get("attention_factor")
-    if attention_factor is None:
-        factor = float(rope.get("factor") or longest / original)
-        # Section 3.1 of LongRoPE (arXiv:2402.13753): keeps the attention's entropy.
-        attention_factor = (
-            math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-        )
-    return LongRope(short, long, original, float(attention_factor))
+    if rope.get("attention_factor") is not None:
+        return LongRope(short, long, original, real(rope, "attention_factor", 0, 1e6))
+    factor = real(rope, "factor", 0, 1e9, default=longest / original) or longest / original
+    # Section 3.1 of LongRoPE (arXiv:2402.13753): keeps the attention's entropy.
+    attention_factor = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return LongRope(short, long, original, attention_factor)
+
+
+def _factors(rope: Mapping[str, Any], name: str) -> tuple[float, ...]:
+    listed = rope.get(name)
+    if not isinstance(listed, list | tuple) or len(listed) > MAX_HEAD_DIM:
+        raise ModelError(f"{name} is not a list of numbers")
+    numbered = {f"{name}[{index}]": value for index, value in enumerate(listed)}
+    return tuple(real(numbered, key, 1e-6, 1e6) for key in numbered)
 
 
 def _refuse_unknown_features(raw: Mapping[str, Any], config: ModelConfig) -> None:
@@ -318,5 +328,7 @@ def _refuse_unknown_features(raw: Mapping[str, Any], config: ModelConfig) -> Non
         problems.append("num_attention_heads that num_key_value_heads does not divide")
     if config.rotary_dim % 2:
         problems.append(f"a rotary part of {config.rotary_dim} dimensions, which is odd")
+    if config.rotary_dim == 0:
+        problems.append("no rotary part at all")
     if problems:
         raise ModelError(f"asks for what is not built:\n{listing(problems)}")

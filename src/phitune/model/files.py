@@ -33,11 +33,14 @@ def find_model(name: str) -> Path:
     """
     if name in SHIPPED_MODELS:
         return ASSETS / name
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise ModelError(f"model_name {name}: is a file, expected the folder of a model")
+    try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return path
+        if path.exists():
+            raise ModelError(f"model_name {name}: is a file, expected the folder of a model")
+    except (OSError, ValueError, RuntimeError) as error:  # A name that no file can have.
+        raise ModelError(f"model_name {name}: cannot be looked up: {error}") from None
     if not _HUB_ID.fullmatch(name):
         raise ModelError(
             f"model_name {name}: there is no such folder, and it is neither a hub id (owner/name)"

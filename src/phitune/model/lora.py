@@ -26,6 +26,7 @@ from phitune.model import ops
 from phitune.model.architecture import FAMILIES, ModelConfig
 from phitune.model.decoder import Decoder
 from phitune.model.linear import LoraPair
+from phitune.model.safetensors_header import read_header
 from phitune.model.targets import EMBEDDING_MODULE
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -163,6 +164,8 @@ def load_adapter(
     raw = _read_adapter_config(folder / CONFIG_FILE)
     path = folder / WEIGHTS_FILE
     try:
+        if path.exists():
+            read_header(path)
         tensors = load_file(path)
     except FileNotFoundError:
         why = ""

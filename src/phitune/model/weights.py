@@ -1,22 +1,22 @@
 """Safetensors files into a decoder's fused buffers, one tensor at a time.
 
-All names, shapes and types are checked first, from the files' headers alone; every mismatch is in
-one error. Pickled weights are refused: loading them runs code.
+All names, shapes and types are checked first, from the files' headers alone and before memory is
+taken; every mismatch is in one error. Pickled weights are refused: loading them runs code.
 """
 
 import hashlib
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 
 from phitune.errors import ModelError, listing
+from phitune.jsonfile import own_file, read_object
 from phitune.model.architecture import ModelConfig
 from phitune.model.decoder import Decoder
+from phitune.model.safetensors_header import TensorHeader, read_header
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -40,7 +40,12 @@ def load_decoder(
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
-    """Builds the decoder of a model folder; see `load_weights`."""
+    """Builds the decoder of a model folder; see `load_weights`.
+
+    The files are held against a decoder without memory first: sizes in config.json that they do not
+    bear out are refused before anything of these sizes is made.
+    """
+    checked_headers(Decoder(config, dtype, torch.device("meta")), folder)
     decoder = Decoder(config, dtype, device)
     load_weights(decoder, folder, progress)
     return decoder
@@ -77,21 +82,7 @@ def load_weights(
             progress(done, len(destinations))
 
 
-@dataclass(frozen=True)
-class Header:
-    """What a file says of one of its tensors."""
-
-    file: Path
-    shape: tuple[int, ...]
-    type: str  # as safetensors spells it
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """None where it is not a plain float."""
-        return _TORCH_TYPES.get(self.type)
-
-
-def checked_headers(decoder: Decoder, folder: Path) -> dict[str, Header]:
+def checked_headers(decoder: Decoder, folder: Path) -> dict[str, TensorHeader]:
     """All tensors of a folder by name, file after file.
 
     Args:
@@ -101,9 +92,32 @@ def checked_headers(decoder: Decoder, folder: Path) -> dict[str, Header]:
         ModelError: files missing or damaged, or tensors that do not fit the decoder.
     """
     files = weight_files(folder)
-    headers = {name: header for file in files for name, header in _read_header(file).items()}
-    _check(folder, decoder, headers, decoder.named_weights())
+    headers = {name: header for file in files for name, header in read_header(file).items()}
+    destinations = decoder.named_weights()
+    problems = [f"{name}: missing" for name in destinations.keys() - headers.keys()]
+    for name, header in headers.items():
+        file, shape, dtype = header.file, header.shape, header.dtype
+        if name not in destinations:
+            # A tied head and the rotary tables of old files repeat what is known.
+            tied = decoder.config.tie_word_embeddings and name == "lm_head.weight"
+            if not tied and not name.endswith("rotary_emb.inv_freq"):
+                problems.append(f"{name}: unexpected, in {file.name}")
+        elif shape != tuple(destinations[name].shape):
+            expected = tuple(destinations[name].shape)
+            problems.append(f"{name}: shape {shape}, expected {expected}, in {file.name}")
+        elif dtype not in _TORCH_TYPES:
+            problems.append(f"{name}: type {dtype} is not a plain float, in {file.name}")
+    if problems:
+        raise ModelError(
+            f"{folder}: {len(problems)} tensors do not fit config.json:\n"
+            + listing(sorted(problems))
+        )
     return headers
+
+
+def torch_type(header: TensorHeader) -> torch.dtype:
+    """The type of a tensor that `checked_headers` let pass."""
+    return _TORCH_TYPES[header.dtype]
 
 
 def weights_fingerprint(decoder: Decoder) -> str:
@@ -120,13 +134,13 @@ def weights_fingerprint(decoder: Decoder) -> str:
     return digest.hexdigest()[:16]
 
 
-def _can_stay_in_file(decoder: Decoder, header: Header) -> bool:
+def _can_stay_in_file(decoder: Decoder, header: TensorHeader) -> bool:
     """Whether the token table may be read from the mapped file, row by row as tokens need it.
 
     Most data sets use a part of the vocabulary, and only rows in use then take memory.
     """
     is_tied = decoder.config.tie_word_embeddings  # The head reads every row.
-    as_it_is = header.dtype == decoder.dtype
+    as_it_is = _TORCH_TYPES.get(header.dtype) == decoder.dtype
     return decoder.device.type == "cpu" and as_it_is and not is_tied
 
 
@@ -137,21 +151,19 @@ def weight_files(folder: Path) -> list[Path]:
         ModelError: there are none, or the index names files that are missing or elsewhere.
     """
     index = folder / INDEX_FILE
-    if index.is_file():
-        try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ModelError(f"{index}: cannot be read: {error!r}") from None
-        if outside := [
-            name for name in names if not isinstance(name, str) or Path(name).name != name
-        ]:
-            raise ModelError(f"{index}: names files outside of its folder: {outside}")
-        if missing := [name for name in names if not (folder / name).is_file()]:
+    if own_file(index):
+        files = read_object(index, "").get("weight_map")
+        if not isinstance(files, dict) or not files:
+            raise ModelError(f"{index}: cannot be read: it has no weight_map")
+        if strange := [name for name in files.values() if not isinstance(name, str)]:
+            raise ModelError(f"{index}: names files by {strange[0]!r}, expected a text")
+        names = sorted(set(files.values()))
+        if outside := [name for name in names if Path(name).name != name or name in ("", "..")]:
+            raise ModelError(f"{index}: names files outside of its folder: {outside[:3]}")
+        if missing := [name for name in names if not own_file(folder / name)]:
             raise ModelError(f"{folder}: files of the model are missing:\n{listing(missing)}")
         return [folder / name for name in names]
-    if (folder / SINGLE_FILE).is_file():
+    if own_file(folder / SINGLE_FILE):
         return [folder / SINGLE_FILE]
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:
@@ -160,41 +172,3 @@ def weight_files(folder: Path) -> list[Path]:
             " runs the code in it; use a copy of the model that is saved as safetensors"
         )
     raise ModelError(f"{folder}: has no {SINGLE_FILE} and no {INDEX_FILE}")
-
-
-def _read_header(file: Path) -> dict[str, Header]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            return {
-                name: Header(file, tuple(part.get_shape()), str(part.get_dtype()))
-                for name, part in slices.items()
-            }
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file}: damaged or not a safetensors file: {error}") from None
-
-
-def _check(
-    folder: Path,
-    decoder: Decoder,
-    headers: dict[str, Header],
-    destinations: dict[str, torch.Tensor],
-) -> None:
-    problems = [f"{name}: missing" for name in destinations.keys() - headers.keys()]
-    for name, header in headers.items():
-        file, shape, dtype = header.file, header.shape, header.type
-        if name not in destinations:
-            # A tied head and the rotary tables of old files repeat what is known.
-            tied = decoder.config.tie_word_embeddings and name == "lm_head.weight"
-            if not tied and not name.endswith("rotary_emb.inv_freq"):
-                problems.append(f"{name}: unexpected, in {file.name}")
-        elif shape != tuple(destinations[name].shape):
-            expected = tuple(destinations[name].shape)
-            problems.append(f"{name}: shape {shape}, expected {expected}, in {file.name}")
-        elif header.dtype is None:
-            problems.append(f"{name}: type {dtype} is not a plain float, in {file.name}")
-    if problems:
-        raise ModelError(
-            f"{folder}: {len(problems)} tensors do not fit config.json:\n"
-            + listing(sorted(problems))
-        )

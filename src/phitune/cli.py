@@ -26,13 +26,13 @@ MAX_LINE = 1000  # characters of an error's line that are shown
 # Each is a module of `commands` with `run(argv) -> exit code`, imported when it is asked for.
 COMMANDS = {
     "train": "fine-tune a model on a file of prompts and responses",
-    "evaluate": "numbers on what a fine-tune changed: loss, answers, forgetting",
     "chat": "talk to a model, tuned or not",
+    "compare": "base model and adapters side by side: answers, stops, likelihoods",
+    "evaluate": "numbers on what a fine-tune changed: loss, answers, forgetting",
+    "export": "an adapter for PEFT, merged into its model or for llama.cpp, proven the same",
     "check": "what is in a data set, and what will be trained on it",
     "plan": "what a run would take: memory, time, and which settings fit",
     "layers": "what a model is made of, and which layers your data wants to move",
-    "compare": "base model and adapters side by side: answers, stops, likelihoods",
-    "export": "write an adapter for PEFT, merged into its model, and prove it the same",
     "doctor": "what this machine has, and what training would use of it",
 }
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 from fuzz_models import campaign
 
-CASES = int(os.environ.get("PHITUNE_FUZZ_MODELS", "200"))
+CASES = int(os.environ.get("PHITUNE_FUZZ_MODELS", "300"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory and counts it as Linux does")

@@ -632,3 +632,12 @@ def test_nothing_leaves_the_machine_or_the_run_directory(
             assert path.suffix in (".json", ".jsonl", ".yaml", ".safetensors", ".jinja", ".txt", "")
     if argv[0] == "train":
         assert (run / "adapter" / WEIGHTS_FILE).is_file()
+
+
+def test_the_hubs_library_is_told_not_to_tell() -> None:
+    code = "import phitune, huggingface_hub.constants as c; print(c.HF_HUB_DISABLE_TELEMETRY)"
+    environment = {k: v for k, v in os.environ.items() if "TELEMETRY" not in k}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout.strip() == "True", done.stderr

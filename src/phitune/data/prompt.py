@@ -166,8 +166,11 @@ class ChatFormat:
         """
         user = {"role": "user", "content": _USER}
         assistant = {"role": "assistant", "content": _ASSISTANT}
-        prompt = render(chat_template, [user], special_tokens, add_generation_prompt=True)
-        whole = render(chat_template, [user, assistant], special_tokens)
+        try:
+            prompt = render(chat_template, [user], special_tokens, add_generation_prompt=True)
+            whole = render(chat_template, [user, assistant], special_tokens)
+        except ModelError as error:
+            raise ModelError(f"{error}; use --prompt_format instruct") from None
         if prompt.count(_USER) != 1 or whole.count(_ASSISTANT) != 1 or not whole.startswith(prompt):
             raise ModelError(
                 "the model's chat template does not put the answer right after the prompt; "

@@ -116,8 +116,9 @@ def one_run(model: Model, fault: str, draw: random.Random, needed: int) -> dict[
         written = [mark[1:] for _, mark in found.marks if mark.startswith("!")]
         verified = whole_checkpoints(run)
         if written:
-            latest = checkpoints_of(run / "checkpoints")[0].name.removesuffix(".old")
-            assert latest == written[-1], (fault, latest, written)
+            # One whose last fsync failed may lie after it, whole.
+            there = [path.name.removesuffix(".old") for path in checkpoints_of(run / "checkpoints")]
+            assert written[-1] in there, (fault, there, written)
         if found.code:
             make_room(place)
             words = model.line if written else model.line.replace("--resume auto", "--overwrite")

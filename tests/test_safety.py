@@ -641,3 +641,12 @@ def test_the_hubs_library_is_told_not_to_tell() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment
     )
     assert done.stdout.strip() == "True", done.stderr
+
+
+def test_an_adapter_that_names_no_model_folder_as_its_base_says_so(tmp_path: Path) -> None:
+    from phitune.inference.served import open_model as open_adapters
+
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "base_model_name_or_path": "/"}
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"model_name /: /config\.json: missing"):
+        open_adapters([tmp_path])

@@ -172,7 +172,10 @@ def open_model(
             ) from None
     else:
         folder = find_model(model_name)
-    config = read_model_config(folder)
+    try:
+        config = read_model_config(folder)
+    except ModelError as error:
+        raise ModelError(f"model_name {model_name}: {error}") from None
     # Adapters are tried on a model without numbers: before gigabytes are fetched and read.
     for path in folders:
         load_adapter(Decoder(config, torch.float32, "meta"), path)

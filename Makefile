@@ -72,7 +72,7 @@ benchmarks: setup
 	$(BIN)/python benchmarks/data_scale.py
 	$(BIN)/python benchmarks/data_report.py
 
-# Twenty thousand damaged data files, and as many model and adapter folders; half an hour.
+# Twenty thousand damaged data files, and as many model and adapter folders; ten minutes.
 fuzz: setup
 	$(BIN)/python benchmarks/fuzz_data.py
 	$(BIN)/python benchmarks/fuzz_models.py

@@ -629,7 +629,16 @@ def test_nothing_leaves_the_machine_or_the_run_directory(
             assert not content.startswith(
                 (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK")
             )
-            assert path.suffix in (".json", ".jsonl", ".yaml", ".safetensors", ".jinja", ".txt", "")
+            assert path.suffix in (
+                ".json",
+                ".jsonl",
+                ".yaml",
+                ".md",
+                ".safetensors",
+                ".jinja",
+                ".txt",
+                "",
+            )
     if argv[0] == "train":
         assert (run / "adapter" / WEIGHTS_FILE).is_file()
 

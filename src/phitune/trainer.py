@@ -408,14 +408,7 @@ class Phi2LoRATrainer:
             self._say(f"torch_compile: compiling took {compiling:.1f} s of it")
         seconds = saver.training_seconds
         told = {"data": facts, "changed_on_resume": provenance.changes}
-        self._conclude(outcome, run, model, sampler, recorder.base_samples, seconds, told)
-        if not outcome.interrupted:
-            coder = (self.tokenizer, self.prompt_format)
-            for line in evaluate_at_end(
-                settings, model.decoder, model.adapter, *coder, data, outcome, run
-            ):
-                self._say(line)
-        write_adapter_card(run.path)
+        self._conclude(outcome, run, model, data, sampler, recorder.base_samples, seconds, told)
         if saver.problem:
             raise CheckpointError(
                 f"the last checkpoint could not be written: {saver.problem}; the adapter is whole:"
@@ -444,6 +437,7 @@ class Phi2LoRATrainer:
         outcome: Outcome,
         run: RunDirectory,
         model: PreparedModel,
+        data: PreparedData,
         sampler: Sampler,
         base_samples: list[Sample],
         seconds: float,
@@ -452,19 +446,25 @@ class Phi2LoRATrainer:
         """Answers the sample prompts with the best adapter, and writes and prints what came out."""
         tuned = [] if outcome.interrupted else sampler()
         unstopped = sum(not sample.stopped for sample in tuned)
-        run.write_summary(
-            {
-                **asdict(outcome),
-                "seconds": round(seconds, 3),
-                **provenance,
-                "trainable_parameters": model.adapter.num_parameters,
-                "answers": [
-                    {"prompt": old.prompt, "base": old.answer, "tuned": new.answer}
-                    for old, new in zip(base_samples, tuned, strict=False)
-                ],
-                "answers_stopped_by_themselves": len(tuned) - unstopped,
-            }
-        )
+        summary = {
+            **asdict(outcome),
+            "seconds": round(seconds, 3),
+            **provenance,
+            "trainable_parameters": model.adapter.num_parameters,
+            "answers": [
+                {"prompt": old.prompt, "base": old.answer, "tuned": new.answer}
+                for old, new in zip(base_samples, tuned, strict=False)
+            ],
+            "answers_stopped_by_themselves": len(tuned) - unstopped,
+        }
+        evaluation: list[str] = []
+        if not outcome.interrupted:
+            coder = (self.tokenizer, self.prompt_format)
+            evaluation = evaluate_at_end(
+                self.settings, model.decoder, model.adapter, *coder, data, outcome, run
+            )
+        write_adapter_card(run.path, summary)
+        run.write_summary(summary)  # Last: a run that has one is finished.
         if tuned and base_samples:
             self.console.print()
             self.console.print(answers_table(base_samples, tuned))
@@ -482,6 +482,8 @@ class Phi2LoRATrainer:
             f"{outcome.ended}: {outcome.steps} steps in {duration}{figures}\n"
             f"adapter of step {outcome.best_step}{which}: {run.adapter}"
         )
+        for line in evaluation:
+            self._say(line)
 
     def _say(self, text: str) -> None:
         # A log keeps its lines whole; a terminal breaks them between words.

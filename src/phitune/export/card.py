@@ -20,6 +20,7 @@ from phitune.inference.served import trained_format
 from phitune.jsonfile import read_object
 from phitune.model.files import SHIPPED_MODELS, is_hub_id
 from phitune.model.lora import CONFIG_FILE
+from phitune.training.disk import replace_file
 from phitune.training.rundir import ADAPTER, CONFIG, EVALUATION, SUMMARY
 
 CARD_FILE = "README.md"
@@ -108,13 +109,15 @@ FORMAT_WORDS = {
 }
 
 
-def write_adapter_card(run: Path) -> None:
-    """The card of a run's own adapter, once its summary is written."""
+def write_adapter_card(run: Path, summary: Mapping[str, Any]) -> None:
+    """The card of a run's own adapter, whose summary is not written yet."""
     folder = run / ADAPTER
     tokenizer = TextTokenizer(folder)
     name = str(read_object(folder / CONFIG_FILE, "").get("base_model_name_or_path"))
-    card = model_card("adapter", name, folder, tokenizer, trained_format(tokenizer, None), run)
-    (folder / CARD_FILE).write_text(card, encoding="utf-8")
+    card = model_card(
+        "adapter", name, folder, tokenizer, trained_format(tokenizer, None), run, summary=summary
+    )
+    replace_file(folder / CARD_FILE, card)
 
 
 def model_card(
@@ -125,24 +128,30 @@ def model_card(
     prompt_format: PromptFormat,
     run: Path | None,
     names: Mapping[str, str] | None = None,
+    summary: Mapping[str, Any] | None = None,
 ) -> str:
     """A card in Markdown, with the front matter that the hub reads.
 
     Args:
+        summary: the run's; by default what its directory says.
         names: what else is to be put into `how`, by its name in braces.
     """
     words = FORMAT_WORDS[format_name]
     settings = _settings(run)
-    title = run.resolve().name if run else "A fine-tuned model"
+    summary = _object(run, SUMMARY) if summary is None else summary
     public = model_name in SHIPPED_MODELS or is_hub_id(str(settings.get("model_name", model_name)))
     base = model_name if public else Path(model_name).name
+    # Not the run's name: a run that is repeated elsewhere has the same card.
+    title = f"{Path(base).name}, fine-tuned"
+    if data := settings.get("dataset_path"):
+        title += f" on {data if hub_id(data) else Path(data).name}"
     front: dict[str, Any] = {}
     if public:
         front["base_model"] = model_name
     if words.library:
         front["library_name"] = words.library
     front |= {"pipeline_tag": "text-generation", "tags": ["phitune", "lora", "text-generation"]}
-    if (data := settings.get("dataset_path")) and (found := hub_id(data)):
+    if data and (found := hub_id(data)):
         front["datasets"] = [found[0]]
     how = words.how
     for name, value in {"base": base, **(names or {})}.items():
@@ -155,9 +164,9 @@ def model_card(
         " data. On the hub, add `license:` to the head of this file.",
         f"## Loading\n\n{how}",
         _prompting(words, tokenizer, prompt_format),
-        _data(settings, run),
+        _data(settings, summary),
         _table("Settings", ("setting", "value"), _chosen(settings, adapter_folder)),
-        _measured(run),
+        _measured(summary, _object(run, EVALUATION)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -181,11 +190,11 @@ def _prompting(words: FormatWords, tokenizer: TextTokenizer, prompt_format: Prom
     )
 
 
-def _data(settings: Mapping[str, Any], run: Path | None) -> str:
+def _data(settings: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     facts: list[tuple[str, str]] = []
     if name := settings.get("dataset_path"):
         facts.append(("name", f"`{name if hub_id(name) else Path(name).name}`"))
-    about = _object(run, SUMMARY).get("data")
+    about = summary.get("data")
     if isinstance(about, Mapping):
         for key, value in about.items():
             if key == "files":
@@ -214,8 +223,7 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _measured(run: Path | None) -> str:
-    summary, evaluation = _object(run, SUMMARY), _object(run, EVALUATION)
+def _measured(summary: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
     facts: list[tuple[str, str]] = []
     first, best = (summary.get(f"{which}_validation_loss") for which in ("first", "best"))
     if isinstance(first, float) and isinstance(best, float):

@@ -7,7 +7,7 @@ and for file systems that cannot lock.
 
 import json
 import os
-import socket
+import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -38,7 +38,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     descriptor = _acquire(path)
     try:
         me = psutil.Process()
-        about = {"pid": me.pid, "started": me.create_time(), "host": socket.gethostname()}
+        about = {"pid": me.pid, "started": me.create_time(), "host": platform.node()}
         os.ftruncate(descriptor, 0)
         os.write(descriptor, json.dumps(about).encode())
         yield
@@ -56,7 +56,7 @@ def refuse_if_held(folder: Path) -> None:
         ResumeError: a run of another process that is alive on this host holds the folder.
     """
     holder = _holder(folder / LOCK)
-    if holder is None or holder["pid"] == os.getpid() or holder["host"] != socket.gethostname():
+    if holder is None or holder["pid"] == os.getpid() or holder["host"] != platform.node():
         return
     if _is_alive(holder):
         raise _refusal(folder / LOCK)
@@ -91,7 +91,7 @@ def _held_by_another(descriptor: int, path: Path) -> bool:
     if holder is None:
         return False
     # Whether a process on another host is alive cannot be asked from here.
-    return holder["host"] != socket.gethostname() or _is_alive(holder)
+    return holder["host"] != platform.node() or _is_alive(holder)
 
 
 def _holder(path: Path) -> dict[str, Any] | None:

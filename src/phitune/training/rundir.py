@@ -5,7 +5,7 @@
     samples.jsonl   the answers to the sample prompts, before training and after each epoch
     adapter/        the best adapter so far in PEFT's format, with tokenizer and chat template
     checkpoints/    what it takes to go on, see `checkpoint.py`
-    summary.json    written when training has ended: what came out
+    summary.json    written last, when training has ended: what came out
     evaluation.json base against tuned on a few validation rows, and what tells these rows again
     run.lock        there while a run is at work
 

@@ -384,6 +384,8 @@ Made by `python benchmarks/cpu_peers.py`. How to read it:
 - TRL would train in bf16 by default; here it is fp32. LitGPT knows no longrope; it is given
   Phi-3.5's rotary tables, which is the same work. It splits Phi-3.5's fused layers for LoRA, and
   clips no gradient; its loop is that of its finetune/lora.py.
+- What is added with --resume may have been measured on an earlier day: a section's date is that of
+  its newest run.
 - Left out: Liger and Unsloth, which need a GPU; Axolotl and LLaMA-Factory, which run Trainer or
   TRL; mlx-lm, which needs a Mac; torchtune, which is no longer developed.
 """

@@ -244,11 +244,11 @@ def _replaced_when_done(output: Path) -> Iterator[Path]:
             output.rename(old)
         try:
             new.rename(output)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: what was there before comes back.
             if old.exists():
                 old.rename(output)
             raise
-    except BaseException:
+    except BaseException:  # Ctrl-C too: nothing half-written stays.
         shutil.rmtree(new, ignore_errors=True)
         raise
     _to_disk(output.parent)

@@ -96,6 +96,7 @@ def stream(
     Args:
         conversation: what an earlier answer left; of a prompt (the only one) that goes on where
             that ended, only the new tokens are computed.
+        seeds: as in `generate`.
         is_complete: asked, once a prompt's token was taken, whether its answer ends there.
 
     Yields: (prompt, token) of every answer that goes on; a stop token is an answer's last.

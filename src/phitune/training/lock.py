@@ -71,7 +71,7 @@ def _acquire(path: Path) -> int:
                 raise _refusal(path)
             if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
                 return descriptor
-        except BaseException:
+        except BaseException:  # A signal too: an open descriptor would keep the lock.
             os.close(descriptor)
             raise
         os.close(descriptor)  # The run before removed this file while it was opened.

@@ -51,7 +51,7 @@ def write_rows(path: Path, count: int) -> None:
 def measure(path: Path, model: Path, started: float) -> dict[str, Any]:
     """One start, in this process."""
     from phitune.config import Settings
-    from phitune.data.packing import epoch_steps
+    from phitune.data.packing import epoch_steps, micro_batches
     from phitune.data.prepare import prepare_data
     from phitune.data.tokenizer import TextTokenizer
 
@@ -61,8 +61,9 @@ def measure(path: Path, model: Path, started: float) -> dict[str, Any]:
     data = prepare_data(Settings(), path, tokenizer, prompt_format)
     ready = time.time() - started
     ready_peak = peak_bytes()
-    steps = epoch_steps(data.train_rows, 4, 16, seed=42, epoch=1)
-    read = sum(batch.num_tokens for step in itertools.islice(steps, STEPS) for batch in step)
+    rows = data.train_rows
+    steps = itertools.islice(epoch_steps(len(rows), 64, seed=42, epoch=1), STEPS)
+    read = sum(batch.num_tokens for step in steps for batch in micro_batches(rows, step, 4))
     return {
         "seconds": ready,
         "peak_bytes": peak_bytes(),

@@ -20,14 +20,14 @@ from peft import LoraConfig, get_peft_model
 
 from phitune.config import Settings
 from phitune.data.dataset import read_examples
-from phitune.data.packing import epoch_steps
+from phitune.data.packing import epoch_steps, micro_batches
 from phitune.data.tokenizer import TextTokenizer, TokenizedExample
 from phitune.model.architecture import read_model_config
 from phitune.model.engine import FusedEngine
 from phitune.model.lora import LoraSpec, attach
 from phitune.model.targets import resolve_targets
 from phitune.model.weights import load_decoder
-from phitune.training.loop import StepMetrics, train
+from phitune.training.loop import Events, StepMetrics, train
 from phitune.training.optim import learning_rate_at
 
 ROOT = Path(__file__).parents[1]
@@ -52,20 +52,14 @@ CONFIGS = {
 }
 
 
-class Losses:
+class Losses(Events):
     """Keeps the loss of each step, of what the loop tells."""
 
     def __init__(self) -> None:
         self.values: list[float] = []
 
-    def micro_batch_done(self, sequences: int) -> None: ...
-
     def step_done(self, metrics: StepMetrics) -> None:
         self.values.append(metrics.loss)
-
-    def evaluating(self, done: int, sequences: int) -> None: ...
-
-    def epoch_done(self, epoch: int, evaluation: object, *, is_best: bool) -> None: ...
 
 
 def curves(kind: str, shared: Path, folder: Path) -> tuple[list[float], list[float]]:
@@ -96,12 +90,12 @@ def theirs(reference: Any, rows: list[TokenizedExample]) -> list[float]:
     parameters = [p for p in reference.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1.0, weight_decay=0.0)
     found: list[float] = []
-    size, steps = SETTINGS.micro_batch, SETTINGS.gradient_accumulation_steps
     for epoch in range(1, SETTINGS.epochs + 1):
-        for step in epoch_steps(rows, size, steps, seed=SETTINGS.seed, epoch=epoch):
-            count = sum(batch.num_target_tokens for batch in step)
+        for step in epoch_steps(len(rows), SETTINGS.rows_per_step, seed=SETTINGS.seed, epoch=epoch):
+            batches = micro_batches(rows, step, SETTINGS.micro_batch)
+            count = sum(batch.num_target_tokens for batch in batches)
             total = 0.0
-            for batch in step:
+            for batch in batches:
                 bounds = zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False)
                 for start, stop in bounds:
                     logits = reference(batch.input_ids[None, start:stop]).logits[0, :-1]

@@ -19,7 +19,7 @@ from phitune.data import cache
 from phitune.data.cache import cache_folder, tokenized
 from phitune.data.conversation import Example, Turn
 from phitune.data.dataset import read_examples
-from phitune.data.packing import epoch_steps
+from phitune.data.packing import epoch_steps, micro_batches
 from phitune.data.prepare import PreparedData, prepare_data, split_rows
 from phitune.data.store import (
     DamagedStoreError,
@@ -360,8 +360,9 @@ def test_the_order_of_an_epoch_is_that_of_a_list(data: Path) -> None:
     rows = list(found.train_rows)
     order = list(range(len(rows)))
     random.Random("3/2").shuffle(order)
-    steps = list(epoch_steps(found.train_rows, 2, 4, seed=3, epoch=2))
-    ids = [token for step in steps for batch in step for token in batch.input_ids.tolist()]
+    steps = epoch_steps(len(rows), 8, seed=3, epoch=2)
+    read = [batch for step in steps for batch in micro_batches(found.train_rows, step, 2)]
+    ids = [token for batch in read for token in batch.input_ids.tolist()]
     assert ids == [token for index in order for token in rows[index].input_ids]
 
 

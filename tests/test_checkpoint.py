@@ -28,7 +28,7 @@ from phitune.training.checkpoint import (
     remove_older,
     write_checkpoint,
 )
-from phitune.training.loop import start_state, train
+from phitune.training.loop import Events, start_state, train
 from phitune.training.saver import Schedule
 from phitune.training.state import TrainingState, as_bytes
 
@@ -53,11 +53,8 @@ def files(phi_folder: Path) -> dict[str, bytes]:
             kept["state.json"] = json.dumps(state.numbers(), indent=1).encode()
         return 0.0
 
-    class Silent:
-        def micro_batch_done(self, sequences: int) -> None: ...
-        def step_done(self, metrics: object) -> None: ...
-        def evaluating(self, done: int, sequences: int) -> None: ...
-        def epoch_done(self, epoch: int, evaluation: object, *, is_best: bool) -> None: ...
+    class Silent(Events):
+        pass
 
     asked = iter(range(100))
     train(engine, adapter, rows, [], settings, Silent(), lambda: next(asked) == 4, state, save)

@@ -32,9 +32,9 @@ MAY_IMPORT = {
     "doctor": {"training", "model", *FREE_TO_ALL},
     "planning": {"training", "model", "data", *FREE_TO_ALL},
     "report": {"model", "data", *FREE_TO_ALL},
-    "trainer": {
+    "trainer": {"run", "planning", "report", "training", "model", "data", *FREE_TO_ALL},
+    "run": {
         "recorder",
-        "report",
         "evaluation",
         "export",
         "training",
@@ -89,6 +89,8 @@ NO_TORCH = (
     "phitune.planning.rows",
     "phitune.planning.view",
     "phitune.training.budget",
+    "phitune.training.cut",
+    "phitune.training.room",
     "phitune.training.fit",
     "phitune.training.memory",
     "phitune.training.resume",

@@ -18,7 +18,7 @@ from test_training import Events, bytes_of
 from phitune import Phi2LoRATrainer
 from phitune.cli import main
 from phitune.config import Settings
-from phitune.data.packing import epoch_steps
+from phitune.data.packing import epoch_steps, micro_batches
 from phitune.model.engine import FusedEngine, ReferenceEngine
 from phitune.model.files import ASSETS
 from phitune.model.lora import Adapter, LoraSpec, attach
@@ -149,14 +149,15 @@ def test_another_micro_batch_goes_on_in_the_middle_of_a_step(phi_folder: Path) -
 
 
 def test_the_order_goes_on_where_it_was() -> None:
-    def ids(**where: int) -> list[list[tuple[int, list[int]]]]:
-        steps = epoch_steps(TRAIN, 2, 2, seed=3, epoch=2, **where)
-        return [[(b.slots[0], b.input_ids.tolist()) for b in step] for step in steps]
+    def ids(first_rows: int = 0, **where: int) -> list[list[tuple[int, list[int]]]]:
+        steps = epoch_steps(len(TRAIN), 4, seed=3, epoch=2, **where)
+        cut = [micro_batches(TRAIN, step, 2, first_rows) for step in steps]
+        return [[(b.slots[0], b.input_ids.tolist()) for b in step] for step in cut]
 
     whole = ids()
     assert ids(first_step=1) == whole[1:]
     assert ids(first_step=2) == []
-    (first, _) = ids(first_rows=1)
+    first = ids(first_rows=1)[0]
     assert [slot for slot, _ in first] == [0, 1, 3]
     tokens = [[token for _, part in step for token in part] for step in (first, whole[0])]
     assert tokens[0] == tokens[1]
@@ -185,8 +186,8 @@ def phitune(line: str) -> int:
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, micro_batch: int, number: int, times: int = 1) -> None:
-    """Sends this process a signal in the middle of its n-th micro-batch."""
-    real, count = FusedEngine.loss_and_gradients, 0
+    """Sends this process a signal in the middle of its n-th micro-batch, the rehearsal not counted."""
+    real, count = FusedEngine.loss_and_gradients, -1
 
     def wrapped(self: FusedEngine, *args: Any) -> torch.Tensor:
         nonlocal count
@@ -391,7 +392,7 @@ def test_what_may_be_changed_is_changed_and_recorded(
     assert phitune(f"train --resume run --resume_with {changed}") == 0
     summary = json.loads((stopped / "summary.json").read_text())
     assert summary["steps"] == 9
-    assert {line["name"]: (line["then"], line["now"]) for line in summary["changed_on_resume"]} == {
+    assert {line["name"]: (line["then"], line["now"]) for line in summary["changes"]} == {
         "epochs": (2, 3),
         "learning_rate": (0.01, 0.001),
         "batch_size": (1, 2),

@@ -16,18 +16,19 @@ from rows import open_decoder, random_rows, relative
 
 from phitune.config import Settings
 from phitune.data.dataset import read_examples
-from phitune.data.packing import epoch_steps
+from phitune.data.packing import epoch_steps, micro_batches
 from phitune.data.tokenizer import TextTokenizer, TokenizedExample
 from phitune.errors import NonFiniteError
 from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
 from phitune.model.lora import Adapter, LoraSpec, attach
 from phitune.model.targets import resolve_targets
+from phitune.training import loop
 from phitune.training.loop import Evaluation, Outcome, StepMetrics, evaluate, train
 from phitune.training.optim import learning_rate_at
 
 
 @dataclass
-class Events:
+class Events(loop.Events):
     steps: list[StepMetrics] = field(default_factory=list)
     evaluations: list[tuple[Evaluation | None, bool]] = field(default_factory=list)
     sequences: int = 0
@@ -124,11 +125,11 @@ def test_20_steps_on_gsm8k_equal_transformers_peft_and_adamw(
     optimizer = torch.optim.AdamW(parameters, lr=1.0, weight_decay=0.01)
     theirs: list[float] = []
     for epoch in (1, 2, 3):
-        for step in epoch_steps(rows, 2, 4, seed=settings.seed, epoch=epoch):
+        for step in epoch_steps(len(rows), 8, seed=settings.seed, epoch=epoch):
             if len(theirs) == 20:
                 break
             losses, count = [], 0
-            for batch in step:
+            for batch in micro_batches(rows, step, 2):
                 for start, stop in zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False):
                     logits = reference(batch.input_ids[None, start:stop]).logits[0, :-1]
                     labels = batch.labels[start:stop][1:]

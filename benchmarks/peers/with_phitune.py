@@ -14,24 +14,18 @@ from phitune.model.engine import FusedEngine
 from phitune.model.lora import LoraSpec, attach
 from phitune.model.targets import resolve_targets
 from phitune.model.weights import load_decoder
-from phitune.training.loop import Evaluation, StepMetrics, train
+from phitune.training.loop import Events, StepMetrics, train
 
 
-class Steps:
+class Steps(Events):
     """The loop's events, of which only the end of a step matters here."""
 
     def __init__(self, report: Report) -> None:
         self.report = report
 
-    def micro_batch_done(self, sequences: int) -> None: ...
-
     def step_done(self, metrics: StepMetrics) -> None:
         self.report.step_done(metrics.tokens)
         self.report.losses.append(metrics.loss)
-
-    def evaluating(self, done: int, sequences: int) -> None: ...
-
-    def epoch_done(self, epoch: int, evaluation: Evaluation | None, *, is_best: bool) -> None: ...
 
 
 def run_phitune(job: dict[str, Any], report: Report) -> None:

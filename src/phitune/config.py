@@ -235,6 +235,12 @@ class Settings(BaseModel):
     max_grad_norm: Real = _knob(
         1.0, "gradients are scaled down to this norm; 0 for never", group=_TRAIN, ge=0.0
     )
+    nonfinite_patience: Whole = _knob(
+        1,
+        "so many steps in a row without a finite loss and gradient, and it stops; none is applied",
+        group=_TRAIN,
+        ge=1,
+    )
     early_stopping_patience: Whole = _knob(
         3, "epochs without a better validation loss before it stops; 0: never", group=_TRAIN, ge=0
     )

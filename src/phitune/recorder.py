@@ -11,10 +11,14 @@ from torch import Tensor
 from phitune.data.prepare import SamplePrompt
 from phitune.data.prompt import PromptFormat
 from phitune.data.tokenizer import TextTokenizer
-from phitune.errors import SavedAdapterError
+from phitune.errors import SavedAdapterError, listing
 from phitune.inference.generate import Answer, stream
 from phitune.model.decoder import Decoder
+from phitune.model.device import give_back_memory, is_out_of_memory
 from phitune.model.lora import Adapter, compare_with_memory, save_adapter
+from phitune.training.attempts import why_not_written
+from phitune.training.bad_numbers import BadStep, Spike
+from phitune.training.cut import Narrowing
 from phitune.training.interrupt import Stop
 from phitune.training.loop import Evaluation, StepMetrics
 from phitune.training.rundir import RunDirectory
@@ -89,12 +93,16 @@ class Recorder:
         tokenizer: TextTokenizer,
         prompt_format: PromptFormat,
         model_name: str,
+        place_of: Callable[[int], str],
+        narrowed: Callable[[Narrowing], None],
         stop: Stop,
         say: Callable[[str], None],
     ) -> None:
         """
         Args:
-            say: told what cannot be written at the time.
+            place_of: file and line of a training row.
+            narrowed: told when memory ran out.
+            say: told what cannot be written at the time, and what went wrong.
         """
         self.base_samples: list[Sample] = []
         self.adapter_waits = False  # It could not be written when it was the best.
@@ -108,6 +116,12 @@ class Recorder:
         self._tokenizer = tokenizer
         self._prompt_format = prompt_format
         self._model_name = model_name
+        self._place_of = place_of
+        self._narrowed = narrowed
+
+    def start(self, total_steps: int, total_sequences: int, steps: int, sequences: int) -> None:
+        """See `View.start`."""
+        self._view.start(total_steps, total_sequences, steps, sequences)
 
     def micro_batch_done(self, sequences: int) -> None:
         with self._stop.showing():
@@ -117,6 +131,38 @@ class Recorder:
         self._log(asdict(metrics))
         with self._stop.showing():
             self._view.step_done(metrics)
+
+    def step_refused(self, bad: BadStep) -> None:
+        rows = [self._place_of(row) for row in bad.rows]
+        which = "by themselves, these rows do it" if bad.alone else "the rows of the step"
+        self._say(f"warning: {bad}\n{which}:\n{listing(rows)}")
+        numbers = {"loss": str(bad.loss), "grad_norm": str(bad.grad_norm)}
+        self._run.append_metrics(
+            {"step": bad.step, "epoch": bad.epoch, "refused": numbers, "rows": rows}
+        )
+
+    def loss_leapt(self, spike: Spike) -> None:
+        rows = [self._place_of(row) for row in spike.rows]
+        self._say(
+            f"warning: step {spike.step}: the loss leapt to {spike.loss:.4f}, from about"
+            f" {spike.usual:.4f} in the steps before; training goes on. Its rows are in"
+            f" {self._run.metrics}"
+        )
+        self._run.append_metrics(
+            {
+                "step": spike.step,
+                "epoch": spike.epoch,
+                "leapt": {"loss": spike.loss, "usual": spike.usual},
+                "rows": rows,
+            }
+        )
+
+    def memory_ran_out(self, narrowing: Narrowing) -> None:
+        with self._stop.showing():
+            self._view.micro_batch_done(-narrowing.rows_given_up)
+        self._narrowed(narrowing)
+        now = {"memory_ran_out": narrowing.why, **asdict(narrowing.now)}
+        self._run.append_metrics({"step": narrowing.after_step, **now})
 
     def evaluating(self, done: int, sequences: int) -> None:
         with self._stop.showing():
@@ -128,7 +174,7 @@ class Recorder:
                 self._view.evaluated(evaluation, is_best=is_best)
         if is_best:
             self._try_to_save_adapter()
-        samples = self._sampler(self._stop.check)
+        samples = self.sample(self._stop.check)
         # Written down together, when nothing can interrupt any more: an epoch is over or it is not.
         if evaluation:
             self._log(asdict(evaluation))
@@ -138,6 +184,21 @@ class Recorder:
             self._view.sampled(epoch, samples[:_SHOWN])
         if epoch == 0:
             self.base_samples = samples
+
+    def sample(self, check: Callable[[], None] = lambda: None) -> list[Sample]:
+        """Answers to the sample prompts; none where there is no memory for them.
+
+        Args:
+            check: called after each token, and free to raise.
+        """
+        try:
+            return self._sampler(check)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        give_back_memory(self._adapter.parameters()[0].device)
+        self._say("warning: there is no memory for the answers to the sample prompts; left out")
+        return []
 
     def save_adapter(self) -> None:
         """Replaces the run's adapter by the one in training, ready for PEFT and for servers."""
@@ -151,10 +212,10 @@ class Recorder:
     def _try_to_save_adapter(self) -> None:
         try:
             self.save_adapter()
-        except OSError as error:
+        except (OSError, MemoryError, RuntimeError) as error:
             self.adapter_waits = True
             self._say(
-                f"warning: {self._run.adapter}: cannot be written: {error.strerror or error};"
+                f"warning: {self._run.adapter}: cannot be written: {why_not_written(error)};"
                 " training goes on, and it is tried again"
             )
         else:

@@ -1,16 +1,15 @@
 """Phi2LoRATrainer, the Python door: the same job as `phitune train`, step by step.
 
-It is where everything meets: settings, data, model, loop and run directory. The order matters:
-whatever can be refused is refused before weights are read, and the run directory is not touched
-before the model is there.
+It is where everything meets: settings, data and model, which `run.py` then trains. The order
+matters: whatever can be refused is refused before weights are read, and the run directory is not
+touched before the model is there.
 """
 
-import datetime
 import shlex
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +17,35 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from phitune.config import Resolved, resolve, to_yaml
+from phitune.config import Resolved, resolve
 from phitune.data.conversation import Turn
-from phitune.data.prepare import PreparedData, facts_of, prepare_data
+from phitune.data.prepare import PreparedData, prepare_data
 from phitune.data.tokenizer import TextTokenizer
-from phitune.errors import CheckpointError, NonFiniteError, OutOfMemoryError
-from phitune.evaluation.short import evaluate_at_end
-from phitune.export.card import write_adapter_card
+from phitune.errors import OutOfMemoryError
 from phitune.model.architecture import read_model_config
 from phitune.model.decoder import Decoder
 from phitune.model.device import (
     DTYPES,
     choose_device,
     choose_precision,
-    compile_seconds,
     device_name,
     is_out_of_memory,
 )
 from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
 from phitune.model.files import EXAMPLE_DATASET, fetch_weights, find_model
-from phitune.model.lora import Adapter, LoraSpec, attach, compare_with_memory
+from phitune.model.lora import Adapter, LoraSpec, attach
 from phitune.model.targets import resolve_targets
 from phitune.model.weights import load_decoder, weights_fingerprint
-from phitune.recorder import Recorder, Sampler
+from phitune.planning.questions import what_would_fit
 from phitune.report.short import check_before_training
-from phitune.training.budget import memory_advice, memory_budget
+from phitune.run import Parts, TrainingRun
+from phitune.training.attempts import first_line
+from phitune.training.budget import budget_of, room_on
+from phitune.training.checkpoint import checkpoints_of
 from phitune.training.fit import check_against_model, settle_memory
-from phitune.training.interrupt import stop_signals
 from phitune.training.lock import run_lock
-from phitune.training.loop import Outcome, start_state, train
-from phitune.training.memory import MemoryPlan
+from phitune.training.loop import Outcome
+from phitune.training.memory import GIB, MemoryPlan
 from phitune.training.provenance import (
     Provenance,
     data_fingerprints,
@@ -55,19 +53,15 @@ from phitune.training.provenance import (
     with_absolute_paths,
 )
 from phitune.training.resume import Resumption, take_up
-from phitune.training.rundir import RunDirectory, check_output_dir, default_output_dir
-from phitune.training.saver import Saver
-from phitune.training.state import TrainingState
-from phitune.training.tracking import check_tracker, open_trackers
+from phitune.training.room import Room, memory_ceiling
+from phitune.training.rundir import CHECKPOINTS, check_output_dir, default_output_dir
+from phitune.training.tracking import check_tracker
 from phitune.training.view import (
     RunConsole,
-    Sample,
-    answers_table,
     data_line,
     data_progress,
     memory_line,
     model_line,
-    open_view,
     settings_lines,
     targets_line,
 )
@@ -222,23 +216,42 @@ class Phi2LoRATrainer:
             data = self.prepare_data()
             coder = (self.tokenizer, self.prompt_format)
             check_before_training(self.settings, self._dataset_path, *coder, data, self._say)
-            plan, budget = self._plan_memory(data)
+            room = room_on(self.device)
+            held.enter_context(memory_ceiling(self.device.type))
+            plan = self._plan_memory(data, room)
             self._show_settings(data)
             try:
-                model, engine = self._load(plan, budget)
+                model, engine = self._load(plan, room)
                 provenance = self._provenance(data, model, engine)
                 if not resumption:
                     assert self.settings.output_dir
                     held.enter_context(run_lock(self.settings.output_dir))
                     self._check_output_dir()
-                return self._train(model, engine, data, provenance)
-            except (RuntimeError, MemoryError) as error:
-                if is_out_of_memory(error):
-                    raise OutOfMemoryError(
-                        f"out of memory on {self.settings.device}: {str(error).splitlines()[0]}\n"
-                        + memory_advice(self.settings)
-                    ) from None
-                raise
+                parts = Parts(model.decoder, model.adapter, engine, *coder, data)
+                run = TrainingRun(
+                    parts, self.resolved, provenance, resumption, self.console, self._say
+                )
+                return run.train()
+            except (RuntimeError, MemoryError, OutOfMemoryError) as error:
+                if not isinstance(error, OutOfMemoryError) and not is_out_of_memory(error):
+                    raise
+                why = first_line(error)
+            # Here nothing holds the tensors of what failed any more.
+            raise self._out_of_memory(why, data, budget_of(room, self.device))
+
+    def _out_of_memory(self, why: str, data: PreparedData, budget: int) -> OutOfMemoryError:
+        """The error that names the settings which would fit, as far as arithmetic can tell."""
+        device: Any = self.device.type
+        what = (self.settings, self.model_config, self.target_modules, data)
+        fitting = what_would_fit(*what, device, budget)
+        message = f"out of memory on {self.settings.device}: {why}\n{fitting}"
+        assert self.settings.output_dir
+        if checkpoints_of(self.settings.output_dir / CHECKPOINTS):
+            message += (
+                "\nWith more memory it goes on where it was: phitune train --resume"
+                f" {shlex.quote(str(self.settings.output_dir))}"
+            )
+        return OutOfMemoryError(message)
 
     def _check_output_dir(self) -> None:
         settings = self.settings
@@ -265,16 +278,14 @@ class Phi2LoRATrainer:
         self._say(data_line(data, self.settings.dataset_path or EXAMPLE_DATASET.name))
         self._say(targets_line(self.target_modules, self.model_config, self.settings.lora_r))
 
-    def _load(self, plan: MemoryPlan, budget: int) -> tuple[PreparedModel, Engine]:
+    def _load(self, plan: MemoryPlan, room: Room) -> tuple[PreparedModel, Engine]:
         started = time.perf_counter()
         model = self.prepare_model()
         seconds = time.perf_counter() - started
         self._say(model_line(model.decoder, model.adapter, self.settings, seconds))
         # The plan follows the fused engine's buffers and says nothing of autograd's.
         if self.settings.engine == "fused":
-            self._say(memory_line(plan, budget))
-            if plan.bytes > budget:
-                self._say(f"warning: that may not fit. {memory_advice(self.settings)}")
+            self._say(memory_line(plan, budget_of(room, self.device), room.source))
         engine = self._build_engine(model.decoder)
         for name, choice in engine.choices.items():
             self._say(f"{name}: {choice}")
@@ -304,16 +315,22 @@ class Phi2LoRATrainer:
         torch.set_num_threads(threads)
         return self._resumption.going_on(now, threads)
 
-    def _plan_memory(self, data: PreparedData) -> tuple[MemoryPlan, int]:
-        """Settles the batch size and the recomputed layers; the plan, and the bytes there are."""
-        budget = memory_budget(self.device)
+    def _plan_memory(self, data: PreparedData, room: Room) -> MemoryPlan:
+        """Settles the batch size and the recomputed layers, by the plan that follows."""
         device: Any = self.device.type
+        settings, budget = self.settings, budget_of(room, self.device)
         chosen, plan = settle_memory(
-            self.settings, self.model_config, self.target_modules, data, budget, device
+            settings, self.model_config, self.target_modules, data, budget, device
         )
         self.resolved = self.resolved.choose(**chosen)
         self.settings = self.resolved.settings
-        return plan, budget
+        if settings.batch_size not in ("auto", self.settings.batch_size):
+            self._say(
+                f"memory: batch_size {settings.batch_size} does not fit {budget / GIB:.2f} GiB"
+                f" ({room.source}); training takes {self.settings.batch_size} x"
+                f" {self.settings.gradient_accumulation_steps} rows, the same effective batch"
+            )
+        return plan
 
     def _build_engine(self, decoder: Decoder) -> Engine:
         settings = self.settings
@@ -325,171 +342,6 @@ class Phi2LoRATrainer:
             decoder, settings.lora_dropout, count, torch_compile=settings.torch_compile
         )
 
-    def _train(
-        self, model: PreparedModel, engine: Engine, data: PreparedData, provenance: Provenance
-    ) -> Outcome:
-        settings, resumption = self.settings, self._resumption
-        assert settings.output_dir
-        state = start_state(engine, model.adapter, len(data.train_rows), settings)
-        open_run = RunDirectory.take_up if resumption else RunDirectory
-        run = open_run(settings.output_dir, self._say)
-        view = open_view(self.console)
-        sampler = Sampler(
-            model.decoder,
-            self.tokenizer,
-            self.prompt_format,
-            data.sample_prompts,
-            settings.sample_tokens,
-        )
-        facts = facts_of(data)  # Now, while the files are what was read.
-        if resumption:
-            state.load(resumption.state["progress"], resumption.files)
-            resumption.files.clear()  # Three or four times the adapter.
-        with stop_signals(self._say) as stop:
-            recorder = Recorder(
-                run,
-                view,
-                open_trackers(settings.report_to, run.path, state.step + 1 if resumption else 0),
-                sampler,
-                model.adapter,
-                self.tokenizer,
-                self.prompt_format,
-                # The adapter names its base, and means the same from any folder.
-                provenance.effective.settings.model_name,
-                stop,
-                self._say,
-            )
-            if resumption:
-                self._rewind(resumption, run, recorder, state)
-            run.write_config(to_yaml(with_absolute_paths(self.resolved)))
-            saver = Saver(
-                run,
-                settings,
-                provenance,
-                self._say,
-                resumption.state["seconds"] if resumption else 0.0,
-                resumption.checkpoint.name if resumption else None,
-            )
-            rows = len(data.train_rows)
-            steps = settings.epochs * state.steps_per_epoch
-            view.start(steps, settings.epochs * rows, state.step, state.rows_seen(rows, settings))
-            try:
-                outcome = train(
-                    engine,
-                    model.adapter,
-                    data.train_rows,
-                    data.validation_rows,
-                    settings,
-                    recorder,
-                    stop,
-                    state,
-                    saver,
-                )
-            except NonFiniteError as error:
-                if not run.adapter.exists():
-                    recorder.save_adapter()
-                raise NonFiniteError(
-                    f"{error}\nThe last good adapter is in {run.adapter}. Try half the"
-                    " --learning_rate, --precision fp32, or look for odd rows in the data."
-                ) from None
-            finally:
-                recorder.close()
-            try:
-                if recorder.adapter_waits or not run.adapter.exists():
-                    recorder.save_adapter()
-                run.lengths()  # Whatever waits is written now, or this is no success.
-            except OSError as error:
-                raise CheckpointError(
-                    f"{run.path}: what came out cannot be written: {error.strerror or error}; make"
-                    f" room, then go on from the last checkpoint with: {_command(run)}"
-                ) from None
-        compare_with_memory(model.adapter, run.adapter)
-        if compiling := compile_seconds():
-            self._say(f"torch_compile: compiling took {compiling:.1f} s of it")
-        seconds = saver.training_seconds
-        told = {"data": facts, "changed_on_resume": provenance.changes}
-        self._conclude(outcome, run, model, data, sampler, recorder.base_samples, seconds, told)
-        if saver.problem:
-            raise CheckpointError(
-                f"the last checkpoint could not be written: {saver.problem}; the adapter is whole:"
-                f" {run.adapter}"
-            )
-        if outcome.interrupted:
-            raise stop.interrupted(
-                f"interrupted by {stop.signal} after step {outcome.steps} of {steps}; go on with:"
-                f" {_command(run)}"
-            )
-        return outcome
-
-    def _rewind(
-        self, resumption: Resumption, run: RunDirectory, recorder: Recorder, state: TrainingState
-    ) -> None:
-        """Takes back what was written after the checkpoint; the run is as it was then."""
-        for warning in [*resumption.notes, *run.rewind(resumption.state["logs"])]:
-            self._say(f"warning: {warning}")
-        resumption.set_damaged_aside()
-        recorder.recall_base_samples()
-        recorder.put_back_adapter(state.best)
-        self._say(f"going on from {resumption.checkpoint}: step {state.step} is done")
-
-    def _conclude(
-        self,
-        outcome: Outcome,
-        run: RunDirectory,
-        model: PreparedModel,
-        data: PreparedData,
-        sampler: Sampler,
-        base_samples: list[Sample],
-        seconds: float,
-        provenance: dict[str, Any],
-    ) -> None:
-        """Answers the sample prompts with the best adapter, and writes and prints what came out."""
-        tuned = [] if outcome.interrupted else sampler()
-        unstopped = sum(not sample.stopped for sample in tuned)
-        summary = {
-            **asdict(outcome),
-            "seconds": round(seconds, 3),
-            **provenance,
-            "trainable_parameters": model.adapter.num_parameters,
-            "answers": [
-                {"prompt": old.prompt, "base": old.answer, "tuned": new.answer}
-                for old, new in zip(base_samples, tuned, strict=False)
-            ],
-            "answers_stopped_by_themselves": len(tuned) - unstopped,
-        }
-        evaluation: list[str] = []
-        if not outcome.interrupted:
-            coder = (self.tokenizer, self.prompt_format)
-            evaluation = evaluate_at_end(
-                self.settings, model.decoder, model.adapter, *coder, data, outcome, run
-            )
-        write_adapter_card(run.path, summary)
-        run.write_summary(summary)  # Last: a run that has one is finished.
-        if tuned and base_samples:
-            self.console.print()
-            self.console.print(answers_table(base_samples, tuned))
-        if unstopped:
-            self._say(
-                f"warning: {unstopped} of {len(tuned)} answers did not stop by themselves within"
-                f" {self.settings.sample_tokens} tokens"
-            )
-        first, best = outcome.first_validation_loss, outcome.best_validation_loss
-        figures, which = "", ""
-        if first is not None and best is not None:
-            figures, which = f", validation loss {first:.4f} -> {best:.4f}", " (the best)"
-        duration = datetime.timedelta(seconds=round(seconds))
-        self._say(
-            f"{outcome.ended}: {outcome.steps} steps in {duration}{figures}\n"
-            f"adapter of step {outcome.best_step}{which}: {run.adapter}"
-        )
-        for line in evaluation:
-            self._say(line)
-
     def _say(self, text: str) -> None:
         # A log keeps its lines whole; a terminal breaks them between words.
         self.console.print(escape(text), soft_wrap=not self.console.is_terminal)
-
-
-def _command(run: RunDirectory) -> str:
-    """What goes on with a run."""
-    return f"phitune train --resume {shlex.quote(str(run.path))}"

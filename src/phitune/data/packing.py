@@ -79,34 +79,35 @@ def steps_per_epoch(num_rows: int, rows_per_step: int) -> int:
 
 
 def epoch_steps(
-    rows: Sequence[TokenizedExample],
-    batch_size: int,
-    gradient_accumulation_steps: int,
-    *,
-    seed: int,
-    epoch: int,
-    first_step: int = 0,
-    first_rows: int = 0,
-) -> Iterator[list[Batch]]:
-    """The micro-batches of each optimizer step of an epoch, every row once.
+    num_rows: int, rows_per_step: int, *, seed: int, epoch: int, first_step: int = 0
+) -> Iterator[Sequence[int]]:
+    """The rows of each optimizer step of an epoch, by number; every row once.
 
     The order depends on the seed and the epoch alone, so any step can be produced again.
 
     Args:
         first_step: so many steps of the epoch are left out.
-        first_rows: the first step is cut behind so many of its rows, whatever the batch size.
     """
-    order = array("I", range(len(rows)))  # Four bytes a row.
+    order = array("I", range(num_rows))  # Four bytes a row.
     random.Random(f"{seed}/{epoch}").shuffle(order)
-    rows_per_step = batch_size * gradient_accumulation_steps
-    for start in range(first_step * rows_per_step, len(order), rows_per_step):
-        step = order[start : start + rows_per_step]
-        slots = [*range(0, first_rows, batch_size), *range(first_rows, len(step), batch_size)]
-        yield [
-            pack([rows[index] for index in step[slot:stop]], first_slot=slot)
-            for slot, stop in itertools.pairwise([*slots, len(step)])
-        ]
-        first_rows = 0
+    for start in range(first_step * rows_per_step, num_rows, rows_per_step):
+        yield order[start : start + rows_per_step]
+
+
+def micro_batches(
+    rows: Sequence[TokenizedExample], step: Sequence[int], batch_size: int, first_rows: int = 0
+) -> list[Batch]:
+    """An optimizer step's rows, so many at a time.
+
+    Args:
+        step: the step's rows by number, see `epoch_steps`.
+        first_rows: the step is cut behind so many of its rows, whatever the batch size.
+    """
+    slots = [*range(0, first_rows, batch_size), *range(first_rows, len(step), batch_size)]
+    return [
+        pack([rows[index] for index in step[slot:stop]], first_slot=slot)
+        for slot, stop in itertools.pairwise([*slots, len(step)])
+    ]
 
 
 def batches(rows: Sequence[TokenizedExample], batch_size: int) -> Iterator[Batch]:

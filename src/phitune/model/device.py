@@ -1,6 +1,7 @@
 """Where the model runs, in which precision, and whether its layers are compiled."""
 
 import ctypes
+import gc
 import os
 import platform
 import re
@@ -16,6 +17,10 @@ from phitune.model.decoder import Decoder, DecoderLayer
 CACHED_PRODUCTS = 32
 # Of mallopt, as glibc numbers them.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+# What torch says, and oneDNN where it finds no room for a product's program or scratch space.
+_NO_MEMORY = re.compile(
+    r"can't allocate memory|out of memory|could not (create|execute) a primitive|bad_alloc"
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -142,6 +147,16 @@ def _has_c_compiler() -> bool:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch failed for want of memory; on a CPU it says so in words only."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(
-        isinstance(error, RuntimeError)
-        and re.search(r"can't allocate memory|out of memory", str(error))
+        isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))
     )
+
+
+def give_back_memory(device: torch.device) -> None:
+    """Returns what is held but not used to the device, after memory ran out."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+    else:
+        release_freed_memory()

@@ -44,6 +44,8 @@ class Engine(Protocol):
 
     device: torch.device
     choices: dict[str, str]  # what was chosen, and why; for the user
+    num_layers: int
+    recompute_layers: int  # so many, from the lowest; may be changed between two micro-batches
 
     def loss_and_gradients(
         self, batch: Packed, dropout: ops.Dropout | None, weight: float
@@ -66,12 +68,20 @@ class ReferenceEngine:
         self, decoder: Decoder, recompute_layers: int = 0, *, torch_compile: bool = False
     ) -> None:
         self.decoder, self.device = decoder, decoder.device
-        decoder.recompute_layers = recompute_layers
+        self.num_layers, self.recompute_layers = len(decoder.layers), recompute_layers
         self.choices = {"engine": "reference: plain torch under autograd"}
         refusal = compile_refusal(decoder.device, torch_compile)
         if not refusal:
             compile_layers(decoder)
         self.choices["torch_compile"] = refusal or "every layer, during the first step"
+
+    @property
+    def recompute_layers(self) -> int:
+        return self.decoder.recompute_layers
+
+    @recompute_layers.setter
+    def recompute_layers(self, number: int) -> None:
+        self.decoder.recompute_layers = number
 
     def loss_and_gradients(
         self, batch: Packed, dropout: ops.Dropout | None, weight: float
@@ -135,7 +145,7 @@ class FusedEngine:
         if decoder.device.type == "cpu":
             keep_freed_memory()
         self.decoder, self.device = decoder, decoder.device
-        self.recompute_layers = recompute_layers
+        self.num_layers, self.recompute_layers = len(decoder.layers), recompute_layers
         backend, self.choices = choose_backend(decoder.device, decoder.dtype, torch_compile)
         self.layers: list[FusedLayer] = []
         for layer in decoder.layers:

@@ -14,6 +14,7 @@ import psutil
 from phitune.errors import SettingsError
 from phitune.planning.amounts import GB, Memory
 from phitune.training.memory import GIB, Base, Device
+from phitune.training.room import memory_room
 
 # What macOS recommends its GPU to use, of the memory of a Mac.
 APPLE_SHARE = 2 / 3
@@ -84,11 +85,12 @@ def memory_here(name: str, device: Device) -> Memory:
     Raises:
         SettingsError: it cannot be seen, so `--memory` has to say it.
     """
-    ram = psutil.virtual_memory()
     if device == "cpu":
-        return Memory(ram.available, f"free now, of this machine's {ram.total / GIB:.1f} GiB")
+        room = memory_room()
+        return Memory(room.bytes, room.source)
     if device == "mps" and is_apple_silicon():
-        return Memory(round(ram.total * APPLE_SHARE), "two thirds of this Mac's memory")
+        total = psutil.virtual_memory().total
+        return Memory(round(total * APPLE_SHARE), "two thirds of this Mac's memory")
     if device == "cuda" and (size := _free_by_nvidia_smi(name)):
         return Memory(size, "free now, as nvidia-smi has it")
     raise SettingsError(

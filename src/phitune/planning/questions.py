@@ -3,16 +3,20 @@
 from dataclasses import dataclass, replace
 
 from phitune.config import Settings, choices_of
+from phitune.data.prepare import PreparedData
+from phitune.errors import listing
 from phitune.model.architecture import ModelConfig
 from phitune.planning.amounts import Memory
-from phitune.planning.cost import Cost
+from phitune.planning.cost import Cost, token_cost
 from phitune.planning.machines import MACHINES, Machine
 from phitune.planning.presets import PRESETS, Preset
-from phitune.planning.rows import Rows, assumed_rows
+from phitune.planning.rows import Rows, assumed_rows, rows_of
 from phitune.training.fit import fewest_recomputed, largest_batch
 from phitune.training.memory import GIB, Base, Device, MemoryPlan, plan_memory
 
 BASES: tuple[Base, ...] = ("fp32", "bf16", "int8", "nf4")
+# Of what a plan says is taken, so much must have been missing at least where memory ran out.
+_LESS = 0.95
 # Shorter rows are not advised.
 SHORTEST_ROWS = 64
 
@@ -262,3 +266,37 @@ def remedies(run: Run, settings: Settings, base: Base, device: Device, budget: i
         f"no cut of these settings fits: one row at a time in bf16 takes {least / GIB:.2f} GiB;"
         " a smaller model or more memory does"
     ]
+
+
+def what_would_fit(
+    settings: Settings,
+    config: ModelConfig,
+    modules: tuple[str, ...],
+    data: PreparedData,
+    device: Device,
+    budget: int,
+) -> str:
+    """Advice where memory ran out in the finest cut, one row at a time and all layers recomputed.
+
+    Args:
+        settings: of the run, its precision chosen.
+        modules: full names of the adapted modules.
+        budget: what it had planned with.
+    """
+    effective = settings.rows_per_step
+    finest = {"batch_size": 1, "gradient_accumulation_steps": effective, "recompute_layers": "all"}
+    rows = rows_of(data)
+    run = Run(
+        config,
+        modules,
+        settings.lora_r,
+        rows,
+        token_cost(config, modules, rows),
+        effective,
+        config.num_hidden_layers,
+    )
+    base = base_precision(settings, device)
+    # Where arithmetic says that this fits, there is less than was to be seen.
+    there = min(budget, round(_LESS * run.plan(1, base, device, budget).bytes))
+    found = remedies(run, settings.model_copy(update=finest), base, device, there)
+    return f"By the plan of memory, in {there / GIB:.2f} GiB:\n{listing(found)}"

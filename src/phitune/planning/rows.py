@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 
 from phitune.config import Settings
-from phitune.data.prepare import prepare_data
+from phitune.data.prepare import PreparedData, prepare_data
 from phitune.data.tokenizer import TextTokenizer
 from phitune.training.memory import Shape
 
@@ -82,8 +82,13 @@ def rows_of_file(settings: Settings, path: Path, model_folder: Path) -> Rows:
     """
     tokenizer = TextTokenizer(model_folder)
     data = prepare_data(settings, path, tokenizer, tokenizer.prompt_format(settings.prompt_format))
+    return rows_of(data, path)
+
+
+def rows_of(data: PreparedData, source: Path | None = None) -> Rows:
+    """The rows of data that is tokenised."""
     train, validation = (
         tuple(map(Row, rows.lengths().tolist(), rows.trained().tolist()))
         for rows in (data.train_rows, data.validation_rows)
     )
-    return Rows(train, validation, path, tuple(data.warnings))
+    return Rows(train, validation, source, tuple(data.warnings))

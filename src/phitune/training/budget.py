@@ -1,12 +1,12 @@
-"""What memory there is, what is in use, and what to try when it ran out. No torch at the top."""
+"""What memory a run may plan with, and what is in use. No torch at the top."""
 
+import sys
 from typing import TYPE_CHECKING
 
 import psutil
 
-from phitune.config import Settings
-from phitune.errors import listing
 from phitune.training.memory import GIB, Device
+from phitune.training.room import Room, memory_room
 
 if TYPE_CHECKING:
     import torch
@@ -26,29 +26,45 @@ def memory_in_use(device: "torch.device") -> float:
     return float(psutil.Process().memory_info().rss) / GIB
 
 
-def memory_budget(device: "torch.device") -> int:
-    """Bytes that a run may plan with: its share of what is free."""
+def room_on(device: "torch.device") -> Room:
+    """What is free for this process on a device."""
     import torch
 
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return round(BUDGET_SHARE["cuda"] * free)
+        free, total = torch.cuda.mem_get_info(device)
+        return Room(free, f"free now, of the card's {total / GIB:.1f} GiB")
     if device.type == "mps":
         # Beyond the recommended working set a Mac swaps instead of failing.
-        return round(BUDGET_SHARE["mps"] * torch.mps.recommended_max_memory())
-    return round(BUDGET_SHARE["cpu"] * psutil.virtual_memory().available)
+        return Room(torch.mps.recommended_max_memory(), "macOS recommends to its GPU")
+    return memory_room()
 
 
-def memory_advice(settings: Settings) -> str:
-    """What to try when memory ran out, the changes that cost least first."""
-    tries = []
-    if settings.micro_batch > 1:
-        half = settings.micro_batch // 2
-        steps = -(-settings.rows_per_step // half)
-        tries.append(f"--batch_size {half} --gradient_accumulation_steps {steps} (same result)")
-    if not settings.gradient_checkpointing or settings.recompute_layers not in (None, "all"):
-        tries.append("--recompute_layers all (same result, slower)")
-    if settings.precision == "fp32":
-        tries.append("--precision bf16")
-    tries.append(f"--max_length {settings.max_length // 2}")
-    return f"Try, in this order:\n{listing(tries)}"
+def budget_of(room: Room, device: "torch.device") -> int:
+    """Bytes that a run may plan with: its share of what is free."""
+    return round(BUDGET_SHARE[_kind(device)] * room.bytes)
+
+
+def memory_budget(device: "torch.device") -> int:
+    """Bytes that a run may plan with now."""
+    return budget_of(room_on(device), device)
+
+
+def peak_memory(device: "torch.device") -> float:
+    """GiB: the most this process has held so far, as `memory_in_use` counts."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / GIB
+    if device.type == "mps":
+        return memory_in_use(device)  # Apple's allocator keeps no peak.
+    if sys.platform == "win32":
+        return float(psutil.Process().memory_info().peak_wset) / GIB
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on a Mac
+    return peak * (1 if sys.platform == "darwin" else 1024) / GIB
+
+
+def _kind(device: "torch.device") -> Device:
+    kinds: dict[str, Device] = {"cuda": "cuda", "mps": "mps"}
+    return kinds.get(device.type, "cpu")

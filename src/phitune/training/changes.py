@@ -13,6 +13,7 @@ CHANGEABLE = (
     "warmup_ratio",
     "weight_decay",
     "max_grad_norm",
+    "nonfinite_patience",
     "early_stopping_patience",
     "lora_dropout",
     "batch_size",

@@ -12,6 +12,7 @@ from phitune.config import Settings
 from phitune.data.prepare import PreparedData
 from phitune.errors import SettingsError
 from phitune.model.architecture import ModelConfig
+from phitune.training.cut import Cut
 from phitune.training.memory import Base, Device, MemoryPlan, Shape, plan_memory
 
 
@@ -67,6 +68,8 @@ def settle_memory(
 ) -> tuple[dict[str, Any], MemoryPlan]:
     """What the settings left open of the batch and of recomputation, and the plan that follows.
 
+    A micro-batch that does not fit, with as many layers recomputed as may be, is split.
+
     Args:
         modules: full names of the adapted modules.
         budget: bytes there are to plan with.
@@ -104,7 +107,15 @@ def settle_memory(
         steps = settings.rows_per_step // batch_size
         chosen = {"batch_size": batch_size, "gradient_accumulation_steps": steps}
     else:
-        plan = plan_of(settings.batch_size)
+        cut = Cut(settings.batch_size, config.num_hidden_layers)
+        plan = plan_of(cut.micro_batch)
+        # The plan of the reference engine, which is autograd's, is not known: it is tried out.
+        while plan.bytes > budget and cut.micro_batch > 1 and settings.engine == "fused":
+            cut = cut.narrower(settings.rows_per_step, config.num_hidden_layers) or cut
+            plan = plan_of(cut.micro_batch)
+        if cut.micro_batch != settings.batch_size:
+            steps = settings.rows_per_step // cut.micro_batch
+            chosen = {"batch_size": cut.micro_batch, "gradient_accumulation_steps": steps}
     if settings.recompute_layers is None:
         chosen["recompute_layers"] = plan.recompute_layers
     return chosen, plan

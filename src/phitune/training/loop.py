@@ -12,15 +12,19 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 from phitune.config import Settings
-from phitune.data.packing import Batch, batches, epoch_steps, steps_per_epoch
+from phitune.data.packing import Batch, batches, epoch_steps, micro_batches, steps_per_epoch
 from phitune.data.tokenizer import TokenizedExample
-from phitune.errors import NonFiniteError
+from phitune.errors import NonFiniteError, OutOfMemoryError
 from phitune.model import ops
 from phitune.model.engine import Engine
 from phitune.model.lora import Adapter
+from phitune.training.attempts import Attempts
+from phitune.training.bad_numbers import RECENT, BadStep, Spike, rows_at_fault, usual_loss
 from phitune.training.budget import memory_in_use
+from phitune.training.cut import Narrowing
 from phitune.training.interrupt import StopRequested
 from phitune.training.optim import (
     build_adamw,
@@ -74,11 +78,23 @@ Save = Callable[[TrainingState, Moment], float]
 
 
 class Events(Protocol):
-    """What a run tells while it goes on."""
+    """What a run tells while it goes on; who derives from it hears what they care for."""
 
     def micro_batch_done(self, sequences: int) -> None: ...
 
     def step_done(self, metrics: StepMetrics) -> None: ...
+
+    def step_refused(self, bad: BadStep) -> None:
+        """Instead of `step_done`: the numbers were no numbers, and the adapter is as before."""
+        ...
+
+    def loss_leapt(self, spike: Spike) -> None:
+        """After `step_done`, which it does not undo."""
+        ...
+
+    def memory_ran_out(self, narrowing: Narrowing) -> None:
+        """Before the step or the validation at hand begins again, in a finer cut."""
+        ...
 
     def evaluating(self, done: int, sequences: int) -> None:
         """After each batch of an evaluation: validation sequences done, and in all."""
@@ -102,6 +118,8 @@ def train(
 ) -> Outcome:
     """Trains the adapter in place and leaves it at its best.
 
+    Where memory runs out, the step or the validation at hand begins again in a finer cut.
+
     Args:
         interrupted: asked before each micro-batch, in training and in validation; once it says
             yes, the state is saved and training ends with what there is.
@@ -110,103 +128,197 @@ def train(
             time to, and returns the seconds that took.
 
     Raises:
-        NonFiniteError: loss or gradient is not finite, and the update is not applied; or the
-            validation loss is not, and the adapter is put back to its best, or to its start.
+        NonFiniteError: loss or gradient were not finite `nonfinite_patience` times in a row, and
+            the updates were not applied; or the validation loss is not. The adapter is put back to
+            its best, or for want of one stays as it was before; after a validation, at its start.
+        OutOfMemoryError: the finest cut does not fit either. The state is saved.
     """
     state = state or start_state(engine, adapter, len(train_rows), settings)
-    total_steps = settings.epochs * state.steps_per_epoch
-    start = copy_of(adapter)
-    checkpoint_seconds = 0.0
+    loop = _Loop(engine, train_rows, validation_rows, settings, events, interrupted, state, save)
+    try:
+        return loop.run()
+    except StopRequested:
+        save(state, "end")
+        return _outcome(state, "interrupted", interrupted=True)
+    except OutOfMemoryError:
+        save(state, "end")
+        raise
 
-    def validate(epoch: int) -> Evaluation | None:
+
+class _Loop:
+    """The epochs of a run, and what one step after the other hands to the next."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        train_rows: Sequence[TokenizedExample],
+        validation_rows: Sequence[TokenizedExample],
+        settings: Settings,
+        events: Events,
+        interrupted: Callable[[], bool],
+        state: TrainingState,
+        save: Save,
+    ) -> None:
+        self.engine, self.settings, self.events = engine, settings, events
+        self.train_rows, self.validation_rows = train_rows, validation_rows
+        self.interrupted, self.state, self.save = interrupted, state, save
+        self.total_steps = settings.epochs * state.steps_per_epoch
+        self.start = copy_of(state.adapter)
+        self.checkpoint_seconds = 0.0
+        self.attempts = Attempts(
+            engine, state, settings.micro_batch, settings.rows_per_step, events.memory_ran_out
+        )
+
+    def run(self) -> Outcome:
+        state, settings = self.state, self.settings
+        if state.epochs_done < 0:
+            self._look_at_base()
+        while state.epochs_done < settings.epochs and not _out_of_patience(state, settings):
+            self._epoch(state.epochs_done + 1)
+        self.save(state, "end")
+        if _out_of_patience(state, settings):
+            patience = settings.early_stopping_patience
+            return _outcome(state, f"stopped early: no better validation loss in {patience} epochs")
+        return _outcome(state, "all epochs done")
+
+    def _look_at_base(self) -> None:
+        """The base model, before the first step."""
+        state = self.state
+        evaluation = self._validate(epoch=0)
+        self.events.epoch_done(0, evaluation, is_best=False)
+        state.first_validation_loss = evaluation.validation_loss if evaluation else None
+        state.epochs_done = 0
+        self.checkpoint_seconds += self.save(state, "epoch")
+
+    def _epoch(self, epoch: int) -> None:
+        """The steps that are left of an epoch, its validation, and the best adapter so far."""
+        state, settings = self.state, self.settings
+        for rows in epoch_steps(
+            len(self.train_rows),
+            settings.rows_per_step,
+            seed=settings.seed,
+            epoch=epoch,
+            first_step=state.step_in_epoch,
+        ):
+            self._step(epoch, rows)
+            self.checkpoint_seconds += self.save(state, "step")
+        evaluation = self._validate(epoch)
+        loss = evaluation.validation_loss if evaluation else None
+        before = state.best_validation_loss
+        is_best = loss is None or before is None or loss < before
+        self.events.epoch_done(epoch, evaluation, is_best=is_best)
+        state.end_epoch(loss, is_best=is_best)
+        self.checkpoint_seconds += self.save(state, "best" if is_best and evaluation else "epoch")
+
+    def _step(self, epoch: int, rows: Sequence[int]) -> None:
+        """One optimizer step, of the rows of these numbers."""
+        state, step = self.state, self.state.step + 1
+        work = self.attempts(lambda: self._accumulate(rows, step))
+        update = apply_update(state, self.settings, self.total_steps)
+        if not update.is_finite:
+            self._refuse(epoch, rows, update, work.num_target_tokens)
+            return
+        self.events.step_done(
+            StepMetrics(
+                step=step,
+                epoch=epoch,
+                loss=update.loss,
+                learning_rate=update.learning_rate,
+                grad_norm=update.grad_norm,
+                tokens=work.num_tokens,
+                tokens_per_second=work.num_tokens / (time.perf_counter() - work.started),
+                memory_gib=memory_in_use(self.engine.device),
+                checkpoint_seconds=round(self.checkpoint_seconds, 4),
+            )
+        )
+        self.checkpoint_seconds = 0.0
+        usual = usual_loss(state.recent_losses, update.loss)
+        if usual is not None:
+            self.events.loss_leapt(Spike(step, epoch, update.loss, usual, tuple(rows)))
+        state.recent_losses = [*state.recent_losses, update.loss][-RECENT:]
+
+    def _accumulate(self, rows: Sequence[int], step: int) -> "_Work":
+        """The gradients of a step, over the micro-batches that are not done yet."""
+        state = self.state
+        started = time.perf_counter() - state.seconds_in_step
+        size = self.attempts.cut.micro_batch
+        batches = micro_batches(self.train_rows, rows, size, first_rows=state.rows_in_step)
+        num_target_tokens = sum(batch.num_target_tokens for batch in batches)
+        for batch in batches:
+            if batch.slots[0] < state.rows_in_step:
+                continue  # Done before the checkpoint.
+            if self.interrupted():
+                raise StopRequested
+            state.step_loss += self._gradients(batch, step, num_target_tokens)
+            state.rows_in_step = batch.slots[-1] + 1
+            state.seconds_in_step = time.perf_counter() - started
+            self.events.micro_batch_done(len(batch.slots))
+        return _Work(started, sum(batch.num_tokens for batch in batches), num_target_tokens)
+
+    def _gradients(self, batch: Batch, step: int, num_target_tokens: int) -> Tensor:
+        device = self.engine.device
+        dropout = dropout_of(batch, self.settings, step, device)
+        return self.engine.loss_and_gradients(batch.to(device), dropout, 1 / num_target_tokens)
+
+    def _refuse(
+        self, epoch: int, rows: Sequence[int], update: "Update", num_target_tokens: int
+    ) -> None:
+        """Leaves a step out whose numbers are none, or stops if it is one too many.
+
+        Raises:
+            NonFiniteError: it is; the state is that before the step.
+        """
+        state, step = self.state, self.state.step + 1
+
+        def numbers_of(batch: Batch) -> tuple[Tensor, Tensor]:
+            if self.interrupted():
+                raise StopRequested
+            loss = self._gradients(batch, step, num_target_tokens)
+            norm = gradient_norm(state.adapter.parameters())
+            state.begin_step()
+            return loss, norm
+
+        found = rows_at_fault(self.train_rows, rows, numbers_of)
+        named = tuple(found or rows)
+        bad = BadStep(step, epoch, update.loss, update.grad_norm, named, alone=bool(found))
+        if state.bad_steps + 1 >= self.settings.nonfinite_patience:
+            self.save(state, "end")
+            self.events.step_refused(bad)
+            state.restore_best()
+            raise NonFiniteError(str(bad))
+        state.bad_steps += 1
+        state.step = step
+        self.events.step_refused(bad)
+
+    def _validate(self, epoch: int) -> Evaluation | None:
+        state, rows = self.state, self.validation_rows
+
         def progress(done: int, sequences: int) -> None:
-            events.evaluating(done, sequences)
-            if interrupted():
+            self.events.evaluating(done, sequences)
+            if self.interrupted():
                 raise StopRequested
 
-        if not validation_rows:
+        if not rows:
             return None
-        size = settings.micro_batch
-        evaluation = evaluate(engine, validation_rows, size, state.step, epoch, progress)
+        evaluation = self.attempts(
+            lambda: evaluate(
+                self.engine, rows, self.attempts.cut.micro_batch, state.step, epoch, progress
+            )
+        )
         if not math.isfinite(evaluation.validation_loss):
-            restore(adapter, state.best or start)
+            restore(state.adapter, state.best or self.start)
             raise NonFiniteError(
                 f"step {state.step}: the validation loss is {evaluation.validation_loss}"
             )
         return evaluation
 
-    try:
-        # The base model, before the first step
-        if state.epochs_done < 0:
-            evaluation = validate(epoch=0)
-            events.epoch_done(0, evaluation, is_best=False)
-            state.first_validation_loss = evaluation.validation_loss if evaluation else None
-            state.epochs_done = 0
-            checkpoint_seconds += save(state, "epoch")
 
-        while state.epochs_done < settings.epochs and not _out_of_patience(state, settings):
-            epoch = state.epochs_done + 1
-            for micro_batches in epoch_steps(
-                train_rows,
-                settings.micro_batch,
-                settings.gradient_accumulation_steps,
-                seed=settings.seed,
-                epoch=epoch,
-                first_step=state.step_in_epoch,
-                first_rows=state.rows_in_step,
-            ):
-                step = state.step + 1
-                started = time.perf_counter() - state.seconds_in_step
+class _Work(NamedTuple):
+    """What lies behind the gradients of a step."""
 
-                # Gradients of the step, accumulated over its micro-batches
-                num_target_tokens = sum(batch.num_target_tokens for batch in micro_batches)
-                for batch in micro_batches:
-                    if batch.slots[0] < state.rows_in_step:
-                        continue  # Done before the checkpoint.
-                    if interrupted():
-                        raise StopRequested
-                    state.step_loss += engine.loss_and_gradients(
-                        batch.to(engine.device),
-                        dropout_of(batch, settings, step, engine.device),
-                        1 / num_target_tokens,
-                    )
-                    state.rows_in_step = batch.slots[-1] + 1
-                    state.seconds_in_step = time.perf_counter() - started
-                    events.micro_batch_done(len(batch.slots))
-
-                update = apply_update(state, settings, total_steps)
-                tokens = sum(batch.num_tokens for batch in micro_batches)
-                events.step_done(
-                    StepMetrics(
-                        step=step,
-                        epoch=epoch,
-                        loss=update.loss,
-                        learning_rate=update.learning_rate,
-                        grad_norm=update.grad_norm,
-                        tokens=tokens,
-                        tokens_per_second=tokens / (time.perf_counter() - started),
-                        memory_gib=memory_in_use(engine.device),
-                        checkpoint_seconds=round(checkpoint_seconds, 4),
-                    )
-                )
-                checkpoint_seconds = save(state, "step")
-
-            # Validation, and the best adapter so far
-            evaluation = validate(epoch)
-            loss = evaluation.validation_loss if evaluation else None
-            before = state.best_validation_loss
-            is_best = loss is None or before is None or loss < before
-            events.epoch_done(epoch, evaluation, is_best=is_best)
-            state.end_epoch(loss, is_best=is_best)
-            checkpoint_seconds += save(state, "best" if is_best and evaluation else "epoch")
-    except StopRequested:
-        save(state, "end")
-        return _outcome(state, "interrupted", interrupted=True)
-    save(state, "end")
-    if _out_of_patience(state, settings):
-        patience = settings.early_stopping_patience
-        return _outcome(state, f"stopped early: no better validation loss in {patience} epochs")
-    return _outcome(state, "all epochs done")
+    started: float  # on time.perf_counter; earlier by what was done before a checkpoint
+    num_tokens: int
+    num_target_tokens: int
 
 
 def start_state(
@@ -222,32 +334,24 @@ def start_state(
 
 
 class Update(NamedTuple):
-    """What an optimizer step did."""
+    """An optimizer step, and whether it was made."""
 
     loss: float
     learning_rate: float
     grad_norm: float  # before clipping
 
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
 
 def apply_update(state: TrainingState, settings: Settings, total_steps: int) -> Update:
-    """The optimizer step that follows from the gradients that are accumulated.
+    """Makes the optimizer step that follows from the gradients that are accumulated.
 
-    Raises:
-        NonFiniteError: loss or gradient is not finite; the adapter is put back to its best.
+    Where loss or gradient is not finite, the adapter stays as it is and the gradients are dropped.
     """
     step, parameters = state.step + 1, state.adapter.parameters()
-
-    # Refuse bad numbers before they reach the adapter
     norm = gradient_norm(parameters)
-    loss_value, norm_value = state.step_loss.item(), norm.item()
-    if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-        state.begin_step()
-        state.restore_best()
-        raise NonFiniteError(
-            f"step {step}: the loss is {loss_value} and the gradient norm {norm_value};"
-            " the update was not applied"
-        )
-
     learning_rate = learning_rate_at(
         step,
         total_steps=total_steps,
@@ -255,13 +359,15 @@ def apply_update(state: TrainingState, settings: Settings, total_steps: int) -> 
         peak=settings.learning_rate,
         schedule=settings.lr_scheduler,
     )
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate
-    clip_gradients(parameters, norm, settings.max_grad_norm)
-    state.optimizer.step()
-    state.step = step
+    update = Update(state.step_loss.item(), learning_rate, norm.item())
+    if update.is_finite:
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate
+        clip_gradients(parameters, norm, settings.max_grad_norm)
+        state.optimizer.step()
+        state.step, state.bad_steps = step, 0
     state.begin_step()
-    return Update(loss_value, learning_rate, norm_value)
+    return update
 
 
 def dropout_of(

@@ -12,10 +12,20 @@ EPSILON = 1e-8
 
 
 def build_adamw(parameters: Sequence[nn.Parameter], weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over fp32 adapter matrices; the learning rate is set at each step."""
-    return torch.optim.AdamW(
+    """AdamW over fp32 adapter matrices; the learning rate is set at each step.
+
+    Its moments are there from the beginning, so that memory cannot run out in the midst of a step.
+    """
+    optimizer = torch.optim.AdamW(
         parameters, lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=weight_decay, fused=True
     )
+    for parameter in parameters:
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
 
 
 def learning_rate_at(

@@ -7,7 +7,7 @@ or machine is named, since it may change the last bits.
 
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from phitune.data.prepare import PreparedData
 from phitune.data.sources import hub_id
 from phitune.data.tokenizer import TextTokenizer
 from phitune.model.files import SHIPPED_MODELS
+from phitune.training.cut import Narrowing
 
 _PLACES = ("dataset_path", "validation_path")
 
@@ -30,7 +31,7 @@ class Provenance:
     fingerprints: dict[str, str]  # what must not change
     surroundings: dict[str, str]  # what is named when it changes
     threads: int  # of torch; sums are split among them
-    changes: list[dict[str, Any]] = field(default_factory=list)  # by --resume_with
+    changes: list[dict[str, Any]] = field(default_factory=list)  # of settings, and why
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -38,6 +39,18 @@ class Provenance:
             "effective": _resolved_as_json(self.effective),
             "asked": _resolved_as_json(self.asked),
         }
+
+    def narrowed(self, narrowing: Narrowing, effective: Resolved) -> "Provenance":
+        """After memory ran out: with the settings that it goes on with."""
+        then = self.effective.settings.model_dump(mode="json")
+        now = effective.settings.model_dump(mode="json")
+        changes = [
+            each.as_change(narrowing.after_step, f"out of memory: {narrowing.why}")
+            for each in differences(then, now)
+        ]
+        return replace(
+            self, effective=with_absolute_paths(effective), changes=[*self.changes, *changes]
+        )
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Provenance":
@@ -62,6 +75,16 @@ class Difference:
     name: str
     then: Any
     now: Any
+
+    def as_change(self, after_step: int, why: str) -> dict[str, Any]:
+        """As it stands in a checkpoint and in summary.json."""
+        return {
+            "after_step": after_step,
+            "name": self.name,
+            "then": self.then,
+            "now": self.now,
+            "why": why,
+        }
 
     def __str__(self) -> str:
         return f"{self.name}: then {_shown(self.then)}, now {_shown(self.now)}"

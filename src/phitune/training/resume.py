@@ -89,8 +89,11 @@ class Resumption:
         then = self.saved.effective.settings.model_dump(mode="json")
         today = now.effective.settings.model_dump(mode="json")
         step = self.state["progress"]["step"]
+        origins = now.effective.origins
         changes = [
-            {"after_step": step, "name": each.name, "then": each.then, "now": each.now}
+            each.as_change(
+                step, "--resume_with" if origins[each.name] == "resume_with" else "memory"
+            )
             for each in differences(then, today)
             if each.name in CHANGEABLE
         ]

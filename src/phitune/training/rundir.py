@@ -150,6 +150,10 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         return self.path / CHECKPOINTS
 
+    @property
+    def metrics(self) -> Path:
+        return self.path / METRICS
+
     def write_config(self, text: str) -> None:
         replace_file(self.path / CONFIG, text)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 from phitune.config import Settings
+from phitune.training.attempts import why_not_written
 from phitune.training.checkpoint import remove_older, write_checkpoint
 from phitune.training.loop import Moment
 from phitune.training.provenance import Provenance
@@ -68,9 +69,9 @@ class Saver:
         """
         self.seconds = 0.0  # of all checkpoints
         self.problem: str | None = None  # why the last one could not be written
+        self.provenance = provenance  # Replaced where the run is cut in another way.
         self._run = run
         self._settings = settings
-        self._provenance = provenance
         self._say = say
         self._schedule = Schedule(settings.save_every)
         self._seconds_before = seconds_before
@@ -95,9 +96,9 @@ class Saver:
             return 0.0
         try:
             write_checkpoint(self._run.checkpoints, state.name, self._files(state))
-        except OSError as error:
+        except (OSError, MemoryError, RuntimeError) as error:
             self._tried_at = started
-            self.problem = f"{self._run.checkpoints / state.name}: {error.strerror or error}"
+            self.problem = f"{self._run.checkpoints / state.name}: {why_not_written(error)}"
             self._say(
                 f"warning: the checkpoint cannot be written: {self.problem}; training goes on, the"
                 " one before is kept, and it is tried again"
@@ -123,6 +124,6 @@ class Saver:
             "schedule": {"step": state.step, "total_steps": total_steps},
             "seconds": self.training_seconds,
             "logs": self._run.lengths(),
-            "provenance": self._provenance.as_json(),
+            "provenance": self.provenance.as_json(),
         }
         yield STATE, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode()

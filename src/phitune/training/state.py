@@ -38,6 +38,8 @@ class TrainingState:
     epochs_done: int = -1  # their validation included; -1 before that of the base model
     rows_in_step: int = 0  # of the step at hand, whose gradients are accumulated
     seconds_in_step: float = 0.0
+    bad_steps: int = 0  # in a row, up to now, whose numbers were not finite
+    recent_losses: list[float] = field(default_factory=list)
 
     first_validation_loss: float | None = None
     best_validation_loss: float | None = None
@@ -143,6 +145,8 @@ _NUMBERS = (
     "epochs_done",
     "rows_in_step",
     "seconds_in_step",
+    "bad_steps",
+    "recent_losses",
     "first_validation_loss",
     "best_validation_loss",
     "best_step",

@@ -289,13 +289,18 @@ def model_line(decoder: Decoder, adapter: Adapter, settings: Settings, seconds: 
     )
 
 
-def memory_line(plan: MemoryPlan, budget: int) -> str:
-    """What the run will take at its peak, of what there is, and what is recomputed for it."""
+def memory_line(plan: MemoryPlan, budget: int, source: str) -> str:
+    """What the run will take at its peak, of what there is, and what is recomputed for it.
+
+    Args:
+        source: where the budget comes from.
+    """
     layers, of = plan.recompute_layers, plan.num_layers
     recomputed = f"{layers} of {of} layers are recomputed" if layers else "nothing is recomputed"
     return (
         f"memory: {plan.bytes / GIB:.1f} GiB at the peak, of {budget / GIB:.1f} GiB to plan with;"
         f" {recomputed}"
+        + (f"; that may not fit, of what is {source}" if plan.bytes > budget else "")
     )
 
 

@@ -186,7 +186,7 @@ def phitune(line: str) -> int:
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, micro_batch: int, number: int, times: int = 1) -> None:
-    """Sends this process a signal in the middle of its n-th micro-batch, the rehearsal not counted."""
+    """Sends this process a signal in the middle of its n-th micro-batch after the rehearsal."""
     real, count = FusedEngine.loss_and_gradients, -1
 
     def wrapped(self: FusedEngine, *args: Any) -> torch.Tensor:

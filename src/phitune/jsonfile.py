@@ -7,6 +7,7 @@ folders are made of links into the hub's own store, and those are followed.
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,7 +62,9 @@ def read_text(path: Path, if_missing: str, max_bytes: int = MAX_BYTES) -> str:
         raise ModelError(f"{path}: missing; {if_missing}")
     try:
         with path.open("rb") as file:
-            content = file.read(max_bytes + 1)
+            # Python sets aside at once as much as it is asked to read.
+            size = min(os.fstat(file.fileno()).st_size, max_bytes)
+            content = file.read(size + 1)
         if len(content) > max_bytes:
             raise ModelError(
                 f"{path}: has {path.stat().st_size:,} bytes, more than the {max_bytes:,} that such"

@@ -21,7 +21,7 @@ from phitune.errors import CheckpointError, NonFiniteError
 from phitune.evaluation.short import evaluate_at_end
 from phitune.export.card import write_adapter_card
 from phitune.model.decoder import Decoder
-from phitune.model.device import compile_seconds
+from phitune.model.device import compile_seconds, give_back_memory
 from phitune.model.engine import Engine
 from phitune.model.lora import Adapter, compare_with_memory
 from phitune.recorder import Recorder, Sampler
@@ -110,6 +110,7 @@ class TrainingRun:
                 outcome = self._loop(run, state, recorder, saver, stop)
             finally:
                 recorder.close()
+            give_back_memory(parts.engine.device)  # What comes now needs other pieces of it.
             self._write_what_waits(run, recorder)
         compare_with_memory(parts.adapter, run.adapter)
         if compiling := compile_seconds():

@@ -104,10 +104,19 @@ def keep_freed_memory() -> None:
     By default each comes from the system anew, page by page and filled with zeros, at every
     micro-batch. `release_freed_memory` gives them back, at the end of a step.
     """
+    _keep_freed_memory(from_bytes=2**30, at_most=2**31 - 1)
+
+
+def _keep_freed_memory(from_bytes: int, at_most: int) -> None:
+    """
+    Args:
+        from_bytes: a buffer of this size comes from the system, and goes back to it at once.
+        at_most: so much that was freed is kept.
+    """
     if _has_glibc():
         library = ctypes.CDLL(None)
-        library.mallopt(_M_MMAP_THRESHOLD, 2**30)
-        library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        library.mallopt(_M_MMAP_THRESHOLD, from_bytes)
+        library.mallopt(_M_TRIM_THRESHOLD, at_most)
 
 
 def release_freed_memory() -> None:
@@ -152,11 +161,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def give_back_memory(device: torch.device) -> None:
-    """Returns what is held but not used to the device, after memory ran out."""
+    """Returns what is held but not used to the device, after memory ran out.
+
+    On a CPU no freed buffer is kept from then on: what is kept lies in pieces, which costs more
+    memory than is in use, and there is none to spare.
+    """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":
         torch.mps.empty_cache()
     else:
+        _keep_freed_memory(from_bytes=2**20, at_most=2**20)
         release_freed_memory()

@@ -65,14 +65,13 @@ class Attempts:
             self._narrow(why, given_up)
 
     def _narrow(self, why: str, given_up: int) -> None:
-        narrower = self.cut.narrower(self._rows_per_step, self._engine.num_layers)
-        if narrower is None:
-            if not self._has_fitted:
-                raise OutOfMemoryError(f"{why} (one row at a time, every layer recomputed)")
-            # It fitted before, so what is missing is in pieces, and may have come together now.
+        if self._has_fitted:
+            # In this cut there was room before: what is free lay in pieces, and that is mended.
             self._has_fitted = False
             return
-        self._has_fitted = False
+        narrower = self.cut.narrower(self._rows_per_step, self._engine.num_layers)
+        if narrower is None:
+            raise OutOfMemoryError(f"{why} (one row at a time, every layer recomputed)")
         self._tell(Narrowing(self._state.step, self.cut, narrower, why, given_up))
         self.cut = narrower
         self._engine.recompute_layers = narrower.recompute_layers

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from phitune.training.memory import GIB, Device
+from phitune.training.memory import GIB, PROGRAM_BYTES, Device
 from phitune.training.room import Room, memory_room
 
 if TYPE_CHECKING:
@@ -40,8 +40,13 @@ def room_on(device: "torch.device") -> Room:
 
 
 def budget_of(room: Room, device: "torch.device") -> int:
-    """Bytes that a run may plan with: its share of what is free."""
-    return round(BUDGET_SHARE[_kind(device)] * room.bytes)
+    """Bytes that a run may plan with: its share of what is free.
+
+    A plan has a term for the program, which on a CPU is there already, at least in part.
+    """
+    kind = _kind(device)
+    held = psutil.Process().memory_info().rss if kind == "cpu" else 0
+    return round(BUDGET_SHARE[kind] * (room.bytes + min(held, PROGRAM_BYTES[kind])))
 
 
 def memory_budget(device: "torch.device") -> int:

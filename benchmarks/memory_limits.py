@@ -208,10 +208,11 @@ def without_limit(model: str, engine: str, data: Path, folder: Path) -> Whole:
 
 
 def cases(number: int, seed: int, mechanisms: list[str]) -> list[Case]:
-    """Every combination in turn, each with a limit somewhere else."""
+    """Every combination in turn, in a seeded order, each with a limit somewhere else."""
     draw = random.Random(seed)
     ways = [(mechanism, False) for mechanism in mechanisms] + [(DATA, True)]
     combinations = [(model, engine, *way) for way in ways for engine in ENGINES for model in MODELS]
+    draw.shuffle(combinations)
     return [
         Case(*combinations[index % len(combinations)], draw.uniform(0.1, 0.7))
         for index in range(number)

@@ -23,6 +23,8 @@ from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
 from phitune.model.lora import Adapter, LoraSpec, attach
 from phitune.model.targets import resolve_targets
 from phitune.training import loop
+from phitune.training.bad_numbers import BadNumbers
+from phitune.training.cut import Narrowing
 from phitune.training.loop import Evaluation, Outcome, StepMetrics, evaluate, train
 from phitune.training.optim import learning_rate_at
 
@@ -31,6 +33,8 @@ from phitune.training.optim import learning_rate_at
 class Events(loop.Events):
     steps: list[StepMetrics] = field(default_factory=list)
     evaluations: list[tuple[Evaluation | None, bool]] = field(default_factory=list)
+    refused: list[BadNumbers] = field(default_factory=list)
+    narrowings: list[Narrowing] = field(default_factory=list)
     sequences: int = 0
     evaluated: tuple[int, int] = (0, 0)
 
@@ -39,6 +43,12 @@ class Events(loop.Events):
 
     def step_done(self, metrics: StepMetrics) -> None:
         self.steps.append(metrics)
+
+    def numbers_refused(self, bad: BadNumbers) -> None:
+        self.refused.append(bad)
+
+    def memory_ran_out(self, narrowing: Narrowing) -> None:
+        self.narrowings.append(narrowing)
 
     def evaluating(self, done: int, sequences: int) -> None:
         self.evaluated = done, sequences
@@ -220,8 +230,6 @@ def test_a_validation_loss_that_is_no_number_is_never_the_best(
     phi_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Finite steps, but a validation loss of nan after the second epoch, or the first."""
-    from phitune.training import loop
-
     real = loop.evaluate
     for bad_epoch in (1, 2):
         decoder = open_decoder(phi_folder)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from phitune.data.prepare import SamplePrompt
+from phitune.data.prepare import PreparedData, SamplePrompt
 from phitune.data.prompt import PromptFormat
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import SavedAdapterError, listing
@@ -17,7 +17,7 @@ from phitune.model.decoder import Decoder
 from phitune.model.device import give_back_memory, is_out_of_memory
 from phitune.model.lora import Adapter, compare_with_memory, save_adapter
 from phitune.training.attempts import why_not_written
-from phitune.training.bad_numbers import BadStep, Spike
+from phitune.training.bad_numbers import BadNumbers, Spike
 from phitune.training.cut import Narrowing
 from phitune.training.interrupt import Stop
 from phitune.training.loop import Evaluation, StepMetrics
@@ -93,14 +93,14 @@ class Recorder:
         tokenizer: TextTokenizer,
         prompt_format: PromptFormat,
         model_name: str,
-        place_of: Callable[[int], str],
+        data: PreparedData,
         narrowed: Callable[[Narrowing], None],
         stop: Stop,
         say: Callable[[str], None],
     ) -> None:
         """
         Args:
-            place_of: file and line of a training row.
+            data: whose rows are named where something is wrong with them.
             narrowed: told when memory ran out.
             say: told what cannot be written at the time, and what went wrong.
         """
@@ -116,7 +116,7 @@ class Recorder:
         self._tokenizer = tokenizer
         self._prompt_format = prompt_format
         self._model_name = model_name
-        self._place_of = place_of
+        self._data = data
         self._narrowed = narrowed
 
     def start(self, total_steps: int, total_sequences: int, steps: int, sequences: int) -> None:
@@ -132,30 +132,22 @@ class Recorder:
         with self._stop.showing():
             self._view.step_done(metrics)
 
-    def step_refused(self, bad: BadStep) -> None:
-        rows = [self._place_of(row) for row in bad.rows]
-        which = "by themselves, these rows do it" if bad.alone else "the rows of the step"
-        self._say(f"warning: {bad}\n{which}:\n{listing(rows)}")
+    def numbers_refused(self, bad: BadNumbers) -> None:
+        part = self._data.validation_rows if bad.is_validation else self._data.train_rows
+        rows = [part.place(row) for row in bad.rows]
+        self._say(f"warning: {bad}\n{bad.whose}\n{listing(rows)}")
         numbers = {"loss": str(bad.loss), "grad_norm": str(bad.grad_norm)}
-        self._run.append_metrics(
-            {"step": bad.step, "epoch": bad.epoch, "refused": numbers, "rows": rows}
-        )
+        self._log_incident(bad.step, bad.epoch, "not_finite", numbers, rows)
 
     def loss_leapt(self, spike: Spike) -> None:
-        rows = [self._place_of(row) for row in spike.rows]
+        rows = [self._data.train_rows.place(row) for row in spike.rows]
         self._say(
             f"warning: step {spike.step}: the loss leapt to {spike.loss:.4f}, from about"
             f" {spike.usual:.4f} in the steps before; training goes on. Its rows are in"
             f" {self._run.metrics}"
         )
-        self._run.append_metrics(
-            {
-                "step": spike.step,
-                "epoch": spike.epoch,
-                "leapt": {"loss": spike.loss, "usual": spike.usual},
-                "rows": rows,
-            }
-        )
+        numbers = {"loss": spike.loss, "usual": spike.usual}
+        self._log_incident(spike.step, spike.epoch, "leapt", numbers, rows)
 
     def memory_ran_out(self, narrowing: Narrowing) -> None:
         with self._stop.showing():
@@ -247,6 +239,13 @@ class Recorder:
             self._view.close()
         for tracker in self._trackers:
             tracker.close()
+
+    def _log_incident(
+        self, step: int, epoch: int, what: str, numbers: dict[str, Any], places: list[str]
+    ) -> None:
+        # Without the folder: a run that goes on may have its data in another place.
+        rows = [Path(place).name for place in places]
+        self._run.append_metrics({"step": step, "epoch": epoch, what: numbers, "rows": rows})
 
     def _log(self, metrics: dict[str, Any]) -> None:
         self._run.append_metrics(metrics)

@@ -32,6 +32,7 @@ from phitune.training.loop import Outcome, start_state, train
 from phitune.training.provenance import Provenance, with_absolute_paths
 from phitune.training.rehearsal import rehearse
 from phitune.training.resume import Resumption
+from phitune.training.room import MemoryCeiling
 from phitune.training.rundir import RunDirectory
 from phitune.training.saver import Saver
 from phitune.training.state import TrainingState
@@ -60,6 +61,7 @@ class TrainingRun:
         resolved: Resolved,
         provenance: Provenance,
         resumption: Resumption | None,
+        ceiling: MemoryCeiling,
         console: Console,
         say: Callable[[str], None],
     ) -> None:
@@ -70,6 +72,7 @@ class TrainingRun:
         self.parts, self.resumption = parts, resumption
         self.resolved, self.provenance = resolved, provenance
         self.console, self._say = console, say
+        self._ceiling = ceiling
         self._directory: RunDirectory | None = None
         self._saver: Saver | None = None
 
@@ -159,6 +162,7 @@ class TrainingRun:
             f"warning: out of memory ({narrowing.why}); it goes on from the same step with the same"
             f" effective batch: {narrowing}"
         )
+        self._ceiling.renew()
         self.resolved = self.resolved.choose(**narrowing.now.settings(self.settings.rows_per_step))
         self.provenance = self.provenance.narrowed(narrowing, self.resolved)
         if self._saver:
@@ -195,7 +199,7 @@ class TrainingRun:
             parts.prompt_format,
             # The adapter names its base, and means the same from any folder.
             self.provenance.effective.settings.model_name,
-            parts.data.train_rows.place,
+            parts.data,
             self._narrow,
             stop,
             self._say,
@@ -230,8 +234,8 @@ class TrainingRun:
                 recorder.save_adapter()
             rate = settings.learning_rate / 2
             raise NonFiniteError(
-                f"{error}\nThe last good adapter is in {run.adapter}. Look at these rows, try"
-                " --precision fp32, or go on from before it with a smaller learning rate:"
+                f"{error}\nThe last good adapter is in {run.adapter}. Look at the rows that are"
+                " named, try --precision fp32, or go on from before it with half the rate:"
                 f" {go_on_command(run)} --resume_with learning_rate={rate:g}"
             ) from None
 

@@ -53,7 +53,7 @@ from phitune.training.provenance import (
     with_absolute_paths,
 )
 from phitune.training.resume import Resumption, take_up
-from phitune.training.room import Room, memory_ceiling
+from phitune.training.room import MemoryCeiling, Room
 from phitune.training.rundir import CHECKPOINTS, check_output_dir, default_output_dir
 from phitune.training.tracking import check_tracker
 from phitune.training.view import (
@@ -65,6 +65,9 @@ from phitune.training.view import (
     settings_lines,
     targets_line,
 )
+
+# Of what is planned, so much makes up for the pieces that memory falls into where it is kept.
+_PLENTY = 1.25
 
 
 @dataclass(frozen=True)
@@ -217,7 +220,7 @@ class Phi2LoRATrainer:
             coder = (self.tokenizer, self.prompt_format)
             check_before_training(self.settings, self._dataset_path, *coder, data, self._say)
             room = room_on(self.device)
-            held.enter_context(memory_ceiling(self.device.type))
+            ceiling = held.enter_context(MemoryCeiling(self.device.type))
             plan = self._plan_memory(data, room)
             self._show_settings(data)
             try:
@@ -229,7 +232,7 @@ class Phi2LoRATrainer:
                     self._check_output_dir()
                 parts = Parts(model.decoder, model.adapter, engine, *coder, data)
                 run = TrainingRun(
-                    parts, self.resolved, provenance, resumption, self.console, self._say
+                    parts, self.resolved, provenance, resumption, ceiling, self.console, self._say
                 )
                 return run.train()
             except (RuntimeError, MemoryError, OutOfMemoryError) as error:
@@ -286,7 +289,8 @@ class Phi2LoRATrainer:
         # The plan follows the fused engine's buffers and says nothing of autograd's.
         if self.settings.engine == "fused":
             self._say(memory_line(plan, budget_of(room, self.device), room.source))
-        engine = self._build_engine(model.decoder)
+        has_plenty = _PLENTY * plan.bytes <= budget_of(room, self.device)
+        engine = self._build_engine(model.decoder, keep_freed=has_plenty)
         for name, choice in engine.choices.items():
             self._say(f"{name}: {choice}")
         return model, engine
@@ -332,14 +336,18 @@ class Phi2LoRATrainer:
             )
         return plan
 
-    def _build_engine(self, decoder: Decoder) -> Engine:
+    def _build_engine(self, decoder: Decoder, *, keep_freed: bool) -> Engine:
         settings = self.settings
         layers = settings.recompute_layers
         count = self.model_config.num_hidden_layers if layers == "all" else layers or 0
         if settings.engine == "reference":
             return ReferenceEngine(decoder, count, torch_compile=settings.torch_compile)
         return FusedEngine(
-            decoder, settings.lora_dropout, count, torch_compile=settings.torch_compile
+            decoder,
+            settings.lora_dropout,
+            count,
+            torch_compile=settings.torch_compile,
+            keep_freed=keep_freed,
         )
 
     def _say(self, text: str) -> None:

@@ -107,6 +107,11 @@ def keep_freed_memory() -> None:
     _keep_freed_memory(from_bytes=2**30, at_most=2**31 - 1)
 
 
+def stop_keeping_freed_memory() -> None:
+    """The opposite: every buffer of a MiB or more goes back to the system at once."""
+    _keep_freed_memory(from_bytes=2**20, at_most=2**20)
+
+
 def _keep_freed_memory(from_bytes: int, at_most: int) -> None:
     """
     Args:
@@ -172,5 +177,5 @@ def give_back_memory(device: torch.device) -> None:
     elif device.type == "mps":
         torch.mps.empty_cache()
     else:
-        _keep_freed_memory(from_bytes=2**20, at_most=2**20)
+        stop_keeping_freed_memory()
         release_freed_memory()

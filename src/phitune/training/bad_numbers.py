@@ -1,4 +1,4 @@
-"""Steps whose numbers are no numbers, the rows that are at fault, and losses that leap."""
+"""Numbers that are not finite, the rows that are at fault, and losses that leap."""
 
 import math
 import statistics
@@ -7,33 +7,53 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from phitune.data.packing import Batch, micro_batches
+from phitune.data.packing import Batch, pack
 from phitune.data.tokenizer import TokenizedExample
 
 # A loss is held against those of so many steps before it, once there are half as many.
 RECENT = 20
-# It leapt where it is so many spreads above the median, and so many times as high. The spread is
-# the median distance from the median, scaled to be a standard deviation where noise is normal.
-_SPREADS, _TIMES = 6.0, 1.5
+# It leapt where it is so many spreads above the median, so many times as high, and higher by so
+# much. The spread is the median distance from the median, scaled to be a standard deviation where
+# noise is normal.
+_SPREADS, _TIMES, _NATS = 6.0, 1.5, 0.1
 _NORMAL = 1.4826
 
 
 @dataclass(frozen=True)
-class BadStep:
-    """An optimizer step whose loss or gradient is not finite, and which was not applied."""
+class BadNumbers:
+    """A step, or a validation, whose numbers are not finite. A step is not applied then."""
 
     step: int
     epoch: int
     loss: float
-    grad_norm: float
-    rows: tuple[int, ...]  # numbers among the training rows
-    alone: bool  # each of them is enough; else they are all that the step had
+    grad_norm: float | None  # None of a validation
+    rows: tuple[int, ...]  # numbers among the training or the validation rows
+    alone: bool  # each of them is enough; else they are all there were
+    of: int  # rows there were
+
+    @property
+    def is_validation(self) -> bool:
+        return self.grad_norm is None
 
     def __str__(self) -> str:
+        if self.is_validation:
+            return f"step {self.step}: the validation loss is {self.loss}"
         return (
             f"step {self.step}: the loss is {self.loss} and the gradient norm {self.grad_norm};"
             " the update was not applied"
         )
+
+    @property
+    def whose(self) -> str:
+        """Which rows they are, for the head of a list of them."""
+        if not self.alone:
+            return f"None of its {self.of} rows does that by itself:"
+        if len(self.rows) == self.of > 1:
+            return (
+                f"Each of its {self.of} rows does that, so look at the model or the learning rate"
+                " rather than at the rows:"
+            )
+        return f"Of its {self.of} rows, these do that by themselves:"
 
 
 @dataclass(frozen=True)
@@ -50,20 +70,20 @@ class Spike:
 def rows_at_fault(
     rows: Sequence[TokenizedExample],
     step: Sequence[int],
-    numbers_of: Callable[[Batch], tuple[Tensor, Tensor]],
+    numbers_of: Callable[[Batch], Sequence[Tensor]],
 ) -> list[int]:
-    """Those of a step's rows that yield a loss or gradient that is not finite, each by itself.
+    """Those of some rows that yield a number that is not finite, each by itself.
 
     Args:
-        step: the step's rows by number.
-        numbers_of: loss and gradient norm of a batch, with the dropout of its place in the step.
+        step: the rows by number, in the order of their places in the step.
+        numbers_of: what is to be finite of a batch; it has the dropout of its place in the step.
     """
-    batches = micro_batches(rows, step, batch_size=1)
-    return [
-        index
-        for index, batch in zip(step, batches, strict=True)
-        if not all(math.isfinite(number.item()) for number in numbers_of(batch))
-    ]
+    found = []
+    for slot, index in enumerate(step):
+        numbers = numbers_of(pack([rows[index]], first_slot=slot))
+        if not all(math.isfinite(number.item()) for number in numbers):
+            found.append(index)
+    return found
 
 
 def usual_loss(recent: Sequence[float], loss: float) -> float | None:
@@ -72,5 +92,5 @@ def usual_loss(recent: Sequence[float], loss: float) -> float | None:
         return None
     median = statistics.median(recent)
     spread = _NORMAL * statistics.median(abs(each - median) for each in recent)
-    leapt = loss > median + _SPREADS * spread and loss > _TIMES * median
-    return median if leapt else None
+    least = max(median + _SPREADS * spread, median * _TIMES, median + _NATS)
+    return median if loss > least else None

@@ -33,6 +33,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     Raises:
         ResumeError: another run holds it.
     """
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     descriptor = _acquire(path)
@@ -47,6 +48,9 @@ def run_lock(folder: Path) -> Iterator[None]:
         with suppress(OSError):
             path.unlink()
         os.close(descriptor)
+        if made:
+            with suppress(OSError):  # Where the run came to nothing, nothing is left of it.
+                folder.rmdir()
 
 
 def refuse_if_held(folder: Path) -> None:

@@ -22,7 +22,7 @@ from phitune.model import ops
 from phitune.model.engine import Engine
 from phitune.model.lora import Adapter
 from phitune.training.attempts import Attempts
-from phitune.training.bad_numbers import RECENT, BadStep, Spike, rows_at_fault, usual_loss
+from phitune.training.bad_numbers import RECENT, BadNumbers, Spike, rows_at_fault, usual_loss
 from phitune.training.budget import memory_in_use
 from phitune.training.cut import Narrowing
 from phitune.training.interrupt import StopRequested
@@ -84,8 +84,8 @@ class Events(Protocol):
 
     def step_done(self, metrics: StepMetrics) -> None: ...
 
-    def step_refused(self, bad: BadStep) -> None:
-        """Instead of `step_done`: the numbers were no numbers, and the adapter is as before."""
+    def numbers_refused(self, bad: BadNumbers) -> None:
+        """Instead of `step_done` or `epoch_done`: the numbers are not finite."""
         ...
 
     def loss_leapt(self, spike: Spike) -> None:
@@ -279,16 +279,23 @@ class _Loop:
             return loss, norm
 
         found = rows_at_fault(self.train_rows, rows, numbers_of)
-        named = tuple(found or rows)
-        bad = BadStep(step, epoch, update.loss, update.grad_norm, named, alone=bool(found))
+        bad = BadNumbers(
+            step,
+            epoch,
+            update.loss,
+            update.grad_norm,
+            tuple(found or rows),
+            alone=bool(found),
+            of=len(rows),
+        )
         if state.bad_steps + 1 >= self.settings.nonfinite_patience:
             self.save(state, "end")
-            self.events.step_refused(bad)
+            self.events.numbers_refused(bad)
             state.restore_best()
             raise NonFiniteError(str(bad))
         state.bad_steps += 1
         state.step = step
-        self.events.step_refused(bad)
+        self.events.numbers_refused(bad)
 
     def _validate(self, epoch: int) -> Evaluation | None:
         state, rows = self.state, self.validation_rows
@@ -306,11 +313,30 @@ class _Loop:
             )
         )
         if not math.isfinite(evaluation.validation_loss):
+            bad = self._bad_validation(evaluation)
+            self.events.numbers_refused(bad)
             restore(state.adapter, state.best or self.start)
-            raise NonFiniteError(
-                f"step {state.step}: the validation loss is {evaluation.validation_loss}"
-            )
+            raise NonFiniteError(str(bad))
         return evaluation
+
+    def _bad_validation(self, evaluation: Evaluation) -> BadNumbers:
+        rows = self.validation_rows
+
+        def numbers_of(batch: Batch) -> tuple[Tensor]:
+            if self.interrupted():
+                raise StopRequested
+            return (self.engine.loss_sum(batch.to(self.engine.device)),)
+
+        found = rows_at_fault(rows, range(len(rows)), numbers_of)
+        return BadNumbers(
+            evaluation.step,
+            evaluation.epoch,
+            evaluation.validation_loss,
+            None,
+            tuple(found or range(len(rows))),
+            alone=bool(found),
+            of=len(rows),
+        )
 
 
 class _Work(NamedTuple):

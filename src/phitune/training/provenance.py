@@ -42,15 +42,14 @@ class Provenance:
 
     def narrowed(self, narrowing: Narrowing, effective: Resolved) -> "Provenance":
         """After memory ran out: with the settings that it goes on with."""
+        effective = with_absolute_paths(effective)
         then = self.effective.settings.model_dump(mode="json")
         now = effective.settings.model_dump(mode="json")
         changes = [
             each.as_change(narrowing.after_step, f"out of memory: {narrowing.why}")
             for each in differences(then, now)
         ]
-        return replace(
-            self, effective=with_absolute_paths(effective), changes=[*self.changes, *changes]
-        )
+        return replace(self, effective=effective, changes=[*self.changes, *changes])
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Provenance":

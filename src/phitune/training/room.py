@@ -7,8 +7,6 @@ torch here.
 """
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,24 +133,44 @@ def _ulimit_rooms() -> list[Room]:
     return rooms
 
 
-@contextmanager
-def memory_ceiling(device: str) -> Iterator[None]:
-    """While it lasts, allocations fail before the kernel would end the process.
+class MemoryCeiling:
+    """While it is entered, allocations fail before the kernel would end the process."""
 
-    Args:
-        device: its kind. An accelerator's memory has an allocator that fails by itself.
-    """
-    if device != "cpu" or sys.platform != "linux":
-        yield
-        return
-    import resource
+    def __init__(self, device: str) -> None:
+        """
+        Args:
+            device: its kind. An accelerator's memory has an allocator that fails by itself.
+        """
+        self._is_used = device == "cpu" and sys.platform == "linux"
+        self._before = (0, 0)
 
-    # Private memory that can be written: the heap, and what torch and its libraries map.
-    kind = resource.RLIMIT_DATA
-    before = resource.getrlimit(kind)
-    now = psutil.Process().memory_info().data
-    resource.setrlimit(kind, (now + round(CEILING_SHARE * memory_room().bytes), before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(kind, before)
+    def __enter__(self) -> "MemoryCeiling":
+        if self._is_used:
+            import resource
+
+            self._before = resource.getrlimit(resource.RLIMIT_DATA)
+            self.renew()
+        return self
+
+    def renew(self) -> None:
+        """Takes its place above what is held now, by what is free now.
+
+        Pages that were given back to the system go on counting as held, where they lie between
+        others; so the place is another after memory ran out.
+        """
+        if not self._is_used:
+            return
+        import resource
+
+        # Private memory that can be written: the heap, and what torch and its libraries map.
+        kind = resource.RLIMIT_DATA
+        resource.setrlimit(kind, self._before)  # Else it would be taken for the user's.
+        held = psutil.Process().memory_info().data
+        free = round(CEILING_SHARE * memory_room().bytes)
+        resource.setrlimit(kind, (held + free, self._before[1]))
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_used:
+            import resource
+
+            resource.setrlimit(resource.RLIMIT_DATA, self._before)

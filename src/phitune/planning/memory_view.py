@@ -48,7 +48,9 @@ def memory_table(plan: Plan, console: Console) -> RenderableType:
     if plan.preset:
         lines.append(_beside_the_guide(plan, plan.preset))
     if not plan.fits:
-        lines.append(Text("It does not fit. Try:", style="bold red"))
+        lines.append(Text("It does not fit.", style="bold red"))
+        if any(remedy.startswith("--batch_size") for remedy in plan.remedies):
+            lines.append(Text("Training would split the micro-batch. Or try:"))
         lines += [Text(f"  {remedy}") for remedy in plan.remedies]
     return section("Memory at the peak of a step", Group(*lines))
 

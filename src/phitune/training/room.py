@@ -143,20 +143,23 @@ class MemoryCeiling:
         """
         self._is_used = device == "cpu" and sys.platform == "linux"
         self._before = (0, 0)
+        self._untouched = 0  # bytes that are mapped but were never used, such as threads' stacks
 
     def __enter__(self) -> "MemoryCeiling":
         if self._is_used:
             import resource
 
             self._before = resource.getrlimit(resource.RLIMIT_DATA)
+            mapped, used = _held()
+            self._untouched = max(mapped - used, 0)
             self.renew()
         return self
 
     def renew(self) -> None:
-        """Takes its place above what is held now, by what is free now.
+        """Takes its place above what is used now, by what is free now.
 
-        Pages that were given back to the system go on counting as held, where they lie between
-        others; so the place is another after memory ran out.
+        The system counts what is mapped, though, and pages that were used once and given back stay
+        mapped: they may be used again at any time, so they get no room of their own.
         """
         if not self._is_used:
             return
@@ -165,12 +168,18 @@ class MemoryCeiling:
         # Private memory that can be written: the heap, and what torch and its libraries map.
         kind = resource.RLIMIT_DATA
         resource.setrlimit(kind, self._before)  # Else it would be taken for the user's.
-        held = psutil.Process().memory_info().data
+        _, used = _held()
         free = round(CEILING_SHARE * memory_room().bytes)
-        resource.setrlimit(kind, (held + free, self._before[1]))
+        resource.setrlimit(kind, (used + self._untouched + free, self._before[1]))
 
     def __exit__(self, *_: object) -> None:
         if self._is_used:
             import resource
 
             resource.setrlimit(resource.RLIMIT_DATA, self._before)
+
+
+def _held() -> tuple[int, int]:
+    """Bytes of private memory that are mapped, and those among them that are in use."""
+    memory = psutil.Process().memory_info()
+    return memory.data, memory.rss - memory.shared

@@ -10,7 +10,7 @@ PHI_2_CONFIG ?= config.json
 PHI_2_FOLDER ?= phi-2
 
 .PHONY: setup demo test lint check format docs models full-size export-memory export-gguf \
-  benchmarks peers gpu fuzz torture disk-faults clean
+  benchmarks peers gpu fuzz torture disk-faults memory-limits clean
 
 setup: $(INSTALLED)
 
@@ -84,6 +84,10 @@ torture: setup
 # Two hundred runs on disks that fill up or fail; needs the right to mount a tmpfs.
 disk-faults: setup
 	$(BIN)/python benchmarks/disk_faults.py
+
+# Runs under real limits of memory that they exceed; the cgroups among them need root. Five minutes.
+memory-limits: setup
+	$(BIN)/python benchmarks/memory_limits.py
 
 # phitune beside its peers, which it installs into output/peers-env; about an hour on an idle machine.
 peers: setup

@@ -1,10 +1,11 @@
 """Memory that runs out: the step begins again in a finer cut, and nothing else changes."""
 
-import gc
 import json
 import os
 import subprocess
 import sys
+import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import phitune.training.saver
 from phitune.cli import main
 from phitune.config import Settings
 from phitune.errors import OutOfMemoryError
+from phitune.model import device
 from phitune.model.engine import FusedEngine, ReferenceEngine
 from phitune.model.lora import Adapter, LoraSpec, attach
 from phitune.model.targets import resolve_targets
@@ -261,10 +263,12 @@ def test_nothing_holds_what_was_tried(phi_folder: Path, monkeypatch: pytest.Monk
     """The tensors of a failed attempt are gone before the next begins."""
     engine, adapter = prepared(phi_folder)
     real, held = engine.loss_and_gradients, []
+    alive: weakref.WeakSet[Marked] = weakref.WeakSet()
 
     def wrapped(batch: Any, *args: Any) -> torch.Tensor:
-        held.append(sum(isinstance(each, Marked) for each in gc.get_objects()))
+        held.append(len(alive))
         mark = Marked()
+        alive.add(mark)
         if len(batch.slots) > 1:
             raise MemoryError
         del mark
@@ -277,6 +281,34 @@ def test_nothing_holds_what_was_tried(phi_folder: Path, monkeypatch: pytest.Monk
 
 class Marked:
     """Stands for an activation."""
+
+
+def test_a_thread_that_makes_no_products_any_more_is_left(
+    phi_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As oneDNN does it: one failure, and every later product of the same thread fails too."""
+    monkeypatch.setattr(device, "_THIS_THREAD", device._ThisThread())
+    whole, events = Events(), Events()
+    train(*prepared(phi_folder), ROWS, VALIDATION, SETTINGS, whole)
+    engine, adapter = prepared(phi_folder)
+    real, calls, spent = engine.loss_and_gradients, 0, set()
+
+    def wrapped(*args: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            spent.add(threading.get_ident())
+        if threading.get_ident() in spent:
+            raise RuntimeError("could not create a primitive")
+        return real(*args)
+
+    monkeypatch.setattr(engine, "loss_and_gradients", wrapped)
+    train(engine, adapter, ROWS, VALIDATION, SETTINGS, events)
+    assert not events.narrowings
+    assert [step.loss for step in events.steps] == [step.loss for step in whole.steps]
+    with pytest.raises(ZeroDivisionError):
+        device.with_products(lambda: 1 // 0)
+    assert device.with_products(threading.get_ident) != threading.get_ident()
 
 
 # --- the rehearsal --------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import SavedAdapterError, listing
 from phitune.inference.generate import Answer, stream
 from phitune.model.decoder import Decoder
-from phitune.model.device import give_back_memory, is_out_of_memory
+from phitune.model.device import give_back_memory, is_out_of_memory, with_products
 from phitune.model.lora import Adapter, compare_with_memory, save_adapter
 from phitune.training.attempts import why_not_written
 from phitune.training.bad_numbers import BadNumbers, Spike
@@ -184,7 +184,7 @@ class Recorder:
             check: called after each token, and free to raise.
         """
         try:
-            return self._sampler(check)
+            return with_products(lambda: self._sampler(check))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -21,7 +21,7 @@ from phitune.errors import CheckpointError, NonFiniteError
 from phitune.evaluation.short import evaluate_at_end
 from phitune.export.card import write_adapter_card
 from phitune.model.decoder import Decoder
-from phitune.model.device import compile_seconds, give_back_memory
+from phitune.model.device import compile_seconds, give_back_memory, hold_reserve
 from phitune.model.engine import Engine
 from phitune.model.lora import Adapter, compare_with_memory
 from phitune.recorder import Recorder, Sampler
@@ -143,6 +143,7 @@ class TrainingRun:
         def tell(narrowing: Narrowing) -> None:
             self._narrow(replace(narrowing, after_step=step))
 
+        hold_reserve()
         attempts = Attempts(self.parts.engine, state, size, settings.rows_per_step, tell)
         rehearsed = attempts(
             lambda: rehearse(

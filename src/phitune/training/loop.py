@@ -19,6 +19,7 @@ from phitune.data.packing import Batch, batches, epoch_steps, micro_batches, ste
 from phitune.data.tokenizer import TokenizedExample
 from phitune.errors import NonFiniteError, OutOfMemoryError
 from phitune.model import ops
+from phitune.model.device import with_products
 from phitune.model.engine import Engine
 from phitune.model.lora import Adapter
 from phitune.training.attempts import Attempts
@@ -278,7 +279,7 @@ class _Loop:
             state.begin_step()
             return loss, norm
 
-        found = rows_at_fault(self.train_rows, rows, numbers_of)
+        found = with_products(lambda: rows_at_fault(self.train_rows, rows, numbers_of))
         bad = BadNumbers(
             step,
             epoch,
@@ -327,7 +328,7 @@ class _Loop:
                 raise StopRequested
             return (self.engine.loss_sum(batch.to(self.engine.device)),)
 
-        found = rows_at_fault(rows, range(len(rows)), numbers_of)
+        found = with_products(lambda: rows_at_fault(rows, range(len(rows)), numbers_of))
         return BadNumbers(
             evaluation.step,
             evaluation.epoch,

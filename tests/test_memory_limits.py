@@ -20,7 +20,7 @@ import phitune.training.saver
 from phitune.cli import main
 from phitune.config import Settings
 from phitune.errors import OutOfMemoryError
-from phitune.model import device
+from phitune.model import allocation
 from phitune.model.engine import FusedEngine, ReferenceEngine
 from phitune.model.lora import Adapter, LoraSpec, attach
 from phitune.model.targets import resolve_targets
@@ -287,7 +287,7 @@ def test_a_thread_that_makes_no_products_any_more_is_left(
     phi_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As oneDNN does it: one failure, and every later product of the same thread fails too."""
-    monkeypatch.setattr(device, "_THIS_THREAD", device._ThisThread())
+    monkeypatch.setattr(allocation, "_THIS_THREAD", allocation._ThisThread())
     whole, events = Events(), Events()
     train(*prepared(phi_folder), ROWS, VALIDATION, SETTINGS, whole)
     engine, adapter = prepared(phi_folder)
@@ -307,8 +307,8 @@ def test_a_thread_that_makes_no_products_any_more_is_left(
     assert not events.narrowings
     assert [step.loss for step in events.steps] == [step.loss for step in whole.steps]
     with pytest.raises(ZeroDivisionError):
-        device.with_products(lambda: 1 // 0)
-    assert device.with_products(threading.get_ident) != threading.get_ident()
+        allocation.with_products(lambda: 1 // 0)
+    assert allocation.with_products(threading.get_ident) != threading.get_ident()
 
 
 # --- the rehearsal --------------------------------------------------------------------------------

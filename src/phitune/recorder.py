@@ -13,8 +13,8 @@ from phitune.data.prompt import PromptFormat
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import SavedAdapterError, listing
 from phitune.inference.generate import Answer, stream
+from phitune.model.allocation import give_back_memory, is_out_of_memory, with_products
 from phitune.model.decoder import Decoder
-from phitune.model.device import give_back_memory, is_out_of_memory, with_products
 from phitune.model.lora import Adapter, compare_with_memory, save_adapter
 from phitune.training.attempts import why_not_written
 from phitune.training.bad_numbers import BadNumbers, Spike
@@ -135,26 +135,30 @@ class Recorder:
     def numbers_refused(self, bad: BadNumbers) -> None:
         part = self._data.validation_rows if bad.is_validation else self._data.train_rows
         rows = [part.place(row) for row in bad.rows]
-        self._say(f"warning: {bad}\n{bad.whose}\n{listing(rows)}")
-        numbers = {"loss": str(bad.loss), "grad_norm": str(bad.grad_norm)}
+        numbers = {"loss": str(bad.loss)}  # JSON has no word for them.
+        if not bad.is_validation:
+            numbers["grad_norm"] = str(bad.grad_norm)
         self._log_incident(bad.step, bad.epoch, "not_finite", numbers, rows)
+        with self._stop.showing():
+            self._say(f"warning: {bad}\n{bad.whose}\n{listing(rows)}")
 
     def loss_leapt(self, spike: Spike) -> None:
         rows = [self._data.train_rows.place(row) for row in spike.rows]
-        self._say(
-            f"warning: step {spike.step}: the loss leapt to {spike.loss:.4f}, from about"
-            f" {spike.usual:.4f} in the steps before; training goes on. Its rows are in"
-            f" {self._run.metrics}"
-        )
         numbers = {"loss": spike.loss, "usual": spike.usual}
         self._log_incident(spike.step, spike.epoch, "leapt", numbers, rows)
+        with self._stop.showing():
+            self._say(
+                f"warning: step {spike.step}: the loss leapt to {spike.loss:.4f}, from about"
+                f" {spike.usual:.4f} in the steps before; training goes on. Its rows are in"
+                f" {self._run.metrics}"
+            )
 
     def memory_ran_out(self, narrowing: Narrowing) -> None:
-        with self._stop.showing():
-            self._view.micro_batch_done(-narrowing.rows_given_up)
-        self._narrowed(narrowing)
         now = {"memory_ran_out": narrowing.why, **asdict(narrowing.now)}
         self._run.append_metrics({"step": narrowing.after_step, **now})
+        with self._stop.showing():
+            self._view.micro_batch_done(-narrowing.rows_given_up)
+            self._narrowed(narrowing)
 
     def evaluating(self, done: int, sequences: int) -> None:
         with self._stop.showing():

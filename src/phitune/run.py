@@ -20,8 +20,9 @@ from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import CheckpointError, NonFiniteError
 from phitune.evaluation.short import evaluate_at_end
 from phitune.export.card import write_adapter_card
+from phitune.model.allocation import give_back_memory, hold_reserve
 from phitune.model.decoder import Decoder
-from phitune.model.device import compile_seconds, give_back_memory, hold_reserve
+from phitune.model.device import compile_seconds
 from phitune.model.engine import Engine
 from phitune.model.lora import Adapter, compare_with_memory
 from phitune.recorder import Recorder, Sampler
@@ -159,10 +160,6 @@ class TrainingRun:
 
     def _narrow(self, narrowing: Narrowing) -> None:
         """Memory ran out: says so, and writes down what the run goes on with."""
-        self._say(
-            f"warning: out of memory ({narrowing.why}); it goes on from the same step with the same"
-            f" effective batch: {narrowing}"
-        )
         self._ceiling.renew()
         self.resolved = self.resolved.choose(**narrowing.now.settings(self.settings.rows_per_step))
         self.provenance = self.provenance.narrowed(narrowing, self.resolved)
@@ -173,6 +170,10 @@ class TrainingRun:
                 self._directory.write_config(to_yaml(with_absolute_paths(self.resolved)))
             except OSError as error:
                 self._say(f"warning: config.yaml cannot be written: {error.strerror or error}")
+        self._say(
+            f"warning: out of memory ({narrowing.why}); it goes on from the same step with the same"
+            f" effective batch: {narrowing}"
+        )
 
     def _open_directory(self) -> RunDirectory:
         assert self.settings.output_dir

@@ -22,15 +22,10 @@ from phitune.data.conversation import Turn
 from phitune.data.prepare import PreparedData, prepare_data
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import OutOfMemoryError
+from phitune.model.allocation import is_out_of_memory
 from phitune.model.architecture import read_model_config
 from phitune.model.decoder import Decoder
-from phitune.model.device import (
-    DTYPES,
-    choose_device,
-    choose_precision,
-    device_name,
-    is_out_of_memory,
-)
+from phitune.model.device import DTYPES, choose_device, choose_precision, device_name
 from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
 from phitune.model.files import EXAMPLE_DATASET, fetch_weights, find_model
 from phitune.model.lora import Adapter, LoraSpec, attach

@@ -29,8 +29,8 @@ from phitune.evaluation.evaluate import (
 from phitune.evaluation.losses import row_losses
 from phitune.evaluation.view import figure
 from phitune.inference.served import ServedAdapter, ServedModel
+from phitune.model.allocation import is_out_of_memory, with_products
 from phitune.model.decoder import Decoder
-from phitune.model.device import is_out_of_memory, with_products
 from phitune.model.files import find_model
 from phitune.model.lora import Adapter, put_on
 from phitune.run_rows import DataRows, digest_of

@@ -33,9 +33,10 @@ from phitune.inference.served import (
     open_model,
 )
 from phitune.jsonfile import read_object
+from phitune.model.allocation import is_out_of_memory
 from phitune.model.architecture import ModelConfig, read_model_config
 from phitune.model.decoder import Decoder
-from phitune.model.device import choose_device, is_out_of_memory, limit_product_caches
+from phitune.model.device import choose_device, limit_product_caches
 from phitune.model.files import fetch_weights, find_model
 from phitune.model.lora import Adapter, read_adapter
 from phitune.training.budget import memory_budget

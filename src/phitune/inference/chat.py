@@ -23,7 +23,7 @@ from phitune.inference.generate import Adapters, Conversation, stream
 from phitune.inference.sampling import GREEDY, Sampling
 from phitune.inference.served import ServedModel
 from phitune.inference.text_stream import TextStream
-from phitune.model.device import is_out_of_memory
+from phitune.model.allocation import is_out_of_memory
 
 # Of the positions, what is left in use where a conversation has to be shortened.
 KEPT_SHARE = 0.75

@@ -20,9 +20,10 @@ from phitune.inference.generate import Adapters, Answer, generate, serve
 from phitune.inference.sampling import GREEDY, Sampling
 from phitune.jsonfile import read_object
 from phitune.model.adapters import AdapterSet
+from phitune.model.allocation import is_out_of_memory
 from phitune.model.architecture import ModelConfig, read_model_config
 from phitune.model.decoder import Decoder
-from phitune.model.device import DTYPES, choose_device, choose_precision, is_out_of_memory
+from phitune.model.device import DTYPES, choose_device, choose_precision
 from phitune.model.files import ASSETS, SHIPPED_MODELS, fetch_weights, find_model
 from phitune.model.lora import CONFIG_FILE, WEIGHTS_FILE, Adapter, detach, load_adapter
 from phitune.model.weights import load_decoder

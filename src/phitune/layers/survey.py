@@ -19,9 +19,9 @@ from phitune.errors import OutOfMemoryError, SettingsError
 from phitune.layers.anatomy import Price, layer_of, price_of, short_name
 from phitune.layers.gradients import MEASURING_RANK, Measurement, measure
 from phitune.layers.proposal import DEFAULT_SHARE, Proposal, propose
+from phitune.model.allocation import is_out_of_memory
 from phitune.model.architecture import ModelConfig
 from phitune.model.decoder import Decoder
-from phitune.model.device import is_out_of_memory
 from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
 from phitune.planning.rows import Row, Rows
 from phitune.trainer import Phi2LoRATrainer

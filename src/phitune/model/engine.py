@@ -17,16 +17,14 @@ import torch
 from torch import Tensor
 
 from phitune.model import ops, sizes
-from phitune.model.attention import choose_attention
-from phitune.model.decoder import Decoder, DecoderLayer
-from phitune.model.device import (
-    compile_layers,
-    compile_refusal,
+from phitune.model.allocation import (
     keep_freed_memory,
-    limit_product_caches,
     release_freed_memory,
     stop_keeping_freed_memory,
 )
+from phitune.model.attention import choose_attention
+from phitune.model.decoder import Decoder, DecoderLayer
+from phitune.model.device import compile_layers, compile_refusal, limit_product_caches
 from phitune.model.filler import Filled, Packed, fill
 from phitune.model.fused import (
     Backend,

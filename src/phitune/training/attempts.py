@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from phitune.errors import OutOfMemoryError
-from phitune.model.device import give_back_memory, is_out_of_memory, with_products
+from phitune.model.allocation import give_back_memory, is_out_of_memory, with_products
 from phitune.model.engine import Engine
 from phitune.training.cut import Cut, Narrowing
 from phitune.training.state import TrainingState

@@ -19,7 +19,7 @@ from phitune.data.packing import Batch, batches, epoch_steps, micro_batches, ste
 from phitune.data.tokenizer import TokenizedExample
 from phitune.errors import NonFiniteError, OutOfMemoryError
 from phitune.model import ops
-from phitune.model.device import with_products
+from phitune.model.allocation import with_products
 from phitune.model.engine import Engine
 from phitune.model.lora import Adapter
 from phitune.training.attempts import Attempts

@@ -57,7 +57,7 @@ def test_below_the_ceiling_allocations_fail_and_above_it_all_is_as_before() -> N
     code = """
 import psutil, resource, torch
 from phitune.training import room
-room.memory_room = lambda: room.Room(2**28, "so much")
+room.killing_room = lambda: room.Room(2**28, "so much")
 before = resource.getrlimit(resource.RLIMIT_DATA)
 with room.MemoryCeiling("cpu") as ceiling:
     torch.empty(2**25)  # 128 MiB
@@ -66,7 +66,7 @@ with room.MemoryCeiling("cpu") as ceiling:
         print("no failure")
     except RuntimeError as error:
         print("can't allocate memory" in str(error))
-    room.memory_room = lambda: room.Room(2**30, "more now")
+    room.killing_room = lambda: room.Room(2**30, "more now")
     ceiling.renew()
     print(torch.empty(2**27).numel() > 0)
 print(resource.getrlimit(resource.RLIMIT_DATA) == before, torch.empty(2**27).numel() > 0)

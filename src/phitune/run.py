@@ -20,7 +20,7 @@ from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import CheckpointError, NonFiniteError
 from phitune.evaluation.short import evaluate_at_end
 from phitune.export.card import write_adapter_card
-from phitune.model.allocation import give_back_memory, hold_reserve
+from phitune.model.allocation import give_back_memory, hold_reserve, release_freed_memory
 from phitune.model.decoder import Decoder
 from phitune.model.device import compile_seconds
 from phitune.model.engine import Engine
@@ -156,6 +156,7 @@ class TrainingRun:
                 attempts.cut.micro_batch,
             )
         )
+        release_freed_memory()  # Threads and small things come next.
         self._say(str(rehearsed))
 
     def _narrow(self, narrowing: Narrowing) -> None:

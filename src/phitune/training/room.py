@@ -41,9 +41,14 @@ class _CgroupFiles:
 
 def memory_room() -> Room:
     """The tightest of what the machine, its containers and the shell leave to this process."""
+    return min([killing_room(), *_ulimit_rooms()], key=lambda room: room.bytes)
+
+
+def killing_room() -> Room:
+    """What may be taken before the kernel ends the process."""
     ram = psutil.virtual_memory()
     free = Room(ram.available, f"free now, of this machine's {ram.total / GIB:.1f} GiB")
-    return min([free, *cgroup_rooms(), *_ulimit_rooms()], key=lambda room: room.bytes)
+    return min([free, *cgroup_rooms()], key=lambda room: room.bytes)
 
 
 def cgroup_rooms(membership: Path = _PROC, root: Path = _CGROUPS) -> list[Room]:
@@ -165,12 +170,13 @@ class MemoryCeiling:
             return
         import resource
 
-        # Private memory that can be written: the heap, and what torch and its libraries map.
-        kind = resource.RLIMIT_DATA
-        resource.setrlimit(kind, self._before)  # Else it would be taken for the user's.
         _, used = _held()
-        free = round(CEILING_SHARE * memory_room().bytes)
-        resource.setrlimit(kind, (used + self._untouched + free, self._before[1]))
+        ceiling = used + self._untouched + round(CEILING_SHARE * killing_room().bytes)
+        soft, hard = self._before
+        if soft != resource.RLIM_INFINITY:
+            ceiling = min(ceiling, soft)
+        # Private memory that can be written: the heap, and what torch and its libraries map.
+        resource.setrlimit(resource.RLIMIT_DATA, (ceiling, hard))
 
     def __exit__(self, *_: object) -> None:
         if self._is_used:

@@ -345,7 +345,8 @@ def _numbers(rng: Random, folder: Folder, base: Path) -> None:
             kinds = (torch.float16, torch.float64, torch.int32, torch.bool, torch.complex64)
             tensors[key] = tensors[key].to(rng.choice(kinds))
         elif tensors[key].is_floating_point():
-            tensors[key].fill_(rng.choice((float("nan"), float("inf"), 1e38, 0.0)))
+            largest = min(1e38, torch.finfo(tensors[key].dtype).max)  # An earlier damage made some halves.
+    tensors[key].fill_(rng.choice((float("nan"), float("inf"), largest, 0.0)))
     folder[name] = save(tensors)
 
 

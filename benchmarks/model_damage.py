@@ -345,8 +345,9 @@ def _numbers(rng: Random, folder: Folder, base: Path) -> None:
             kinds = (torch.float16, torch.float64, torch.int32, torch.bool, torch.complex64)
             tensors[key] = tensors[key].to(rng.choice(kinds))
         elif tensors[key].is_floating_point():
-            largest = min(1e38, torch.finfo(tensors[key].dtype).max)  # An earlier damage made some halves.
-    tensors[key].fill_(rng.choice((float("nan"), float("inf"), largest, 0.0)))
+            # Halves, which an earlier damage may have made, do not reach as far.
+            largest = min(1e38, torch.finfo(tensors[key].dtype).max)
+            tensors[key].fill_(rng.choice((float("nan"), float("inf"), largest, 0.0)))
     folder[name] = save(tensors)
 
 

@@ -131,7 +131,8 @@ def train(
     Raises:
         NonFiniteError: loss or gradient were not finite `nonfinite_patience` times in a row, and
             the updates were not applied; or the validation loss is not. The adapter is put back to
-            its best, or for want of one stays as it was before; after a validation, at its start.
+            its best; where there is none yet, a refused step leaves it as it was, and a refused
+            validation puts it back to its start.
         OutOfMemoryError: the finest cut does not fit either. The state is saved.
     """
     state = state or start_state(engine, adapter, len(train_rows), settings)

@@ -28,7 +28,8 @@ from phitune.training.checkpoint import (
     remove_older,
     write_checkpoint,
 )
-from phitune.training.loop import Events, start_state, train
+from phitune.training.events import Events
+from phitune.training.loop import start_state, train
 from phitune.training.saver import Schedule
 from phitune.training.state import TrainingState, as_bytes
 

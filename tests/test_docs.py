@@ -26,9 +26,9 @@ from phitune.data.tokenizer import TextTokenizer
 from phitune.model.files import ASSETS
 from phitune.planning.presets import PRESETS
 from phitune.training import rundir
+from phitune.training.events import Evaluation, StepMetrics
 from phitune.training.interrupt import EXIT_CODES
 from phitune.training.lock import LOCK
-from phitune.training.loop import Evaluation, StepMetrics
 from phitune.training.view import Sample
 
 ROOT = Path(__file__).parents[1]

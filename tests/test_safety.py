@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,18 @@ def test_json_that_nobody_writes_is_refused(content: str, said: str, tmp_path: P
     with pytest.raises(ModelError, match=said) as caught:
         read_object(path, "")
     assert str(path) in str(caught.value)
+
+
+def test_a_small_file_takes_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text('{"a": 1}')
+    tracemalloc.start()
+    try:
+        assert read_object(path, "needed", max_bytes=2**30) == {"a": 1}
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**20
 
 
 def test_pairs_of_surrogates_are_letters(tmp_path: Path) -> None:

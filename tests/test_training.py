@@ -25,12 +25,14 @@ from phitune.model.targets import resolve_targets
 from phitune.training import loop
 from phitune.training.bad_numbers import BadNumbers
 from phitune.training.cut import Narrowing
-from phitune.training.loop import Evaluation, Outcome, StepMetrics, evaluate, train
+from phitune.training.events import Evaluation, Outcome, StepMetrics
+from phitune.training.events import Events as LoopEvents
+from phitune.training.loop import evaluate, train
 from phitune.training.optim import learning_rate_at
 
 
 @dataclass
-class Events(loop.Events):
+class Events(LoopEvents):
     steps: list[StepMetrics] = field(default_factory=list)
     evaluations: list[tuple[Evaluation | None, bool]] = field(default_factory=list)
     refused: list[BadNumbers] = field(default_factory=list)

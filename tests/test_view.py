@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from phitune.config import resolve
-from phitune.training.loop import Evaluation, StepMetrics
+from phitune.training.events import Evaluation, StepMetrics
 from phitune.training.view import (
     LiveView,
     PlainView,

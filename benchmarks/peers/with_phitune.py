@@ -14,7 +14,8 @@ from phitune.model.engine import FusedEngine
 from phitune.model.lora import LoraSpec, attach
 from phitune.model.targets import resolve_targets
 from phitune.model.weights import load_decoder
-from phitune.training.loop import Events, StepMetrics, train
+from phitune.training.events import Events, StepMetrics
+from phitune.training.loop import train
 
 
 class Steps(Events):

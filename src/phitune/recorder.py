@@ -19,8 +19,8 @@ from phitune.model.lora import Adapter, compare_with_memory, save_adapter
 from phitune.training.attempts import why_not_written
 from phitune.training.bad_numbers import BadNumbers, Spike
 from phitune.training.cut import Narrowing
+from phitune.training.events import Evaluation, StepMetrics
 from phitune.training.interrupt import Stop
-from phitune.training.loop import Evaluation, StepMetrics
 from phitune.training.rundir import RunDirectory
 from phitune.training.state import copy_of, restore
 from phitune.training.tracking import Tracker
@@ -81,7 +81,7 @@ class Sampler:
 
 
 class Recorder:
-    """The `Events` of a run; see `training.loop`."""
+    """The `Events` of a run; see `training.events`."""
 
     def __init__(
         self,

@@ -28,8 +28,9 @@ from phitune.model.lora import Adapter, compare_with_memory
 from phitune.recorder import Recorder, Sampler
 from phitune.training.attempts import Attempts
 from phitune.training.cut import Narrowing
+from phitune.training.events import Outcome
 from phitune.training.interrupt import Stop, stop_signals
-from phitune.training.loop import Outcome, start_state, train
+from phitune.training.loop import start_state, train
 from phitune.training.provenance import Provenance, with_absolute_paths
 from phitune.training.rehearsal import rehearse
 from phitune.training.resume import Resumption

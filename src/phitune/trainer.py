@@ -37,9 +37,9 @@ from phitune.run import Parts, TrainingRun
 from phitune.training.attempts import first_line
 from phitune.training.budget import budget_of, room_on
 from phitune.training.checkpoint import checkpoints_of
+from phitune.training.events import Outcome
 from phitune.training.fit import check_against_model, settle_memory
 from phitune.training.lock import run_lock
-from phitune.training.loop import Outcome
 from phitune.training.memory import GIB, MemoryPlan
 from phitune.training.provenance import (
     Provenance,

@@ -34,7 +34,7 @@ from phitune.model.decoder import Decoder
 from phitune.model.files import find_model
 from phitune.model.lora import Adapter, put_on
 from phitune.run_rows import DataRows, digest_of
-from phitune.training.loop import Outcome
+from phitune.training.events import Outcome
 from phitune.training.rundir import RunDirectory
 
 ROWS = 20

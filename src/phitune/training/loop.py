@@ -8,8 +8,7 @@ their number, however the step is cut into micro-batches.
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ from phitune.model.lora import Adapter
 from phitune.training.attempts import Attempts
 from phitune.training.bad_numbers import RECENT, BadNumbers, Spike, rows_at_fault, usual_loss
 from phitune.training.budget import memory_in_use
-from phitune.training.cut import Narrowing
+from phitune.training.events import Evaluation, Events, Outcome, Save, StepMetrics
 from phitune.training.interrupt import StopRequested
 from phitune.training.optim import (
     build_adamw,
@@ -34,76 +33,6 @@ from phitune.training.optim import (
     learning_rate_at,
 )
 from phitune.training.state import TrainingState, copy_of, restore
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """One optimizer step, as in metrics.jsonl."""
-
-    step: int  # from 1
-    epoch: int  # from 1
-    loss: float  # mean over the step's trained tokens
-    learning_rate: float
-    grad_norm: float  # before clipping
-    tokens: int  # real tokens, trained or not; there is no padding
-    tokens_per_second: float
-    memory_gib: float
-    checkpoint_seconds: float = 0.0  # spent on checkpoints since the step before
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The validation loss after a step; step 0 is the base model."""
-
-    step: int
-    epoch: int
-    validation_loss: float  # mean over all trained tokens of the validation rows
-
-
-@dataclass
-class Outcome:
-    """What came of a run. Without validation rows the best step is the last."""
-
-    steps: int = 0
-    best_step: int = 0
-    first_validation_loss: float | None = None
-    best_validation_loss: float | None = None
-    ended: str = "all epochs done"
-    interrupted: bool = False
-
-
-# A moment at which a run can be taken up again: after a step, after an epoch (a better one than all
-# before), and at the end, where nothing follows.
-Moment = Literal["step", "epoch", "best", "end"]
-Save = Callable[[TrainingState, Moment], float]
-
-
-class Events(Protocol):
-    """What a run tells while it goes on; who derives from it hears what they care for."""
-
-    def micro_batch_done(self, sequences: int) -> None: ...
-
-    def step_done(self, metrics: StepMetrics) -> None: ...
-
-    def numbers_refused(self, bad: BadNumbers) -> None:
-        """Instead of `step_done` or `epoch_done`: the numbers are not finite."""
-        ...
-
-    def loss_leapt(self, spike: Spike) -> None:
-        """After `step_done`, which it does not undo."""
-        ...
-
-    def memory_ran_out(self, narrowing: Narrowing) -> None:
-        """Before the step or the validation at hand begins again, in a finer cut."""
-        ...
-
-    def evaluating(self, done: int, sequences: int) -> None:
-        """After each batch of an evaluation: validation sequences done, and in all."""
-        ...
-
-    def epoch_done(self, epoch: int, evaluation: Evaluation | None, *, is_best: bool) -> None:
-        """After each epoch, and before the first as epoch 0; `is_best` asks to keep the adapter."""
-        ...
 
 
 def train(

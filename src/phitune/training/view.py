@@ -29,7 +29,7 @@ from phitune.data.prepare import PreparedData
 from phitune.model.architecture import EMBED_TOKENS, LM_HEAD, ModelConfig
 from phitune.model.decoder import Decoder
 from phitune.model.lora import Adapter
-from phitune.training.loop import Evaluation, StepMetrics
+from phitune.training.events import Evaluation, StepMetrics
 from phitune.training.memory import GIB, MemoryPlan
 
 

@@ -409,6 +409,32 @@ def test_memory_that_runs_out_later_is_recorded_and_a_resumed_run_keeps_the_cut(
     assert [each["now"] for each in changes if each["name"] == "batch_size"] == [2, 1]
 
 
+def test_layers_are_recomputed_in_the_end_even_if_that_was_forbidden(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the settings that are left behind can be used again."""
+    real = FusedEngine.loss_and_gradients
+
+    def wrapped(self: FusedEngine, batch: Any, *args: Any) -> torch.Tensor:
+        if len(batch.slots) > 1 or self.recompute_layers < 3:
+            raise RuntimeError(ON_A_CPU)
+        return real(self, batch, *args)
+
+    monkeypatch.setattr(FusedEngine, "loss_and_gradients", wrapped)
+    assert main(f"{LINE} --gradient_checkpointing false".split()) == 0
+    summary = json.loads(Path("run/summary.json").read_text())
+    now = {each["name"]: each["now"] for each in summary["changes"]}
+    assert now == {
+        "batch_size": 1,
+        "gradient_accumulation_steps": 8,
+        "recompute_layers": 3,
+        "gradient_checkpointing": True,
+    }
+    line = f"{LINE.partition(' --epochs')[0]} --config run/config.yaml --output_dir again"
+    assert main(line.split()) == 0
+    assert main(["train", "--resume", "run", "--resume_with", "epochs=3"]) == 0
+
+
 def test_where_nothing_fits_the_settings_that_would_are_named(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

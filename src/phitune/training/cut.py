@@ -29,11 +29,14 @@ class Cut:
 
     def settings(self, rows_per_step: int) -> dict[str, Any]:
         """As the settings that ask for it."""
-        return {
+        settings = {
             "batch_size": self.micro_batch,
             "gradient_accumulation_steps": rows_per_step // self.micro_batch,
             "recompute_layers": self.recompute_layers,
         }
+        if self.recompute_layers:
+            settings["gradient_checkpointing"] = True  # Without it no layer may be recomputed.
+        return settings
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,11 @@ from reference import phi3_config, phi_config, random_model
 
 from phitune import errors
 from phitune.cli import COMMANDS, EXIT_INTERRUPTED, main
-from phitune.config import Settings, resolve
+from phitune.config import Settings
 from phitune.data.tokenizer import TextTokenizer
 from phitune.model.files import ASSETS
 from phitune.planning.presets import PRESETS
+from phitune.resolution import resolve
 from phitune.training import rundir
 from phitune.training.events import Evaluation, StepMetrics
 from phitune.training.interrupt import EXIT_CODES

@@ -11,7 +11,7 @@ import phitune
 from phitune.cli import COMMANDS
 
 SOURCE = Path(phitune.__file__).parent
-FREE_TO_ALL = {"config", "errors", "jsonfile", "visible", "webpage"}
+FREE_TO_ALL = {"config", "errors", "jsonfile", "resolution", "visible", "webpage"}
 MAY_IMPORT = {
     "cli": {"commands", *FREE_TO_ALL},
     "commands": {
@@ -51,7 +51,8 @@ MAY_IMPORT = {
     "inference": {"model", "data", *FREE_TO_ALL},
     "model": FREE_TO_ALL,
     "data": FREE_TO_ALL,
-    "config": {"errors"},
+    "config": set(),
+    "resolution": {"config", "errors"},
     "jsonfile": {"errors"},
     "errors": set(),
     "visible": set(),
@@ -61,6 +62,7 @@ NO_TORCH = (
     "phitune.cli",
     *(f"phitune.commands.{name}" for name in COMMANDS),
     "phitune.config",
+    "phitune.resolution",
     "phitune.data.conversation",
     "phitune.data.dataset",
     "phitune.data.files",

@@ -17,7 +17,6 @@ from rows import loss_sum_of, open_decoder, random_rows
 
 from phitune.cli import main
 from phitune.commands.layers import train_command
-from phitune.config import resolve
 from phitune.data.packing import Batch, batches
 from phitune.layers.anatomy import (
     Price,
@@ -39,6 +38,7 @@ from phitune.model.engine import FusedEngine
 from phitune.model.files import ASSETS
 from phitune.model.lora import LoraSpec, attach, save_adapter
 from phitune.model.targets import resolve_layers, resolve_targets
+from phitune.resolution import resolve
 
 TOOL = Path(__file__).parents[1] / "tools" / "build_layer_guides.py"
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from phitune.cli import main
-from phitune.config import Settings, resolve
+from phitune.config import Settings
 from phitune.data.prepare import prepare_data
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import ModelError, SettingsError
@@ -27,6 +27,7 @@ from phitune.planning.cost import token_cost
 from phitune.planning.plan import make_plan
 from phitune.planning.presets import PRESETS
 from phitune.planning.rows import assumed_rows
+from phitune.resolution import resolve
 from phitune.training.budget import BUDGET_SHARE
 from phitune.training.fit import fewest_recomputed, largest_batch
 from phitune.training.memory import GIB, Base, Device, MemoryPlan

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from phitune.cli import main
-from phitune.config import Settings, resolve
+from phitune.config import Settings
 from phitune.data.prepare import PreparedData, prepare_data
 from phitune.data.prompt import PromptFormat
 from phitune.data.tokenizer import TextTokenizer
@@ -27,6 +27,7 @@ from phitune.report.short import check_before_training
 from phitune.report.statistics import histogram_of, lengths_of, token_statistics
 from phitune.report.table import RowTable
 from phitune.report.view import sample_text, show
+from phitune.resolution import resolve
 from phitune.visible import visible
 
 HOSTILE = (

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from phitune.config import resolve
+from phitune.resolution import resolve
 from phitune.training.events import Evaluation, StepMetrics
 from phitune.training.view import (
     LiveView,

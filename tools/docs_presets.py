@@ -12,10 +12,11 @@ from typing import Any
 
 import yaml
 
-from phitune.config import Settings, resolve
+from phitune.config import Settings
 from phitune.planning.amounts import GB
 from phitune.planning.plan import Plan, make_plan
 from phitune.planning.presets import PRESETS, Preset, preset_settings
+from phitune.resolution import resolve
 
 MODELS = {"Phi-2": "microsoft/phi-2", "Phi-3.5-mini": "microsoft/Phi-3.5-mini-instruct"}
 # At their defaults, and written down all the same: a configuration should say what it trains with.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from phitune.config import Settings, resolve
+from phitune.config import Settings
 from phitune.data.conversation import Example
 from phitune.data.prepare import prepare_data
 from phitune.data.prompt import PromptFormat
@@ -20,6 +20,7 @@ from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import DataError, SettingsError
 from phitune.jsonfile import read_object
 from phitune.model.files import EXAMPLE_DATASET
+from phitune.resolution import resolve
 from phitune.training.rundir import ADAPTER, CONFIG, EVALUATION, SUMMARY
 
 if TYPE_CHECKING:

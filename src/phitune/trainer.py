@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from phitune.config import Resolved, resolve
+from phitune.config import Resolved
 from phitune.data.conversation import Turn
 from phitune.data.prepare import PreparedData, prepare_data
 from phitune.data.tokenizer import TextTokenizer
@@ -33,6 +33,7 @@ from phitune.model.targets import resolve_targets
 from phitune.model.weights import load_decoder, weights_fingerprint
 from phitune.planning.questions import what_would_fit
 from phitune.report.short import check_before_training
+from phitune.resolution import resolve
 from phitune.run import Parts, TrainingRun
 from phitune.training.attempts import first_line
 from phitune.training.budget import budget_of, room_on

@@ -37,7 +37,7 @@ def run(argv: list[str]) -> int:
     config_path: Path | None = flags.pop("config", None)
     own = {name: flags.pop(name, None) for name in CHECK_FLAGS}
 
-    from phitune.config import resolve
+    from phitune.resolution import resolve
 
     if own["data"] is not None:
         if "dataset_path" in flags:

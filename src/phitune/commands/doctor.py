@@ -21,7 +21,7 @@ def run(argv: list[str]) -> int:
     flags = given_flags(parser, argv, ("json",))
     as_json = flags.pop("json", False)
 
-    from phitune.config import resolve
+    from phitune.resolution import resolve
 
     settings = resolve(flags).settings
 

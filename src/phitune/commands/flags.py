@@ -46,7 +46,7 @@ def _refuse(parser: Parser, unknown: Sequence[str], names: Sequence[str]) -> Non
     """Says which flag was meant by one that there is not."""
     if not unknown:
         return
-    from phitune.config import unknown_name
+    from phitune.resolution import unknown_name
 
     first = unknown[0]
     if not first.startswith("--"):

@@ -39,7 +39,7 @@ def run(argv: list[str]) -> int:
     if model is not None and flags.setdefault("model_name", model) != model:
         raise SettingsError(f"{model} and --model_name {flags['model_name']}: name one model")
 
-    from phitune.config import resolve
+    from phitune.resolution import resolve
 
     resolved = resolve(flags, config_path)
     if resolved.settings.dataset_path is None:

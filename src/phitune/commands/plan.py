@@ -38,9 +38,9 @@ def run(argv: list[str]) -> int:
     config_path: Path | None = flags.pop("config", None)
     own = {name: flags.pop(name, None) for name in PLAN_FLAGS}
 
-    from phitune.config import resolve
     from phitune.planning.plan import as_json, make_plan
     from phitune.planning.presets import preset_settings
+    from phitune.resolution import resolve
 
     preset: str | None = own["preset"]
     if preset is not None:

@@ -8,7 +8,7 @@ from phitune.commands.flags import Parser, add_settings, given_flags, help_forma
 
 def run(argv: list[str]) -> int:
     """Trains; returns the exit code."""
-    from phitune.config import resolve
+    from phitune.resolution import resolve
 
     flags = given_flags(train_parser(), argv, ("config",))
     config_path: Path | None = flags.pop("config", None)

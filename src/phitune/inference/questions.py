@@ -13,9 +13,9 @@ import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from yaml.reader import ReaderError
 
-from phitune.config import unknown_name
 from phitune.data.conversation import Example, Turn
 from phitune.errors import DataError, listing
+from phitune.resolution import unknown_name
 
 _KEYS = ("questions", "system")
 _KEYS_OF_A_QUESTION = ("question", "expected", "system")

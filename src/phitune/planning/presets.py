@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-from phitune.config import unknown_name
 from phitune.errors import SettingsError
 from phitune.planning.amounts import GB, Memory
 from phitune.planning.machines import APPLE_SHARE
+from phitune.resolution import unknown_name
 from phitune.training.memory import GIB, Device
 
 

@@ -2,8 +2,9 @@
 
 import re
 
-from phitune.config import Settings, unknown_name
+from phitune.config import Settings
 from phitune.errors import ResumeError, listing
+from phitune.resolution import unknown_name
 
 # What --resume_with may change.
 CHANGEABLE = (

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from phitune.config import Resolved, Settings, validated
+from phitune.config import Resolved, Settings
 from phitune.errors import ResumeError, SettingsError, listing
+from phitune.resolution import validated
 from phitune.training.changes import CHANGEABLE, parse_changes
 from phitune.training.checkpoint import (
     DamagedCheckpointError,

@@ -63,7 +63,7 @@ def test_the_row_that_is_at_fault_is_named_and_its_step_left_out(
     outcome = train(engine, adapter, rows, [], settings, events)
     assert outcome.steps == 12 // rows_a_step
     assert [bad.rows for bad in events.refused] == [(BAD,), (BAD,)]
-    assert all(bad.alone and bad.of == rows_a_step for bad in events.refused)
+    assert all(bad.alone and bad.tried == rows_a_step for bad in events.refused)
     refused = {bad.step for bad in events.refused}
     assert {metrics.step for metrics in events.steps} == {*range(1, outcome.steps + 1)} - refused
     assert all(tensor.isfinite().all() for tensor in adapter.tensors().values())
@@ -106,8 +106,8 @@ def test_a_gradient_that_is_not_finite_is_refused_too(
         train(engine, adapter, ROWS, [], settings, events := Events())
     (bad,) = events.refused
     assert not bad.alone
-    assert len(bad.rows) == bad.of == 2
-    assert "None of its 2 rows does that by itself" in bad.whose
+    assert len(bad.rows) == bad.tried == 2
+    assert "None of the 2 rows that were tried does that by itself" in bad.whose
 
 
 def test_a_validation_row_that_is_at_fault_is_named(phi_folder: Path) -> None:
@@ -117,6 +117,20 @@ def test_a_validation_row_that_is_at_fault_is_named(phi_folder: Path) -> None:
     (bad,) = events.refused
     assert bad.is_validation
     assert bad.rows == (BAD,)
+    assert bad.tried == len(rows)
+
+
+def test_a_broken_model_is_not_held_against_every_row_of_a_long_validation(
+    phi_folder: Path,
+) -> None:
+    engine, adapter = prepared(phi_folder)
+    engine.decoder.layers[1].linears["dense"].weight[0, 0] = math.nan  # type: ignore[index, union-attr]
+    rows = random_rows([8] * 50)
+    with pytest.raises(NonFiniteError, match="the validation loss is nan"):
+        train(engine, adapter, ROWS, rows, Settings(epochs=1), events := Events())
+    (bad,) = events.refused
+    assert bad.tried == len(bad.rows) == 20
+    assert "look at the model" in bad.whose
 
 
 def test_a_loss_leaps_where_it_stands_out_of_the_noise() -> None:

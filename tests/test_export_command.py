@@ -25,6 +25,7 @@ from phitune.errors import PhituneError
 from phitune.export import job, merged, shards
 from phitune.export.proof import Proof
 from phitune.model.files import ASSETS
+from phitune.training.room import Room
 
 
 @pytest.fixture(scope="module")
@@ -485,7 +486,7 @@ def test_a_wide_base_in_a_narrow_type(run: Path, place: Path, dtype: str) -> Non
 def test_a_proof_in_bf16_where_fp32_does_not_fit(
     run: Path, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "memory_budget", lambda device: 2**20)
+    monkeypatch.setattr(job, "memory_budget", lambda device: Room(2**20, "so much"))
     assert export(run, "--output_dir", "out") == 0
     assert "the proof computes in bf16: fp32 takes 1.0 GiB" in capsys.readouterr().out
     proof = json.loads((place / "out" / "export_proof.json").read_text())

@@ -57,7 +57,7 @@ def test_below_the_ceiling_allocations_fail_and_above_it_all_is_as_before() -> N
     code = """
 import psutil, resource, torch
 from phitune.training import room
-room.killing_room = lambda: room.Room(2**28, "so much")
+room.bytes_until_killed = lambda: 2**28
 before = resource.getrlimit(resource.RLIMIT_DATA)
 with room.MemoryCeiling("cpu") as ceiling:
     torch.empty(2**25)  # 128 MiB
@@ -66,7 +66,7 @@ with room.MemoryCeiling("cpu") as ceiling:
         print("no failure")
     except RuntimeError as error:
         print("can't allocate memory" in str(error))
-    room.killing_room = lambda: room.Room(2**30, "more now")
+    room.bytes_until_killed = lambda: 2**30
     ceiling.renew()
     print(torch.empty(2**27).numel() > 0)
 print(resource.getrlimit(resource.RLIMIT_DATA) == before, torch.empty(2**27).numel() > 0)
@@ -180,12 +180,13 @@ def test_a_step_that_does_not_fit_begins_again_and_its_losses_are_the_same(
     split, (made, adapter) = Events(), prepared(phi_folder, engine)
     failing(made, monkeypatch, lambda rows, layers: rows == 1 and layers >= 2, 2, error)
     train(made, adapter, ROWS, VALIDATION, SETTINGS, split)
-    assert [(each.now.micro_batch, each.now.recompute_layers) for each in split.narrowings] == [
+    assert [(each.now.micro_batch, each.now.recompute_layers) for each in split.shortages] == [
+        (4, 0),  # It fitted before, and is tried once more.
         (2, 0),
         (1, 0),
         (1, 2),
     ]
-    assert {each.after_step for each in split.narrowings} == {2}
+    assert {each.after_step for each in split.shortages} == {2}
     assert len(split.steps) == len(whole.steps)
     for ours, theirs in zip(split.steps, whole.steps, strict=True):
         assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
@@ -204,7 +205,8 @@ def test_what_lay_in_pieces_is_tried_once_more_before_the_cut_changes(
     failing(engine, monkeypatch, lambda rows, layers: not next(refusals, False), 1)
     events = Events()
     train(engine, adapter, ROWS, [], SETTINGS, events)
-    assert not events.narrowings
+    (shortage,) = events.shortages
+    assert shortage.now == shortage.then == Cut(4, 0)
     assert len(events.steps) == 4
 
 
@@ -225,7 +227,7 @@ def test_where_nothing_fits_the_state_is_saved_as_before_the_step(
         train(engine, adapter, ROWS, [], SETTINGS, events, save=save)
     assert saved[-1] == ("end", 1, 0)
     assert after_step[-1] == after_step[-2] == bytes_of(adapter)
-    assert events.narrowings[-1].now == Cut(1, 3)
+    assert events.shortages[-1].now == Cut(1, 3)
 
 
 def test_validation_that_does_not_fit_begins_again(
@@ -242,7 +244,7 @@ def test_validation_that_does_not_fit_begins_again(
     monkeypatch.setattr(engine, "loss_sum", wrapped)
     events = Events()
     train(engine, adapter, ROWS, VALIDATION, SETTINGS, events)
-    assert [each.now.micro_batch for each in events.narrowings] == [2, 1]
+    assert [each.now.micro_batch for each in events.shortages] == [2, 1]
     assert len(events.evaluations) == 3
 
 
@@ -304,11 +306,11 @@ def test_a_thread_that_makes_no_products_any_more_is_left(
 
     monkeypatch.setattr(engine, "loss_and_gradients", wrapped)
     train(engine, adapter, ROWS, VALIDATION, SETTINGS, events)
-    assert not events.narrowings
+    assert [shortage.now for shortage in events.shortages] == [Cut(4, 0)]
     assert [step.loss for step in events.steps] == [step.loss for step in whole.steps]
     with pytest.raises(ZeroDivisionError):
-        allocation.with_products(lambda: 1 // 0)
-    assert allocation.with_products(threading.get_ident) != threading.get_ident()
+        allocation.in_usable_thread(lambda: 1 // 0)
+    assert allocation.in_usable_thread(threading.get_ident) != threading.get_ident()
 
 
 # --- the rehearsal --------------------------------------------------------------------------------
@@ -400,7 +402,7 @@ def test_memory_that_runs_out_later_is_recorded_and_a_resumed_run_keeps_the_cut(
         assert main(LINE.split()) == 130
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     ran_out = [line for line in lines if "memory_ran_out" in line]
-    assert [(line["step"], line["micro_batch"]) for line in ran_out] == [(1, 2), (1, 1)]
+    assert [(line["step"], line["micro_batch"]) for line in ran_out] == [(1, 4), (1, 2), (1, 1)]
     capsys.readouterr()
     tried = limited(monkeypatch, most=4)
     assert main(f"{LINE} --resume auto".split()) == 0

@@ -24,7 +24,7 @@ from phitune.model.lora import Adapter, LoraSpec, attach
 from phitune.model.targets import resolve_targets
 from phitune.training import loop
 from phitune.training.bad_numbers import BadNumbers
-from phitune.training.cut import Narrowing
+from phitune.training.cut import Shortage
 from phitune.training.events import Evaluation, Outcome, StepMetrics
 from phitune.training.events import Events as LoopEvents
 from phitune.training.loop import evaluate, train
@@ -36,7 +36,7 @@ class Events(LoopEvents):
     steps: list[StepMetrics] = field(default_factory=list)
     evaluations: list[tuple[Evaluation | None, bool]] = field(default_factory=list)
     refused: list[BadNumbers] = field(default_factory=list)
-    narrowings: list[Narrowing] = field(default_factory=list)
+    shortages: list[Shortage] = field(default_factory=list)
     sequences: int = 0
     evaluated: tuple[int, int] = (0, 0)
 
@@ -49,8 +49,8 @@ class Events(LoopEvents):
     def numbers_refused(self, bad: BadNumbers) -> None:
         self.refused.append(bad)
 
-    def memory_ran_out(self, narrowing: Narrowing) -> None:
-        self.narrowings.append(narrowing)
+    def memory_ran_out(self, shortage: Shortage) -> None:
+        self.shortages.append(shortage)
 
     def evaluating(self, done: int, sequences: int) -> None:
         self.evaluated = done, sequences

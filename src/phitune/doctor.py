@@ -20,7 +20,7 @@ from phitune.config import Settings
 from phitune.model.device import DTYPES, choose_device, choose_precision
 from phitune.model.engine import choose_backend
 from phitune.model.gemm import ONEDNN, STANDARD, Gemm, has_onednn
-from phitune.training.budget import budget_of, room_on
+from phitune.training.budget import memory_budget
 from phitune.training.memory import GIB
 
 # A product of Phi-2's: the tokens of a micro-batch through half of q|k|v|fc1.
@@ -82,8 +82,9 @@ def _machine(device: torch.device) -> dict[str, str]:
     }
     if device.type == "cuda":
         found["GPU"] = torch.cuda.get_device_name(device)
-    room = room_on(device)
-    found["for a run"] = f"{budget_of(room, device) / GIB:.1f} GiB on {device.type} ({room.source})"
+    budget = memory_budget(device)
+    amount = f"{budget.bytes / GIB:.1f} GiB on {device.type}"
+    found["for a run"] = f"{amount}, of what is {budget.source}"
     load = os.getloadavg()[0] if sys.platform != "win32" else 0.0
     if load > 0.5 * (os.cpu_count() or 1):
         # Threads of a product wait for one another, busily: one other program halves the speed.

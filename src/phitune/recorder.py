@@ -13,12 +13,12 @@ from phitune.data.prompt import PromptFormat
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import SavedAdapterError, listing
 from phitune.inference.generate import Answer, stream
-from phitune.model.allocation import give_back_memory, is_out_of_memory, with_products
+from phitune.model.allocation import give_back_memory, in_usable_thread, is_out_of_memory
 from phitune.model.decoder import Decoder
 from phitune.model.lora import Adapter, compare_with_memory, save_adapter
 from phitune.training.attempts import why_not_written
 from phitune.training.bad_numbers import BadNumbers, Spike
-from phitune.training.cut import Narrowing
+from phitune.training.cut import Shortage
 from phitune.training.events import Evaluation, StepMetrics
 from phitune.training.interrupt import Stop
 from phitune.training.rundir import RunDirectory
@@ -94,14 +94,14 @@ class Recorder:
         prompt_format: PromptFormat,
         model_name: str,
         data: PreparedData,
-        narrowed: Callable[[Narrowing], None],
+        ran_out: Callable[[Shortage], None],
         stop: Stop,
         say: Callable[[str], None],
     ) -> None:
         """
         Args:
             data: whose rows are named where something is wrong with them.
-            narrowed: told when memory ran out.
+            ran_out: told when memory ran out.
             say: told what cannot be written at the time, and what went wrong.
         """
         self.base_samples: list[Sample] = []
@@ -117,7 +117,7 @@ class Recorder:
         self._prompt_format = prompt_format
         self._model_name = model_name
         self._data = data
-        self._narrowed = narrowed
+        self._ran_out = ran_out
 
     def start(self, total_steps: int, total_sequences: int, steps: int, sequences: int) -> None:
         """See `View.start`."""
@@ -153,12 +153,12 @@ class Recorder:
                 f" {self._run.metrics}"
             )
 
-    def memory_ran_out(self, narrowing: Narrowing) -> None:
-        now = {"memory_ran_out": narrowing.why, **asdict(narrowing.now)}
-        self._run.append_metrics({"step": narrowing.after_step, **now})
+    def memory_ran_out(self, shortage: Shortage) -> None:
+        now = {"memory_ran_out": shortage.why, **asdict(shortage.now)}
+        self._run.append_metrics({"step": shortage.after_step, **now})
         with self._stop.showing():
-            self._view.micro_batch_done(-narrowing.rows_given_up)
-            self._narrowed(narrowing)
+            self._view.micro_batch_done(-shortage.rows_given_up)
+            self._ran_out(shortage)
 
     def evaluating(self, done: int, sequences: int) -> None:
         with self._stop.showing():
@@ -188,7 +188,7 @@ class Recorder:
             check: called after each token, and free to raise.
         """
         try:
-            return with_products(lambda: self._sampler(check))
+            return in_usable_thread(lambda: self._sampler(check))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -27,7 +27,8 @@ from phitune.model.engine import Engine
 from phitune.model.lora import Adapter, compare_with_memory
 from phitune.recorder import Recorder, Sampler
 from phitune.training.attempts import Attempts
-from phitune.training.cut import Narrowing
+from phitune.training.checkpoint import checkpoints_of
+from phitune.training.cut import Shortage
 from phitune.training.events import Outcome
 from phitune.training.interrupt import Stop, stop_signals
 from phitune.training.loop import start_state, train
@@ -142,8 +143,8 @@ class TrainingRun:
         validation_rows = data.validation_rows.longest_rows(size)
         step = self.resumption.state["progress"]["step"] if self.resumption else 0
 
-        def tell(narrowing: Narrowing) -> None:
-            self._narrow(replace(narrowing, after_step=step))
+        def tell(shortage: Shortage) -> None:
+            self._memory_ran_out(replace(shortage, after_step=step))
 
         hold_reserve()
         attempts = Attempts(self.parts.engine, state, size, settings.rows_per_step, tell)
@@ -160,11 +161,22 @@ class TrainingRun:
         release_freed_memory()  # Threads and small things come next.
         self._say(str(rehearsed))
 
-    def _narrow(self, narrowing: Narrowing) -> None:
-        """Memory ran out: says so, and writes down what the run goes on with."""
+    def _memory_ran_out(self, shortage: Shortage) -> None:
+        """Writes down what the run goes on with, and says so."""
         self._ceiling.renew()
-        self.resolved = self.resolved.choose(**narrowing.now.settings(self.settings.rows_per_step))
-        self.provenance = self.provenance.narrowed(narrowing, self.resolved)
+        if shortage.now != shortage.then:
+            self._take_over(shortage)
+        self._say(
+            f"warning: out of memory ({shortage.why}); it goes on from the same step with the same"
+            f" effective batch: {shortage}"
+        )
+
+    def _take_over(self, shortage: Shortage) -> None:
+        then, now = (
+            cut.settings(self.settings.rows_per_step) for cut in (shortage.then, shortage.now)
+        )
+        self.resolved = self.resolved.choose(**dict(now.items() - then.items()))
+        self.provenance = self.provenance.narrowed(shortage, self.resolved)
         if self._saver:
             self._saver.provenance = self.provenance
         if self._directory:
@@ -172,10 +184,6 @@ class TrainingRun:
                 self._directory.write_config(to_yaml(with_absolute_paths(self.resolved)))
             except OSError as error:
                 self._say(f"warning: config.yaml cannot be written: {error.strerror or error}")
-        self._say(
-            f"warning: out of memory ({narrowing.why}); it goes on from the same step with the same"
-            f" effective batch: {narrowing}"
-        )
 
     def _open_directory(self) -> RunDirectory:
         assert self.settings.output_dir
@@ -204,7 +212,7 @@ class TrainingRun:
             # The adapter names its base, and means the same from any folder.
             self.provenance.effective.settings.model_name,
             parts.data,
-            self._narrow,
+            self._memory_ran_out,
             stop,
             self._say,
         )
@@ -236,12 +244,19 @@ class TrainingRun:
         except NonFiniteError as error:
             if not run.adapter.exists():
                 recorder.save_adapter()
-            rate = settings.learning_rate / 2
-            raise NonFiniteError(
-                f"{error}\nThe last good adapter is in {run.adapter}. Look at the rows that are"
-                " named, try --precision fp32, or go on from before it with half the rate:"
-                f" {go_on_command(run)} --resume_with learning_rate={rate:g}"
-            ) from None
+            remedy = (
+                f"\nThe last good adapter is in {run.adapter}. Look at the rows that are named, try"
+                " --precision fp32"
+            )
+            if checkpoints_of(run.checkpoints):
+                rate = settings.learning_rate / 2
+                remedy += (
+                    ", or go on from before it with half the rate:"
+                    f" {go_on_command(run)} --resume_with learning_rate={rate:g}"
+                )
+            else:  # Nothing was learnt yet.
+                remedy += ", or get the model's files again"
+            raise NonFiniteError(f"{error}{remedy}") from None
 
     def _rewind(
         self, resumption: Resumption, run: RunDirectory, recorder: Recorder, state: TrainingState

@@ -36,7 +36,7 @@ from phitune.report.short import check_before_training
 from phitune.resolution import resolve
 from phitune.run import Parts, TrainingRun
 from phitune.training.attempts import first_line
-from phitune.training.budget import budget_of, room_on
+from phitune.training.budget import memory_budget
 from phitune.training.checkpoint import checkpoints_of
 from phitune.training.events import Outcome
 from phitune.training.fit import check_against_model, settle_memory
@@ -215,12 +215,12 @@ class Phi2LoRATrainer:
             data = self.prepare_data()
             coder = (self.tokenizer, self.prompt_format)
             check_before_training(self.settings, self._dataset_path, *coder, data, self._say)
-            room = room_on(self.device)
+            budget = memory_budget(self.device)
             ceiling = held.enter_context(MemoryCeiling(self.device.type))
-            plan = self._plan_memory(data, room)
+            plan = self._plan_memory(data, budget)
             self._show_settings(data)
             try:
-                model, engine = self._load(plan, room)
+                model, engine = self._load(plan, budget)
                 provenance = self._provenance(data, model, engine)
                 if not resumption:
                     assert self.settings.output_dir
@@ -236,7 +236,7 @@ class Phi2LoRATrainer:
                     raise
                 why = first_line(error)
             # Here nothing holds the tensors of what failed any more.
-            raise self._out_of_memory(why, data, budget_of(room, self.device))
+            raise self._out_of_memory(why, data, budget.bytes)
 
     def _out_of_memory(self, why: str, data: PreparedData, budget: int) -> OutOfMemoryError:
         """The error that names the settings which would fit, as far as arithmetic can tell."""
@@ -277,15 +277,15 @@ class Phi2LoRATrainer:
         self._say(data_line(data, self.settings.dataset_path or EXAMPLE_DATASET.name))
         self._say(targets_line(self.target_modules, self.model_config, self.settings.lora_r))
 
-    def _load(self, plan: MemoryPlan, room: Room) -> tuple[PreparedModel, Engine]:
+    def _load(self, plan: MemoryPlan, budget: Room) -> tuple[PreparedModel, Engine]:
         started = time.perf_counter()
         model = self.prepare_model()
         seconds = time.perf_counter() - started
         self._say(model_line(model.decoder, model.adapter, self.settings, seconds))
         # The plan follows the fused engine's buffers and says nothing of autograd's.
         if self.settings.engine == "fused":
-            self._say(memory_line(plan, budget_of(room, self.device), room.source))
-        has_plenty = _PLENTY * plan.bytes <= budget_of(room, self.device)
+            self._say(memory_line(plan, budget))
+        has_plenty = _PLENTY * plan.bytes <= budget.bytes
         engine = self._build_engine(model.decoder, keep_freed=has_plenty)
         for name, choice in engine.choices.items():
             self._say(f"{name}: {choice}")
@@ -315,20 +315,21 @@ class Phi2LoRATrainer:
         torch.set_num_threads(threads)
         return self._resumption.going_on(now, threads)
 
-    def _plan_memory(self, data: PreparedData, room: Room) -> MemoryPlan:
+    def _plan_memory(self, data: PreparedData, budget: Room) -> MemoryPlan:
         """Settles the batch size and the recomputed layers, by the plan that follows."""
         device: Any = self.device.type
-        settings, budget = self.settings, budget_of(room, self.device)
+        settings = self.settings
         chosen, plan = settle_memory(
-            settings, self.model_config, self.target_modules, data, budget, device
+            settings, self.model_config, self.target_modules, data, budget.bytes, device
         )
         self.resolved = self.resolved.choose(**chosen)
         self.settings = self.resolved.settings
         if settings.batch_size not in ("auto", self.settings.batch_size):
             self._say(
-                f"memory: batch_size {settings.batch_size} does not fit {budget / GIB:.2f} GiB"
-                f" ({room.source}); training takes {self.settings.batch_size} x"
-                f" {self.settings.gradient_accumulation_steps} rows, the same effective batch"
+                f"memory: batch_size {settings.batch_size} does not fit"
+                f" {budget.bytes / GIB:.2f} GiB, of what is {budget.source}; training takes"
+                f" {self.settings.batch_size} x {self.settings.gradient_accumulation_steps} rows,"
+                " the same effective batch"
             )
         return plan
 

@@ -29,7 +29,7 @@ from phitune.evaluation.evaluate import (
 from phitune.evaluation.losses import row_losses
 from phitune.evaluation.view import figure
 from phitune.inference.served import ServedAdapter, ServedModel
-from phitune.model.allocation import is_out_of_memory, with_products
+from phitune.model.allocation import in_usable_thread, is_out_of_memory
 from phitune.model.decoder import Decoder
 from phitune.model.files import find_model
 from phitune.model.lora import Adapter, put_on
@@ -87,7 +87,7 @@ def evaluate_at_end(
     )
     measures: list[Measure] = []
     try:
-        measures = with_products(lambda: _measure(served, data, part, settings))
+        measures = in_usable_thread(lambda: _measure(served, data, part, settings))
     except DataError as error:
         part.skipped.append(f"all of it: the data can no longer be read ({error})")
     except (RuntimeError, MemoryError) as error:

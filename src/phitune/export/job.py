@@ -187,7 +187,7 @@ def proof_precision(
     device = choose_device(device_name)
     weights = Decoder(config, torch.float32, "meta").named_weights().values()
     needed = 4 * sum(weight.numel() for weight in weights) + _PROOF_BYTES
-    budget = memory_budget(device)
+    budget = memory_budget(device).bytes
     if needed <= budget:
         return "fp32"
     say(

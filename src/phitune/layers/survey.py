@@ -152,7 +152,7 @@ def _fewest(trainer: Phi2LoRATrainer, batches: list[Batch]) -> int:
         MEASURING_RANK,
         _base(trainer.settings),
         Shape(lengths, largest.num_target_tokens),
-        memory_budget(trainer.device),
+        memory_budget(trainer.device).bytes,
         kinds[trainer.device.type],
     ).recompute_layers
 

@@ -78,8 +78,8 @@ class _ThisThread(threading.local):
 _THIS_THREAD = _ThisThread()
 
 
-def with_products(work: Callable[[], T]) -> T:
-    """Does work that has matrix products in it, in a thread of its own where this one makes none.
+def in_usable_thread(work: Callable[[], T]) -> T:
+    """Does work that has matrix products in it: here, or in a new thread if this one makes none.
 
     A thread in which oneDNN once found no room for a product's program fails ever after, whatever
     room there is: the error is kept for each thread and never cleared (uxlfoundation/oneDNN#5907).
@@ -125,8 +125,11 @@ def hold_reserve() -> None:
     """Sets a few pages aside for the time after memory ran out; see `give_back_memory`.
 
     Freed buffers are used again but stay mapped, so small things that need pages of their own, a
-    thread's stack or a program that oneDNN makes, might then find none below a limit.
+    thread's stack or a program that oneDNN makes, might then find none below a limit. Linux alone
+    has such limits.
     """
+    if sys.platform != "linux":
+        return
     with contextlib.suppress(OSError):
         _RESERVE.mapped = _RESERVE.mapped or mmap.mmap(-1, _RESERVE_BYTES)
 

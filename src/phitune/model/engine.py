@@ -145,7 +145,10 @@ class FusedEngine:
     ) -> None:
         limit_product_caches()
         if decoder.device.type == "cpu":
-            keep_freed_memory() if keep_freed else stop_keeping_freed_memory()
+            if keep_freed:
+                keep_freed_memory()
+            else:
+                stop_keeping_freed_memory()
         self.decoder, self.device = decoder, decoder.device
         self.num_layers, self.recompute_layers = len(decoder.layers), recompute_layers
         backend, self.choices = choose_backend(decoder.device, decoder.dtype, torch_compile)

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from phitune.errors import OutOfMemoryError
-from phitune.model.allocation import give_back_memory, is_out_of_memory, with_products
+from phitune.model.allocation import give_back_memory, in_usable_thread, is_out_of_memory
 from phitune.model.engine import Engine
-from phitune.training.cut import Cut, Narrowing
+from phitune.training.cut import Cut, Shortage
 from phitune.training.state import TrainingState
 
 T = TypeVar("T")
@@ -15,8 +15,9 @@ T = TypeVar("T")
 class Attempts:
     """The cut at hand, and the rule by which it becomes finer.
 
-    What failed is dropped as a whole: the gradients of the step at hand start from nothing, so
-    that none of its rows counts twice or by half.
+    Where a cut had room before, it is tried once more: what is free had come to lie in pieces, and
+    that is mended by giving it back. What failed is dropped as a whole: the gradients of the step
+    at hand start from nothing, so that none of its rows counts twice or by half.
     """
 
     def __init__(
@@ -25,12 +26,12 @@ class Attempts:
         state: TrainingState,
         micro_batch: int,
         rows_per_step: int,
-        tell: Callable[[Narrowing], None],
+        tell: Callable[[Shortage], None],
     ) -> None:
         """
         Args:
             micro_batch: rows at once to begin with; the layers to recompute are the engine's.
-            tell: called for each finer cut, before it is tried.
+            tell: called each time that memory ran out, before it is tried again.
         """
         self.cut = Cut(micro_batch, engine.recompute_layers)
         self._engine = engine
@@ -50,7 +51,7 @@ class Attempts:
         """
         while True:
             try:
-                done = with_products(work)
+                done = in_usable_thread(work)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -65,16 +66,15 @@ class Attempts:
             self._narrow(why, given_up)
 
     def _narrow(self, why: str, given_up: int) -> None:
-        if self._has_fitted:
-            # In this cut there was room before: what is free lay in pieces, and that is mended.
-            self._has_fitted = False
-            return
-        narrower = self.cut.narrower(self._rows_per_step, self._engine.num_layers)
-        if narrower is None:
+        following: Cut | None = self.cut
+        if not self._has_fitted:
+            following = self.cut.narrower(self._rows_per_step, self._engine.num_layers)
+        self._has_fitted = False
+        if following is None:
             raise OutOfMemoryError(f"{why} (one row at a time, every layer recomputed)")
-        self._tell(Narrowing(self._state.step, self.cut, narrower, why, given_up))
-        self.cut = narrower
-        self._engine.recompute_layers = narrower.recompute_layers
+        self._tell(Shortage(self._state.step, self.cut, following, why, given_up))
+        self.cut = following
+        self._engine.recompute_layers = following.recompute_layers
 
 
 def first_line(error: BaseException) -> str:

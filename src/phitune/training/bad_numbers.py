@@ -28,8 +28,8 @@ class BadNumbers:
     loss: float
     grad_norm: float | None  # None of a validation
     rows: tuple[int, ...]  # numbers among the training or the validation rows
-    alone: bool  # each of them is enough; else they are all there were
-    of: int  # rows there were
+    alone: bool  # each of them is enough; else none of those that were tried is
+    tried: int  # so many rows, each by itself
 
     @property
     def is_validation(self) -> bool:
@@ -47,13 +47,13 @@ class BadNumbers:
     def whose(self) -> str:
         """Which rows they are, for the head of a list of them."""
         if not self.alone:
-            return f"None of its {self.of} rows does that by itself:"
-        if len(self.rows) == self.of > 1:
+            return f"None of the {self.tried} rows that were tried does that by itself:"
+        if len(self.rows) == self.tried > 1:
             return (
-                f"Each of its {self.of} rows does that, so look at the model or the learning rate"
-                " rather than at the rows:"
+                f"Each of the {self.tried} rows that were tried does that, so look at the model or"
+                " the learning rate rather than at the rows:"
             )
-        return f"Of its {self.of} rows, these do that by themselves:"
+        return f"Of {self.tried} rows that were tried, these do that by themselves:"
 
 
 @dataclass(frozen=True)
@@ -71,19 +71,27 @@ def rows_at_fault(
     rows: Sequence[TokenizedExample],
     step: Sequence[int],
     numbers_of: Callable[[Batch], Sequence[Tensor]],
-) -> list[int]:
+    most: int,
+) -> tuple[list[int], int]:
     """Those of some rows that yield a number that is not finite, each by itself.
 
     Args:
         step: the rows by number, in the order of their places in the step.
-        numbers_of: what is to be finite of a batch; it has the dropout of its place in the step.
+        numbers_of: what is to be finite of a batch, scalars; a batch has the dropout of its place.
+        most: it ends with so many.
+
+    Returns: their numbers, and how many rows were tried.
     """
-    found = []
+    found: list[int] = []
+    tried = 0
     for slot, index in enumerate(step):
+        if len(found) == most:
+            break
         numbers = numbers_of(pack([rows[index]], first_slot=slot))
+        tried += 1
         if not all(math.isfinite(number.item()) for number in numbers):
             found.append(index)
-    return found
+    return found, tried
 
 
 def usual_loss(recent: Sequence[float], loss: float) -> float | None:

@@ -26,7 +26,7 @@ def memory_in_use(device: "torch.device") -> float:
     return float(psutil.Process().memory_info().rss) / GIB
 
 
-def room_on(device: "torch.device") -> Room:
+def _room_on(device: "torch.device") -> Room:
     """What is free for this process on a device."""
     import torch
 
@@ -39,19 +39,15 @@ def room_on(device: "torch.device") -> Room:
     return memory_room()
 
 
-def budget_of(room: Room, device: "torch.device") -> int:
-    """Bytes that a run may plan with: its share of what is free.
+def memory_budget(device: "torch.device") -> Room:
+    """What a run may plan with now: its share of what is free.
 
     A plan has a term for the program, which on a CPU is there already, at least in part.
     """
-    kind = _kind(device)
+    room, kind = _room_on(device), _kind(device)
     held = psutil.Process().memory_info().rss if kind == "cpu" else 0
-    return round(BUDGET_SHARE[kind] * (room.bytes + min(held, PROGRAM_BYTES[kind])))
-
-
-def memory_budget(device: "torch.device") -> int:
-    """Bytes that a run may plan with now."""
-    return budget_of(room_on(device), device)
+    share = BUDGET_SHARE[kind] * (room.bytes + min(held, PROGRAM_BYTES[kind]))
+    return Room(round(share), room.source)
 
 
 def peak_memory(device: "torch.device") -> float:

@@ -21,9 +21,7 @@ class Cut:
         rows); with one row left, half of the layers that still keep what they computed.
         """
         if self.micro_batch > 1:
-            sizes = range(self.micro_batch // 2, 0, -1)
-            size = next(size for size in sizes if rows_per_step % size == 0)
-            return Cut(size, self.recompute_layers)
+            return Cut(smaller_part(self.micro_batch, rows_per_step), self.recompute_layers)
         stored = num_layers - self.recompute_layers
         return Cut(1, self.recompute_layers + (stored + 1) // 2) if stored > 0 else None
 
@@ -39,17 +37,25 @@ class Cut:
         return settings
 
 
+def smaller_part(micro_batch: int, rows_per_step: int) -> int:
+    """Half of a micro-batch of two rows or more, or the next smaller part that divides the step."""
+    return next(size for size in range(micro_batch // 2, 0, -1) if rows_per_step % size == 0)
+
+
 @dataclass(frozen=True)
-class Narrowing:
-    """Memory ran out, and the work goes on in a finer cut."""
+class Shortage:
+    """Memory ran out, and the step or the validation at hand begins again."""
 
     after_step: int
     then: Cut
-    now: Cut
+    now: Cut  # the same, where there was room in it before: what is free had come to lie in pieces
     why: str  # what the allocator said
-    rows_given_up: int = 0  # of the step at hand, which begins again
+    rows_given_up: int = 0  # of the step at hand
 
     def __str__(self) -> str:
+        """What changes."""
+        if self.now == self.then:
+            return "nothing changes, as it fitted before"
         then, now = asdict(self.then), asdict(self.now)
         names = {"micro_batch": "rows at once", "recompute_layers": "layers recomputed"}
         changes = [

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from phitune.training.bad_numbers import BadNumbers, Spike
-from phitune.training.cut import Narrowing
+from phitune.training.cut import Shortage
 from phitune.training.state import TrainingState
 
 
@@ -66,7 +66,7 @@ class Events(Protocol):
         """After `step_done`, which it does not undo."""
         ...
 
-    def memory_ran_out(self, narrowing: Narrowing) -> None:
+    def memory_ran_out(self, shortage: Shortage) -> None:
         """Before the step or the validation at hand begins again, in a finer cut."""
         ...
 

@@ -12,7 +12,7 @@ from phitune.config import Settings
 from phitune.data.prepare import PreparedData
 from phitune.errors import SettingsError
 from phitune.model.architecture import ModelConfig
-from phitune.training.cut import Cut
+from phitune.training.cut import smaller_part
 from phitune.training.memory import Base, Device, MemoryPlan, Shape, plan_memory
 
 
@@ -107,15 +107,15 @@ def settle_memory(
         steps = settings.rows_per_step // batch_size
         chosen = {"batch_size": batch_size, "gradient_accumulation_steps": steps}
     else:
-        cut = Cut(settings.batch_size, config.num_hidden_layers)
-        plan = plan_of(cut.micro_batch)
+        batch_size = settings.batch_size
+        plan = plan_of(batch_size)
         # The plan of the reference engine, which is autograd's, is not known: it is tried out.
-        while plan.bytes > budget and cut.micro_batch > 1 and settings.engine == "fused":
-            cut = cut.narrower(settings.rows_per_step, config.num_hidden_layers) or cut
-            plan = plan_of(cut.micro_batch)
-        if cut.micro_batch != settings.batch_size:
-            steps = settings.rows_per_step // cut.micro_batch
-            chosen = {"batch_size": cut.micro_batch, "gradient_accumulation_steps": steps}
+        while plan.bytes > budget and batch_size > 1 and settings.engine == "fused":
+            batch_size = smaller_part(batch_size, settings.rows_per_step)
+            plan = plan_of(batch_size)
+        if batch_size != settings.batch_size:
+            steps = settings.rows_per_step // batch_size
+            chosen = {"batch_size": batch_size, "gradient_accumulation_steps": steps}
     if settings.recompute_layers is None:
         chosen["recompute_layers"] = plan.recompute_layers
     return chosen, plan

@@ -16,9 +16,9 @@ from torch import Tensor
 from phitune.config import Settings
 from phitune.data.packing import Batch, batches, epoch_steps, micro_batches, steps_per_epoch
 from phitune.data.tokenizer import TokenizedExample
-from phitune.errors import NonFiniteError, OutOfMemoryError
+from phitune.errors import MAX_LISTED, NonFiniteError, OutOfMemoryError
 from phitune.model import ops
-from phitune.model.allocation import with_products
+from phitune.model.allocation import in_usable_thread
 from phitune.model.engine import Engine
 from phitune.model.lora import Adapter
 from phitune.training.attempts import Attempts
@@ -209,7 +209,9 @@ class _Loop:
             state.begin_step()
             return loss, norm
 
-        found = with_products(lambda: rows_at_fault(self.train_rows, rows, numbers_of))
+        found, tried = in_usable_thread(
+            lambda: rows_at_fault(self.train_rows, rows, numbers_of, most=len(rows))
+        )
         bad = BadNumbers(
             step,
             epoch,
@@ -217,7 +219,7 @@ class _Loop:
             update.grad_norm,
             tuple(found or rows),
             alone=bool(found),
-            of=len(rows),
+            tried=tried,
         )
         if state.bad_steps + 1 >= self.settings.nonfinite_patience:
             self.save(state, "end")
@@ -258,15 +260,18 @@ class _Loop:
                 raise StopRequested
             return (self.engine.loss_sum(batch.to(self.engine.device)),)
 
-        found = with_products(lambda: rows_at_fault(rows, range(len(rows)), numbers_of))
+        # A broken model fails on every row; there may be very many.
+        found, tried = in_usable_thread(
+            lambda: rows_at_fault(rows, range(len(rows)), numbers_of, most=MAX_LISTED)
+        )
         return BadNumbers(
             evaluation.step,
             evaluation.epoch,
             evaluation.validation_loss,
             None,
-            tuple(found or range(len(rows))),
+            tuple(found or range(min(len(rows), MAX_LISTED))),
             alone=bool(found),
-            of=len(rows),
+            tried=tried,
         )
 
 

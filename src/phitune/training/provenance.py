@@ -17,7 +17,7 @@ from phitune.data.prepare import PreparedData
 from phitune.data.sources import hub_id
 from phitune.data.tokenizer import TextTokenizer
 from phitune.model.files import SHIPPED_MODELS
-from phitune.training.cut import Narrowing
+from phitune.training.cut import Shortage
 
 _PLACES = ("dataset_path", "validation_path")
 
@@ -40,13 +40,13 @@ class Provenance:
             "asked": _resolved_as_json(self.asked),
         }
 
-    def narrowed(self, narrowing: Narrowing, effective: Resolved) -> "Provenance":
+    def narrowed(self, shortage: Shortage, effective: Resolved) -> "Provenance":
         """After memory ran out: with the settings that it goes on with."""
         effective = with_absolute_paths(effective)
         then = self.effective.settings.model_dump(mode="json")
         now = effective.settings.model_dump(mode="json")
         changes = [
-            each.as_change(narrowing.after_step, f"out of memory: {narrowing.why}")
+            each.as_change(shortage.after_step, f"out of memory: {shortage.why}")
             for each in differences(then, now)
         ]
         return replace(self, effective=effective, changes=[*self.changes, *changes])

@@ -4,6 +4,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from phitune.config import Settings
 from phitune.data.packing import pack
 from phitune.data.tokenizer import TokenizedExample
@@ -47,10 +49,12 @@ def rehearse(
             so many, the longest first.
 
     Raises:
-        RuntimeError, MemoryError: memory ran out; see `model.device.is_out_of_memory`.
+        RuntimeError, MemoryError: memory ran out; see `model.allocation.is_out_of_memory`.
     """
     started = time.perf_counter()
     kept = [copy_of(state.adapter) for _ in ("the start", "the best")]  # As in training.
+    for parameter in state.adapter.parameters():  # As in the second micro-batch of a step.
+        parameter.grad = torch.zeros_like(parameter)
     batch = pack(train_rows[:micro_batch])
     dropout = dropout_of(batch, settings, step=1, device=engine.device)
     engine.loss_and_gradients(batch.to(engine.device), dropout, 1 / batch.num_target_tokens).item()

@@ -90,10 +90,10 @@ class Resumption:
         then = self.saved.effective.settings.model_dump(mode="json")
         today = now.effective.settings.model_dump(mode="json")
         step = self.state["progress"]["step"]
-        origins = now.effective.origins
+        asked = now.asked.origins
         changes = [
             each.as_change(
-                step, "--resume_with" if origins[each.name] == "resume_with" else "memory"
+                step, "--resume_with" if asked[each.name] == "resume_with" else "other memory"
             )
             for each in differences(then, today)
             if each.name in CHANGEABLE

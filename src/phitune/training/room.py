@@ -41,14 +41,15 @@ class _CgroupFiles:
 
 def memory_room() -> Room:
     """The tightest of what the machine, its containers and the shell leave to this process."""
-    return min([killing_room(), *_ulimit_rooms()], key=lambda room: room.bytes)
-
-
-def killing_room() -> Room:
-    """What may be taken before the kernel ends the process."""
     ram = psutil.virtual_memory()
     free = Room(ram.available, f"free now, of this machine's {ram.total / GIB:.1f} GiB")
-    return min([free, *cgroup_rooms()], key=lambda room: room.bytes)
+    return min([free, *cgroup_rooms(), *_ulimit_rooms()], key=lambda room: room.bytes)
+
+
+def bytes_until_killed() -> int:
+    """What may be taken before the kernel ends the process; a machine swaps before it does."""
+    free = psutil.virtual_memory().available + psutil.swap_memory().free
+    return min([free, *(room.bytes for room in cgroup_rooms())])
 
 
 def cgroup_rooms(membership: Path = _PROC, root: Path = _CGROUPS) -> list[Room]:
@@ -161,7 +162,7 @@ class MemoryCeiling:
         return self
 
     def renew(self) -> None:
-        """Takes its place above what is used now, by what is free now.
+        """Takes its place above what is used now, by what may be taken until the kernel kills.
 
         The system counts what is mapped, though, and pages that were used once and given back stay
         mapped: they may be used again at any time, so they get no room of their own.
@@ -171,7 +172,7 @@ class MemoryCeiling:
         import resource
 
         _, used = _held()
-        ceiling = used + self._untouched + round(CEILING_SHARE * killing_room().bytes)
+        ceiling = used + self._untouched + round(CEILING_SHARE * bytes_until_killed())
         soft, hard = self._before
         if soft != resource.RLIM_INFINITY:
             ceiling = min(ceiling, soft)

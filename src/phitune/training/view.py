@@ -31,6 +31,7 @@ from phitune.model.decoder import Decoder
 from phitune.model.lora import Adapter
 from phitune.training.events import Evaluation, StepMetrics
 from phitune.training.memory import GIB, MemoryPlan
+from phitune.training.room import Room
 
 
 @dataclass(frozen=True)
@@ -289,18 +290,14 @@ def model_line(decoder: Decoder, adapter: Adapter, settings: Settings, seconds: 
     )
 
 
-def memory_line(plan: MemoryPlan, budget: int, source: str) -> str:
-    """What the run will take at its peak, of what there is, and what is recomputed for it.
-
-    Args:
-        source: where the budget comes from.
-    """
+def memory_line(plan: MemoryPlan, budget: Room) -> str:
+    """What the run will take at its peak, of what it plans with, and what is recomputed for it."""
     layers, of = plan.recompute_layers, plan.num_layers
     recomputed = f"{layers} of {of} layers are recomputed" if layers else "nothing is recomputed"
+    doubt = f"; that may not fit, of what is {budget.source}" if plan.bytes > budget.bytes else ""
+    peak, there = plan.bytes / GIB, budget.bytes / GIB
     return (
-        f"memory: {plan.bytes / GIB:.1f} GiB at the peak, of {budget / GIB:.1f} GiB to plan with;"
-        f" {recomputed}"
-        + (f"; that may not fit, of what is {source}" if plan.bytes > budget else "")
+        f"memory: {peak:.1f} GiB at the peak, of {there:.1f} GiB to plan with; {recomputed}{doubt}"
     )
 
 

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 from phitune.config import Settings
 from phitune.data.packing import pack
-from phitune.data.tokenizer import TokenizedExample
+from phitune.data.tokens import TokenizedExample
 from phitune.model.architecture import ModelConfig, parse_model_config, read_model_config
 from phitune.model.decoder import Decoder
 from phitune.model.engine import FusedEngine

@@ -22,7 +22,7 @@ from gpu_models import (
 
 from phitune.config import Settings
 from phitune.data.packing import pack
-from phitune.data.tokenizer import IGNORE_INDEX, TokenizedExample
+from phitune.data.tokens import IGNORE_INDEX, TokenizedExample
 from phitune.model.engine import FusedEngine
 from phitune.model.fused import Kernels
 from phitune.training.fit import fewest_recomputed

@@ -21,7 +21,8 @@ from peft import LoraConfig, get_peft_model
 from phitune.config import Settings
 from phitune.data.dataset import read_examples
 from phitune.data.packing import epoch_steps, micro_batches
-from phitune.data.tokenizer import TextTokenizer, TokenizedExample
+from phitune.data.tokenizer import TextTokenizer
+from phitune.data.tokens import TokenizedExample
 from phitune.model.architecture import read_model_config
 from phitune.model.engine import FusedEngine
 from phitune.model.lora import LoraSpec, attach

@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from phitune.config import Settings
 from phitune.data.packing import pack
-from phitune.data.tokenizer import IGNORE_INDEX, TokenizedExample
+from phitune.data.tokens import IGNORE_INDEX, TokenizedExample
 from phitune.model.architecture import ModelConfig, known_model_config
 from phitune.model.decoder import Decoder
 from phitune.model.device import DTYPES

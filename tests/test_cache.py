@@ -28,7 +28,8 @@ from phitune.data.store import (
     TokenStore,
     question_hash,
 )
-from phitune.data.tokenizer import EncodedRow, TextTokenizer
+from phitune.data.tokenizer import TextTokenizer
+from phitune.data.tokens import EncodedRow
 from phitune.errors import DataError
 from phitune.model.files import ASSETS
 

@@ -18,7 +18,7 @@ from rows import logits_of, loss_sum_of, open_decoder, random_rows, relative
 from transformers import AutoModelForCausalLM
 
 from phitune.data.packing import pack
-from phitune.data.tokenizer import TokenizedExample
+from phitune.data.tokens import TokenizedExample
 from phitune.model import ops
 from phitune.model.lora import LoraSpec, attach, detach, load_adapter, save_adapter
 from phitune.model.targets import resolve_targets

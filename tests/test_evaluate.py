@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from phitune import Phi2LoRATrainer
 from phitune.cli import main
 from phitune.data.packing import batches
-from phitune.data.tokenizer import IGNORE_INDEX
+from phitune.data.tokens import IGNORE_INDEX
 from phitune.evaluation import short
 from phitune.evaluation.answers import answer_rows
 from phitune.evaluation.general import (

@@ -70,6 +70,7 @@ NO_TORCH = (
     "phitune.data.sources",
     "phitune.data.prompt",
     "phitune.data.tokenizer",
+    "phitune.data.tokens",
     "phitune.data.prepare",
     "phitune.inference.questions",
     "phitune.evaluation.metrics",

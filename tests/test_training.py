@@ -17,7 +17,8 @@ from rows import open_decoder, random_rows, relative
 from phitune.config import Settings
 from phitune.data.dataset import read_examples
 from phitune.data.packing import epoch_steps, micro_batches
-from phitune.data.tokenizer import TextTokenizer, TokenizedExample
+from phitune.data.tokenizer import TextTokenizer
+from phitune.data.tokens import TokenizedExample
 from phitune.errors import NonFiniteError
 from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
 from phitune.model.lora import Adapter, LoraSpec, attach

@@ -7,7 +7,7 @@ import torch
 from report import Report, read_job
 
 from phitune.config import Settings
-from phitune.data.tokenizer import TokenizedExample
+from phitune.data.tokens import TokenizedExample
 from phitune.model.architecture import read_model_config
 from phitune.model.device import DTYPES
 from phitune.model.engine import FusedEngine

@@ -242,6 +242,15 @@ def _parser() -> Parser:
     )
     parser.set_defaults(given=set())
     add_model_flags(parser)
+    _add_row_flags(parser)
+    _add_answer_flags(parser)
+    _add_forgetting_flags(parser)
+    _add_harness_flags(parser)
+    _add_output_flags(parser)
+    return parser
+
+
+def _add_row_flags(parser: Parser) -> None:
     group = parser.add_argument_group("rows")
     group.add_argument(
         "--dataset_path",
@@ -261,6 +270,9 @@ def _parser() -> Parser:
         metavar="N",
         help="longer rows of it are left out (default: the run's, or the model's)",
     )
+
+
+def _add_answer_flags(parser: Parser) -> None:
     group = parser.add_argument_group("answers")
     group.add_argument(
         "--limit",
@@ -296,6 +308,9 @@ def _parser() -> Parser:
         metavar="N",
         help="of the rows that are answered, and of the intervals [42]",
     )
+
+
+def _add_forgetting_flags(parser: Parser) -> None:
     group = parser.add_argument_group("forgetting")
     group.add_argument(
         "--general_text",
@@ -304,6 +319,9 @@ def _parser() -> Parser:
         metavar="FILE",
         help="a text of the kind the model must not forget (default: one that ships)",
     )
+
+
+def _add_harness_flags(parser: Parser) -> None:
     group = parser.add_argument_group("LM Evaluation Harness, in place of all this")
     group.add_argument(
         "--tasks",
@@ -331,9 +349,11 @@ def _parser() -> Parser:
         default=False,
         help="put the tasks' questions in the form that was trained",
     )
+
+
+def _add_output_flags(parser: Parser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="everything as JSON, each answer too")
     group.add_argument(
         "--output", type=Path, metavar="FILE", help="write that JSON to a file as well"
     )
-    return parser

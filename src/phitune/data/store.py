@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phitune.data.conversation import Example
-from phitune.data.tokenizer import EncodedRow, TokenizedExample, labels_of
+from phitune.data.tokens import EncodedRow, TokenizedExample, labels_of
 from phitune.errors import PhituneError
 
 LAYOUT = 1

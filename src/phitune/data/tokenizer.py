@@ -24,10 +24,10 @@ from typing import Any, Literal
 from phitune.data.conversation import Example
 from phitune.data.prompt import ChatFormat, InstructFormat, PromptFormat, Segment
 from phitune.data.tokenizer_library import added_tokens, library_errors, load
+from phitune.data.tokens import EncodedRow, TokenizedExample
 from phitune.errors import ModelError
 from phitune.jsonfile import own_file, read_object, read_text, write_object
 
-IGNORE_INDEX = -100
 TOKENIZER_FILES = (
     "tokenizer.json",
     "special_tokens_map.json",
@@ -41,42 +41,6 @@ BATCH_ROWS, BATCH_CHARACTERS = 2048, 2**21
 # Of each of its files; that of Phi-4-mini, which has 200,000 tokens, is half of it.
 MAX_FILE_BYTES = 2**25
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
-
-
-@dataclass(frozen=True, slots=True)
-class TokenizedExample:
-    """One row as tokens; `labels` repeats the id where it is trained, else IGNORE_INDEX."""
-
-    input_ids: list[int]  # [T]
-    labels: list[int]  # [T]
-    line: int = 0
-
-    @property
-    def num_target_tokens(self) -> int:
-        """Trained positions: the first token is never predicted."""
-        return sum(label != IGNORE_INDEX for label in self.labels[1:])
-
-
-@dataclass(slots=True)
-class EncodedRow:
-    """One row as tokens, its trained parts as (start, stop) in their order."""
-
-    example: Example
-    input_ids: list[int]  # [T]
-    spans: list[tuple[int, int]]
-
-    def tokenized(self) -> TokenizedExample:
-        return TokenizedExample(
-            self.input_ids, labels_of(self.input_ids, self.spans), self.example.line
-        )
-
-
-def labels_of(input_ids: Sequence[int], spans: Iterable[tuple[int, int]]) -> list[int]:
-    """The id where it is trained, else IGNORE_INDEX. [T]"""
-    labels = [IGNORE_INDEX] * len(input_ids)
-    for start, stop in spans:
-        labels[start:stop] = input_ids[start:stop]
-    return labels
 
 
 @dataclass(frozen=True, slots=True)

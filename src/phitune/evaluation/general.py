@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from phitune.data.prompt import Segment
-from phitune.data.tokenizer import IGNORE_INDEX, TokenizedExample
+from phitune.data.tokens import IGNORE_INDEX, TokenizedExample
 from phitune.errors import DataError
 from phitune.evaluation.bootstrap import Comparison, compare
 from phitune.evaluation.losses import BASE, TUNED, Progress

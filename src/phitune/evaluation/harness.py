@@ -14,7 +14,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from phitune.data.conversation import Turn
 from phitune.data.prompt import Segment
-from phitune.data.tokenizer import IGNORE_INDEX, TokenizedExample
+from phitune.data.tokens import IGNORE_INDEX, TokenizedExample
 from phitune.errors import ModelError
 from phitune.inference.generate import Adapters, stream
 from phitune.inference.likelihood import token_losses

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from phitune.data.tokenizer import TokenizedExample
+from phitune.data.tokens import TokenizedExample
 from phitune.inference.likelihood import token_losses
 from phitune.inference.served import ServedModel
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from phitune.data.packing import Batch, pack
-from phitune.data.tokenizer import TokenizedExample
+from phitune.data.tokens import TokenizedExample
 from phitune.model import sizes
 from phitune.model.adapters import AdapterSet
 from phitune.model.decoder import Decoder

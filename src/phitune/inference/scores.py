@@ -4,7 +4,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from phitune.data.tokenizer import IGNORE_INDEX, TokenizedExample
+from phitune.data.tokens import IGNORE_INDEX, TokenizedExample
 from phitune.inference.likelihood import token_losses
 from phitune.inference.served import ServedModel
 

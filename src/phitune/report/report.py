@@ -27,6 +27,7 @@ from phitune.report.findings import (
 from phitune.report.samples import Sample, sample_of
 from phitune.report.statistics import Lengths, TokenStatistics, lengths_of, token_statistics
 from phitune.report.survey import Survey, in_chunks
+from phitune.report.table import RowTable
 
 
 @dataclass(frozen=True)
@@ -99,32 +100,12 @@ def make_report(
     streams = [_open(settings, prompt_format, on_bad_row, validation=False)]
     if settings.validation_path:
         streams.append(_open(settings, prompt_format, on_bad_row, validation=True))
-    for number, stream in enumerate(streams):
-        for chunk in in_chunks(stream, max_rows):
-            encoded = (
-                list(tokenizer.encode_rows(prompt_format, chunk))
-                if tokenizer and prompt_format
-                else None
-            )
-            survey.add(chunk, encoded, validation=number == 1)
-            progress(survey.rows)
+    _go_through(streams, survey, tokenizer, prompt_format, max_rows, progress)
     if survey.samples.not_found:
         missing_lines = ", ".join(map(str, survey.samples.not_found))
         raise DataError(f"--show {missing_lines}: {settings.dataset_path} has no row on that line")
-    table = survey.table()
-    if not settings.validation_path and settings.validation_split:
-        split_off = validation_rows([table.question_hash], settings.validation_split, settings.seed)
-        table = dataclasses.replace(table, validation=split_off)
-    batch_size = settings.batch_size
-    tokens = None
-    if tokenizer:
-        tokens = token_statistics(
-            table,
-            max_length=settings.max_length,
-            train_on_prompt=settings.train_on_prompt,
-            batch_size=DEFAULT_BATCH_SIZE if batch_size == "auto" else batch_size,
-            seed=settings.seed,
-        )
+    table = _with_split(survey.table(), settings)
+    tokens = _tokens(table, settings) if tokenizer else None
     near = survey.near_duplicates(table)
     unreadable = _unreadable(streams)
     held_out = int(table.validation.sum())
@@ -169,6 +150,45 @@ def make_report(
             )
             for title, example in survey.samples.chosen()
         ),
+    )
+
+
+def _go_through(
+    streams: Sequence[ExampleStream],
+    survey: Survey,
+    tokenizer: TextTokenizer | None,
+    prompt_format: PromptFormat | None,
+    max_rows: int | None,
+    progress: Callable[[int], None],
+) -> None:
+    """Adds every row to the survey; those of the second stream are for validation."""
+    for number, stream in enumerate(streams):
+        for chunk in in_chunks(stream, max_rows):
+            encoded = (
+                list(tokenizer.encode_rows(prompt_format, chunk))
+                if tokenizer and prompt_format
+                else None
+            )
+            survey.add(chunk, encoded, validation=number == 1)
+            progress(survey.rows)
+
+
+def _with_split(table: RowTable, settings: Settings) -> RowTable:
+    """With the rows marked that training would hold out."""
+    if settings.validation_path or not settings.validation_split:
+        return table
+    split_off = validation_rows([table.question_hash], settings.validation_split, settings.seed)
+    return dataclasses.replace(table, validation=split_off)
+
+
+def _tokens(table: RowTable, settings: Settings) -> TokenStatistics:
+    batch_size = settings.batch_size
+    return token_statistics(
+        table,
+        max_length=settings.max_length,
+        train_on_prompt=settings.train_on_prompt,
+        batch_size=DEFAULT_BATCH_SIZE if batch_size == "auto" else batch_size,
+        seed=settings.seed,
     )
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 from phitune.data.conversation import Example
 from phitune.data.prompt import PromptFormat
-from phitune.data.tokenizer import IGNORE_INDEX, TextTokenizer
+from phitune.data.tokenizer import TextTokenizer
+from phitune.data.tokens import IGNORE_INDEX
 from phitune.report.table import Place
 
 

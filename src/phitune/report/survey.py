@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from phitune.data.conversation import Example
 from phitune.data.store import question_hash
-from phitune.data.tokenizer import EncodedRow
+from phitune.data.tokens import EncodedRow
 from phitune.report.checks import ROW_CHECKS, RowTexts, special_token_pattern
 from phitune.report.duplicates import MAX_PLACES, Found
 from phitune.report.near_duplicates import NearDuplicateFinder, NearDuplicates

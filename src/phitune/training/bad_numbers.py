@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from phitune.data.packing import Batch, pack
-from phitune.data.tokenizer import TokenizedExample
+from phitune.data.tokens import TokenizedExample
 
 # A loss is held against those of so many steps before it, once there are half as many.
 RECENT = 20

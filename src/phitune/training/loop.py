@@ -15,7 +15,7 @@ from torch import Tensor
 
 from phitune.config import Settings
 from phitune.data.packing import Batch, batches, epoch_steps, micro_batches, steps_per_epoch
-from phitune.data.tokenizer import TokenizedExample
+from phitune.data.tokens import TokenizedExample
 from phitune.errors import MAX_LISTED, NonFiniteError, OutOfMemoryError
 from phitune.model import ops
 from phitune.model.allocation import in_usable_thread

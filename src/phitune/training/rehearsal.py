@@ -8,7 +8,7 @@ import torch
 
 from phitune.config import Settings
 from phitune.data.packing import pack
-from phitune.data.tokenizer import TokenizedExample
+from phitune.data.tokens import TokenizedExample
 from phitune.model.engine import Engine
 from phitune.training.budget import peak_memory
 from phitune.training.loop import dropout_of

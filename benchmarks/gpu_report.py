@@ -31,7 +31,7 @@ estimated. On a machine with one,
     python benchmarks/gpu.py
 
 takes at most 8 minutes and overwrites this file and gpu.json. Its code is rehearsed on the CPU with
-tiny models by tests/test_gpu_benchmark.py; kernels that only a GPU has are not covered by that. It
+tiny models by tests/benchmarks/test_gpu.py; kernels that only a GPU has are not covered by that. It
 will measure, with full-size random Phi-2 and Phi-3.5 in bf16:
 """
 

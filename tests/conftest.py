@@ -9,7 +9,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
-from reference import CONFIGS, phi3_config, phi_config, random_model, save_model
+from helpers.reference import CONFIGS, phi3_config, phi_config, random_model, save_model
 
 from phitune.model.files import ASSETS
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from reference import phi_config, random_model
+from helpers.reference import phi_config, random_model
 from safetensors.torch import load_file, save_file
 
 from phitune import Phi2LoRATrainer

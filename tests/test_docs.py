@@ -16,8 +16,8 @@ import build_docs
 import pytest
 import torch
 import yaml
+from helpers.reference import phi3_config, phi_config, random_model
 from pydantic import Field
-from reference import phi3_config, phi_config, random_model
 
 from phitune import errors
 from phitune.cli import COMMANDS, EXIT_INTERRUPTED, main
@@ -69,7 +69,7 @@ NOT_RUN = {
     "phitune evaluate --adapter_path output/my_model --tasks hellaswag,arc_easy --limit 200": (
         "it fetches data sets"
     ),
-    # tests/test_harness.py runs tasks like it, where the harness is installed.
+    # tests/inference/test_harness.py runs tasks like it, where the harness is installed.
     "phitune evaluate --adapter_path output/my_model --tasks capitals --include_path tasks"
     " --apply_chat_template": "it needs the extra eval",
 }

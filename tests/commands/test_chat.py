@@ -1,0 +1,365 @@
+"""`phitune chat` as it is used: through a pipe, and at a terminal, which is a real one here."""
+
+import fcntl
+import io
+import itertools
+import json
+import os
+import pty
+import re
+import select
+import stat
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers.adapters import endless_adapter, random_adapter
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.cells import cell_len
+
+from phitune.cli import EXIT_INTERRUPTED, main
+from phitune.commands.chat_commands import COMMANDS
+from phitune.commands.chat_terminal import LONGEST_WORD, WordWrap
+from phitune.inference.chat import Chat
+from phitune.inference.served import open_model
+
+QUESTIONS = ("What is the capital of Portugal?", "How much is 8 plus 7?")
+SECONDS = 60.0
+DOCUMENT = Path(__file__).parents[2] / "docs" / "chat.md"
+
+
+@pytest.fixture(scope="module")
+def adapter(shipped_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_adapter(shipped_model, tmp_path_factory.mktemp("run") / "adapter")
+
+
+# --- through a pipe -----------------------------------------------------------------------------
+
+
+def piped(
+    text: str | bytes, *flags: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> tuple[int, str, str]:
+    """Exit code, output and errors."""
+    given = text.encode() if isinstance(text, str) else text
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+    code = main(["chat", *flags])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_echo_prints_only_the_answer(adapter: Path) -> None:
+    """The whole way, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "phitune", "chat", "--adapter_path", str(adapter.parent)],
+        input=f"{QUESTIONS[0]}\n",
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    chat = Chat(open_model([adapter]), choice=0)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "".join(chat.ask(QUESTIONS[0])) + "\n"
+
+
+def test_each_line_is_asked_alone_or_as_a_turn(
+    adapter: Path,
+    shipped_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lines = f"\ufeff{QUESTIONS[0]}\r\n\n{QUESTIONS[1]}"
+    base = ("--model_name", shipped_model.name, "--system", "Be brief.")
+    chat = Chat(open_model([], model_name=shipped_model.name), system="Be brief.")
+    first = "".join(chat.ask(QUESTIONS[0]))
+    turn = "".join(chat.ask(QUESTIONS[1]))
+    chat.reset()
+    alone = "".join(chat.ask(QUESTIONS[1]))
+    assert piped(lines, *base, monkeypatch=monkeypatch, capsys=capsys) == (
+        0,
+        f"{first}\n{alone}\n",
+        "",
+    )
+    assert piped(lines, *base, "--turns", monkeypatch=monkeypatch, capsys=capsys) == (
+        0,
+        f"{first}\n{turn}\n",
+        "",
+    )
+    assert piped("", *base, monkeypatch=monkeypatch, capsys=capsys) == (0, "", "")
+
+
+def test_drawn_answers_repeat_with_the_seed_wherever_the_line_stands(
+    shipped_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model_name", shipped_model.name, "--temperature", "1.5", "--max_new_tokens", "12"]
+
+    def told(lines: str, seed: int) -> list[str]:
+        code, out, _ = piped(
+            lines, *flags, "--seed", str(seed), monkeypatch=monkeypatch, capsys=capsys
+        )
+        assert code == 0
+        return [out]
+
+    both = told("Say a word.\nSay two words.\n", 1)
+    assert told("Say a word.\nSay two words.\n", 1) == both
+    assert told("Say a word.\nSay two words.\n", 2) != both
+    assert told("Say two words.\n", 1)[0] in both[0]
+
+
+def test_a_flag_without_effect_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--model_name", "tiny-phi-2", "--top_p", "0.5")
+    code, out, err = piped("Hi\n", *flags, monkeypatch=monkeypatch, capsys=capsys)
+    assert (code, out.count("\n")) == (0, 1)
+    assert err == (
+        "phitune: top_p without effect while the temperature is 0, since nothing is drawn\n"
+    )
+
+
+def test_the_documents_pipes_give_what_it_shows() -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```console\n\$ (.*)\n((?:.*\n)+?)```$", text, re.MULTILINE)
+    assert len(blocks) == 2
+    for command, shown in blocks:
+        script = f'phitune() {{ "{sys.executable}" -m phitune "$@"; }}; {command}'
+        done = subprocess.run(
+            ["bash", "-c", script], capture_output=True, text=True, timeout=SECONDS, check=True
+        )
+        assert done.stdout == shown
+
+
+def test_the_document_names_every_command_and_no_other_flag(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    assert set(re.findall(r"`/(\w+)", text)) == {*COMMANDS}
+    with pytest.raises(SystemExit):
+        main(["chat", "--help"])
+    known = re.findall(r"--(\w+)", capsys.readouterr().out)
+    assert set(re.findall(r"--(\w+)", text)) <= {*known}
+
+
+@pytest.mark.parametrize(
+    ("given", "flags", "code", "said"),
+    [
+        (b"fine\ncaf\xe9\n", [], 2, "line 2 of the input is not UTF-8"),
+        (b"why " * 3000, [], 2, "line 1 of the input: the question takes"),
+        (b"x\n", ["--max_new_tokens", "1000000"], 2, "are allowed"),
+        (b"x\n", ["--context_length", "9999999"], 2, "allows 2 to"),
+        (b"x\n", ["--temperature", "-1"], 2, "must be a number from 0 to 10"),
+        (b"x\n", ["--adapter_path", "/nowhere"], 2, "there is no such folder"),
+        (b"x\n", ["--adapter_path", "a", "--adapter_path", "b"], 2, "phitune compare"),
+        (b"x\n", ["--warmth", "1"], 2, "--warmth"),
+        (b"x\n", ["--prompt_format", "chat"], 2, "has no chat template"),
+    ],
+)
+def test_what_is_wrong_is_one_error_on_stderr(
+    given: bytes,
+    flags: list[str],
+    code: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    name = ["--model_name", "tiny-phi-2"]
+    got, out, err = piped(given, *name, *flags, monkeypatch=monkeypatch, capsys=capsys)
+    assert got == code
+    assert said in err
+    assert "Traceback" not in err
+    assert out.count("\n") == given.count(b"fine")
+
+
+# --- at a terminal ------------------------------------------------------------------------------
+
+
+class Person:
+    """Someone at a terminal of 70 columns: types, reads, and presses keys."""
+
+    def __init__(self, *flags: str, state: Path, **variables: str) -> None:
+        self._terminal, inner = pty.openpty()
+        fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 70, 0, 0))
+        environment = {
+            **os.environ,
+            "TERM": "xterm",
+            "XDG_STATE_HOME": str(state),
+            "OMP_NUM_THREADS": "1",
+            "NO_COLOR": "1",
+            **variables,
+        }
+
+        def owns_the_terminal() -> None:
+            os.setsid()
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "phitune", "chat", *flags],
+            stdin=inner,
+            stdout=inner,
+            stderr=inner,
+            env=environment,
+            preexec_fn=owns_the_terminal,
+        )
+        os.close(inner)
+        self.seen = ""
+        self._read_to = 0
+
+    def press(self, keys: str) -> None:
+        os.write(self._terminal, keys.encode())
+
+    def type(self, line: str) -> None:
+        """Waits for the prompt; what is typed earlier would be shown twice."""
+        self.sees(">")
+        self.press(line + "\r")
+
+    def sees(self, text: str) -> str:
+        """Waits until this stands behind what was seen before; returns all up to it."""
+        deadline = time.monotonic() + SECONDS
+        while text not in self.seen[self._read_to :]:
+            left = deadline - time.monotonic()
+            assert left > 0, f"{text!r} did not come; seen:\n{self.seen[self._read_to :]}"
+            if select.select([self._terminal], [], [], left)[0]:
+                self.seen += self._read()
+        stop = self.seen.index(text, self._read_to) + len(text)
+        seen, self._read_to = self.seen[self._read_to : stop], stop
+        return seen
+
+    def leaves(self) -> int:
+        """Reads to the end. Returns: the exit code."""
+        deadline = time.monotonic() + SECONDS
+        while self.process.poll() is None and time.monotonic() < deadline:
+            if select.select([self._terminal], [], [], 0.05)[0]:
+                self.seen += self._read()
+        return self.process.wait(timeout=1)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._terminal)
+
+    def _read(self) -> str:
+        try:
+            data = os.read(self._terminal, 65536).decode("utf-8", "replace")
+        except OSError:  # Linux says so when the other side is gone.
+            return ""
+        # Answers to where the cursor is, without which the line editor waits.
+        if "\x1b[6n" in data:
+            self.press("\x1b[1;1R")
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]|\r", "", data)
+
+
+@pytest.fixture(scope="module")
+def endless(shipped_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return endless_adapter(shipped_model, tmp_path_factory.mktemp("endless") / "adapter")
+
+
+@pytest.fixture
+def person(endless: Path, tmp_path: Path) -> Iterator[Person]:
+    flags = ["--adapter_path", str(endless), "--max_new_tokens", "1500"]
+    someone = Person(*flags, state=tmp_path / "state")
+    yield someone
+    someone.close()
+
+
+def test_an_evening_at_the_terminal(
+    person: Person, endless: Path, shipped_model: Path, tmp_path: Path
+) -> None:
+    chat = Chat(open_model([endless]), choice=None, max_new_tokens=1500)
+    first = person.sees("positions")
+    assert shipped_model.name in first
+    assert "fp32 on cpu" in " ".join(first.split())
+    person.type("/adapter off")
+    person.sees("the base model answers")
+    person.type(QUESTIONS[0])
+    person.sees("".join(chat.ask(QUESTIONS[0])))
+    person.type("/adapter on")
+    person.sees("the adapter answers")
+    person.type("Tell me a story.")
+    chat.choice = 0
+    begins = itertools.islice(chat.ask("Tell me a story."), 4)
+    person.sees("".join(begins).strip())
+    person.press("\x03")
+    person.sees("stopped; the answer stays as far as it came")
+    person.type("/temp warm")
+    person.sees("must be a number from 0 to 10")
+    person.type(f"/save {tmp_path}/said.jsonl")
+    person.sees("2 answers; 1 of them cut short")
+    person.type("/quit")
+    assert person.leaves() == 0
+    messages = json.loads((tmp_path / "said.jsonl").read_text())["messages"]
+    assert messages[1]["content"] == chat.exchanges[0].reply.text
+    assert messages[2]["content"] == "Tell me a story."
+    history = tmp_path / "state" / "phitune" / "chat_history"
+    assert stat.S_IMODE(history.stat().st_mode) == 0o600
+    assert "+Tell me a story." in history.read_text()
+    assert "Traceback" not in person.seen
+
+
+def test_new_lines_slashes_and_leaving_with_ctrl_c(shipped_model: Path, tmp_path: Path) -> None:
+    flags = ("--model_name", shipped_model.name, "--no_history")
+    person = Person(*flags, state=tmp_path / "state")
+    try:
+        person.type("What is the capital\\")
+        person.press("of Portugal\x1b\r?\r")
+        person.sees("?")
+        person.type(f"/save {tmp_path}/said.jsonl")
+        person.sees("1 answer")
+        person.type("//help is a question")
+        person.sees("question")
+        person.type(f"/append {tmp_path}/said.jsonl")
+        person.sees("2 answers")
+        person.sees(">")
+        person.press("half a line")
+        person.sees("half a line")
+        person.press("\x03")
+        person.sees("Ctrl-C once more leaves")
+        person.sees(">")
+        person.press("\x03")
+        assert person.leaves() == EXIT_INTERRUPTED
+    finally:
+        person.close()
+    rows = [json.loads(line)["messages"] for line in (tmp_path / "said.jsonl").open()]
+    assert rows[0][0]["content"] == "What is the capital\nof Portugal\n?"
+    assert rows[1][2]["content"] == "/help is a question"
+    assert not (tmp_path / "state").exists()
+    assert "Traceback" not in person.seen
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    text=st.text("ab \n\u4e2d\u05d0-", max_size=80),
+    width=st.integers(1, 30),
+    size=st.integers(1, 7),
+)
+def test_lines_break_between_words_however_the_text_comes(text: str, width: int, size: int) -> None:
+    wrapping = WordWrap(width)
+    pieces = [wrapping.add(text[start : start + size]) for start in range(0, len(text), size)]
+    written = "".join(pieces) + wrapping.end()
+    assert written.split() == text.split() or "\u4e2d" in text or width < LONGEST_WORD
+    assert "".join(written.split()) == "".join(text.split())
+    longest = max(map(cell_len, text.split()), default=0)
+    if longest <= min(width, LONGEST_WORD):
+        assert all(cell_len(line) <= width for line in written.split("\n"))
+
+
+def test_a_wrapped_line_breaks_where_a_reader_expects_it() -> None:
+    wrapping = WordWrap(12)
+    written = wrapping.add("one two three four fi") + wrapping.add("ve") + wrapping.end()
+    assert written == "one two \nthree four \nfive"
+    assert WordWrap(3).add("abc def ") == "abc\ndef\n"
+
+
+def test_ctrl_d_leaves(shipped_model: Path, tmp_path: Path) -> None:
+    person = Person("--model_name", shipped_model.name, state=tmp_path / "state")
+    try:
+        person.sees(">")
+        person.press("\x04")
+        assert person.leaves() == 0
+    finally:
+        person.close()

@@ -1,0 +1,305 @@
+"""Base and adapters side by side: each column is its own model, against transformers and peft."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.random_adapters import reference_model, write_adapter
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import PeftModel
+from transformers import AutoTokenizer
+
+from phitune.data.conversation import Turn
+from phitune.data.tokenizer import TextTokenizer
+from phitune.errors import DataError
+from phitune.inference import compare as compare_module
+from phitune.inference.cache import cache_bytes
+from phitune.inference.compare import BASE, Comparison, batches, compare, short_names
+from phitune.inference.generate import generate
+from phitune.inference.questions import Question, ask
+from phitune.inference.sampling import Sampling
+from phitune.inference.scores import likelihoods, matches, normalised
+from phitune.inference.served import ServedModel, open_model
+from phitune.model.architecture import read_model_config
+from phitune.model.device import DTYPES
+from phitune.model.files import ASSETS
+from phitune.model.weights import load_decoder
+
+QUESTIONS = [
+    Question((Turn("user", "What is the capital of Portugal?"),), "Lisbon, of course."),
+    ask("How much is 8 plus 7?"),
+    Question((Turn("user", "What sound does a cat make?"),), "A cat meows."),
+]
+TOKENS = 16
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two adapters of tiny-phi-3.5 that share neither modules nor rank nor prompt format."""
+    folder = tmp_path_factory.mktemp("adapters")
+    instruct = write_adapter(
+        folder / "instruct",
+        "tiny-phi-3.5",
+        "instruct",
+        targets=("qkv_proj", "down_proj"),
+        rank=3,
+        spread=1.0,
+    )
+    chat = write_adapter(
+        folder / "chat", "tiny-phi-3.5", "chat", targets=("mlp", "lm_head"), rank=5, seed=1
+    )
+    return [instruct, chat]
+
+
+@pytest.fixture(scope="module")
+def model(adapters: list[Path]) -> ServedModel:
+    return open_model(adapters, device="cpu", precision="fp32")
+
+
+@pytest.fixture(scope="module")
+def compared(model: ServedModel) -> Comparison:
+    return compare(model, QUESTIONS, max_new_tokens=TOKENS)
+
+
+def test_the_columns_are_base_and_adapters_each_in_its_own_format(compared: Comparison) -> None:
+    assert [column.name for column in compared.columns] == ["base", "instruct", "chat"]
+    assert [column.prompt_format for column in compared.columns] == ["instruct", "instruct", "chat"]
+    for row in compared.rows:
+        assert len({cell.ids for cell in row.cells}) == 3
+
+
+@pytest.mark.parametrize("model_name", ["tiny-phi-2", "tiny-phi-3.5"])
+def test_the_base_column_is_the_base_model_alone(model_name: str, tmp_path: Path) -> None:
+    """Token for token, from a decoder that never saw an adapter."""
+    served = open_model([write_adapter(tmp_path / "a", model_name)], device="cpu")
+    compared = compare(served, QUESTIONS, max_new_tokens=40)
+    folder = ASSETS / model_name
+    decoder = load_decoder(folder, read_model_config(folder), DTYPES["fp32"], torch.device("cpu"))
+    tokenizer = TextTokenizer(folder)
+    prompt_format = tokenizer.prompt_format("instruct")
+    for row in compared.rows:
+        prompt = tokenizer.encode(prompt_format.segments(row.question.turns))
+        (alone,) = generate(
+            decoder, [prompt], max_new_tokens=40, stop_ids=tokenizer.stop_ids(prompt_format)
+        )
+        assert row.cells[0].ids == tuple(alone.ids)
+        assert row.cells[0].stopped == alone.stopped
+        assert row.cells[1].ids != row.cells[0].ids
+    assert compared.summary(0).stopped == len(QUESTIONS)  # It is a model that answers.
+
+
+def test_tuned_columns_are_pefts_answers(
+    adapters: list[Path], model: ServedModel, compared: Comparison
+) -> None:
+    for index, path in enumerate(adapters, 1):
+        reference = PeftModel.from_pretrained(reference_model("tiny-phi-3.5"), path).eval()
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        for row in compared.rows:
+            ids = tokenizer.apply_chat_template(
+                [{"role": turn.role, "content": turn.content} for turn in row.question.turns],
+                add_generation_prompt=True,
+                return_dict=False,
+                return_tensors="pt",
+            )
+            out = reference.generate(
+                input_ids=ids,
+                max_new_tokens=TOKENS,
+                do_sample=False,
+                eos_token_id=model.stop_ids,
+                pad_token_id=0,
+            )
+            assert row.cells[index].ids == tuple(out[0, ids.shape[1] :].tolist())
+
+
+def test_nll_is_that_of_transformers_and_peft(adapters: list[Path], compared: Comparison) -> None:
+    columns: list[tuple[Any, Path]] = [(reference_model("tiny-phi-3.5"), adapters[0])]
+    for path in adapters:
+        model = PeftModel.from_pretrained(reference_model("tiny-phi-3.5"), path).eval()
+        columns.append((model, path))
+    for index, (reference, path) in enumerate(columns):
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        for row in compared.rows:
+            likelihood = row.cells[index].likelihood
+            if row.question.expected is None:
+                assert likelihood is None
+                continue
+            messages = [{"role": "user", "content": row.question.turns[0].content}]
+            answer = {"role": "assistant", "content": row.question.expected}
+            prompt = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=False
+            )
+            # The template that ships renders the trained form, up to the answer's end token.
+            whole = tokenizer.apply_chat_template([*messages, answer], return_dict=False)
+            end = max(place for place, token in enumerate(whole) if token in _stops(path))
+            first_end = next(
+                place for place in range(len(prompt), end + 1) if whole[place] in _stops(path)
+            )
+            whole = whole[: first_end + 1]
+            with torch.no_grad():
+                logits = reference(torch.tensor([whole])).logits[0].double()
+            logs = logits.log_softmax(-1)
+            losses = [-logs[place - 1, whole[place]] for place in range(len(prompt), len(whole))]
+            assert likelihood
+            assert likelihood.tokens == len(losses)
+            assert likelihood.nll == pytest.approx(float(sum(losses)), rel=1e-5, abs=1e-5)
+            assert likelihood.per_token == pytest.approx(
+                float(sum(losses)) / len(losses), rel=1e-5, abs=1e-5
+            )
+
+
+def _stops(path: Path) -> list[int]:
+    stops: list[int] = json.loads((path / "generation_config.json").read_text())["eos_token_id"]
+    return stops
+
+
+def test_rows_that_are_packed_score_as_each_alone(
+    model: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [model.prompt_ids(question.turns, None) for question in QUESTIONS]
+    answers = [model.answer_ids(q.turns, q.expected or "15", None) for q in QUESTIONS]
+    choices = [1, None, 0]
+    together = likelihoods(model, prompts, answers, choices)
+    monkeypatch.setattr("phitune.inference.likelihood.BATCH_TOKENS", 1)
+    alone = likelihoods(model, prompts, answers, choices)
+    for packed, single in zip(together, alone, strict=True):
+        assert packed
+        assert single
+        assert packed.nll == pytest.approx(single.nll, rel=1e-5, abs=1e-5)
+    limit = model.decoder.config.max_position_embeddings
+    assert likelihoods(model, [[5] * limit], [[5]], [0]) == [None]
+
+
+def test_splitting_changes_no_answer(
+    model: ServedModel, compared: Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = Sampling(temperature=1.0, seed=3)
+    before = compare(model, QUESTIONS, max_new_tokens=8, sampling=drawn)
+    sizes: list[int] = []
+    original = ServedModel.answers
+
+    def counted(self: ServedModel, prompts: list[list[int]], *rest: Any, **more: Any) -> Any:
+        sizes.append(len(prompts))
+        return original(self, prompts, *rest, **more)
+
+    monkeypatch.setattr(ServedModel, "answers", counted)
+    assert _ids(compare(model, QUESTIONS, max_new_tokens=TOKENS)) == _ids(compared)
+    assert sizes == [9]  # All of them in one generation.
+    sizes.clear()
+    one_by_one = compare(model, QUESTIONS, max_new_tokens=8, sampling=drawn, batch_size=1)
+    assert sizes == [3, 3, 3]
+    assert _ids(one_by_one) == _ids(before)
+    # A cache that has no room for two rows, so not even for one question's.
+    monkeypatch.setattr(compare_module, "MAX_CACHE_BYTES", 1)
+    sizes.clear()
+    assert _ids(compare(model, QUESTIONS, max_new_tokens=8, sampling=drawn)) == _ids(before)
+    assert sizes == [1] * 9
+
+
+def _ids(comparison: Comparison) -> list[tuple[int, ...]]:
+    return [cell.ids for row in comparison.rows for cell in row.cells]
+
+
+def test_draws_differ_by_weights_alone_and_by_question(tmp_path: Path) -> None:
+    nothing = write_adapter(tmp_path / "nothing", spread=0.0)
+    served = open_model([nothing], device="cpu")
+    sampling = Sampling(temperature=5.0)
+    same = [ask("How much is 8 plus 7?")] * 2
+    first, second = compare(served, same, max_new_tokens=12, sampling=sampling).rows
+    assert first.cells[0].ids == first.cells[1].ids
+    assert second.cells[0].ids == second.cells[1].ids
+    assert first.cells[0].ids != second.cells[0].ids
+    (later,) = compare(served, same[:1], max_new_tokens=12, sampling=sampling, first_number=2).rows
+    assert later.cells[0].ids == second.cells[0].ids  # As when it is typed as the second.
+    assert not later.differs(1)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 2000), min_size=1, max_size=30),
+    batch_size=st.integers(1, 9),
+    new=st.integers(1, 2000),
+)
+def test_batches_hold_all_questions_within_the_bounds(
+    lengths: list[int], batch_size: int, new: int
+) -> None:
+    config = read_model_config(ASSETS / "tiny-phi-2")
+    config = replace(config, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32)
+    prompts = [[[1] * length] * 3 for length in lengths]
+    groups = list(batches(prompts, config, new, batch_size, 4))
+    assert [index for group in groups for index in group] == list(range(len(lengths)))
+    for group in groups:
+        assert 1 <= len(group) <= batch_size
+        longest = max(lengths[index] for index in group) + new
+        positions = min(longest, config.max_position_embeddings)
+        size = cache_bytes(config, 3 * len(group), positions, 4)
+        assert len(group) == 1 or size <= compare_module.MAX_CACHE_BYTES
+
+
+def test_questions_that_cannot_be_asked_are_all_named_before_any_is(
+    model: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ServedModel, "answers", lambda *_, **__: pytest.fail("it answered"))
+    limit = model.decoder.config.max_position_embeddings
+    long = "word " * limit
+    twice = (Turn("user", "a"), Turn("user", "b"))
+    asked = [ask("fine"), Question((Turn("user", long),), None, "q.yaml:7"), Question(twice)]
+    with pytest.raises(DataError) as failed:
+        compare(model, asked, max_new_tokens=4)
+    said = str(failed.value)
+    assert "q.yaml:7: " in said
+    assert f"positions end at {limit:,}" in said
+    assert "fine" not in said
+
+
+def test_summary_counts(compared: Comparison) -> None:
+    base = compared.summary(0)
+    assert base.questions == 3
+    assert base.expected == 2
+    assert base.differs == ()
+    assert base.mean_tokens == sum(row.cells[0].tokens for row in compared.rows) / 3
+    likely = [row.cells[0].likelihood for row in compared.rows]
+    sums = [one.nll for one in likely if one]
+    assert base.mean_nll == pytest.approx(sum(sums) / 2)
+    assert compared.summary(1).differs == (1, 2, 3)
+    assert Comparison(compared.columns, ()).summary(0).mean_nll is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "same"),
+    [
+        ("A cat meows.", "a  CAT\nmeows", True),
+        (' "Lisbon." ', "lisbon", True),
+        ("Lisbon!?", "\u201cLisbon\u201d", True),
+        ("\uff2c\uff49\uff53\uff42\uff4f\uff4e\uff01", "Lisbon", True),  # full-width letters
+        ("Stra\u00dfe", "STRASSE", True),
+        ("\u062f\u0645\u0634\u0642\u061f", "\u062f\u0645\u0634\u0642", True),
+        ("3.5", "35", False),
+        ("-5", "5", False),
+        ("50%", "50", False),
+        ("f(x)", "f(x", False),
+        ("Lisbon, Portugal", "Lisbon Portugal", False),
+        ("...", "", True),
+    ],
+)
+def test_what_normalising_forgives(answer: str, expected: str, same: bool) -> None:
+    assert matches(answer, expected) is same
+    assert normalised(normalised(answer)) == normalised(answer)
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["output/demo"], ["demo"]),
+        (["output/demo/adapter"], ["demo"]),
+        (["output/demo/", "output/other/adapter"], ["demo", "other"]),
+        (["runs/a/last", "runs/b/last"], ["a", "b"]),
+        (["runs/a/x", "runs/b/x", "runs/a/y"], ["a/x", "b/x", "y"]),
+        (["output/base"], ["output/base"]),
+    ],
+)
+def test_names_are_what_tells_paths_apart(paths: list[str], names: list[str]) -> None:
+    assert short_names(paths) == names
+    assert BASE not in names

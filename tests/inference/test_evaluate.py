@@ -1,0 +1,438 @@
+"""phitune evaluate: its figures are those of training, and a model that broke shows."""
+
+import itertools
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.evaluated import refused, train
+from safetensors.torch import load_file, save_file
+
+from phitune import Phi2LoRATrainer
+from phitune.cli import main
+from phitune.data.packing import batches
+from phitune.data.tokens import IGNORE_INDEX
+from phitune.evaluation import short
+from phitune.evaluation.answers import answer_rows
+from phitune.evaluation.general import (
+    BLOCK_TOKENS,
+    GENERAL_TEXT,
+    forgetting,
+    window_length,
+    windows,
+)
+from phitune.evaluation.losses import row_losses
+from phitune.inference.served import open_model
+from phitune.model.engine import ReferenceEngine
+from phitune.model.files import ASSETS
+from phitune.model.lora import detach
+from phitune.run_rows import digest_of, find_run, rows_of_run
+
+MODELS = ("tiny-phi-2", "tiny-phi-3.5")
+
+
+def silent(what: str, done: int, total: int) -> None:
+    pass
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("run"), model_name=request.param)
+
+
+@pytest.fixture(scope="module")
+def phi_2_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("phi-2"))
+
+
+@pytest.fixture
+def copied(phi_2_run: Path, tmp_path: Path) -> Path:
+    """A run to damage."""
+    return Path(shutil.copytree(phi_2_run, tmp_path / "run"))
+
+
+def evaluate(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main(["evaluate", *map(str, arguments), "--json"]) == 0
+    document: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return document
+
+
+def scaled(run: Path, factor: float) -> None:
+    """Makes an adapter so many times as strong."""
+    path = run / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({name: tensor * factor for name, tensor in tensors.items()}, path)
+
+
+# --- the figures ----------------------------------------------------------------------------------
+
+
+def test_losses_are_those_the_run_recorded(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = evaluate(capsys, "--adapter_path", run, "--limit", 6, "--max_new_tokens", 48)
+    summary = json.loads((run / "summary.json").read_text())
+    loss = found["measures"]["loss"]
+    assert loss["base"] == pytest.approx(summary["first_validation_loss"], rel=1e-5)
+    assert loss["tuned"] == pytest.approx(summary["best_validation_loss"], rel=1e-5)
+    assert found["recorded_by_the_run"]["tuned"] == summary["best_validation_loss"]
+    assert found["measures"]["perplexity"]["tuned"] == pytest.approx(math.exp(loss["tuned"]))
+    assert loss["reading"] == "better"
+    low, high = loss["interval"]
+    assert low < loss["difference"] < high < 0
+    assert loss["rows"] == found["rows"] >= 16
+    assert len(found["answers"]) == 6
+    assert found["measures"]["stops_by_itself"]["tuned"] == 1.0
+    assert [note for note in found["notes"] if "general text" not in note] == []
+
+
+def test_the_loss_of_each_row_is_that_of_plain_torch(run: Path) -> None:
+    """Each model alone, without an AdapterSet, row by row."""
+    known = find_run(run)
+    assert known
+    served = open_model([run])
+    rows = rows_of_run(known, served.tokenizer, served.format_of(0), remedy="").rows
+    losses = row_losses(served, rows, len(rows), silent)
+    engine = ReferenceEngine(open_model([run]).decoder)
+    detach(engine.decoder)
+    alone = [float(engine.loss_sum(batch)) for batch in batches(rows, 1)]
+    assert losses.base == pytest.approx(alone, rel=1e-5)
+    assert losses.tokens.tolist() == [row.num_target_tokens for row in rows]
+    assert (abs(losses.tuned - losses.base) > 0.1).any()
+
+
+def test_base_and_tuned_answers_are_each_models_own(run: Path) -> None:
+    known = find_run(run)
+    assert known
+    served = open_model([run])
+    data = rows_of_run(known, served.tokenizer, served.format_of(0), remedy="")
+    examples = data.examples([0, 3, 4, 9])
+    assert len(examples) == 4
+    given = answer_rows(served, examples, 40, silent)
+    for example, answer in zip(examples, given, strict=True):
+        assert (answer.question, answer.expected) == (
+            example.turns[-2].content,
+            example.turns[-1].content,
+        )
+        for choice, found in ((None, answer.base), (0, answer.tuned)):
+            prompt = served.prompt_ids(example.turns[:-1], choice)
+            (alone,) = served.answers([prompt], [choice], max_new_tokens=40)
+            assert found.text == served.text(alone.ids, prompt, choice)
+            assert (found.tokens, found.stopped) == (len(alone.ids), alone.stopped)
+    assert any(answer.base.text != answer.tuned.text for answer in given)
+
+
+def test_the_same_rows_are_answered_for_the_same_seed(
+    phi_2_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--adapter_path", phi_2_run, "--limit", 4, "--max_new_tokens", 24)
+    first = evaluate(capsys, *flags)
+    assert first == evaluate(capsys, *flags)
+    places = [answer["place"] for answer in first["answers"]]
+    other = evaluate(capsys, *flags, "--seed", 5)
+    assert places != [answer["place"] for answer in other["answers"]]
+
+
+def test_metrics_of_a_file(
+    phi_2_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in (ASSETS / "captain_heldout.jsonl").open()][:12]
+    file = tmp_path / "sums.csv"
+    answer = "Ahoy! So it is, matey.\n#### {}"
+    lines = [f'"{row["prompt"]}","{answer.format(n)}"' for n, row in enumerate(rows)]
+    file.write_text("\n".join(["question,answer", *lines]) + "\n")
+    flags = ("--adapter_path", phi_2_run / "adapter", "--dataset_path", file)
+    found = evaluate(capsys, *flags, "--max_new_tokens", 32)
+    assert set(found["measures"]) >= {"loss", "exact", "number", "rougeL"}
+    assert found["rows"] == 12
+    assert found["recorded_by_the_run"] is None
+    assert found["measures"]["exact"]["tuned"] == 0
+    named = evaluate(capsys, *flags, "--metric", "contains", "--max_new_tokens", 32)
+    assert "number" not in named["measures"]
+    assert all("contains" in answer["metrics"] for answer in named["answers"])
+
+
+def test_an_adapter_without_a_run_needs_data(
+    copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = tmp_path / "mine"
+    (copied / "adapter").rename(adapter)
+    said = refused(capsys, "--adapter_path", adapter)
+    assert "--dataset_path" in said
+    data = ASSETS / "captain_heldout.jsonl"
+    found = evaluate(
+        capsys,
+        *("--adapter_path", adapter, "--dataset_path", data, "--limit", 0),
+        *("--columns", "response=fact"),
+    )
+    assert found["rows"] == 120
+    assert found["answers"] == []
+    assert set(found["measures"]) == {"loss", "perplexity"}
+
+
+def test_texts_have_nothing_to_answer(
+    phi_2_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "texts.jsonl"
+    rows = [{"text": f"The capital of Portugal is Lisbon, I said {n} times."} for n in range(5)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    found = evaluate(capsys, "--adapter_path", phi_2_run, "--dataset_path", file)
+    assert found["answers"] == []
+    assert any("nothing to answer" in note for note in found["notes"])
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def test_changed_data_is_refused(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = (copied / "config.yaml").read_text()
+    data = copied.parent / "grown.jsonl"
+    original = next(line for line in config.splitlines() if line.startswith("dataset_path"))
+    path = Path(original.split(": ")[1].split("  #")[0])
+    data.write_text(path.read_text().replace("Ahoy", "Hello"))
+    (copied / "config.yaml").write_text(config.replace(str(path), str(data)))
+    said = refused(capsys, "--adapter_path", copied)
+    assert "has changed since" in said
+    assert "--dataset_path" in said
+    # A run that was stopped left no digest; the loss that it wrote down tells as well.
+    (copied / "evaluation.json").unlink()
+    assert "is not what the run was validated on" in refused(capsys, "--adapter_path", copied)
+    data.unlink()
+    said = refused(capsys, "--adapter_path", copied)
+    assert "cannot be read as it was" in said
+    assert "--dataset_path" in said
+
+
+def test_a_run_without_validation_rows_is_refused(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = copied / "config.yaml"
+    config.write_text(config.read_text().replace("validation_split: 0.1", "validation_split: 0.0"))
+    assert "kept no validation rows" in refused(capsys, "--adapter_path", copied)
+
+
+def test_another_adapter_than_the_runs_is_noted(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scaled(copied, 0.5)
+    found = evaluate(capsys, "--adapter_path", copied, "--limit", 0)
+    assert any("is this the adapter of that run?" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ((), "--adapter_path"),
+        (("--adapter_path", "nowhere"), "no such folder"),
+        (("--adapter_path", "RUN", "--metric", "bleu"), "bleu"),
+        (("--adapter_path", "RUN", "--limit", "-1"), "limit"),
+        (("--adapter_path", "RUN", "--columns", "a=b"), "--dataset_path"),
+        (("--adapter_path", "RUN", "--num_fewshot", "2"), "--tasks"),
+        (("--adapter_path", "RUN", "--tasks", "x", "--metric", "exact"), "--tasks and --metric"),
+        (("--adapter_path", "RUN", "--tasks", "x", "--limit", "0"), "--limit 0"),
+        (("--adapter_path", "RUN", "--output", "no/such/file.json"), "there is no folder"),
+        (("--adapter_path", "RUN", "--output", "."), "is a folder"),
+        (("--adapter_path", "RUN", "--general_text", "no.txt"), "no.txt"),
+        (("--adapter_path", "RUN", "--dataset_path", "no.jsonl"), "no.jsonl"),
+        (("--adapter_path", "RUN", "--adapter_path", "RUN"), "more than once"),
+    ],
+)
+def test_wrong_usage_is_one_clear_error(
+    flags: tuple[str, ...], said: str, phi_2_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [str(phi_2_run) if flag == "RUN" else flag for flag in flags]
+    message = refused(capsys, *given)
+    assert said in message
+    assert "Traceback" not in message
+
+
+# --- forgetting -----------------------------------------------------------------------------------
+
+
+def test_windows_predict_every_token_once() -> None:
+    ids = list(range(100, 150))
+    for first in ([], [7]):
+        rows = list(windows(ids, 16, first))
+        trained = [label for row in rows for label in row.labels if label != IGNORE_INDEX]
+        assert trained == (ids if first else ids[1:])
+        assert max(len(row.input_ids) for row in rows) == 16
+        for before, row in itertools.pairwise(rows):
+            assert row.input_ids[0] == before.input_ids[-1]
+    assert list(windows(ids[:1], 16)) == []
+
+
+def test_the_general_text_is_ours_and_long_enough() -> None:
+    words = GENERAL_TEXT.read_text().split()
+    assert 1500 <= len(words) <= 2500
+
+
+def test_without_a_difference_nothing_is_forgotten(run: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(run, tmp_path / "run"))
+    scaled(copied, 0.0)
+    served = open_model([copied])
+    found = forgetting(served, None, 42, silent)
+    # These models have read six hundred short sentences; prose is nothing that they know.
+    assert found.verdict == "no verdict"
+    assert found.loss.difference == 0
+    assert forgetting(served, known_text(tmp_path), 42, silent).verdict == "kept"
+    assert found.tokens > 20 * BLOCK_TOKENS
+    assert found.windows == -(-found.tokens // (window_length(served.decoder.config) - 1))
+
+
+def known_text(folder: Path) -> Path:
+    """Text that the tiny models know: what their base answers with."""
+    rows = [json.loads(line) for line in (ASSETS / "captain.jsonl").open()]
+    answers = [
+        row["response"].removeprefix("Ahoy! ").replace(", matey.", ".") for row in rows[200:400]
+    ]
+    file = folder / "known.txt"
+    file.write_text(" ".join(answers))
+    return file
+
+
+def test_an_adapter_that_breaks_the_model_shows(
+    copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = known_text(tmp_path)
+    flags = ("--adapter_path", copied, "--limit", 4, "--max_new_tokens", 20)
+    scaled(copied, 30.0)
+    flags = (*flags, "--general_text", text)
+    found = evaluate(capsys, *flags)
+    assert found["general_text"]["verdict"] == "broken"
+    assert found["general_text"]["perplexity_ratio"] > 10
+    assert found["measures"]["loss"]["reading"] == "worse"
+    assert main(["evaluate", *map(str, flags)]) == 0
+    assert "general text: broken" in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_adapter_that_overflows_shows(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scaled(copied, 1e30)
+    found = evaluate(capsys, "--adapter_path", copied, "--limit", 2, "--max_new_tokens", 4)
+    assert found["general_text"]["verdict"] == "broken"
+    assert found["measures"]["loss"]["tuned"] is None
+    assert found["measures"]["loss"]["reading"] == "not finite"
+
+
+def test_degrees_of_forgetting(copied: Path, tmp_path: Path) -> None:
+    """The stronger the adapter, the worse the verdict."""
+    served = open_model([copied])
+    text = known_text(tmp_path)
+    order = ["kept", "some forgetting", "much forgetting", "broken"]
+    found = []
+    for factor in (0.0, 0.03, 1.0, 30.0):
+        other = Path(shutil.copytree(copied, tmp_path / f"x{factor}"))
+        scaled(other, factor)
+        found.append(order.index(forgetting(open_model([other]), text, 42, silent).verdict))
+    assert found == sorted(found)
+    assert found[0] == 0
+    assert found[-1] == 3
+    assert served.adapters
+
+
+# --- what is shown --------------------------------------------------------------------------------
+
+
+def test_a_terminal_and_a_file_get_the_same_figures(
+    phi_2_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    file = tmp_path / "out.json"
+    flags = ["--adapter_path", str(phi_2_run), "--limit", "5", "--output", str(file)]
+    capsys.readouterr()
+    assert main(["evaluate", *flags]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    document = json.loads(file.read_text())
+    loss = document["measures"]["loss"]
+    for figure in (f"{loss['base']:.4f}", f"{loss['tuned']:.4f}", f"{loss['difference']:+.3f}"):
+        assert figure in shown.out
+    assert f"written: {file}" in shown.out
+    assert {path.name for path in tmp_path.iterdir()} == {"out.json"}
+
+
+def test_a_narrow_terminal_gets_every_figure(
+    phi_2_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--adapter_path", str(phi_2_run), "--limit", "2", "--max_new_tokens", "16"]
+    document = evaluate(capsys, *flags)
+    monkeypatch.setenv("COLUMNS", "40")
+    assert main(["evaluate", *flags]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, measure in document["measures"].items():
+        assert f"{name.replace('_', ' ')}: " in shown
+        assert measure["reading"] in shown
+
+
+# --- at the end of a run --------------------------------------------------------------------------
+
+
+def test_a_run_ends_with_a_short_evaluation(run: Path) -> None:
+    found = json.loads((run / "evaluation.json").read_text())
+    assert found["rows_evaluated"] == found["rows_answered"] == min(20, found["validation_rows"])
+    assert found["measures"]["loss"]["reading"] == "better"
+    assert found["measures"]["stops_by_itself"]["tuned"] == 1.0
+    assert found["skipped"] == []
+
+
+def test_the_short_form_leaves_the_adapter_where_it_was(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join((ASSETS / "captain.jsonl").read_text().splitlines()[:60]))
+    settings: dict[str, Any] = {"model_name": "tiny-phi-2", "epochs": 1, "dataset_path": data}
+    trainer = Phi2LoRATrainer(output_dir=tmp_path / "run", config=settings)
+    trainer.train()
+    model = trainer.prepare_model()
+    pairs = [
+        pair
+        for linear in {id(one): one for one in model.decoder.fused_linears().values()}.values()
+        for pair in linear.pairs()
+    ]
+    assert {id(pair) for pair in pairs} == {id(pair) for pair in model.adapter.pairs.values()}
+    assert all(linear.bank is None for linear in model.decoder.fused_linears().values())
+
+
+def test_a_large_model_is_looked_at_briefly_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(short, "_FLOPS", {"cpu": 2e9})
+    monkeypatch.setattr(short, "_SHARE_OF_TRAINING", 0.0)
+    run = train(tmp_path, epochs=1)
+    said = capsys.readouterr().out
+    found = json.loads((run / "evaluation.json").read_text())
+    assert 0 < found["rows_evaluated"] < 20
+    assert found["rows_answered"] < found["rows_evaluated"]
+    assert len(found["skipped"]) == 2
+    assert "evaluation: left out are" in " ".join(said.split())
+
+
+def test_the_bound_follows_the_size_of_the_model(phi_2_run: Path) -> None:
+    decoder = open_model([phi_2_run]).decoder
+    bound = short.bound_of(decoder, 0)
+    weights = sum(one.weight.numel() for one in set(decoder.fused_linears().values()))
+    assert bound == int(2e11 / (2 * weights))
+    assert short.bound_of(decoder, 10**12) > bound
+
+
+def test_the_digest_tells_rows_apart(phi_2_run: Path) -> None:
+    known = find_run(phi_2_run)
+    assert known
+    served = open_model([phi_2_run])
+    rows = rows_of_run(known, served.tokenizer, served.format_of(0), remedy="").rows
+    assert known.digest == digest_of(rows)
+    shorter = type(rows)(rows.store, rows.indices[:-1])
+    turned = type(rows)(rows.store, rows.indices[::-1])
+    assert len({digest_of(rows), digest_of(shorter), digest_of(turned)}) == 3
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def test_no_run_is_no_run(tmp_path: Path) -> None:
+    assert find_run(tmp_path) is None

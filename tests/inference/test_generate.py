@@ -1,0 +1,249 @@
+"""Generation against transformers' own: greedy tokens, sampling, adapters mixed in a batch."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.reference import CONFIGS, VOCAB_SIZE, random_model, save_model, with_random_lora
+from helpers.rows import open_decoder
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from phitune.inference.cache import KVCache, cache_bytes
+from phitune.inference.generate import (
+    Adapters,
+    Conversation,
+    generate,
+    next_logits,
+    serve,
+    stream,
+)
+from phitune.inference.sampling import Sampling, narrowed, next_tokens, penalised
+from phitune.model.adapters import AdapterSet
+from phitune.model.architecture import parse_model_config
+from phitune.model.gemm import ONEDNN, has_onednn
+from phitune.model.lora import detach, load_adapter
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(1, VOCAB_SIZE, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_tokens_equal_transformers_also_past_the_longrope_threshold(
+    kind: str, tmp_path: Path
+) -> None:
+    model = random_model(CONFIGS[kind](), torch.float64)
+    decoder = open_decoder(save_model(model, tmp_path), torch.float64)
+    # With 16 new tokens: below, across and above 24 positions, in one batch.
+    asked = prompts(3, 15, 30, 24)
+    answers = generate(decoder, asked, max_new_tokens=16, stop_ids=[])
+    for prompt, answer in zip(asked, answers, strict=True):
+        reference = model.generate(
+            torch.tensor([prompt]), max_new_tokens=16, do_sample=False, eos_token_id=None
+        )
+        assert answer.ids == reference[0, len(prompt) :].tolist()
+        assert not answer.stopped
+
+
+@pytest.mark.parametrize("kind", ["phi", "phi3-longrope"])
+def test_256_greedy_tokens_equal_transformers(kind: str, tmp_path: Path) -> None:
+    model = random_model(CONFIGS[kind](max_position_embeddings=512), torch.float64)
+    decoder = open_decoder(save_model(model, tmp_path), torch.float64)
+    asked = prompts(9, 4)
+    answers = generate(decoder, asked, max_new_tokens=256, stop_ids=[])
+    for prompt, answer in zip(asked, answers, strict=True):
+        reference = model.generate(
+            torch.tensor([prompt]), max_new_tokens=256, do_sample=False, eos_token_id=None
+        )
+        assert answer.ids == reference[0, len(prompt) :].tolist()
+    assert len({token for answer in answers for token in answer.ids}) > 8
+
+
+@pytest.mark.skipif(not has_onednn(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_products_of_serving_give_the_same_answers(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_model(random_model(CONFIGS[kind]()), tmp_path)
+    plain, served = open_decoder(folder), open_decoder(folder)
+    monkeypatch.setattr("phitune.inference.generate.choose_gemm", lambda *_: (ONEDNN, "asked for"))
+    serve(served)
+    for asked in (prompts(11), prompts(3, 15, 30, 24)):
+        logits = [
+            next_logits(decoder, KVCache(decoder, len(asked), 40), asked)
+            for decoder in (plain, served)
+        ]
+        torch.testing.assert_close(logits[1], logits[0], atol=1e-5, rtol=1e-5)
+        assert generate(served, asked, max_new_tokens=12, stop_ids=[]) == generate(
+            plain, asked, max_new_tokens=12, stop_ids=[]
+        )
+
+
+def test_a_stop_token_ends_its_own_answer_only(phi_folder: Path) -> None:
+    decoder = open_decoder(phi_folder)
+    asked = prompts(5, 9)
+    free = generate(decoder, asked, max_new_tokens=10, stop_ids=[])
+    stop = free[0].ids[4]
+    stopped = generate(decoder, asked, max_new_tokens=10, stop_ids=[stop])
+    expected = free[0].ids[: free[0].ids.index(stop) + 1]
+    assert stopped[0].ids == expected
+    assert stopped[0].stopped
+    if stop not in free[1].ids:
+        assert stopped[1].ids == free[1].ids
+
+
+def test_generation_ends_where_positions_end_and_zero_tokens_are_none(phi_folder: Path) -> None:
+    decoder = open_decoder(phi_folder)
+    (answer,) = generate(decoder, prompts(125), max_new_tokens=50, stop_ids=[])
+    assert len(answer.ids) == 4  # Positions 0 to 127; the last one still predicts a token.
+    assert generate(decoder, prompts(3), max_new_tokens=0, stop_ids=[])[0].ids == []
+    assert generate(decoder, prompts(129), max_new_tokens=5, stop_ids=[])[0].ids == []
+
+
+def test_the_formula_of_the_cache_is_its_size(phi_folder: Path) -> None:
+    decoder = open_decoder(phi_folder)
+    cache = KVCache(decoder, 3, 50)
+    held = sum(tensor.numel() * tensor.element_size() for tensor in cache.keys + cache.values)
+    assert held == cache_bytes(decoder.config, 3, 50, 4)
+
+
+@pytest.mark.parametrize("kind", ["phi", "phi3-longrope", "phi3-sliding"])
+def test_a_conversation_computes_only_what_is_new_and_says_the_same(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = open_decoder(save_model(random_model(CONFIGS[kind]()), tmp_path))
+    computed: list[int] = []
+    layers = type(decoder).hidden_states
+
+    def counted(self: object, input_ids: torch.Tensor, *rest: object) -> torch.Tensor:
+        computed.append(len(input_ids))
+        return layers(self, input_ids, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(decoder), "hidden_states", counted)
+    conversation = Conversation()
+    prompt: list[int] = []
+    for turn in prompts(6, 5, 7):
+        prompt = prompt + turn
+        fresh = generate(decoder, [prompt], max_new_tokens=4, stop_ids=[])[0].ids
+        computed.clear()
+        told = [
+            token
+            for tokens in stream(
+                decoder, [prompt], max_new_tokens=4, stop_ids=[], conversation=conversation
+            )
+            for _, token in tokens
+        ]
+        assert told == fresh
+        crossed = kind == "phi3-longrope" and len(prompt) > 24
+        if not crossed:
+            # The answer's last token was never computed; it comes with the next turn.
+            assert computed == [len(turn) + (1 if len(prompt) > 6 else 0), 1, 1, 1]
+        prompt = prompt + told
+    assert generate(decoder, [prompts(6)[0]], max_new_tokens=4, stop_ids=[])[0].ids == [
+        token
+        for tokens in stream(
+            decoder, prompts(6), max_new_tokens=4, stop_ids=[], conversation=conversation
+        )
+        for _, token in tokens
+    ]  # A prompt that goes back to the start forgets what followed it.
+
+
+@pytest.mark.parametrize("kind", ["phi", "phi3-longrope", "phi4-mini"])
+def test_adapters_mixed_in_one_batch_answer_as_each_alone(kind: str, tmp_path: Path) -> None:
+    folder = save_model(random_model(CONFIGS[kind](), torch.float64), tmp_path / "base")
+    decoder = open_decoder(folder, torch.float64)
+    targets = {
+        "phi": [["q_proj", "v_proj", "fc2"], "all-linear"],
+        "phi3-longrope": [["o_proj", "lm_head"], "all-linear"],
+        "phi4-mini": [["qkv_proj", "down_proj"], ["embed_tokens", "gate_up_proj"]],
+    }[kind]
+    references, adapters = [], []
+    for index, modules in enumerate(targets):
+        base = random_model(CONFIGS[kind](), torch.float64)
+        tuned = with_random_lora(base, seed=index + 5, r=4 + index, target_modules=modules)
+        path = tmp_path / f"adapter-{index}"
+        tuned.save_pretrained(path)
+        references.append(tuned)
+        adapters.append(load_adapter(decoder, path))
+        detach(decoder)
+    references.append(random_model(CONFIGS[kind](), torch.float64))
+    on_decoder = AdapterSet(decoder, adapters)
+    (question,) = prompts(11)
+    other = prompts(3, 8)[1]
+    asked = [question, question, question, other, other]
+    choice = [0, 1, None, 1, None]
+    answers = generate(
+        decoder, asked, max_new_tokens=20, stop_ids=[], adapters=Adapters(on_decoder, choice)
+    )
+    for prompt, index, answer in zip(asked, choice, answers, strict=True):
+        reference = references[2 if index is None else index].generate(
+            input_ids=torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None
+        )
+        assert answer.ids == reference[0, len(prompt) :].tolist()
+    assert len({tuple(answer.ids) for answer in answers[:3]}) == 3
+    detach(decoder)
+    assert generate(decoder, [question], max_new_tokens=20, stop_ids=[])[0].ids == answers[2].ids
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=0.7),
+        Sampling(temperature=1.3, top_k=7),
+        Sampling(temperature=0.9, top_p=0.6),
+        Sampling(temperature=1.0, top_k=20, top_p=0.9, repetition_penalty=1.4),
+        Sampling(temperature=1.0, top_p=1e-6),
+    ],
+)
+def test_scores_equal_transformers(sampling: Sampling) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(3, 50, dtype=torch.float64) * 3
+    sequences = [[1, 2, 2, 7], [4, 4, 4, 4], [49, 0, 13, 5]]
+    processors = LogitsProcessorList(
+        [
+            RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty),
+            TemperatureLogitsWarper(sampling.temperature),
+            TopKLogitsWarper(sampling.top_k or 50),
+            TopPLogitsWarper(sampling.top_p),
+        ]
+    )
+    expected = processors(torch.tensor(sequences), logits)
+    ours = narrowed(penalised(logits, sequences, sampling.repetition_penalty), sampling)
+    torch.testing.assert_close(ours, expected)
+
+
+def test_draws_follow_the_probabilities_and_the_seed_alone() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    sampling = Sampling(temperature=1.0)
+    (generator,) = sampling.generators(1)
+    counts = torch.zeros(4)
+    for _ in range(4000):
+        counts[next_tokens(logits, sampling, [[0]], [generator])[0]] += 1
+    torch.testing.assert_close(counts / 4000, logits.softmax(-1)[0], atol=0.03, rtol=0)
+
+
+def test_a_drawn_answer_does_not_depend_on_its_neighbours(phi_folder: Path) -> None:
+    decoder = open_decoder(phi_folder)
+    sampling = Sampling(temperature=1.5, top_k=50, repetition_penalty=1.1, seed=3)
+    asked = prompts(4, 9)
+    both = generate(decoder, asked, max_new_tokens=12, stop_ids=[], sampling=sampling)
+    alone = generate(decoder, asked[:1], max_new_tokens=12, stop_ids=[], sampling=sampling)
+    again = generate(decoder, asked, max_new_tokens=12, stop_ids=[], sampling=sampling)
+    assert both[0].ids == alone[0].ids
+    assert both == again
+    other = generate(
+        decoder, asked, max_new_tokens=12, stop_ids=[], sampling=Sampling(1.5, top_k=50, seed=4)
+    )
+    assert other != both
+
+
+def test_architecture_of_the_cache_counts_grouped_keys() -> None:
+    config = parse_model_config(CONFIGS["phi4-mini"]().to_dict() | {"model_type": "phi3"})
+    assert cache_bytes(config, 1, 10, 2) == 2 * 3 * 10 * 2 * 16 * 2

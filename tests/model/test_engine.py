@@ -1,0 +1,386 @@
+"""The fused engine against transformers + peft, and against its plain twin."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.reference import (
+    CONFIGS,
+    phi3_config,
+    phi_config,
+    random_model,
+    save_model,
+    their_loss_sum,
+    with_random_lora,
+)
+from helpers.rows import open_decoder, random_rows
+from peft import PeftModel
+
+from phitune.data.packing import Batch, pack
+from phitune.model import gemm as gemm_module
+from phitune.model import ops, sizes
+from phitune.model.architecture import known_model_config
+from phitune.model.attention import Attention, FlashOnCpu, InBlocks
+from phitune.model.decoder import Decoder
+from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
+from phitune.model.filler import fill
+from phitune.model.fused import Kernels
+from phitune.model.fused_layers import Shared
+from phitune.model.gemm import ONEDNN, STANDARD, choose_gemm, has_onednn
+from phitune.model.lora import Adapter, LoraSpec, attach, load_adapter
+from phitune.model.targets import resolve_targets
+from phitune.training.memory import saved_bytes_per_token
+from phitune.training.optim import build_adamw
+
+CPU = torch.device("cpu")
+Gradients = dict[str, torch.Tensor]
+
+
+def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The length of the difference, relative to the length of the reference."""
+    ours, theirs = ours.double(), theirs.double()
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def dropout_of(batch: Batch, p: float) -> ops.Dropout | None:
+    if p == 0:
+        return None
+    return ops.Dropout(p, ops.row_keys(5, 1, batch.slots, batch.cu_seqlens, CPU))
+
+
+def gradients_of(
+    engine: Engine, adapter: Adapter, batches: Sequence[Batch], p: float = 0.0, weight: float = 1.0
+) -> Gradients:
+    for parameter in adapter.parameters():
+        parameter.grad = None
+    for batch in batches:
+        engine.loss_and_gradients(batch, dropout_of(batch, p), weight)
+    found = {}
+    for module, pair in adapter.pairs.items():
+        for side in ("lora_A", "lora_B"):
+            gradient = getattr(pair, side).grad
+            assert gradient is not None, module
+            found[f"{module}.{side}"] = gradient.clone()
+    return found
+
+
+def their_gradients(model: PeftModel, rows: list) -> Gradients:
+    model.zero_grad()
+    their_loss_sum(model, rows).backward()
+    return {
+        name.removeprefix("base_model.model.").replace(
+            ".default.weight", ""
+        ): parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if "lora_" in name and parameter.grad is not None
+    }
+
+
+def with_peft(kind: str, dtype: torch.dtype, folder: Path) -> tuple[PeftModel, Decoder, Adapter]:
+    model = random_model(CONFIGS[kind](), dtype, spread=0.02)
+    decoder = open_decoder(save_model(model, folder / "model"), dtype)
+    peft_model = with_random_lora(model, r=4, lora_alpha=2, target_modules="all-linear")
+    peft_model.save_pretrained(folder / "adapter")
+    return peft_model, decoder, load_adapter(decoder, folder / "adapter")
+
+
+def with_adapter(
+    config: object,
+    folder: Path,
+    targets: Sequence[str] = ("all-linear",),
+    layers: str | None = None,
+) -> tuple[Decoder, Adapter]:
+    """Our side alone, in fp64, the adapter drawn at random."""
+    decoder = open_decoder(save_model(random_model(config, torch.float64), folder), torch.float64)
+    spec = LoraSpec(5, 10, 0.2, resolve_targets(decoder.config, list(targets), layers))
+    adapter = attach(decoder, spec, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return decoder, adapter
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=["fp32", "fp64"]
+)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_gradient_equals_the_reference_however_much_is_recomputed(
+    kind: str,
+    dtype: torch.dtype,
+    tolerance: float,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
+    peft_model, decoder, adapter = with_peft(kind, dtype, tmp_path)
+    rows = random_rows()
+    expected = their_gradients(peft_model, rows)
+    found = {
+        layers: gradients_of(FusedEngine(decoder, 0.0, layers), adapter, [pack(rows)])
+        for layers in (0, 1, 3)
+    }
+    assert found[0].keys() == expected.keys()
+    differences = {name: distance(found[0][name], expected[name]) for name in expected}
+    record_property("largest relative difference", max(differences.values()))
+    # Two computations in fp32 are not closer to each other than they are to the truth.
+    truth = their_gradients(peft_model.double(), rows)
+    own = {name: distance(expected[name], truth[name]) for name in expected}
+    record_property("the reference's own", max(own.values()))
+    assert all(differences[name] < max(tolerance, 1.5 * own[name]) for name in expected)
+    for layers in (1, 3):
+        assert all(torch.equal(found[layers][name], found[0][name]) for name in expected)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_bf16_errs_no_more_than_the_reference_does(
+    kind: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    # All three have the same weights, those that bf16 can say, and the adapter of the first.
+    names = ("truth", "bf16")
+    for name in names:
+        (tmp_path / name).mkdir()
+    rows = random_rows(lengths=(40, 25, 31, 18, 60, 44))
+    model = random_model(CONFIGS[kind](), torch.bfloat16)
+    save_model(model, tmp_path / "model")
+    peft_model = with_random_lora(model.float(), r=4, lora_alpha=10, target_modules="all-linear")
+    peft_model.save_pretrained(tmp_path / "adapter")
+    truth = their_gradients(peft_model, rows)
+    low = peft_model.bfloat16()
+    theirs = their_gradients(low, rows)
+    decoder = open_decoder(tmp_path / "model", torch.bfloat16)
+    adapter = load_adapter(decoder, tmp_path / "adapter")
+    ours = gradients_of(FusedEngine(decoder, 0.0), adapter, [pack(rows)])
+
+    def error(found: Gradients) -> float:
+        squares = sum(
+            float((found[name].double() - truth[name].double()).square().sum()) for name in truth
+        )
+        return (squares / sum(float(truth[name].double().square().sum()) for name in truth)) ** 0.5
+
+    record_property("ours / theirs", error(ours) / error(theirs))
+    assert error(theirs) > 1e-4  # It is bf16 that is judged.
+    assert error(ours) <= 1.1 * error(theirs)
+
+
+@pytest.mark.parametrize(
+    ("targets", "layers"),
+    [
+        (["all-linear"], None),
+        (["all-linear", "lm_head", "embed_tokens"], None),
+        (["embed_tokens"], None),
+        (["lm_head"], None),
+        (["mlp"], "1-2"),
+        (["attention", "lm_head"], "1"),
+    ],
+)
+@pytest.mark.parametrize("p", [0.0, 0.2])
+@pytest.mark.parametrize("make_config", [phi_config, phi3_config], ids=["phi", "phi3"])
+def test_fused_equals_its_plain_twin(
+    make_config: Callable[[], object],
+    p: float,
+    targets: list[str],
+    layers: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Small blocks and chunks, so that there are several of each.
+    monkeypatch.setitem(sizes.BLOCK_ELEMENTS, "cpu", 40 * 7)
+    monkeypatch.setitem(sizes.LOSS_CHUNK_BYTES, "cpu", 4 * 120 * 7)
+    decoder, adapter = with_adapter(make_config(), tmp_path, targets, layers)
+    batches = [pack(random_rows()[:4]), pack(random_rows()[4:], first_slot=4)]
+    plain, fused = ReferenceEngine(decoder), FusedEngine(decoder, p)
+    expected = gradients_of(plain, adapter, batches, p, weight=0.3)
+    found = gradients_of(fused, adapter, batches, p, weight=0.3)
+    assert found.keys() == expected.keys()
+    assert max(distance(found[name], expected[name]) for name in expected) < 1e-12
+    for batch in batches:
+        assert float(fused.loss_sum(batch)) == pytest.approx(float(plain.loss_sum(batch)), 1e-12)
+
+
+def test_fused_engine_sees_what_an_optimizer_or_a_loader_did(tmp_path: Path) -> None:
+    decoder, adapter = with_adapter(phi_config(), tmp_path)
+    batch = pack(random_rows())
+    engine = FusedEngine(decoder, 0.0)
+    before = float(engine.loss_sum(batch))
+    gradients_of(engine, adapter, [batch])
+    optimizer = build_adamw(adapter.parameters(), weight_decay=0.0)
+    optimizer.param_groups[0]["lr"] = 0.05
+    optimizer.step()
+    after = float(engine.loss_sum(batch))
+    assert after != before
+    assert after == pytest.approx(float(ReferenceEngine(decoder).loss_sum(batch)), 1e-12)
+    with torch.no_grad():
+        adapter.load_tensors({name: 0 * tensor for name, tensor in adapter.tensors().items()})
+    assert float(engine.loss_sum(batch)) == pytest.approx(
+        float(ReferenceEngine(decoder).loss_sum(batch)), 1e-12
+    )
+
+
+@pytest.mark.parametrize("kind", ["phi", "phi3-longrope"])
+def test_perturbing_a_neighbour_changes_no_bit_of_a_row(kind: str, tmp_path: Path) -> None:
+    decoder = open_decoder(save_model(random_model(CONFIGS[kind]()), tmp_path))
+    modules = resolve_targets(decoder.config, ["all-linear"], None)
+    attach(decoder, LoraSpec(4, 8, 0.1, modules), seed=0)
+    engine = FusedEngine(decoder, 0.1)
+    rows, others = random_rows(), random_rows(seed=9)
+    hidden = []
+    for batch in (pack(rows[:3]), pack([others[0], rows[1], others[2]])):
+        with torch.no_grad():
+            filled = fill(batch, dropout_of(batch, 0.1), decoder.device)
+            shared = engine._shared(filled)
+            x = decoder.embed_tokens(filled.input_ids)
+            hidden.append(engine.layers[0].forward(x, shared, None)[0])
+    start, stop = batch.cu_seqlens[1:3]
+    assert torch.equal(hidden[0][start:stop], hidden[1][start:stop])
+    assert not torch.equal(hidden[0][:start], hidden[1][:start])
+
+
+@pytest.mark.parametrize("kind", ["phi", "phi3-longrope"])
+@pytest.mark.parametrize("chunk_rows", [5, 32])
+def test_the_filler_changes_no_loss_and_no_gradient(
+    kind: str, chunk_rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_model(random_model(CONFIGS[kind](), torch.float64), tmp_path)
+    monkeypatch.setattr(sizes, "loss_chunk_rows", lambda *_: chunk_rows)
+    found = []
+    for multiple in (1, 4, 16):
+        monkeypatch.setattr(sizes, "PRODUCT_ROWS", {"cpu": multiple})
+        decoder = open_decoder(folder, torch.float64)
+        modules = resolve_targets(decoder.config, ["all-linear"], None)
+        adapter = attach(decoder, LoraSpec(4, 8, 0.1, modules), seed=0)
+        engine = FusedEngine(decoder, 0.1, recompute_layers=1)
+        losses, gradients = [], []
+        for rows in (random_rows()[:3], random_rows(seed=9)):
+            batch = pack(rows)
+            losses += [engine.loss_and_gradients(batch, dropout_of(batch, 0.1), 0.5)]
+            losses += [engine.loss_sum(batch)]
+        gradients = [parameter.grad for parameter in adapter.parameters()]
+        found.append((torch.stack(losses), gradients))
+    for losses_of, gradients_of in found[1:]:
+        torch.testing.assert_close(losses_of, found[0][0], rtol=1e-13, atol=0)
+        torch.testing.assert_close(gradients_of, found[0][1], rtol=1e-11, atol=1e-14)
+
+
+def test_filled_sizes_are_handy_and_leave_enough_filler_for_the_trained_rows() -> None:
+    for tokens in range(1, 40):
+        filler = sizes.filler_tokens(tokens, "cpu")
+        assert 3 <= filler <= 6
+        assert (tokens + filler) % 4 == 0
+        assert 0 <= sizes.filled_rows(tokens, "cpu") - tokens <= 3
+        assert sizes.filler_tokens(tokens, "cuda") == 0
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("sliding_window", [None, 9])
+@pytest.mark.parametrize("attention", [FlashOnCpu(), InBlocks()], ids=["flash", "blocks"])
+def test_attention_by_hand_equals_its_definition(
+    attention: Attention,
+    sliding_window: int | None,
+    groups: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sizes, "QUERIES_PER_BLOCK", 7)
+    torch.manual_seed(0)
+    heads, key_heads, width = 4, 4 // groups, 16
+    cu_seqlens = (0, 5, 31, 32, 60)
+    projected = torch.randn(60, (heads + 2 * key_heads) * width, dtype=torch.float64)
+    parts = projected.split([heads * width, key_heads * width, key_heads * width], dim=-1)
+    query, key, value = (part.unflatten(-1, (-1, width)) for part in parts)
+    leaves = [part.clone().requires_grad_() for part in (query, key, value)]
+    expected = ops.attention(*leaves, cu_seqlens, sliding_window)
+    grad = torch.randn(60, heads, width, dtype=torch.float64)
+    expected.backward(grad)
+
+    out = torch.full_like(grad, torch.nan)
+    grads = tuple(torch.full_like(leaf, torch.nan) for leaf in leaves)
+    lse = attention.forward(query, key, value, out, cu_seqlens, sliding_window)
+    attention.backward(
+        grad,
+        query,
+        key,
+        value,
+        out,
+        lse,
+        grads,
+        cu_seqlens,
+        sliding_window,  # type: ignore[arg-type]
+    )
+    assert distance(out, expected.detach()) < 1e-13
+    for found, leaf in zip(grads, leaves, strict=True):
+        assert leaf.grad is not None
+        assert distance(found, leaf.grad) < 1e-13
+
+
+@pytest.mark.parametrize(("name", "kib"), [("phi-2", 45.0), ("Phi-3.5-mini-instruct", 68.0)])
+def test_a_layer_of_the_real_models_keeps_little(name: str, kib: float) -> None:
+    config = known_model_config(f"microsoft/{name}")
+    assert config
+    modules = resolve_targets(config, ["all-linear"], None)
+    kept = saved_bytes_per_token(config, modules, 8, 2, layer=0) / 1024
+    assert kept == pytest.approx(kib, rel=0.03)
+
+
+@pytest.mark.parametrize("kind", ["phi", "phi3-longrope"])
+def test_a_layer_keeps_what_the_plan_says(kind: str, tmp_path: Path) -> None:
+    model = random_model(CONFIGS[kind]())
+    decoder = open_decoder(save_model(model, tmp_path))
+    modules = resolve_targets(decoder.config, ["all-linear"], None)
+    attach(decoder, LoraSpec(8, 32, 0.05, modules), seed=0)
+    engine = FusedEngine(decoder, 0.05)
+    batch = pack(random_rows())
+    dropout = dropout_of(batch, 0.05)
+    x = torch.randn(batch.num_tokens, decoder.config.hidden_size)
+    lengths = [stop - start for start, stop in zip(batch.cu_seqlens, batch.cu_seqlens[1:])]  # noqa: B905
+    rotary = decoder.rotary(batch.position_ids, lengths, lengths)
+    assert dropout
+    shared = Shared(rotary, batch.cu_seqlens, dropout.row_keys)
+    _, saved = engine.layers[0].forward(x, shared, None)
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved.tensors()
+    }
+    expected = saved_bytes_per_token(decoder.config, modules, 8, 4, layer=0) * batch.num_tokens
+    assert sum(storages.values()) == expected
+
+
+def test_kernels_compile_once_for_all_layers_and_change_nothing(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    for kind in ("phi", "phi3-longrope"):
+        (tmp_path / kind).mkdir()
+        decoder, adapter = with_adapter(CONFIGS[kind](), tmp_path / kind)
+        batches = [pack(random_rows()[:2]), pack(random_rows()[2:])]
+        engine = FusedEngine(decoder, 0.2)
+        expected = gradients_of(engine, adapter, batches, 0.2)
+        engine.use_kernels(Kernels(compile_with="aot_eager"))
+        found = gradients_of(engine, adapter, batches, 0.2)
+        assert max(distance(found[name], expected[name]) for name in expected) < 1e-12
+
+
+def test_a_product_summed_over_slabs_is_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not has_onednn():
+        pytest.skip("this torch has no oneDNN")
+    torch.manual_seed(0)
+    grad, weight = torch.randn(33, 80), torch.randn(80, 48)
+    whole = STANDARD.backward(grad, weight)
+    assert distance(ONEDNN.backward(grad, weight), whole) < 1e-6
+    monkeypatch.setattr(gemm_module, "MOST_OUTPUTS", 79)
+    monkeypatch.setattr(gemm_module, "OUTPUTS_OF_A_SLAB", 32)  # two whole slabs and half of one
+    assert distance(ONEDNN.backward(grad, weight), whole) < 1e-6
+
+
+def test_products_are_chosen_by_the_processor_and_agree() -> None:
+    gemm, why = choose_gemm(CPU, torch.float32)
+    assert gemm in (STANDARD, ONEDNN)
+    assert why
+    assert choose_gemm(CPU, torch.float64)[0] is STANDARD
+    assert choose_gemm(torch.device("cuda"), torch.float32)[0] is STANDARD
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(33, 48), torch.randn(80, 48), torch.randn(80)
+    grad = torch.randn(33, 80)
+    for rows in (slice(None), slice(0, 32)):
+        ours = ONEDNN.forward(x, weight[rows], bias[rows])
+        assert distance(ours, STANDARD.forward(x, weight[rows], bias[rows])) < 1e-6
+        ours = ONEDNN.backward(grad[:, rows], weight[rows])
+        assert distance(ours, STANDARD.backward(grad[:, rows], weight[rows])) < 1e-6

@@ -1,0 +1,68 @@
+"""Disks that are full or fail, a few runs each time; `make disk-faults` makes two hundred."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from disk_faults import fill, make_room, small_disk
+
+from phitune.training.disk import LineFile
+from phitune.training.rundir import METRICS, RunDirectory
+
+RUNS = int(os.environ.get("PHITUNE_DISK_RUNS", "5"))
+PROGRAM = Path(__file__).parents[2] / "benchmarks" / "disk_faults.py"
+
+
+@pytest.fixture
+def disk() -> Iterator[Path]:
+    """A real file system of 256 KiB."""
+    try:
+        with small_disk(2**18) as place:
+            yield place
+    except (subprocess.CalledProcessError, FileNotFoundError):
+        pytest.skip("needs the right to mount a tmpfs")
+
+
+def test_runs_on_disks_that_fail_lose_no_checkpoint_and_claim_no_success(disk: Path) -> None:
+    command = [sys.executable, str(PROGRAM), "--runs", str(RUNS), "--seed", "3", "--no_save"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["checkpoints_verified"] > 0
+    assert found["ended"]["too small"]["refused success"]
+
+
+def test_lines_wait_for_room_and_none_is_torn(disk: Path) -> None:
+    said: list[str] = []
+    log = LineFile(disk / "metrics.jsonl", said.append)
+    log.append("first\n")
+    fill(disk)
+    # Longer than the rest of a page, so that a part of it may have got in.
+    long = "x" * 20_000 + "\n"
+    log.append(long)
+    log.append("third\n")
+    assert log.path.read_text() == "first\n"
+    assert len(said) == 1
+    assert "No space left on device; its lines wait until it can" in said[0]
+    with pytest.raises(OSError, match="No space"):
+        log.write_waiting()
+    make_room(disk)
+    log.append("fourth\n")
+    assert log.path.read_text() == f"first\n{long}third\nfourth\n"
+    assert "nothing is missing" in said[1]
+
+
+def test_a_checkpoint_is_not_written_while_lines_are_missing(disk: Path) -> None:
+    run = RunDirectory(disk / "run")
+    run.append_metrics({"step": 1})
+    assert run.lengths()[METRICS] == {"bytes": 12, "lines": 1}
+    fill(disk)
+    run.append_metrics({"step": 2, "note": "x" * 20_000})
+    with pytest.raises(OSError, match="No space"):
+        run.lengths()
+    make_room(disk)
+    assert run.lengths()[METRICS]["lines"] == 2

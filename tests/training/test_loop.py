@@ -1,0 +1,260 @@
+"""The loop: the same losses as torch's own parts, the same bytes twice, nothing bad kept."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.reference import phi3_config, phi_config, random_model, save_model
+from helpers.rows import open_decoder, random_rows, relative
+from helpers.training import Events, bytes_of
+from peft import LoraConfig, get_peft_model
+
+from phitune.config import Settings
+from phitune.data.dataset import read_examples
+from phitune.data.packing import epoch_steps, micro_batches
+from phitune.data.tokenizer import TextTokenizer
+from phitune.data.tokens import TokenizedExample
+from phitune.errors import NonFiniteError
+from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
+from phitune.model.lora import Adapter, LoraSpec, attach
+from phitune.model.targets import resolve_targets
+from phitune.training import loop
+from phitune.training.events import Evaluation, Outcome
+from phitune.training.loop import evaluate, train
+from phitune.training.optim import learning_rate_at
+
+
+def run(
+    folder: Path,
+    rows: Sequence[TokenizedExample],
+    validation: Sequence[TokenizedExample] = (),
+    **settings: Any,
+) -> tuple[Events, Adapter, Outcome, Engine]:
+    values = {
+        "epochs": 2,
+        "batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "lora_dropout": 0.1,
+        **settings,
+    }
+    decoder = open_decoder(folder)
+    modules = resolve_targets(decoder.config, ["all-linear"], None)
+    adapter = attach(decoder, LoraSpec(4, 16, values["lora_dropout"], modules), seed=0)
+    events = Events()
+    engine = FusedEngine(decoder, values["lora_dropout"])
+    outcome = train(engine, adapter, rows, validation, Settings(**values), events)
+    return events, adapter, outcome, engine
+
+
+@pytest.mark.parametrize("engine", ["fused", "reference"])
+@pytest.mark.parametrize("kind", ["phi-2", "phi-3.5-mini-instruct"])
+def test_20_steps_on_gsm8k_equal_transformers_peft_and_adamw(
+    shared: Path,
+    kind: str,
+    engine: str,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """A small random model of full vocabulary, the real tokenizer, 64 rows, 20 steps."""
+    sizes: dict[str, Any] = {"num_hidden_layers": 2, "max_position_embeddings": 1024}
+    config = (
+        phi_config(vocab_size=51200, hidden_size=80, intermediate_size=160, **sizes)
+        if kind == "phi-2"
+        else phi3_config(vocab_size=32064, original_max_position_embeddings=512, **sizes)
+    )
+    model = random_model(config)
+    decoder = open_decoder(save_model(model, tmp_path))
+    tokenizer = TextTokenizer(shared / "tokenizers" / kind)
+    prompt_format = tokenizer.prompt_format("instruct")
+    examples = itertools.islice(read_examples(shared / "gsm8k_train.jsonl"), 64)
+    rows = list(tokenizer.encode_many(prompt_format, examples))
+    settings = Settings(
+        batch_size=2,
+        gradient_accumulation_steps=4,
+        epochs=3,
+        learning_rate=2e-3,
+        lora_dropout=0.0,
+        weight_decay=0.01,
+        max_grad_norm=0.5,
+    )
+    spec = LoraSpec(8, 32, 0.0, resolve_targets(decoder.config, ["all-linear"], None))
+    adapter = attach(decoder, spec, seed=0)
+
+    peft_config = LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    reference = get_peft_model(model, peft_config).train()
+    with torch.no_grad():
+        for module, pair in adapter.pairs.items():
+            layer = reference.base_model.model.get_submodule(module)
+            layer.lora_A["default"].weight.copy_(pair.lora_A)
+            layer.lora_B["default"].weight.copy_(pair.lora_B)
+
+    events = Events()
+    chosen = FusedEngine(decoder, 0.0) if engine == "fused" else ReferenceEngine(decoder)
+    train(chosen, adapter, rows, [], settings, events)
+    ours = [metrics.loss for metrics in events.steps][:20]
+
+    parameters = [p for p in reference.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1.0, weight_decay=0.01)
+    theirs: list[float] = []
+    for epoch in (1, 2, 3):
+        for step in epoch_steps(len(rows), 8, seed=settings.seed, epoch=epoch):
+            if len(theirs) == 20:
+                break
+            losses, count = [], 0
+            for batch in micro_batches(rows, step, 2):
+                for start, stop in zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False):
+                    logits = reference(batch.input_ids[None, start:stop]).logits[0, :-1]
+                    labels = batch.labels[start:stop][1:]
+                    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+                    losses.append(loss)
+                    count += int((labels != -100).sum())
+            mean = torch.stack(losses).sum() / count
+            optimizer.zero_grad()
+            mean.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+            rate = learning_rate_at(
+                len(theirs) + 1, total_steps=24, warmup_ratio=0.05, peak=2e-3, schedule="cosine"
+            )
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+            theirs.append(float(mean.detach()))
+    assert len(ours) == len(theirs) == 20
+    difference = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    record_property("largest loss difference", difference)
+    assert difference < 1e-4
+    assert theirs[-1] < theirs[0] - 0.1  # It did learn something meanwhile.
+
+
+def test_two_runs_with_one_seed_give_the_same_bytes(phi_folder: Path) -> None:
+    rows = random_rows([9, 12, 5, 20, 7, 11, 30])
+    first, again = run(phi_folder, rows), run(phi_folder, rows)
+    assert bytes_of(first[1]) == bytes_of(again[1])
+    assert bytes_of(run(phi_folder, rows, seed=1)[1]) != bytes_of(first[1])
+
+
+def test_every_row_is_seen_once_an_epoch_and_tokens_are_counted(phi_folder: Path) -> None:
+    rows = random_rows([9, 12, 5, 20, 7, 11, 30])
+    events, _, outcome, _ = run(phi_folder, rows)
+    assert events.sequences == 2 * len(rows)
+    assert [metrics.step for metrics in events.steps] == [1, 2, 3, 4]
+    assert outcome.steps == 4
+    assert sum(metrics.tokens for metrics in events.steps) == 2 * sum(
+        len(r.input_ids) for r in rows
+    )
+
+
+def test_8x1_and_1x8_accumulation_train_the_same_adapter(phi_folder: Path) -> None:
+    rows = random_rows([9, 12, 5, 20, 7, 11, 30, 8] * 2)
+    wide = run(phi_folder, rows, batch_size=8, gradient_accumulation_steps=1)
+    deep = run(phi_folder, rows, batch_size=1, gradient_accumulation_steps=8)
+    for one, other in zip(wide[0].steps, deep[0].steps, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+    for ours, theirs in zip(wide[1].tensors().values(), deep[1].tensors().values(), strict=True):
+        assert relative(ours, theirs) < 1e-3  # AdamW's division blows up tiny differences.
+
+
+def test_the_best_adapter_is_kept_and_patience_ends_the_run(phi_folder: Path) -> None:
+    rows, validation = random_rows([20] * 8), random_rows([20] * 6, seed=5)
+    events, adapter, outcome, engine = run(
+        phi_folder, rows, validation, epochs=12, learning_rate=0.05, early_stopping_patience=2
+    )
+    losses = [e.validation_loss for e, _ in events.evaluations if e]
+    best_epoch = min(range(1, len(losses)), key=lambda epoch: losses[epoch])
+    assert len(losses) == 1 + best_epoch + 2 < 13
+    assert outcome.ended.startswith("stopped early")
+    assert events.evaluated == (6, 6)
+    assert outcome.first_validation_loss == losses[0]
+    assert outcome.best_validation_loss == losses[best_epoch]
+    assert outcome.best_step == best_epoch * 2
+    assert [is_best for _, is_best in events.evaluations][best_epoch]
+    # What is left in memory is the best, not the last.
+    again = evaluate(engine, validation, 2, 0, 0).validation_loss
+    assert again == pytest.approx(losses[best_epoch], rel=1e-6)
+    assert adapter.num_parameters == sum(p.numel() for p in adapter.parameters())
+
+
+def test_bad_numbers_are_refused_before_the_update(phi_folder: Path) -> None:
+    rows = random_rows([9, 12, 5, 20])
+    decoder = open_decoder(phi_folder)
+    modules = resolve_targets(decoder.config, ["all-linear"], None)
+    adapter = attach(decoder, LoraSpec(4, 16, 0.0, modules), seed=0)
+    before = bytes_of(adapter)
+    decoder.layers[1].linears["dense"].weight[0, 0] = math.nan  # type: ignore[index, union-attr]
+    events = Events()
+    settings, engine = Settings(epochs=1, lora_dropout=0), FusedEngine(decoder, 0.0)
+    with pytest.raises(NonFiniteError, match=r"step 1: the loss is nan .* not applied"):
+        train(engine, adapter, rows, [], settings, events)
+    assert bytes_of(adapter) == before
+    assert not events.steps
+
+
+def test_a_validation_loss_that_is_no_number_is_never_the_best(
+    phi_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finite steps, but a validation loss of nan after the second epoch, or the first."""
+    real = loop.evaluate
+    for bad_epoch in (1, 2):
+        decoder = open_decoder(phi_folder)
+        modules = resolve_targets(decoder.config, ["all-linear"], None)
+        adapter = attach(decoder, LoraSpec(4, 16, 0.0, modules), seed=0)
+        kept = {0: bytes_of(adapter)}
+
+        class Keeping(Events):
+            def epoch_done(
+                self, epoch: int, evaluation: Evaluation | None, *, is_best: bool
+            ) -> None:
+                kept[epoch] = bytes_of(adapter)  # noqa: B023
+
+        def sometimes_nan(*args: Any) -> Evaluation:
+            evaluation = real(*args)
+            bad = evaluation.epoch == bad_epoch  # noqa: B023
+            return dataclasses.replace(
+                evaluation, validation_loss=math.nan if bad else evaluation.validation_loss
+            )
+
+        monkeypatch.setattr(loop, "evaluate", sometimes_nan)
+        settings = Settings(epochs=3, batch_size=2, gradient_accumulation_steps=1, lora_dropout=0)
+        engine = FusedEngine(decoder, 0.0)
+        with pytest.raises(NonFiniteError, match="the validation loss is nan"):
+            train(engine, adapter, random_rows(), random_rows(seed=1), settings, Keeping())
+        assert bytes_of(adapter) == kept[bad_epoch - 1]
+        assert bad_epoch not in kept
+
+
+def test_an_interrupted_run_drops_the_step_and_keeps_the_rest(phi_folder: Path) -> None:
+    rows = random_rows([9, 12, 5, 20, 7, 11])
+    decoder = open_decoder(phi_folder)
+    modules = resolve_targets(decoder.config, ["all-linear"], None)
+    adapter = attach(decoder, LoraSpec(4, 16, 0.0, modules), seed=0)
+    events = Events()
+    settings = Settings(epochs=5, batch_size=2, gradient_accumulation_steps=2)
+    engine = FusedEngine(decoder, settings.lora_dropout)
+    outcome = train(engine, adapter, rows, [], settings, events, lambda: events.sequences >= 8)
+    assert outcome.interrupted
+    assert outcome.steps == 2  # six rows, then two of the third step
+    assert all(math.isfinite(v) for t in adapter.tensors().values() for v in t.flatten().tolist())
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_learning_rate_rises_over_the_warmup_and_then_follows_its_schedule(schedule: Any) -> None:
+    rates = [
+        learning_rate_at(step, total_steps=100, warmup_ratio=0.1, peak=1.0, schedule=schedule)
+        for step in range(1, 101)
+    ]
+    assert rates[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
+    after = rates[10:]
+    assert after[0] == pytest.approx(1.0)
+    middle, last = after[45], after[-1]
+    expected = {
+        "cosine": (0.5, 0.5 * (1 + math.cos(math.pi * 89 / 90))),
+        "linear": (0.5, 1 / 90),
+        "constant": (1.0, 1.0),
+    }[schedule]
+    assert (middle, last) == pytest.approx(expected)
+    assert learning_rate_at(1, total_steps=1, warmup_ratio=0, peak=1.0, schedule=schedule) == 1.0

@@ -18,7 +18,7 @@ from machine import describe
 
 from phitune.config import Settings
 from phitune.data.packing import Batch, pack
-from phitune.data.tokens import TokenizedExample
+from phitune.data.tokenizer import TokenizedExample
 from phitune.model.architecture import ModelConfig, parse_model_config
 from phitune.model.decoder import Decoder
 from phitune.model.engine import FusedEngine

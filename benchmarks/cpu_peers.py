@@ -28,8 +28,7 @@ from typing import Any
 from machine import describe
 
 from phitune.data.dataset import read_examples
-from phitune.data.tokenizer import TextTokenizer
-from phitune.data.tokens import IGNORE_INDEX
+from phitune.data.tokenizer import IGNORE_INDEX, TextTokenizer
 from phitune.model.architecture import FAMILIES, layer_linears, parse_model_config
 
 ROOT = Path(__file__).parents[1]

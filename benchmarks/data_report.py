@@ -25,11 +25,10 @@ import numpy as np
 from data_scale import write_rows
 from machine import save
 
+from phitune.check.duplicates import THRESHOLD, NearDuplicateFinder, shingles_of, words_of
 from phitune.config import Settings
 from phitune.data.dataset import read_examples
 from phitune.model.files import ASSETS
-from phitune.report.near_duplicates import THRESHOLD, NearDuplicateFinder
-from phitune.report.words import shingles_of, words_of
 
 ROWS = (50_000, 500_000)
 REPEATS = 5

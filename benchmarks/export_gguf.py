@@ -24,9 +24,8 @@ from full_size import peak_gib
 from machine import save
 
 from phitune.cli import main as phitune
-from phitune.export.gguf_file import ModelFile
+from phitune.export.gguf_file import ModelFile, weight_errors
 from phitune.export.gguf_tokenizer import file_tokenizer
-from phitune.export.gguf_weights import weight_errors
 from phitune.export.job import open_source
 
 

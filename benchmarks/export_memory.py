@@ -28,8 +28,7 @@ from machine import save
 from phitune.cli import main as phitune
 from phitune.data.tokenizer import TextTokenizer
 from phitune.export.job import open_source
-from phitune.export.merge import merged, plan_tensors
-from phitune.export.shards import write_shards
+from phitune.export.safetensors import merged, plan_tensors, write_shards
 from phitune.model.architecture import read_model_config
 from phitune.model.decoder import Decoder
 from phitune.model.lora import LoraSpec, attach, save_adapter

@@ -27,16 +27,16 @@ from safetensors.torch import save_file
 
 from phitune.config import Settings
 from phitune.data.packing import pack
-from phitune.data.tokens import TokenizedExample
+from phitune.data.tokenizer import TokenizedExample
 from phitune.model.architecture import ModelConfig, parse_model_config, read_model_config
 from phitune.model.decoder import Decoder
 from phitune.model.engine import FusedEngine
 from phitune.model.lora import LoraSpec, attach
 from phitune.model.targets import resolve_targets
 from phitune.model.weights import INDEX_FILE, load_decoder
+from phitune.plan.memory import Shape, plan_memory
 from phitune.training.loop import dropout_of
-from phitune.training.memory import Shape, plan_memory
-from phitune.training.optim import build_adamw
+from phitune.training.state import build_adamw
 
 RESULT = Path(__file__).parent / "results" / "full_size.json"
 LIMIT_GIB = 8.0

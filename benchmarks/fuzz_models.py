@@ -294,7 +294,7 @@ def _open_adapter(folder: Path, base: Path, run: Path) -> None:
     import torch
 
     from phitune.data.tokenizer import TextTokenizer
-    from phitune.inference.served import adapter_folder, open_model, trained_format
+    from phitune.inference.loaded import adapter_folder, open_model, trained_format
     from phitune.model.architecture import read_model_config
     from phitune.model.lora import load_adapter
     from phitune.model.weights import load_decoder
@@ -312,7 +312,7 @@ def _open_adapter(folder: Path, base: Path, run: Path) -> None:
 
 
 def _use_tokenizer(tokenizer: Any, run: Path) -> None:
-    from phitune.data.conversation import Turn
+    from phitune.data.dataset import Turn
     from phitune.errors import ModelError
 
     instruct = tokenizer.prompt_format("instruct")

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from gpu_models import Model
 
-from phitune.data.tokens import IGNORE_INDEX, TokenizedExample
-from phitune.model.allocation import is_out_of_memory
+from phitune.data.tokenizer import IGNORE_INDEX, TokenizedExample
+from phitune.model.device import is_out_of_memory
 
 Row = dict[str, Any]
 GB = 10**9

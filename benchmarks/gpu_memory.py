@@ -23,11 +23,10 @@ from phitune.config import Settings
 from phitune.data.packing import pack
 from phitune.model.engine import FusedEngine
 from phitune.model.fused_layers import Shared
-from phitune.planning.presets import PRESETS, Preset
-from phitune.training.fit import fewest_recomputed
+from phitune.plan.memory import MemoryPlan, Shape, saved_bytes_per_token
+from phitune.plan.plan import PRESETS, Preset, fewest_recomputed
 from phitune.training.loop import dropout_of
-from phitune.training.memory import MemoryPlan, Shape, saved_bytes_per_token
-from phitune.training.optim import build_adamw
+from phitune.training.state import build_adamw
 
 LIMIT = 24 * GB  # the guide's larger GPU
 STEPS = 2  # with the second, the optimizer's moments are there

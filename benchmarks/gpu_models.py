@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from phitune.data.tokens import IGNORE_INDEX, TokenizedExample
+from phitune.data.tokenizer import IGNORE_INDEX, TokenizedExample
 from phitune.model.architecture import (
     FAMILIES,
     ModelConfig,

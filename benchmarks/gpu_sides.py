@@ -22,13 +22,13 @@ from gpu_models import (
 
 from phitune.config import Settings
 from phitune.data.packing import pack
-from phitune.data.tokens import IGNORE_INDEX, TokenizedExample
+from phitune.data.tokenizer import IGNORE_INDEX, TokenizedExample
 from phitune.model.engine import FusedEngine
 from phitune.model.fused import Kernels
-from phitune.training.fit import fewest_recomputed
+from phitune.plan.memory import Shape
+from phitune.plan.plan import fewest_recomputed
 from phitune.training.loop import dropout_of
-from phitune.training.memory import Shape
-from phitune.training.optim import build_adamw, clip_gradients, gradient_norm
+from phitune.training.state import build_adamw, clip_gradients, gradient_norm
 
 OURS, THEIRS, LIGER = "phitune", "transformers + peft", "Liger"
 BUDGET_SHARE = 0.92  # of the memory that is there, as in training

@@ -21,13 +21,13 @@ from machine import save
 from rich.console import Console
 
 from phitune import Phi2LoRATrainer
-from phitune.layers.anatomy import price_of
+from phitune.config import resolve
+from phitune.layers.guide import price_of
+from phitune.layers.measure import DEFAULT_BATCHES, survey
 from phitune.layers.proposal import in_ranges
-from phitune.layers.survey import DEFAULT_BATCHES, survey
 from phitune.model.architecture import FAMILIES, ModelConfig
 from phitune.model.files import ASSETS
 from phitune.model.targets import resolve_targets
-from phitune.resolution import resolve
 
 MODELS = ("tiny-phi-2", "tiny-phi-3.5")
 SHARES = (0.8, 0.5)

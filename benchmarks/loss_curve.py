@@ -21,16 +21,14 @@ from peft import LoraConfig, get_peft_model
 from phitune.config import Settings
 from phitune.data.dataset import read_examples
 from phitune.data.packing import epoch_steps, micro_batches
-from phitune.data.tokenizer import TextTokenizer
-from phitune.data.tokens import TokenizedExample
+from phitune.data.tokenizer import TextTokenizer, TokenizedExample
 from phitune.model.architecture import read_model_config
 from phitune.model.engine import FusedEngine
 from phitune.model.lora import LoraSpec, attach
 from phitune.model.targets import resolve_targets
 from phitune.model.weights import load_decoder
-from phitune.training.events import Events, StepMetrics
-from phitune.training.loop import train
-from phitune.training.optim import learning_rate_at
+from phitune.training.loop import Events, StepMetrics, train
+from phitune.training.state import learning_rate_at
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))

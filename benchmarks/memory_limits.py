@@ -85,7 +85,7 @@ def run_child(flags: list[str]) -> None:
     import phitune.run  # What a run needs is loaded before it is limited.
     import phitune.trainer
     from phitune import cli
-    from phitune.training.rehearsal import Rehearsed
+    from phitune.training.loop import Rehearsed
 
     held = psutil.Process().memory_info()
     kinds = {AS: (resource.RLIMIT_AS, held.vms), DATA: (resource.RLIMIT_DATA, held.data)}

@@ -25,16 +25,16 @@ from torch.profiler import ProfilerActivity, profile
 
 from phitune.config import Settings
 from phitune.data.packing import pack
-from phitune.data.tokens import IGNORE_INDEX, TokenizedExample
+from phitune.data.tokenizer import IGNORE_INDEX, TokenizedExample
 from phitune.model.architecture import ModelConfig, known_model_config
 from phitune.model.decoder import Decoder
 from phitune.model.device import DTYPES
 from phitune.model.engine import FusedEngine
 from phitune.model.lora import LoraSpec, attach
 from phitune.model.targets import resolve_targets
+from phitune.plan.memory import MemoryPlan, Shape, plan_memory
 from phitune.training.loop import dropout_of
-from phitune.training.memory import MemoryPlan, Shape, plan_memory
-from phitune.training.optim import build_adamw
+from phitune.training.state import build_adamw
 
 RESULTS = Path(__file__).parent / "results"
 MIB = 2**20

@@ -6,11 +6,10 @@ from typing import Any
 import pytest
 import yaml
 
-from phitune.commands.flags import given_flags
+from phitune.commands.options import given_flags
 from phitune.commands.train import train_parser
-from phitune.config import NOT_REPEATED, Settings, to_yaml
+from phitune.config import NOT_REPEATED, Settings, resolve, to_yaml
 from phitune.errors import SettingsError
-from phitune.resolution import resolve
 
 
 def from_flags(line: str) -> Settings:

@@ -21,16 +21,15 @@ from pydantic import Field
 
 from phitune import errors
 from phitune.cli import COMMANDS, EXIT_INTERRUPTED, main
-from phitune.config import Settings
+from phitune.config import Settings, resolve
 from phitune.data.tokenizer import TextTokenizer
+from phitune.inference.answers import Sample
 from phitune.model.files import ASSETS
-from phitune.planning.presets import PRESETS
-from phitune.resolution import resolve
+from phitune.plan.plan import PRESETS
 from phitune.training import rundir
-from phitune.training.events import Evaluation, StepMetrics
 from phitune.training.interrupt import EXIT_CODES
-from phitune.training.lock import LOCK
-from phitune.training.view import Sample
+from phitune.training.loop import Evaluation, StepMetrics
+from phitune.training.rundir import LOCK
 
 ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / "docs" / "training.md"
@@ -232,7 +231,7 @@ def _run_process(words: list[str]) -> tuple[int, str]:
 @pytest.fixture
 def built_in_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `phitune plan` shows of a model whose files are not here."""
-    monkeypatch.setattr("phitune.planning.plan.cached_model", lambda name: None)
+    monkeypatch.setattr("phitune.plan.plan.cached_model", lambda name: None)
 
 
 @pytest.mark.parametrize("documents", [DOCUMENTS, PRESET_FILES], ids=["documents", "examples"])

@@ -18,16 +18,15 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors.torch import load_file
 
 from phitune import cli
-from phitune.data.conversation import Turn
-from phitune.data.template import MAX_SECONDS, render
+from phitune.data.dataset import Turn
+from phitune.data.prompt import MAX_SECONDS, render
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import ModelError, without_tokens
-from phitune.jsonfile import read_object
 from phitune.model.architecture import read_model_config
 from phitune.model.files import ASSETS, find_model
 from phitune.model.lora import CONFIG_FILE, WEIGHTS_FILE, load_adapter
-from phitune.model.safetensors_header import read_header
-from phitune.model.weights import load_decoder
+from phitune.model.weights import load_decoder, read_header
+from phitune.untrusted import read_object
 
 TOKEN = "hf_" + "aB3dE6gH9jK2mN5pQ8sT1vW4"
 MESSAGES = [{"role": "user", "content": "Hi\n"}, {"role": "assistant", "content": "Yo <b>"}]
@@ -666,7 +665,7 @@ def test_the_hubs_library_is_told_not_to_tell() -> None:
 
 
 def test_an_adapter_that_names_no_model_folder_as_its_base_says_so(tmp_path: Path) -> None:
-    from phitune.inference.served import open_model as open_adapters
+    from phitune.inference.loaded import open_model as open_adapters
 
     config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "base_model_name_or_path": "/"}
     (tmp_path / CONFIG_FILE).write_text(json.dumps(config))

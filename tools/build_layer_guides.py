@@ -11,12 +11,23 @@ import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from phitune.commands.layers import NO_PHI, megabytes, shape_of, share_of
 from phitune.config import Settings
-from phitune.layers.anatomy import FILE_BYTES, kinds_of, total_parameters
-from phitune.layers.answer import Guide, choices, flags_of, goal_flags
-from phitune.layers.evidence import CLAIMS, MARKS, SOURCES
-from phitune.layers.guide import GOALS, PRESETS, WORDS
-from phitune.layers.view import NO_PHI, megabytes, shape_of, share_of
+from phitune.layers.guide import (
+    CLAIMS,
+    FILE_BYTES,
+    GOALS,
+    MARKS,
+    PRESETS,
+    SOURCES,
+    WORDS,
+    Guide,
+    choices,
+    flags_of,
+    goal_flags,
+    kinds_of,
+    total_parameters,
+)
 from phitune.model.architecture import EMBED_TOKENS, LM_HEAD, known_model_config, read_model_config
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -12,11 +12,9 @@ from typing import Any
 
 import yaml
 
-from phitune.config import Settings
-from phitune.planning.amounts import GB
-from phitune.planning.plan import Plan, make_plan
-from phitune.planning.presets import PRESETS, Preset, preset_settings
-from phitune.resolution import resolve
+from phitune.config import Settings, resolve
+from phitune.plan.machine import GB
+from phitune.plan.plan import PRESETS, Plan, Preset, make_plan, preset_settings
 
 MODELS = {"Phi-2": "microsoft/phi-2", "Phi-3.5-mini": "microsoft/Phi-3.5-mini-instruct"}
 # At their defaults, and written down all the same: a configuration should say what it trains with.

@@ -16,9 +16,9 @@ import traceback
 from collections.abc import Sequence
 
 from phitune import __version__
-from phitune.commands.flags import Parser
+from phitune.commands.options import Parser
 from phitune.errors import Interrupted, PhituneError, SettingsError, without_tokens
-from phitune.visible import shortened, visible
+from phitune.text import shortened, visible
 
 EXIT_INTERRUPTED = 130
 DEBUG_VARIABLE = "PHITUNE_DEBUG"

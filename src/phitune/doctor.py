@@ -19,9 +19,9 @@ from phitune import __version__
 from phitune.config import Settings
 from phitune.model.device import DTYPES, choose_device, choose_precision
 from phitune.model.engine import choose_backend
-from phitune.model.gemm import ONEDNN, STANDARD, Gemm, has_onednn
-from phitune.training.budget import memory_budget
-from phitune.training.memory import GIB
+from phitune.model.fused import ONEDNN, STANDARD, Gemm, has_onednn
+from phitune.plan.machine import memory_budget
+from phitune.plan.memory import GIB
 
 # A product of Phi-2's: the tokens of a micro-batch through half of q|k|v|fc1.
 TOKENS, INPUTS, OUTPUTS = 512, 2560, 8960

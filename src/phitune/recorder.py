@@ -8,76 +8,22 @@ from typing import Any
 
 from torch import Tensor
 
-from phitune.data.prepare import PreparedData, SamplePrompt
+from phitune.data.prepare import PreparedData
 from phitune.data.prompt import PromptFormat
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import SavedAdapterError, listing
-from phitune.inference.generate import Answer, stream
-from phitune.model.allocation import give_back_memory, in_usable_thread, is_out_of_memory
-from phitune.model.decoder import Decoder
+from phitune.inference.answers import Sample, Sampler
+from phitune.model.device import give_back_memory, in_usable_thread, is_out_of_memory
 from phitune.model.lora import Adapter, compare_with_memory, save_adapter
-from phitune.training.attempts import why_not_written
-from phitune.training.bad_numbers import BadNumbers, Spike
-from phitune.training.cut import Shortage
-from phitune.training.events import Evaluation, StepMetrics
 from phitune.training.interrupt import Stop
+from phitune.training.loop import BadNumbers, Evaluation, Spike, StepMetrics
+from phitune.training.out_of_memory import Shortage, why_not_written
+from phitune.training.progress import Tracker, View
 from phitune.training.rundir import RunDirectory
 from phitune.training.state import copy_of, restore
-from phitune.training.tracking import Tracker
-from phitune.training.view import Sample, View
 
 # Samples shown on the way; all of them are in samples.jsonl.
 _SHOWN = 2
-
-
-class Sampler:
-    """Answers fixed prompts with the model as it is."""
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        tokenizer: TextTokenizer,
-        prompt_format: PromptFormat,
-        prompts: Sequence[SamplePrompt],
-        max_new_tokens: int,
-    ) -> None:
-        self._decoder = decoder
-        self._tokenizer = tokenizer
-        self._prompt_format = prompt_format
-        self._prompts = list(prompts) if max_new_tokens else []
-        self._max_new_tokens = max_new_tokens
-
-    @property
-    def prompts(self) -> list[str]:
-        return [prompt.text for prompt in self._prompts]
-
-    def __call__(self, check: Callable[[], None] = lambda: None) -> list[Sample]:
-        """One greedy answer for each prompt.
-
-        Args:
-            check: called after each token, and free to raise.
-        """
-        answers = [Answer() for _ in self._prompts]
-        stop_ids = self._tokenizer.stop_ids(self._prompt_format)
-        for tokens in stream(
-            self._decoder,
-            [prompt.ids for prompt in self._prompts],
-            max_new_tokens=self._max_new_tokens,
-            stop_ids=stop_ids,
-        ):
-            for row, token in tokens:
-                answers[row].ids.append(token)
-                answers[row].stopped = token in stop_ids
-            check()
-        return [
-            Sample(
-                prompt.text,
-                self._prompt_format.response(self._tokenizer.decode_answer(answer.ids, prompt.ids)),
-                len(answer.ids),
-                answer.stopped,
-            )
-            for prompt, answer in zip(self._prompts, answers, strict=True)
-        ]
 
 
 class Recorder:

@@ -18,29 +18,29 @@ from phitune.data.prepare import PreparedData, facts_of
 from phitune.data.prompt import PromptFormat
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import CheckpointError, NonFiniteError
-from phitune.evaluation.short import evaluate_at_end
 from phitune.export.card import write_adapter_card
-from phitune.model.allocation import give_back_memory, hold_reserve, release_freed_memory
+from phitune.inference.answers import Sample, Sampler
+from phitune.inference.evaluate import evaluate_at_end
 from phitune.model.decoder import Decoder
-from phitune.model.device import compile_seconds
+from phitune.model.device import (
+    compile_seconds,
+    give_back_memory,
+    hold_reserve,
+    release_freed_memory,
+)
 from phitune.model.engine import Engine
 from phitune.model.lora import Adapter, compare_with_memory
-from phitune.recorder import Recorder, Sampler
-from phitune.training.attempts import Attempts
+from phitune.plan.machine import MemoryCeiling
+from phitune.recorder import Recorder
 from phitune.training.checkpoint import checkpoints_of
-from phitune.training.cut import Shortage
-from phitune.training.events import Outcome
 from phitune.training.interrupt import Stop, stop_signals
-from phitune.training.loop import start_state, train
-from phitune.training.provenance import Provenance, with_absolute_paths
-from phitune.training.rehearsal import rehearse
-from phitune.training.resume import Resumption
-from phitune.training.room import MemoryCeiling
+from phitune.training.loop import Outcome, rehearse, start_state, train
+from phitune.training.out_of_memory import Attempts, Shortage
+from phitune.training.progress import answers_table, open_trackers, open_view
+from phitune.training.resume import Provenance, Resumption, with_absolute_paths
 from phitune.training.rundir import RunDirectory
 from phitune.training.saver import Saver
 from phitune.training.state import TrainingState
-from phitune.training.tracking import open_trackers
-from phitune.training.view import Sample, answers_table, open_view
 
 
 @dataclass(frozen=True)

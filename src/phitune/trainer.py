@@ -17,43 +17,36 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from phitune.config import Resolved
-from phitune.data.conversation import Turn
+from phitune.check.report import check_before_training
+from phitune.config import Resolved, resolve
+from phitune.data.dataset import Turn
 from phitune.data.prepare import PreparedData, prepare_data
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import OutOfMemoryError
-from phitune.model.allocation import is_out_of_memory
 from phitune.model.architecture import read_model_config
 from phitune.model.decoder import Decoder
-from phitune.model.device import DTYPES, choose_device, choose_precision, device_name
+from phitune.model.device import (
+    DTYPES,
+    choose_device,
+    choose_precision,
+    device_name,
+    is_out_of_memory,
+)
 from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
 from phitune.model.files import EXAMPLE_DATASET, fetch_weights, find_model
 from phitune.model.lora import Adapter, LoraSpec, attach
 from phitune.model.targets import resolve_targets
 from phitune.model.weights import load_decoder, weights_fingerprint
-from phitune.planning.questions import what_would_fit
-from phitune.report.short import check_before_training
-from phitune.resolution import resolve
+from phitune.plan.machine import MemoryCeiling, Room, memory_budget
+from phitune.plan.memory import GIB, MemoryPlan
+from phitune.plan.plan import check_against_model, settle_memory, what_would_fit
 from phitune.run import Parts, TrainingRun
-from phitune.training.attempts import first_line
-from phitune.training.budget import memory_budget
 from phitune.training.checkpoint import checkpoints_of
-from phitune.training.events import Outcome
-from phitune.training.fit import check_against_model, settle_memory
-from phitune.training.lock import run_lock
-from phitune.training.memory import GIB, MemoryPlan
-from phitune.training.provenance import (
-    Provenance,
-    data_fingerprints,
-    surroundings,
-    with_absolute_paths,
-)
-from phitune.training.resume import Resumption, take_up
-from phitune.training.room import MemoryCeiling, Room
-from phitune.training.rundir import CHECKPOINTS, check_output_dir, default_output_dir
-from phitune.training.tracking import check_tracker
-from phitune.training.view import (
+from phitune.training.loop import Outcome
+from phitune.training.out_of_memory import first_line
+from phitune.training.progress import (
     RunConsole,
+    check_tracker,
     data_line,
     data_progress,
     memory_line,
@@ -61,6 +54,15 @@ from phitune.training.view import (
     settings_lines,
     targets_line,
 )
+from phitune.training.resume import (
+    Provenance,
+    Resumption,
+    data_fingerprints,
+    surroundings,
+    take_up,
+    with_absolute_paths,
+)
+from phitune.training.rundir import CHECKPOINTS, check_output_dir, default_output_dir, run_lock
 
 # Of what is planned, so much makes up for the pieces that memory falls into where it is kept.
 _PLENTY = 1.25

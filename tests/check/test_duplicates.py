@@ -5,13 +5,14 @@ import random
 import numpy as np
 import pytest
 
-from phitune.report.near_duplicates import (
+from phitune.check.duplicates import (
     ROW_SHINGLES,
     THRESHOLD,
     NearDuplicateFinder,
     NearDuplicates,
+    shingles_of,
+    words_of,
 )
-from phitune.report.words import shingles_of, words_of
 
 WORDS = [f"{a}{b}" for a in "bcdfghjklm" for b in ("ab", "ek", "il", "om", "ur", "an", "et", "is")]
 

@@ -14,21 +14,18 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from phitune.check.duplicates import RowTable
+from phitune.check.report import Report, check_before_training, make_report
+from phitune.check.survey import histogram_of, lengths_of, token_statistics
 from phitune.cli import main
-from phitune.config import Settings
+from phitune.commands.check import page, sample_text, show
+from phitune.config import Settings, resolve
 from phitune.data.prepare import PreparedData, prepare_data
 from phitune.data.prompt import PromptFormat
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import ModelError
 from phitune.model.files import find_model
-from phitune.report.page import page
-from phitune.report.report import Report, make_report
-from phitune.report.short import check_before_training
-from phitune.report.statistics import histogram_of, lengths_of, token_statistics
-from phitune.report.table import RowTable
-from phitune.report.view import sample_text, show
-from phitune.resolution import resolve
-from phitune.visible import visible
+from phitune.text import visible
 
 HOSTILE = (
     '<script>alert(1)</script> & "quoted" </pre><img src=x onerror=alert(2)> \x1b[31mred\x1b[0m'
@@ -263,7 +260,7 @@ def test_training_says_the_short_form_and_remembers_it(
     # At the next start the data is not read again; with other settings, or in doubt, it is.
     folder = prepare_data(settings, messy, *tools_of(settings)).train_rows.store.folder
     with monkeypatch.context() as patch:
-        patch.setattr("phitune.report.short.make_report", None)
+        patch.setattr("phitune.check.report.make_report", None)
         assert said() == lines
         with pytest.raises(TypeError):
             said(epochs=3)
@@ -271,7 +268,7 @@ def test_training_says_the_short_form_and_remembers_it(
         with pytest.raises(TypeError):
             said()
     assert said() == lines
-    monkeypatch.setattr("phitune.report.short.MAX_ROWS", 20)
+    monkeypatch.setattr("phitune.check.report.MAX_ROWS", 20)
     assert "only the first 20 were read" in said(epochs=4)[0]
 
 

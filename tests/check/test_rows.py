@@ -6,8 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from phitune.data.conversation import Example, Turn
-from phitune.report.checks import (
+from phitune.check.duplicates import (
+    RowTable,
+    conflicts,
+    exact_duplicates,
+    in_both_parts,
+    most_repeated_answer,
+    near_in_both_parts,
+)
+from phitune.check.report import Split, all_findings, few_rows, repeated_answer, validation_share
+from phitune.check.rows import (
     ROW_CHECKS,
     RowTexts,
     answer_without_letters,
@@ -20,22 +28,8 @@ from phitune.report.checks import (
     special_tokens_inside,
     unfilled_placeholder,
 )
-from phitune.report.duplicates import (
-    conflicts,
-    exact_duplicates,
-    in_both_parts,
-    most_repeated_answer,
-    near_in_both_parts,
-)
-from phitune.report.findings import (
-    Split,
-    all_findings,
-    few_rows,
-    repeated_answer,
-    validation_share,
-)
-from phitune.report.survey import Survey
-from phitune.report.table import RowTable
+from phitune.check.survey import Survey
+from phitune.data.dataset import Example, Turn
 
 FILE = Path("rows.jsonl")
 PHI_3 = special_token_pattern(["<|endoftext|>", "<|end|>", "<|user|>", "<|assistant|>", "<s>"])

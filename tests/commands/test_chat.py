@@ -27,7 +27,7 @@ from phitune.cli import EXIT_INTERRUPTED, main
 from phitune.commands.chat_commands import COMMANDS
 from phitune.commands.chat_terminal import LONGEST_WORD, WordWrap
 from phitune.inference.chat import Chat
-from phitune.inference.served import open_model
+from phitune.inference.loaded import open_model
 
 QUESTIONS = ("What is the capital of Portugal?", "How much is 8 plus 7?")
 SECONDS = 60.0

@@ -21,7 +21,7 @@ from helpers.random_adapters import write_adapter
 from phitune import Phi2LoRATrainer
 from phitune.cli import main
 from phitune.data.tokenizer import TextTokenizer
-from phitune.run_rows import find_run, rows_of_run
+from phitune.inference.run_rows import find_run, rows_of_run
 
 PHITUNE = [sys.executable, "-m", "phitune"]
 ROWS = [{"prompt": f"How much is {n} plus 2?", "response": f"It is {n + 2}."} for n in range(40)]
@@ -212,7 +212,7 @@ def test_out_of_memory_says_what_to_do(
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr("phitune.inference.served.ServedModel.answers", full)
+    monkeypatch.setattr("phitune.inference.loaded.ServedModel.answers", full)
     code, _, err = compare(capsys, "--adapter_path run --questions_file q.yaml --html out.html")
     assert code == 4
     assert "--batch_size 1" in err

@@ -11,15 +11,11 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from phitune.comparison.as_json import as_json
-from phitune.comparison.page import page
-from phitune.comparison.sentences import Asked, ranges
-from phitune.comparison.view import show, show_row
-from phitune.comparison.words import Piece, marked
-from phitune.data.conversation import Turn
-from phitune.inference.compare import Cell, Column, Comparison, Row
+from phitune.commands.compare import Asked, Piece, as_json, marked, page, ranges, show, show_row
+from phitune.data.dataset import Turn
+from phitune.inference.answers import Cell, Column, Comparison, Row
+from phitune.inference.generate import GREEDY, Sampling
 from phitune.inference.questions import Question
-from phitune.inference.sampling import GREEDY, Sampling
 from phitune.inference.scores import Likelihood
 
 SCRIPT = "<script>alert('x')</script>"

@@ -22,10 +22,10 @@ from helpers.reference import with_random_lora
 
 from phitune.cli import COMMANDS, main
 from phitune.errors import PhituneError
-from phitune.export import job, merged, shards
+from phitune.export import job, safetensors
 from phitune.export.proof import Proof
 from phitune.model.files import ASSETS
-from phitune.training.room import Room
+from phitune.plan.machine import Room
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +254,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
 ) -> None:
     usage = shutil.disk_usage(place)._replace(free=2**20)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    monkeypatch.setattr(shards, "write_shards", None)
+    monkeypatch.setattr(safetensors, "write_shards", None)
     assert export(run, "--output_dir", "out") == 1
     assert "the disk has 0.00 GiB left; make room" in refused(capsys)
     assert left_in(place) == []
@@ -264,7 +264,7 @@ def test_a_disk_that_fills_up_on_the_way(
     run: Path, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A real one of 2 MiB; the look at its room before is put aside, as if it filled up since."""
-    monkeypatch.setattr(merged, "check_room", lambda folder, nbytes: None)
+    monkeypatch.setattr(safetensors, "check_room", lambda folder, nbytes: None)
     with small_disk(place, "2m"):
         assert export(run, "--output_dir", str(place / "out")) == 1
         assert "out: cannot be written" in (said := refused(capsys))
@@ -295,11 +295,11 @@ def test_ctrl_c_during_the_write_leaves_what_was_there(
     written: list[str] = []
 
     def interrupted(*arguments: Any) -> None:
-        shards.write_shards(*arguments)
+        safetensors.write_shards(*arguments)
         written.extend(left_in(place))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(merged, "write_shards", interrupted)
+    monkeypatch.setattr(safetensors, "write_shards", interrupted)
     assert export(run, "--output_dir", "out", "--overwrite") == 130
     assert any(name.startswith(".out.new-") for name in written)
     assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == then
@@ -311,11 +311,11 @@ def test_a_real_ctrl_c(run: Path, place: Path) -> None:
     code = (
         "import sys, time\n"
         "from phitune.export import merged\n"
-        "really = merged.merged\n"
+        "really = safetensors.merged\n"
         "def slowly(planned):\n"
         "    time.sleep(0.2)\n"
         "    return really(planned)\n"
-        "merged.merged = slowly\n"
+        "safetensors.merged = slowly\n"
         "from phitune.cli import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
@@ -389,7 +389,7 @@ def test_an_export_that_answers_otherwise_is_removed(
         "tolerance": 1e-4,
     }
     assert Proof(**proof).passed
-    monkeypatch.setattr(merged, "_prove", lambda *_: Proof(**(proof | spoil)))
+    monkeypatch.setattr(safetensors, "_prove", lambda *_: Proof(**(proof | spoil)))
     assert export(run, "--output_dir", "out") == 1
     said = refused(capsys)
     assert "out: the export does not answer as the adapter does, so it was removed" in said
@@ -405,7 +405,7 @@ def test_the_proof_finds_what_is_wrong_in_a_written_folder(
     monkeypatch: pytest.MonkeyPatch,
     what: str,
 ) -> None:
-    really = merged.write_texts
+    really = safetensors.write_texts
 
     def spoilt(source: Any, folder: Path, name: str) -> None:
         really(source, folder, name)
@@ -429,7 +429,7 @@ def test_the_proof_finds_what_is_wrong_in_a_written_folder(
             path = folder / "generation_config.json"
             path.write_text(json.dumps({"eos_token_id": [5]}))
 
-    monkeypatch.setattr(merged, "write_texts", spoilt)
+    monkeypatch.setattr(safetensors, "write_texts", spoilt)
     assert export(run, "--output_dir", "out") == 1
     words = {
         "weights": "weights in it are not those of the base and the adapter",

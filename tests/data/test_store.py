@@ -15,10 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phitune.config import Settings
-from phitune.data import cache
-from phitune.data.cache import cache_folder, tokenized
-from phitune.data.conversation import Example, Turn
-from phitune.data.dataset import read_examples
+from phitune.data import store as store_module
+from phitune.data.dataset import Example, Turn, read_examples
 from phitune.data.packing import epoch_steps, micro_batches
 from phitune.data.prepare import PreparedData, prepare_data, split_rows
 from phitune.data.store import (
@@ -26,10 +24,11 @@ from phitune.data.store import (
     StoreWriter,
     TokenRows,
     TokenStore,
+    cache_folder,
     question_hash,
+    tokenized,
 )
-from phitune.data.tokenizer import TextTokenizer
-from phitune.data.tokens import EncodedRow
+from phitune.data.tokenizer import EncodedRow, TextTokenizer
 from phitune.errors import DataError
 from phitune.model.files import ASSETS
 
@@ -88,7 +87,7 @@ def test_the_second_start_reads_no_row_and_gives_the_same(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = prepared(data, validation_split=0.2, sample_prompts=["x"])
-    monkeypatch.setattr(cache, "_write", None)
+    monkeypatch.setattr(store_module, "_write", None)
     again = prepared(data, validation_split=0.2, sample_prompts=["x"])
     assert list(first.train_rows) == list(again.train_rows)
     assert list(first.validation_rows) == list(again.validation_rows)
@@ -134,7 +133,7 @@ def test_other_data_tokenizers_and_formats_have_entries_of_their_own(
     grown = tokenized(data, "train", Settings(), TOKENIZER, FORMAT)
     assert grown.store.rows == 41
     assert len(entries()) == 4
-    monkeypatch.setattr(cache, "_code", lambda: "another version")
+    monkeypatch.setattr(store_module, "_code", lambda: "another version")
     tokenized(data, "train", Settings(), TOKENIZER, FORMAT)
     assert len(entries()) == 5
 

@@ -12,11 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from phitune.data.conversation import Example, Role, Turn
-from phitune.data.dataset import read_examples
+from phitune.data.dataset import Example, Role, Turn, read_examples
 from phitune.data.prompt import ChatFormat, PromptFormat, Segment
-from phitune.data.tokenizer import TextTokenizer
-from phitune.data.tokens import IGNORE_INDEX
+from phitune.data.tokenizer import IGNORE_INDEX, TextTokenizer
 from phitune.errors import ModelError
 from phitune.model.files import ASSETS
 

@@ -17,19 +17,19 @@ from helpers.rows import open_decoder
 from tokenizers import Tokenizer
 
 from phitune.cli import main
-from phitune.data.conversation import Turn
+from phitune.data.dataset import Turn
 from phitune.data.prompt import Segment
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import ExportError
-from phitune.export import gguf_layout, gguf_proof, gguf_weights
-from phitune.export.gguf_file import ModelFile
-from phitune.export.gguf_layout import check_architecture, context_note, safe_context
-from phitune.export.gguf_proof import compare_in_llama_cpp, rendered
+from phitune.export import gguf as gguf_module
+from phitune.export import gguf_file
+from phitune.export.formats import QUANTIZATIONS
+from phitune.export.gguf import compare_in_llama_cpp, rendered
+from phitune.export.gguf_file import ModelFile, check_architecture, context_note, safe_context
 from phitune.export.gguf_tokenizer import file_tokenizer, name_in_file
-from phitune.export.gguf_types import QUANTIZATIONS
 from phitune.export.llama_cpp import LlamaCpp, _steps
 from phitune.export.proof import PROOF_FILE, TIE, Answered, forced_logits
-from phitune.inference.served import open_model
+from phitune.inference.loaded import open_model
 from phitune.model.architecture import parse_model_config, read_model_config
 from phitune.model.files import ASSETS
 
@@ -522,11 +522,11 @@ def test_weights_beyond_f16_are_refused(tmp_path: Path) -> None:
 def _swapped_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     """q and k in each other's place: llama.cpp loads it without a word."""
     order = ("self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj")
-    monkeypatch.setitem(gguf_layout._LAYER["phi"], "attn_qkv", order)
+    monkeypatch.setitem(gguf_file._LAYER["phi"], "attn_qkv", order)
 
 
 def _wrong_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = gguf_layout.hyperparameters
+    right = gguf_file.hyperparameters
 
     def wrong(config: Any) -> Any:
         return {**right(config), "rope.freq_base": 500.0}
@@ -535,7 +535,7 @@ def _wrong_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _lost_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phitune.export.merge.update", lambda *_: torch.zeros(()))
+    monkeypatch.setattr("phitune.export.safetensors.update", lambda *_: torch.zeros(()))
 
 
 def _wrong_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -546,7 +546,7 @@ def _wrong_end(monkeypatch: pytest.MonkeyPatch) -> None:
         found.tokens[found.ids["eos"]] = "<|other|>"
         return type(found)(**{**vars(found), "ids": {**found.ids, "eos": 5}})
 
-    monkeypatch.setattr("phitune.export.gguf_model.file_tokenizer", wrong)
+    monkeypatch.setattr("phitune.export.gguf.file_tokenizer", wrong)
 
 
 def _wrong_merges(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -556,7 +556,7 @@ def _wrong_merges(monkeypatch: pytest.MonkeyPatch) -> None:
         found = right(*arguments)
         return type(found)(**{**vars(found), "merges": found.merges[::-1]})
 
-    monkeypatch.setattr("phitune.export.gguf_model.file_tokenizer", wrong)
+    monkeypatch.setattr("phitune.export.gguf.file_tokenizer", wrong)
 
 
 def _wrong_quantiser(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -630,11 +630,11 @@ def test_weight_errors_find_a_tensor_of_another_shape(tmp_path: Path) -> None:
     folder = ASSETS / "tiny-phi-2"
     tensors = ModelFile(read_model_config(folder), folder, None, "f32").tensors
     with pytest.raises(ExportError, match=r"output_norm\.weight: \(7,\), expected \(160,\)"):
-        gguf_weights.weight_errors(path, tensors)
+        gguf_file.weight_errors(path, tensors)
 
 
 def test_probes_hold_what_tokenizers_differ_in() -> None:
-    assert len(set(gguf_proof.PROBES)) == len(gguf_proof.PROBES) >= 20
+    assert len(set(gguf_module.PROBES)) == len(gguf_module.PROBES) >= 20
     tokenizer = TextTokenizer(ASSETS / "tiny-phi-2")
     form = tokenizer.prompt_format("instruct")
     assert rendered(form, "Hi?") == "Instruct: Hi?\n\nOutput:"

@@ -8,10 +8,10 @@ import pytest
 from helpers.gguf_models import random_adapter
 
 from phitune.cli import main
-from phitune.data.conversation import Turn
+from phitune.data.dataset import Turn
 from phitune.data.prompt import ChatFormat, InstructFormat, PromptFormat
 from phitune.data.tokenizer import TextTokenizer
-from phitune.export.modelfile import go_template, modelfile
+from phitune.export.folder import go_template, modelfile
 from phitune.model.files import ASSETS
 
 QUESTION = Turn("user", "What is\n 2 + 2?")

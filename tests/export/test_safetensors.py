@@ -24,21 +24,20 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from phitune.cli import main
-from phitune.data.conversation import Turn
+from phitune.data.dataset import Turn
 from phitune.data.packing import pack
 from phitune.errors import ExportError
-from phitune.export.merge import merged_tensors, plan_tensors, unties
-from phitune.export.proof import (
-    MAX_NEW_TOKENS,
-    TIE,
-    Answered,
-    compare,
-    greedy_answers,
-    logits_on,
+from phitune.export.proof import MAX_NEW_TOKENS, TIE, Answered, compare, greedy_answers, logits_on
+from phitune.export.safetensors import (
+    check_weights,
+    merge_rounded_at_random,
+    merged_tensors,
+    plan_tensors,
+    shards_of,
+    unties,
+    write_shards,
 )
-from phitune.export.rounding import check_weights, merge_rounded_at_random
-from phitune.export.shards import shards_of, write_shards
-from phitune.inference.served import open_model
+from phitune.inference.loaded import open_model
 from phitune.model.architecture import read_model_config
 from phitune.model.lora import detach, load_adapter, read_adapter
 from phitune.model.weights import INDEX_FILE

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from phitune.data.tokenizer import TextTokenizer
-from phitune.inference.served import FormatName
+from phitune.inference.loaded import FormatName
 from phitune.model.architecture import read_model_config
 from phitune.model.decoder import Decoder
 from phitune.model.lora import Adapter, LoraSpec, attach, save_adapter

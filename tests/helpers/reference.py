@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, Phi3Config, PhiConfig, PreTrainedModel
 
-from phitune.data.tokens import TokenizedExample
+from phitune.data.tokenizer import TokenizedExample
 
 VOCAB_SIZE = 120
 

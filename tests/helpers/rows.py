@@ -7,7 +7,7 @@ import torch
 
 from helpers.reference import VOCAB_SIZE
 from phitune.data.packing import Batch
-from phitune.data.tokens import IGNORE_INDEX, TokenizedExample
+from phitune.data.tokenizer import IGNORE_INDEX, TokenizedExample
 from phitune.model.architecture import read_model_config
 from phitune.model.decoder import Decoder
 from phitune.model.weights import load_decoder

@@ -3,10 +3,9 @@
 from dataclasses import dataclass, field
 
 from phitune.model.lora import Adapter
-from phitune.training.bad_numbers import BadNumbers
-from phitune.training.cut import Shortage
-from phitune.training.events import Evaluation, StepMetrics
-from phitune.training.events import Events as LoopEvents
+from phitune.training.loop import BadNumbers, Evaluation, StepMetrics
+from phitune.training.loop import Events as LoopEvents
+from phitune.training.out_of_memory import Shortage
 
 
 @dataclass

@@ -13,17 +13,16 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from transformers import AutoTokenizer
 
-from phitune.data.conversation import Turn
+from phitune.data.dataset import Turn
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import DataError
-from phitune.inference import compare as compare_module
-from phitune.inference.cache import cache_bytes
-from phitune.inference.compare import BASE, Comparison, batches, compare, short_names
-from phitune.inference.generate import generate
+from phitune.inference import answers as compare_module
+from phitune.inference.answers import BASE_NAME, Comparison, batches, compare, short_names
+from phitune.inference.generate import Sampling, cache_bytes, generate
+from phitune.inference.loaded import ServedModel, open_model
+from phitune.inference.metrics import matches, normalised
 from phitune.inference.questions import Question, ask
-from phitune.inference.sampling import Sampling
-from phitune.inference.scores import likelihoods, matches, normalised
-from phitune.inference.served import ServedModel, open_model
+from phitune.inference.scores import likelihoods
 from phitune.model.architecture import read_model_config
 from phitune.model.device import DTYPES
 from phitune.model.files import ASSETS
@@ -163,7 +162,7 @@ def test_rows_that_are_packed_score_as_each_alone(
     answers = [model.answer_ids(q.turns, q.expected or "15", None) for q in QUESTIONS]
     choices = [1, None, 0]
     together = likelihoods(model, prompts, answers, choices)
-    monkeypatch.setattr("phitune.inference.likelihood.BATCH_TOKENS", 1)
+    monkeypatch.setattr("phitune.inference.scores.BATCH_TOKENS", 1)
     alone = likelihoods(model, prompts, answers, choices)
     for packed, single in zip(together, alone, strict=True):
         assert packed
@@ -302,4 +301,4 @@ def test_what_normalising_forgives(answer: str, expected: str, same: bool) -> No
 )
 def test_names_are_what_tells_paths_apart(paths: list[str], names: list[str]) -> None:
     assert short_names(paths) == names
-    assert BASE not in names
+    assert BASE_NAME not in names

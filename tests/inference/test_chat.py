@@ -11,15 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phitune.commands.chat_commands import COMMANDS, ChatCommands
-from phitune.data.conversation import Turn
-from phitune.data.dataset import read_examples
+from phitune.data.dataset import Turn, read_examples
 from phitune.data.prompt import PromptFormat, Segment
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import OutOfMemoryError, SettingsError
-from phitune.inference.chat import KEPT_SHARE, Chat, Reply
-from phitune.inference.sampling import Sampling
-from phitune.inference.served import ServedModel, open_model
-from phitune.inference.text_stream import TextStream
+from phitune.inference.chat import KEPT_SHARE, Chat, Reply, TextStream
+from phitune.inference.generate import Sampling
+from phitune.inference.loaded import ServedModel, open_model
 from phitune.model.decoder import Decoder
 from phitune.model.files import ASSETS
 

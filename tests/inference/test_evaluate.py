@@ -15,22 +15,22 @@ from safetensors.torch import load_file, save_file
 from phitune import Phi2LoRATrainer
 from phitune.cli import main
 from phitune.data.packing import batches
-from phitune.data.tokens import IGNORE_INDEX
-from phitune.evaluation import short
-from phitune.evaluation.answers import answer_rows
-from phitune.evaluation.general import (
+from phitune.data.tokenizer import IGNORE_INDEX
+from phitune.inference import evaluate as evaluate_module
+from phitune.inference.answers import answer_rows
+from phitune.inference.evaluate import (
     BLOCK_TOKENS,
     GENERAL_TEXT,
     forgetting,
     window_length,
     windows,
 )
-from phitune.evaluation.losses import row_losses
-from phitune.inference.served import open_model
+from phitune.inference.loaded import open_model
+from phitune.inference.run_rows import digest_of, find_run, rows_of_run
+from phitune.inference.scores import row_losses
 from phitune.model.engine import ReferenceEngine
 from phitune.model.files import ASSETS
 from phitune.model.lora import detach
-from phitune.run_rows import digest_of, find_run, rows_of_run
 
 MODELS = ("tiny-phi-2", "tiny-phi-3.5")
 
@@ -399,8 +399,8 @@ def test_the_short_form_leaves_the_adapter_where_it_was(tmp_path: Path) -> None:
 def test_a_large_model_is_looked_at_briefly_and_that_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(short, "_FLOPS", {"cpu": 2e9})
-    monkeypatch.setattr(short, "_SHARE_OF_TRAINING", 0.0)
+    monkeypatch.setattr(evaluate_module, "_FLOPS", {"cpu": 2e9})
+    monkeypatch.setattr(evaluate_module, "_SHARE_OF_TRAINING", 0.0)
     run = train(tmp_path, epochs=1)
     said = capsys.readouterr().out
     found = json.loads((run / "evaluation.json").read_text())
@@ -412,10 +412,10 @@ def test_a_large_model_is_looked_at_briefly_and_that_is_said(
 
 def test_the_bound_follows_the_size_of_the_model(phi_2_run: Path) -> None:
     decoder = open_model([phi_2_run]).decoder
-    bound = short.bound_of(decoder, 0)
+    bound = evaluate_module.bound_of(decoder, 0)
     weights = sum(one.weight.numel() for one in set(decoder.fused_linears().values()))
     assert bound == int(2e11 / (2 * weights))
-    assert short.bound_of(decoder, 10**12) > bound
+    assert evaluate_module.bound_of(decoder, 10**12) > bound
 
 
 def test_the_digest_tells_rows_apart(phi_2_run: Path) -> None:

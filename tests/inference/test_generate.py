@@ -14,20 +14,23 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from phitune.inference.cache import KVCache, cache_bytes
 from phitune.inference.generate import (
     Adapters,
     Conversation,
+    KVCache,
+    Sampling,
+    cache_bytes,
     generate,
+    narrowed,
     next_logits,
+    next_tokens,
+    penalised,
     serve,
     stream,
 )
-from phitune.inference.sampling import Sampling, narrowed, next_tokens, penalised
-from phitune.model.adapters import AdapterSet
 from phitune.model.architecture import parse_model_config
-from phitune.model.gemm import ONEDNN, has_onednn
-from phitune.model.lora import detach, load_adapter
+from phitune.model.fused import ONEDNN, has_onednn
+from phitune.model.lora import AdapterSet, detach, load_adapter
 
 
 def prompts(*lengths: int) -> list[list[int]]:

@@ -11,8 +11,8 @@ import pytest
 from helpers.evaluated import refused, train
 
 from phitune.cli import main
-from phitune.data.conversation import Turn
-from phitune.inference.served import open_model
+from phitune.data.dataset import Turn
+from phitune.inference.loaded import open_model
 from phitune.model.files import ASSETS
 
 needs_harness = pytest.mark.skipif(
@@ -116,7 +116,7 @@ def requests(kind: str) -> list[Any]:
 def test_figures_are_those_of_the_transformers_backend(run: Path, *, tuned: bool) -> None:
     from lm_eval.models.huggingface import HFLM
 
-    from phitune.evaluation.harness import HarnessModel
+    from phitune.inference.harness import HarnessModel
 
     served = open_model([run])
     ours = HarnessModel(served, 0 if tuned else None, in_trained_form=False)
@@ -146,7 +146,7 @@ def test_figures_are_those_of_the_transformers_backend(run: Path, *, tuned: bool
 def test_the_trained_form_has_the_tokens_of_training(run: Path) -> None:
     from lm_eval.api.instance import Instance
 
-    from phitune.evaluation.harness import HarnessModel
+    from phitune.inference.harness import HarnessModel
 
     served = open_model([run])
     model = HarnessModel(served, 0, in_trained_form=True)

@@ -13,11 +13,11 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from phitune.cli import main
-from phitune.data.conversation import Turn
+from phitune.data.dataset import Turn
 from phitune.data.prompt import ChatFormat, InstructFormat
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import ModelError
-from phitune.inference.served import ServedModel, open_model
+from phitune.inference.loaded import ServedModel, open_model
 from phitune.model.files import ASSETS
 
 ASKED = (Turn("user", "What is the capital of Portugal?"),)
@@ -275,7 +275,7 @@ def test_what_does_not_fit_is_one_clear_error(
     damage, expected = BAD[kind]
     damage(copy)
     monkeypatch.setattr(
-        "phitune.inference.served.load_decoder", lambda *_: pytest.fail("weights were read")
+        "phitune.inference.loaded.load_decoder", lambda *_: pytest.fail("weights were read")
     )
     questions = copy.parent / "q.yaml"
     questions.write_text("questions: [a]")

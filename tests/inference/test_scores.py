@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from phitune.evaluation.bootstrap import RESAMPLES, compare
-from phitune.evaluation.metrics import (
+from phitune.inference.metrics import (
     METRICS,
     contains,
     exact,
@@ -18,6 +17,7 @@ from phitune.evaluation.metrics import (
     number,
     rouge_l,
 )
+from phitune.inference.scores import RESAMPLES, compare
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_many_rows_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = np.random.default_rng(9)
     base, tuned = generator.normal(0, 1, (2, 300))
     whole = compare(base, tuned, seed=1)
-    monkeypatch.setattr("phitune.evaluation.bootstrap._DRAWN_AT_ONCE", 300 * 7)
+    monkeypatch.setattr("phitune.inference.scores._DRAWN_AT_ONCE", 300 * 7)
     parts = compare(base, tuned, seed=1)
     assert RESAMPLES % 7
     assert parts.low == pytest.approx(whole.low, abs=1e-12)

@@ -17,28 +17,30 @@ from helpers.rows import loss_sum_of, open_decoder, random_rows
 
 from phitune.cli import main
 from phitune.commands.layers import train_command
+from phitune.config import resolve
 from phitune.data.packing import Batch, batches
-from phitune.layers.anatomy import (
+from phitune.layers.guide import (
+    CLAIMS,
+    GOALS,
+    SOURCES,
+    WORDS,
     Price,
     kinds_of,
     layer_of,
+    layers_at,
     module_shape,
     price_of,
     short_name,
     total_parameters,
 )
-from phitune.layers.evidence import CLAIMS, SOURCES
-from phitune.layers.gradients import Measurement, measure
-from phitune.layers.guide import GOALS, WORDS, layers_at
+from phitune.layers.measure import CAVEAT, Measurement, measure
 from phitune.layers.proposal import in_ranges, propose
-from phitune.layers.survey import CAVEAT
 from phitune.model.architecture import FAMILIES, known_model_config, read_model_config
 from phitune.model.decoder import Decoder
 from phitune.model.engine import FusedEngine
 from phitune.model.files import ASSETS
 from phitune.model.lora import LoraSpec, attach, save_adapter
 from phitune.model.targets import resolve_layers, resolve_targets
-from phitune.resolution import resolve
 
 TOOL = Path(__file__).parents[2] / "tools" / "build_layer_guides.py"
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -57,7 +59,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    monkeypatch.setattr("phitune.layers.answer.cached_model", lambda name: None)
+    monkeypatch.setattr("phitune.layers.guide.cached_model", lambda name: None)
 
 
 @pytest.fixture

@@ -18,20 +18,18 @@ from helpers.rows import open_decoder, random_rows
 from peft import PeftModel
 
 from phitune.data.packing import Batch, pack
-from phitune.model import gemm as gemm_module
-from phitune.model import ops, sizes
+from phitune.model import architecture, ops
+from phitune.model import fused as gemm_module
 from phitune.model.architecture import known_model_config
 from phitune.model.attention import Attention, FlashOnCpu, InBlocks
 from phitune.model.decoder import Decoder
 from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
-from phitune.model.filler import fill
-from phitune.model.fused import Kernels
+from phitune.model.fused import ONEDNN, STANDARD, Kernels, choose_gemm, fill, has_onednn
 from phitune.model.fused_layers import Shared
-from phitune.model.gemm import ONEDNN, STANDARD, choose_gemm, has_onednn
 from phitune.model.lora import Adapter, LoraSpec, attach, load_adapter
 from phitune.model.targets import resolve_targets
-from phitune.training.memory import saved_bytes_per_token
-from phitune.training.optim import build_adamw
+from phitune.plan.memory import saved_bytes_per_token
+from phitune.training.state import build_adamw
 
 CPU = torch.device("cpu")
 Gradients = dict[str, torch.Tensor]
@@ -185,8 +183,8 @@ def test_fused_equals_its_plain_twin(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Small blocks and chunks, so that there are several of each.
-    monkeypatch.setitem(sizes.BLOCK_ELEMENTS, "cpu", 40 * 7)
-    monkeypatch.setitem(sizes.LOSS_CHUNK_BYTES, "cpu", 4 * 120 * 7)
+    monkeypatch.setitem(architecture.BLOCK_ELEMENTS, "cpu", 40 * 7)
+    monkeypatch.setitem(architecture.LOSS_CHUNK_BYTES, "cpu", 4 * 120 * 7)
     decoder, adapter = with_adapter(make_config(), tmp_path, targets, layers)
     batches = [pack(random_rows()[:4]), pack(random_rows()[4:], first_slot=4)]
     plain, fused = ReferenceEngine(decoder), FusedEngine(decoder, p)
@@ -242,10 +240,10 @@ def test_the_filler_changes_no_loss_and_no_gradient(
     kind: str, chunk_rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = save_model(random_model(CONFIGS[kind](), torch.float64), tmp_path)
-    monkeypatch.setattr(sizes, "loss_chunk_rows", lambda *_: chunk_rows)
+    monkeypatch.setattr(architecture, "loss_chunk_rows", lambda *_: chunk_rows)
     found = []
     for multiple in (1, 4, 16):
-        monkeypatch.setattr(sizes, "PRODUCT_ROWS", {"cpu": multiple})
+        monkeypatch.setattr(architecture, "PRODUCT_ROWS", {"cpu": multiple})
         decoder = open_decoder(folder, torch.float64)
         modules = resolve_targets(decoder.config, ["all-linear"], None)
         adapter = attach(decoder, LoraSpec(4, 8, 0.1, modules), seed=0)
@@ -264,11 +262,11 @@ def test_the_filler_changes_no_loss_and_no_gradient(
 
 def test_filled_sizes_are_handy_and_leave_enough_filler_for_the_trained_rows() -> None:
     for tokens in range(1, 40):
-        filler = sizes.filler_tokens(tokens, "cpu")
+        filler = architecture.filler_tokens(tokens, "cpu")
         assert 3 <= filler <= 6
         assert (tokens + filler) % 4 == 0
-        assert 0 <= sizes.filled_rows(tokens, "cpu") - tokens <= 3
-        assert sizes.filler_tokens(tokens, "cuda") == 0
+        assert 0 <= architecture.filled_rows(tokens, "cpu") - tokens <= 3
+        assert architecture.filler_tokens(tokens, "cuda") == 0
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -280,7 +278,7 @@ def test_attention_by_hand_equals_its_definition(
     groups: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sizes, "QUERIES_PER_BLOCK", 7)
+    monkeypatch.setattr(architecture, "QUERIES_PER_BLOCK", 7)
     torch.manual_seed(0)
     heads, key_heads, width = 4, 4 // groups, 16
     cu_seqlens = (0, 5, 31, 32, 60)

@@ -19,7 +19,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from phitune.data.packing import pack
-from phitune.data.tokens import TokenizedExample
+from phitune.data.tokenizer import TokenizedExample
 from phitune.model import ops
 from phitune.model.lora import LoraSpec, attach, detach, load_adapter, save_adapter
 from phitune.model.targets import resolve_targets

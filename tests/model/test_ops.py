@@ -8,7 +8,7 @@ import torch
 from helpers.rows import logits_of, loss_sum_of, open_decoder, random_rows, relative
 
 from phitune.data.packing import pack
-from phitune.model import ops, sizes
+from phitune.model import architecture, ops
 from phitune.model.decoder import Decoder, DecoderLayer
 from phitune.model.device import force_compile
 from phitune.model.lora import Adapter, LoraSpec, attach
@@ -99,7 +99,7 @@ def test_loss_in_chunks_equals_loss_at_once(
 ) -> None:
     decoder, adapter = with_adapter(model_folder, torch.float64)
     at_once = gradients_of(decoder, adapter, [[0, 1, 2, 3, 4, 5]], 0.2)
-    monkeypatch.setitem(sizes.LOSS_CHUNK_BYTES, "cpu", 4 * 120 * 7)  # seven rows
+    monkeypatch.setitem(architecture.LOSS_CHUNK_BYTES, "cpu", 4 * 120 * 7)  # seven rows
     in_chunks = gradients_of(decoder, adapter, [[0, 1, 2, 3, 4, 5]], 0.2)
     for ours, theirs in zip(in_chunks, at_once, strict=True):
         assert relative(ours, theirs) < 1e-12

@@ -7,8 +7,8 @@ from memory_plan import Setting, measured, narrow_config, predicted
 
 from phitune.model.architecture import known_model_config
 from phitune.model.targets import resolve_targets
-from phitune.training.fit import fewest_recomputed, largest_batch
-from phitune.training.memory import GIB, MemoryPlan, Shape, Term, plan_memory
+from phitune.plan.memory import GIB, MemoryPlan, Shape, Term, plan_memory
+from phitune.plan.plan import fewest_recomputed, largest_batch
 
 SHAPE = Shape((1024,) * 4, 4 * 600)
 

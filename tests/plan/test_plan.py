@@ -14,23 +14,24 @@ from typing import Any
 import pytest
 
 from phitune.cli import main
-from phitune.config import Settings
+from phitune.commands import plan as plan_module
+from phitune.config import Settings, resolve
 from phitune.data.prepare import prepare_data
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import ModelError, SettingsError
 from phitune.model.architecture import known_model_config, read_model_config
 from phitune.model.files import ASSETS
 from phitune.model.targets import resolve_targets
-from phitune.planning import memory_view
-from phitune.planning.amounts import parse_memory
-from phitune.planning.cost import token_cost
-from phitune.planning.plan import make_plan
-from phitune.planning.presets import PRESETS
-from phitune.planning.rows import assumed_rows
-from phitune.resolution import resolve
-from phitune.training.budget import BUDGET_SHARE
-from phitune.training.fit import fewest_recomputed, largest_batch
-from phitune.training.memory import GIB, Base, Device, MemoryPlan
+from phitune.plan.machine import BUDGET_SHARE, parse_memory
+from phitune.plan.memory import GIB, Base, Device, MemoryPlan
+from phitune.plan.plan import (
+    PRESETS,
+    assumed_rows,
+    fewest_recomputed,
+    largest_batch,
+    make_plan,
+    token_cost,
+)
 
 PHI_2, PHI_3_5 = "microsoft/phi-2", "microsoft/Phi-3.5-mini-instruct"
 CAPTAIN = ASSETS / "captain.jsonl"
@@ -42,9 +43,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty folder, no network, nothing in the hub's cache, no GPU in sight."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr("phitune.planning.plan.cached_model", lambda name: None)
-    monkeypatch.setattr("phitune.planning.machines.shutil.which", lambda name: None)
-    monkeypatch.setattr("phitune.planning.machines.is_apple_silicon", lambda: False)
+    monkeypatch.setattr("phitune.plan.plan.cached_model", lambda name: None)
+    monkeypatch.setattr("phitune.plan.machine.shutil.which", lambda name: None)
+    monkeypatch.setattr("phitune.plan.machine.is_apple_silicon", lambda: False)
 
 
 @pytest.fixture
@@ -393,7 +394,7 @@ def test_rows_need_the_tokenizer_and_the_plan_says_what_does_not(
     def unreachable(name: str) -> Path:
         raise ModelError(f"model_name {name}: the hub cannot be reached")
 
-    monkeypatch.setattr("phitune.planning.plan.find_model", unreachable)
+    monkeypatch.setattr("phitune.plan.plan.find_model", unreachable)
     said = refused("--dataset_path", str(CAPTAIN))
     assert "hub cannot be reached" in said
     assert "Without --dataset_path its files are not needed" in said
@@ -426,7 +427,7 @@ def test_well_known_models_need_no_files(planned: Json, name: str, parameters: f
 def test_a_cached_config_wins_over_built_in_figures(
     planned: Json, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("phitune.planning.plan.cached_model", lambda name: ASSETS / "tiny-phi-2")
+    monkeypatch.setattr("phitune.plan.plan.cached_model", lambda name: ASSETS / "tiny-phi-2")
     plan = planned(*flags(model_name=PHI_2, memory="24GB"))
     assert plan["model"]["figures"] == "config.json"
     assert plan["model"]["num_hidden_layers"] == 4
@@ -485,7 +486,7 @@ def test_every_term_has_one_line_and_a_bar_of_its_share(
     found = dict(bars(lines))
     assert list(found) == list(terms)
     for name, bar in found.items():
-        cells = terms[name]["bytes"] / plan["total_bytes"] * memory_view.CELLS
+        cells = terms[name]["bytes"] / plan["total_bytes"] * plan_module.CELLS
         assert len(bar) - 1 <= cells + 1 / 16
         assert len(bar) >= cells - 1 / 16
     for term in terms.values():

@@ -21,9 +21,8 @@ from phitune.model.files import ASSETS
 from phitune.model.lora import Adapter, LoraSpec, attach
 from phitune.model.targets import resolve_targets
 from phitune.training import loop
-from phitune.training.bad_numbers import RECENT, usual_loss
-from phitune.training.loop import train
-from phitune.training.optim import gradient_norm
+from phitune.training.loop import RECENT, train, usual_loss
+from phitune.training.state import gradient_norm
 
 ROWS = random_rows([9, 12, 5, 20, 7, 11])
 BAD = 3  # The row whose first token has no embedding that is a number.

@@ -17,7 +17,7 @@ from phitune.config import Settings
 from phitune.model.engine import FusedEngine
 from phitune.model.lora import LoraSpec, attach
 from phitune.model.targets import resolve_targets
-from phitune.training import checkpoint, disk
+from phitune.training import checkpoint
 from phitune.training.checkpoint import (
     MANIFEST,
     DamagedCheckpointError,
@@ -28,8 +28,7 @@ from phitune.training.checkpoint import (
     remove_older,
     write_checkpoint,
 )
-from phitune.training.events import Events
-from phitune.training.loop import start_state, train
+from phitune.training.loop import Events, start_state, train
 from phitune.training.saver import Schedule
 from phitune.training.state import TrainingState, as_bytes
 
@@ -193,7 +192,7 @@ def test_a_failed_write_leaves_what_was_there(
         if when in ("file", "manifest"):
             patched.setattr(checkpoint, "write_synced", fails_at)
         elif when == "fsync":
-            patched.setattr(disk.os, "fsync", fails)
+            patched.setattr(checkpoint.os, "fsync", fails)
         else:
             patched.setattr(checkpoint, "replace_folder", fails)
         for number in (2, 3):

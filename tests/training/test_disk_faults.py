@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from disk_faults import fill, make_room, small_disk
 
-from phitune.training.disk import LineFile
+from phitune.training.checkpoint import LineFile
 from phitune.training.rundir import METRICS, RunDirectory
 
 RUNS = int(os.environ.get("PHITUNE_DISK_RUNS", "5"))

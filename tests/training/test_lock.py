@@ -13,9 +13,8 @@ import psutil
 import pytest
 
 from phitune.errors import ResumeError
-from phitune.training import lock
-from phitune.training.lock import LOCK, refuse_if_held, run_lock
-from phitune.training.rundir import check_output_dir
+from phitune.training import rundir
+from phitune.training.rundir import LOCK, check_output_dir, refuse_if_held, run_lock
 
 HOLDER = """
 import sys, time
@@ -71,7 +70,7 @@ def test_where_the_file_system_cannot_lock_the_files_words_decide(
     def cannot(*args: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(lock.fcntl, "flock", cannot)
+    monkeypatch.setattr(rundir.fcntl, "flock", cannot)
     me = {"pid": os.getpid(), "started": psutil.Process().create_time()}
     here = socket.gethostname()
     lines = {

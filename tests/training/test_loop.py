@@ -17,16 +17,14 @@ from peft import LoraConfig, get_peft_model
 from phitune.config import Settings
 from phitune.data.dataset import read_examples
 from phitune.data.packing import epoch_steps, micro_batches
-from phitune.data.tokenizer import TextTokenizer
-from phitune.data.tokens import TokenizedExample
+from phitune.data.tokenizer import TextTokenizer, TokenizedExample
 from phitune.errors import NonFiniteError
 from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
 from phitune.model.lora import Adapter, LoraSpec, attach
 from phitune.model.targets import resolve_targets
 from phitune.training import loop
-from phitune.training.events import Evaluation, Outcome
-from phitune.training.loop import evaluate, train
-from phitune.training.optim import learning_rate_at
+from phitune.training.loop import Evaluation, Outcome, evaluate, train
+from phitune.training.state import learning_rate_at
 
 
 def run(

@@ -20,16 +20,15 @@ import phitune.training.saver
 from phitune.cli import main
 from phitune.config import Settings
 from phitune.errors import OutOfMemoryError
-from phitune.model import allocation
+from phitune.inference.answers import Sampler
+from phitune.model import device
 from phitune.model.engine import FusedEngine, ReferenceEngine
 from phitune.model.lora import Adapter, LoraSpec, attach
 from phitune.model.targets import resolve_targets
-from phitune.recorder import Sampler
-from phitune.training import room
-from phitune.training.cut import Cut
-from phitune.training.loop import start_state, train
-from phitune.training.rehearsal import rehearse
-from phitune.training.room import CEILING_SHARE, MemoryCeiling, Room, cgroup_rooms, memory_room
+from phitune.plan import machine
+from phitune.plan.machine import CEILING_SHARE, MemoryCeiling, Room, cgroup_rooms, memory_room
+from phitune.training.loop import rehearse, start_state, train
+from phitune.training.out_of_memory import Cut
 
 ROWS = random_rows([9, 12, 5, 20, 7, 11, 30, 8])
 VALIDATION = random_rows([8, 16, 4], seed=1)
@@ -57,16 +56,16 @@ def test_below_the_ceiling_allocations_fail_and_above_it_all_is_as_before() -> N
     code = """
 import psutil, resource, torch
 from phitune.training import room
-room.bytes_until_killed = lambda: 2**28
+machine.bytes_until_killed = lambda: 2**28
 before = resource.getrlimit(resource.RLIMIT_DATA)
-with room.MemoryCeiling("cpu") as ceiling:
+with machine.MemoryCeiling("cpu") as ceiling:
     torch.empty(2**25)  # 128 MiB
     try:
         torch.empty(2**27)
         print("no failure")
     except RuntimeError as error:
         print("can't allocate memory" in str(error))
-    room.bytes_until_killed = lambda: 2**30
+    machine.bytes_until_killed = lambda: 2**30
     ceiling.renew()
     print(torch.empty(2**27).numel() > 0)
 print(resource.getrlimit(resource.RLIMIT_DATA) == before, torch.empty(2**27).numel() > 0)
@@ -108,7 +107,7 @@ def test_a_cgroup_of_version_1_counts_where_its_own_path_is_not_to_be_seen(tmp_p
 
 def test_room_is_the_least_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = memory_room().bytes
-    monkeypatch.setattr(room, "cgroup_rooms", lambda: [Room(whole // 2, "container")])
+    monkeypatch.setattr(machine, "cgroup_rooms", lambda: [Room(whole // 2, "container")])
     assert memory_room() == Room(whole // 2, "container")
     with MemoryCeiling("cuda"):
         pass  # Not a CPU: its own allocator fails.
@@ -289,7 +288,7 @@ def test_a_thread_that_makes_no_products_any_more_is_left(
     phi_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As oneDNN does it: one failure, and every later product of the same thread fails too."""
-    monkeypatch.setattr(allocation, "_THIS_THREAD", allocation._ThisThread())
+    monkeypatch.setattr(device, "_THIS_THREAD", device._ThisThread())
     whole, events = Events(), Events()
     train(*prepared(phi_folder), ROWS, VALIDATION, SETTINGS, whole)
     engine, adapter = prepared(phi_folder)
@@ -309,8 +308,8 @@ def test_a_thread_that_makes_no_products_any_more_is_left(
     assert [shortage.now for shortage in events.shortages] == [Cut(4, 0)]
     assert [step.loss for step in events.steps] == [step.loss for step in whole.steps]
     with pytest.raises(ZeroDivisionError):
-        allocation.in_usable_thread(lambda: 1 // 0)
-    assert allocation.in_usable_thread(threading.get_ident) != threading.get_ident()
+        device.in_usable_thread(lambda: 1 // 0)
+    assert device.in_usable_thread(threading.get_ident) != threading.get_ident()
 
 
 # --- the rehearsal --------------------------------------------------------------------------------
@@ -454,7 +453,7 @@ def test_a_micro_batch_that_cannot_fit_a_container_is_split_beforehand(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The limit is planned with, as going over it would not fail but kill."""
-    monkeypatch.setattr(room, "cgroup_rooms", lambda: [Room(40 * 2**20, "the container's")])
+    monkeypatch.setattr(machine, "cgroup_rooms", lambda: [Room(40 * 2**20, "the container's")])
     monkeypatch.setattr("phitune.trainer.MemoryCeiling", lambda device: MemoryCeiling("cuda"))
     line = LINE.replace("--batch_size 4", "--batch_size 8").replace("_steps 2", "_steps 1")
     rows = [{"prompt": f"Say {n}.", "response": "word " * 400} for n in range(12)]

@@ -5,12 +5,12 @@ import io
 import pytest
 from rich.console import Console
 
-from phitune.resolution import resolve
-from phitune.training.events import Evaluation, StepMetrics
-from phitune.training.view import (
+from phitune.config import resolve
+from phitune.inference.answers import Sample
+from phitune.training.loop import Evaluation, StepMetrics
+from phitune.training.progress import (
     LiveView,
     PlainView,
-    Sample,
     answers_table,
     data_progress,
     open_view,

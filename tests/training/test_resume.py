@@ -23,10 +23,9 @@ from phitune.model.engine import FusedEngine, ReferenceEngine
 from phitune.model.files import ASSETS
 from phitune.model.lora import Adapter, LoraSpec, attach
 from phitune.model.targets import resolve_targets
-from phitune.training.changes import CHANGEABLE, WHY_NOT
 from phitune.training.checkpoint import checkpoints_of
-from phitune.training.events import Outcome
-from phitune.training.loop import start_state, train
+from phitune.training.loop import Outcome, start_state, train
+from phitune.training.resume import CHANGEABLE, WHY_NOT
 from phitune.training.state import TrainingState, as_bytes
 
 TRAIN, VALIDATION = random_rows([9, 12, 5, 20, 7, 11, 30]), random_rows([8, 16], seed=1)

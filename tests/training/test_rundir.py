@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from phitune.errors import SettingsError
+from phitune.training.progress import check_tracker
 from phitune.training.rundir import RunDirectory, check_output_dir, default_output_dir
-from phitune.training.tracking import check_tracker
 
 
 def test_an_adapter_is_replaced_only_once_it_is_whole(tmp_path: Path) -> None:

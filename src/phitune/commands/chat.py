@@ -6,10 +6,11 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from phitune.commands.flags import Parser, help_format
-from phitune.commands.model_flags import (
+from phitune.commands.options import (
+    Parser,
     add_model_flags,
     add_sampling_flags,
+    help_format,
     one_adapter,
     open_from,
     sampling_of,

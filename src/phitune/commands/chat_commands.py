@@ -14,7 +14,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
-from phitune.commands.model_flags import VALUES
+from phitune.commands.options import VALUES
 from phitune.errors import SettingsError
 from phitune.inference.chat import Chat, Reply
 

@@ -25,7 +25,7 @@ from rich.text import Text
 from phitune.commands.chat_commands import COMMANDS, ChatCommands, size, without_effect
 from phitune.errors import PhituneError
 from phitune.inference.chat import Chat, Reply
-from phitune.visible import visible
+from phitune.text import visible
 
 _PROMPT, _CONTINUED = "> ", "  "
 LONGEST_WORD = 24  # that is held back

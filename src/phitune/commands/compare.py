@@ -1,31 +1,586 @@
 """`phitune compare`: the base model and adapters side by side."""
 
+from __future__ import annotations
+
 import argparse
 import json
+import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from difflib import SequenceMatcher
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from phitune.commands.flags import Parser, help_format, parsed
-from phitune.commands.model_flags import (
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from phitune import __version__
+from phitune.commands.options import (
+    Parser,
     add_model_flags,
     add_sampling_flags,
+    help_format,
     open_from,
+    parsed,
     sampling_of,
     whole,
 )
+from phitune.commands.terminal import definitions, document, isolated, safe
 from phitune.errors import DataError, SettingsError
+from phitune.inference.metrics import NORMALISATION
+from phitune.text import marks_of, shortened, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from phitune.comparison.sentences import Asked
-    from phitune.inference.compare import Comparison
+    from phitune.inference.answers import Cell, Column, Comparison, Row, Summary
+    from phitune.inference.generate import Sampling
+    from phitune.inference.loaded import ServedModel
     from phitune.inference.questions import Question
-    from phitune.inference.served import ServedModel
+
+
+# -------------------------------------------------------------------------------------------------
+# Sentences about answers that both the terminal and the page say.
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How the answers came about, for people and for the record."""
+
+    model_name: str
+    source: str  # where the questions are from
+    max_new_tokens: int
+    sampling: Sampling
+    notes: tuple[str, ...] = ()
+
+    @property
+    def how(self) -> str:
+        of = self.sampling
+        said = [f"up to {self.max_new_tokens:,} tokens"]
+        if of.temperature == 0:
+            said.append("the most probable token each time")
+        else:
+            said.append(f"drawn with temperature {of.temperature:g}, seed {of.seed}")
+            if of.top_p < 1:
+                said.append(f"top_p {of.top_p:g}")
+            if of.top_k:
+                said.append(f"top_k {of.top_k}")
+        if of.repetition_penalty != 1:
+            said.append(f"repetition_penalty {of.repetition_penalty:g}")
+        return ", ".join(said)
+
+
+MATCH = f"match: {NORMALISATION}."
+NLL = (
+    "nll: the negative log-likelihood of the expected answer, end token included; less is more"
+    " probable."
+)
+
+
+def column_line(column: Column, model_name: str) -> str:
+    return f"{column.path or model_name}, asked in the {column.prompt_format} format"
+
+
+def notes_of(cell: Cell) -> list[str]:
+    """What is to be said of an answer, a line each."""
+    tokens = f"{cell.tokens:,} token{'' if cell.tokens == 1 else 's'}"
+    notes = [f"{tokens}, {'stopped' if cell.stopped else 'did not stop by itself'}"]
+    if cell.exact is not None:
+        notes.append("exact" if cell.exact else "match" if cell.match else "no match")
+        if cell.likelihood:
+            notes.append(f"nll {cell.likelihood.nll:.2f}, {cell.likelihood.per_token:.3f} a token")
+        else:
+            notes.append("nll unknown: longer than the model's positions")
+    return notes
+
+
+def summary_notes(comparison: Comparison, column: int) -> list[str]:
+    """A column's summary, a line each."""
+    summary = comparison.summary(column)
+    notes = [
+        f"stopped {summary.stopped} of {summary.questions} ({_share(summary.stopped, summary)})",
+        f"{summary.mean_tokens:,.1f} tokens on average",
+    ]
+    if summary.expected:
+        notes.append(
+            f"exact {summary.exact} of {summary.expected}, match {summary.matches} of"
+            f" {summary.expected}"
+        )
+    if summary.mean_nll is not None:
+        notes.append(f"nll {summary.mean_nll:.2f} an answer, {summary.nll_per_token:.3f} a token")
+    if column:
+        notes.append(differs_line(summary))
+    return notes
+
+
+def differs_line(summary: Summary) -> str:
+    count = len(summary.differs)
+    if not count:
+        return "answers nothing otherwise than the base"
+    which = "" if count == summary.questions else f": {ranges(summary.differs)}"
+    return f"differs from the base in {count} of {summary.questions}{which}"
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """1, 2, 3, 7 as "1-3, 7"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ", ".join("-".join(map(str, run)) for run in runs)
+
+
+def _share(count: int, summary: Summary) -> str:
+    return f"{count / summary.questions:.0%}" if summary.questions else "none"
+
+
+# -------------------------------------------------------------------------------------------------
+# A comparison as JSON: everything that the table and the page show, and the numbers whole.
+
+
+def as_json(comparison: Comparison, asked: Asked) -> dict[str, Any]:
+    """Plain types alone; what is not known, or not a finite number, is null."""
+    return {
+        "phitune": __version__,
+        "model_name": asked.model_name,
+        "questions_from": asked.source,
+        "max_new_tokens": asked.max_new_tokens,
+        "sampling": asdict(asked.sampling),
+        "notes": list(asked.notes),
+        "normalisation": NORMALISATION,
+        "columns": [
+            {
+                "name": column.name,
+                "adapter_path": column.path,
+                "prompt_format": column.prompt_format,
+            }
+            for column in comparison.columns
+        ],
+        "questions": [_question_as_json(row, comparison) for row in comparison.rows],
+        "summary": [
+            _summary_as_json(comparison, index) for index in range(len(comparison.columns))
+        ],
+    }
+
+
+def _question_as_json(row: Row, comparison: Comparison) -> dict[str, Any]:
+    return {
+        "number": row.number,
+        "place": row.question.place or None,
+        "turns": [asdict(turn) for turn in row.question.turns],
+        "expected": row.question.expected,
+        "answers": [
+            {"name": column.name, **_answer_as_json(cell), "differs": row.differs(index)}
+            for index, (column, cell) in enumerate(zip(comparison.columns, row.cells, strict=True))
+        ],
+    }
+
+
+def _answer_as_json(cell: Cell) -> dict[str, Any]:
+    likely = cell.likelihood
+    return {
+        "answer": cell.text,
+        "tokens": cell.tokens,
+        "stopped": cell.stopped,
+        "exact": cell.exact,
+        "match": cell.match,
+        "nll": _finite(likely.nll) if likely else None,
+        "nll_per_token": _finite(likely.per_token) if likely else None,
+        "expected_tokens": likely.tokens if likely else None,
+    }
+
+
+def _summary_as_json(comparison: Comparison, index: int) -> dict[str, Any]:
+    summary = comparison.summary(index)
+    count = summary.questions
+    return {
+        "name": comparison.columns[index].name,
+        **asdict(summary),
+        "stop_rate": summary.stopped / count if count else None,
+        "mean_nll": _finite(summary.mean_nll),
+        "nll_per_token": _finite(summary.nll_per_token),
+        "differs": list(summary.differs),
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+# -------------------------------------------------------------------------------------------------
+# Which words of an answer are not those of the base's answer.
+
+# White space; or one letter of a script written without spaces, or one punctuation mark; or a run
+# of anything else, so that letters keep their combining marks.
+_ALONE = r"!-/:-@\[-`{-~\u2010-\u2027\u2030-\u205e\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff"
+_PARTS = re.compile(rf"\s+|[{_ALONE}]|[^\s{_ALONE}]+")
+# Pairs of equal words that are still looked at. Answers that run in circles have more, and finding
+# the best alignment of two circles takes minutes and says nothing.
+_MAX_PAIRS = 200_000
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of an answer; together they are the answer."""
+
+    text: str
+    marked: bool
+
+
+def marked(answers: Sequence[str]) -> list[list[Piece]]:
+    """Each answer in pieces. Of the first (the base's) those words are marked that another answer
+    lacks in that place, of the others those that the first lacks."""
+    parts = [_PARTS.findall(answer) for answer in answers]
+    words = [[part for part in answer if not part.isspace()] for answer in parts]
+    of_base: set[int] = set()
+    changed = [of_base]
+    for other in words[1:]:
+        gone, new = _changes(words[0], other)
+        of_base |= gone
+        changed.append(new)
+    return [_pieces(*pair) for pair in zip(parts, changed, strict=True)]
+
+
+def _changes(base: Sequence[str], other: Sequence[str]) -> tuple[set[int], set[int]]:
+    """Places of words in one that have no counterpart in the other, and the other way round."""
+    same = zip(base, other, strict=False)
+    first = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], same))
+    same = zip(reversed(base[first:]), reversed(other[first:]), strict=False)
+    last = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], same))
+    left, right = base[first : len(base) - last], other[first : len(other) - last]
+    counts = Counter(left)
+    gone, new = set(range(len(left))), set(range(len(right)))
+    if sum(counts[word] for word in right) <= _MAX_PAIRS:
+        for block in SequenceMatcher(None, left, right, autojunk=False).get_matching_blocks():
+            gone -= set(range(block.a, block.a + block.size))
+            new -= set(range(block.b, block.b + block.size))
+    return {first + place for place in gone}, {first + place for place in new}
+
+
+def _pieces(parts: Sequence[str], changed: set[int]) -> list[Piece]:
+    """Marked and unmarked stretches; white space between two marked words is marked too."""
+    flags: list[bool | None] = []
+    word = 0
+    for part in parts:
+        if part.isspace():
+            flags.append(None)
+            continue
+        flags.append(word in changed)
+        word += 1
+    pieces: list[Piece] = []
+    for index, part in enumerate(parts):
+        flag = flags[index]
+        if flag is None:
+            around = flags[max(0, index - 1) : index] + flags[index + 1 : index + 2]
+            flag = len(around) == 2 and all(around)
+        if pieces and pieces[-1].marked == flag:
+            pieces[-1] = Piece(pieces[-1].text + part, flag)
+        else:
+            pieces.append(Piece(part, flag))
+    return pieces
+
+
+# -------------------------------------------------------------------------------------------------
+# A comparison as one HTML file that needs nothing else; see webpage.py for what makes it safe.
+
+_STYLE = """
+:root { --new: #d9f0df; } @media (prefers-color-scheme: dark) { :root { --new: #1d4a2e; } }
+body { max-width: 80rem; }
+section { margin: 1.75rem 0; }
+section > pre { border-left: .3rem solid var(--line); }
+.answers { display: grid; gap: .75rem; margin-top: .6rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); }
+.answers > div { min-width: 0; }
+.answers h3 { margin: 0 0 .3rem; }
+pre { font: inherit; }
+mark { background: var(--new); color: inherit; border-radius: .2rem; box-decoration-break: clone;
+  -webkit-box-decoration-break: clone; }
+.notes { font-size: .9rem; } .loud { color: var(--warning); } .good { color: var(--ok); }
+.notes span + span::before { content: " \\00b7  "; color: var(--pale); }
+td.words { white-space: normal; text-align: left; min-width: 12rem; }
+td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 6rem; }
+@media (forced-colors: active), print { mark { text-decoration: underline; } }
+"""
+
+
+def page(comparison: Comparison, asked: Asked) -> str:
+    """The whole page."""
+    names = " and ".join(column.name for column in comparison.columns)
+    parts = [f"<h1>{isolated(names)}</h1>", _facts(comparison, asked), _summary_html(comparison)]
+    parts += [_row(row, comparison) for row in comparison.rows]
+    parts.append(_legend_html(comparison))
+    return document(f"{names}: comparison", _STYLE, parts)
+
+
+def _facts(comparison: Comparison, asked: Asked) -> str:
+    facts = {
+        safe(column.name): isolated(column_line(column, asked.model_name))
+        for column in comparison.columns
+    }
+    facts |= {"answers": safe(asked.how), "questions": isolated(asked.source)}
+    if asked.notes:
+        facts["notes"] = "<br>".join(map(isolated, asked.notes))
+    return definitions(facts)
+
+
+def _summary_html(comparison: Comparison) -> str:
+    heads = ["all questions", "stopped", "tokens"]
+    if comparison.has_expected:
+        heads += ["exact", "match", "nll an answer", "nll a token"]
+    rows = []
+    for index, column in enumerate(comparison.columns):
+        summary = comparison.summary(index)
+        cells = [
+            isolated(column.name),
+            f"{summary.stopped} of {summary.questions}",
+            f"{summary.mean_tokens:,.1f}",
+        ]
+        if comparison.has_expected:
+            cells += [
+                f"{count} of {summary.expected}" for count in (summary.exact, summary.matches)
+            ]
+            cells += [_figure(summary.mean_nll, 2), _figure(summary.nll_per_token, 3)]
+        differs = safe(differs_line(summary)) if index else ""
+        rows.append(
+            f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}"
+            f'<td class="words">{differs}</td></tr>'
+        )
+    head = "".join(f"<th>{name}</th>" for name in [*heads, ""])
+    return (
+        f'<h2>Summary</h2>\n<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
+    )
+
+
+def _figure(value: float | None, digits: int) -> str:
+    return "unknown" if value is None else f"{value:,.{digits}f}"
+
+
+def _row(row: Row, comparison: Comparison) -> str:
+    expected = ""
+    if row.question.expected is not None:
+        expected = f'<p class="pale">expected</p>{_pre(safe(row.question.expected))}'
+    pieces = marked([cell.text for cell in row.cells])
+    answers = [
+        f"<div><h3>{isolated(column.name)}</h3>{_pre(_answer_html(of_cell))}"
+        f"{_notes_html(row, index)}</div>"
+        for index, (column, of_cell) in enumerate(zip(comparison.columns, pieces, strict=True))
+    ]
+    place = (
+        f' <span class="pale">{isolated(row.question.place)}</span>' if row.question.place else ""
+    )
+    return (
+        f"<section><h2>{row.number}{place}</h2>{_pre(safe(row.question.text))}{expected}"
+        f'<div class="answers">{"".join(answers)}</div></section>'
+    )
+
+
+def _pre(html: str) -> str:
+    # A line break right after <pre> is not shown; this one is, whatever the text begins with.
+    return f'<pre dir="auto">\n{html}</pre>'
+
+
+def _answer_html(pieces: Sequence[Piece]) -> str:
+    shown = [
+        f"<mark>{safe(piece.text)}</mark>" if piece.marked else safe(piece.text) for piece in pieces
+    ]
+    return "".join(shown) or '<span class="pale">(nothing)</span>'
+
+
+def _notes_html(row: Row, index: int) -> str:
+    cell = row.cells[index]
+    styles = ["pale" if cell.stopped else "loud"]
+    styles.append("good" if cell.match or cell.exact else "pale")
+    notes = "".join(
+        f'<span class="{style}">{safe(note)}</span>'
+        for note, style in zip(notes_of(cell), [*styles, "pale"], strict=False)
+    )
+    return f'<p class="notes">{notes}</p>'
+
+
+def _legend_html(comparison: Comparison) -> str:
+    lines = [
+        "<mark>Marked</mark>: words of an adapter's answer that the base's lacks there, and the"
+        " other way round."
+    ]
+    if comparison.has_expected:
+        lines += [safe(MATCH), safe(NLL)]
+    return f'<p class="pale">{"<br>".join(lines)}<br>phitune {__version__}.</p>'
+
+
+# -------------------------------------------------------------------------------------------------
+# A comparison in a terminal: side by side where there is room, else one below the other.
+#
+# Words that differ are green and underlined; where there is no colour they stand between marks.
+
+_NEW, _QUIET, _LOUD = "green underline", "dim", "yellow"
+# Columns narrower than this are put below each other.
+_NARROWEST = 24
+_WIDEST_NAME = 14
+# Characters of a question that are shown, its beginning and its end; answers are shown whole.
+_FIRST, _LAST = 400, 200
+
+
+def show(comparison: Comparison, asked: Asked, console: Console) -> None:
+    """Prints all of it."""
+    show_columns(comparison.columns, asked, console)
+    if _is_wide(comparison.columns, console):
+        table = _table(comparison.columns)
+        for row in comparison.rows:
+            table.add_row(_question(row), *_cells(row, console))
+        table.add_section()
+        table.add_row(Text("all questions", "bold"), *_summaries(comparison))
+        console.print(table)
+    else:
+        for row in comparison.rows:
+            console.print(_stacked(row, comparison.columns, console))
+            console.print()
+        console.print(_stacked_summary(comparison))
+    _legend(comparison, console)
+
+
+def show_columns(columns: Sequence[Column], asked: Asked, console: Console) -> None:
+    """Which name stands for which model, and how they answer."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", overflow="fold", max_width=_WIDEST_NAME)
+    grid.add_column(overflow="fold")
+    for column in columns:
+        grid.add_row(visible(column.name), Text(visible(column_line(column, asked.model_name))))
+    grid.add_row("answers", Text(asked.how))
+    if asked.source:
+        grid.add_row("questions", Text(visible(asked.source)))
+    for note in asked.notes:
+        grid.add_row("note", Text(visible(note)))
+    console.print(grid)
+    console.print()
+
+
+def show_row(row: Row, columns: Sequence[Column], console: Console, *, with_question: bool) -> None:
+    """One question as soon as it is answered."""
+    if _is_wide(columns, console):
+        table = _table(columns, questions=with_question)
+        table.add_row(*([_question(row)] if with_question else []), *_cells(row, console))
+        console.print(table)
+    else:
+        below = _stacked if with_question else _answers_below
+        console.print(below(row, columns, console))
+        console.print()
+
+
+def show_summary(comparison: Comparison, console: Console) -> None:
+    """What came out over all questions, where each was shown already."""
+    console.print(_stacked_summary(comparison))
+    _legend(comparison, console)
+
+
+def _is_wide(columns: Sequence[Column], console: Console) -> bool:
+    return console.width >= _NARROWEST * (len(columns) + 1)
+
+
+def _table(columns: Sequence[Column], *, questions: bool = True) -> Table:
+    table = Table(show_lines=True, box=box.SQUARE, expand=True)
+    names = [*(["question"] if questions else []), *(visible(column.name) for column in columns)]
+    for name in names:
+        table.add_column(Text(name), ratio=1, overflow="fold")
+    return table
+
+
+def _question(row: Row) -> RenderableType:
+    first, left_out, last = shortened(row.question.text, _FIRST, _LAST)
+    text = Text.assemble((f"{row.number} ", "bold"), visible(first))
+    if left_out:
+        text.append(f"\n{left_out}\n", "italic").append(visible(last))
+    parts: list[RenderableType] = [text]
+    if row.question.expected is not None:
+        parts.append(Text.assemble(("expected: ", _QUIET), visible(row.question.expected)))
+    return Group(*parts)
+
+
+def _cells(row: Row, console: Console) -> list[RenderableType]:
+    marks = marks_of(console)
+    pieces = marked([cell.text for cell in row.cells])
+    return [
+        Group(_answer(of_cell, marks), *_notes(row, index, console))
+        for index, of_cell in enumerate(pieces)
+    ]
+
+
+def _answer(pieces: Sequence[Piece], marks: tuple[str, str] | None) -> Text:
+    text = Text(overflow="fold")
+    for piece in pieces:
+        if not piece.marked:
+            text.append(visible(piece.text))
+        elif marks:
+            text.append(f"{marks[0]}{visible(piece.text)}{marks[1]}")
+        else:
+            text.append(visible(piece.text), _NEW)
+    return text if text.plain else Text("(nothing)", _QUIET)
+
+
+def _notes(row: Row, index: int, console: Console) -> list[Text]:
+    """Each after a dot, so that it is no part of the answer."""
+    cell = row.cells[index]
+    dot = "\u00b7" if console.encoding.lower().startswith("utf") else "-"
+    first, *rest = (f"{dot} {note}" for note in notes_of(cell))
+    return [Text(first, _QUIET if cell.stopped else _LOUD), *(Text(note, _QUIET) for note in rest)]
+
+
+def _summaries(comparison: Comparison) -> list[RenderableType]:
+    return [
+        Text("\n".join(summary_notes(comparison, index)))
+        for index in range(len(comparison.columns))
+    ]
+
+
+def _stacked(row: Row, columns: Sequence[Column], console: Console) -> RenderableType:
+    return Group(_question(row), _answers_below(row, columns, console))
+
+
+def _answers_below(row: Row, columns: Sequence[Column], console: Console) -> RenderableType:
+    grid = _grid()
+    for column, cell in zip(columns, _cells(row, console), strict=True):
+        grid.add_row(Text(visible(column.name)), cell)
+    return grid
+
+
+def _stacked_summary(comparison: Comparison) -> RenderableType:
+    grid = _grid()
+    for column, summary in zip(comparison.columns, _summaries(comparison), strict=True):
+        grid.add_row(Text(visible(column.name)), summary)
+    return Group(Text("all questions", "bold"), grid)
+
+
+def _grid() -> Table:
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(style="bold", overflow="fold", max_width=_WIDEST_NAME)
+    grid.add_column(overflow="fold")
+    return grid
+
+
+def _legend(comparison: Comparison, console: Console) -> None:
+    marks = marks_of(console)
+    legend = Text("", _QUIET)
+    if marks:
+        legend.append(f"Between {marks[0]} and {marks[1]}", _QUIET)
+    else:
+        legend.append("Green", _NEW)
+    legend.append(
+        ": words of an adapter's answer that the base's lacks there, and the other way round."
+    )
+    console.print(legend)
+    if comparison.has_expected:
+        console.print(Text(f"{MATCH}\n{NLL}", _QUIET))
+
+
+# -------------------------------------------------------------------------------------------------
 
 _PROMPT = "question> "
 _LEAVE = "/quit"
@@ -42,15 +597,13 @@ def run(argv: list[str]) -> int:
     _check(parser, arguments)
     questions, source, notes = _questions(arguments)
 
-    from phitune.inference.served import memory_errors
+    from phitune.inference.loaded import memory_errors
 
     with memory_errors(_LESS_MEMORY):
         with _status("loading the model"):
             model = open_from(arguments)
         for warning in model.warnings:
             print(f"warning: {warning}", file=sys.stderr)
-
-        from phitune.comparison.sentences import Asked
 
         asked = Asked(
             model.model_name,
@@ -63,8 +616,6 @@ def run(argv: list[str]) -> int:
             return _interactive(arguments, model, asked)
         comparison = _ask_all(arguments, model, questions)
     if not arguments.json:
-        from phitune.comparison.view import show
-
         show(comparison, asked, _console())
     _write(arguments, comparison, asked)
     return 0
@@ -92,7 +643,7 @@ def _check(parser: Parser, arguments: argparse.Namespace) -> None:
 
 def _questions(
     arguments: argparse.Namespace,
-) -> tuple["list[Question] | None", str, tuple[str, ...]]:
+) -> tuple[list[Question] | None, str, tuple[str, ...]]:
     """What is asked, where it is from, and what is to be said of it; None: whatever is typed."""
     if arguments.questions_file:
         from phitune.inference.questions import read_questions
@@ -100,7 +651,7 @@ def _questions(
         path = arguments.questions_file.expanduser()
         return read_questions(path, arguments.system), str(path), ()
     if arguments.from_validation:
-        from phitune.comparison.validation import validation_questions
+        from phitune.inference.questions import validation_questions
 
         with _status("reading the run's data"):
             found = validation_questions(arguments.adapter_path, arguments.from_validation)
@@ -109,9 +660,9 @@ def _questions(
 
 
 def _ask_all(
-    arguments: argparse.Namespace, model: "ServedModel", questions: "list[Question]"
-) -> "Comparison":
-    from phitune.inference.compare import compare
+    arguments: argparse.Namespace, model: ServedModel, questions: list[Question]
+) -> Comparison:
+    from phitune.inference.answers import compare
 
     with _status(f"answering {len(questions)} questions") as tell:
         return compare(
@@ -124,10 +675,9 @@ def _ask_all(
         )
 
 
-def _interactive(arguments: argparse.Namespace, model: "ServedModel", asked: "Asked") -> int:
+def _interactive(arguments: argparse.Namespace, model: ServedModel, asked: Asked) -> int:
     """Answers what is typed or piped in, question by question, until the end of input."""
-    from phitune.comparison.view import show_columns, show_row, show_summary
-    from phitune.inference.compare import Comparison, Row, columns_of, compare
+    from phitune.inference.answers import Comparison, columns_of, compare
     from phitune.inference.questions import ask
 
     console = _console()
@@ -217,15 +767,11 @@ def _line() -> str:
     return line
 
 
-def _write(arguments: argparse.Namespace, comparison: "Comparison", asked: "Asked") -> None:
+def _write(arguments: argparse.Namespace, comparison: Comparison, asked: Asked) -> None:
     """The JSON and the page, where they were asked for."""
     if arguments.json:
-        from phitune.comparison.as_json import as_json
-
         print(json.dumps(as_json(comparison, asked), indent=2, allow_nan=False))
     if arguments.html:
-        from phitune.comparison.page import page
-
         html: Path = arguments.html
         new = html.with_name(f"{html.name}.new")
         try:
@@ -247,7 +793,7 @@ def _status(what: str) -> Iterator[Callable[[str], None]]:
         yield status.update
 
 
-def _console() -> "Console":
+def _console() -> Console:
     from rich.console import Console
 
     return Console(highlight=False)

@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from phitune.commands.flags import Parser, given_flags
+from phitune.commands.options import Parser, given_flags
 
 
 def run(argv: list[str]) -> int:
@@ -21,7 +21,7 @@ def run(argv: list[str]) -> int:
     flags = given_flags(parser, argv, ("json",))
     as_json = flags.pop("json", False)
 
-    from phitune.resolution import resolve
+    from phitune.config import resolve
 
     settings = resolve(flags).settings
 

@@ -8,15 +8,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phitune.commands.flags import Parser, help_format
-from phitune.commands.model_flags import add_model_flags, one_adapter, open_from, whole
+from phitune.commands.options import (
+    Parser,
+    add_model_flags,
+    help_format,
+    one_adapter,
+    open_from,
+    whole,
+)
 from phitune.errors import SettingsError
-from phitune.evaluation.metrics import METRICS
+from phitune.inference.metrics import METRICS
 
 if TYPE_CHECKING:
-    from phitune.evaluation.losses import Progress
-    from phitune.inference.served import ServedModel
-    from phitune.run_rows import DataRows, Run
+    from phitune.inference.loaded import ServedModel
+    from phitune.inference.run_rows import DataRows, Run
+    from phitune.inference.scores import Progress
 
 _REMEDY = "Name the data to evaluate on with --dataset_path."
 
@@ -44,15 +50,13 @@ def run(argv: list[str]) -> int:
 
 
 def _measures(arguments: argparse.Namespace, console: Any) -> dict[str, Any]:
-    from phitune.evaluation.as_json import as_json
-    from phitune.evaluation.evaluate import Wanted, evaluate_adapter
-    from phitune.evaluation.view import show
-    from phitune.run_rows import find_run
+    from phitune.inference.evaluate import Wanted, as_json, evaluate_adapter, show
+    from phitune.inference.run_rows import find_run
 
     run = find_run(arguments.adapter_path[0])
     if run is None and arguments.dataset_path is None:
         # Tells a wrong path from an adapter without a run.
-        from phitune.inference.served import adapter_folder
+        from phitune.inference.loaded import adapter_folder
 
         adapter_folder(arguments.adapter_path[0])
         raise SettingsError(
@@ -68,7 +72,7 @@ def _measures(arguments: argparse.Namespace, console: Any) -> dict[str, Any]:
         arguments.general_text,
     )
     if wanted.general_text:
-        from phitune.evaluation.general import read_text
+        from phitune.inference.evaluate import read_text
 
         read_text(wanted.general_text)  # Refused before a model is loaded.
     served = _open(arguments, run)
@@ -84,7 +88,7 @@ def _measures(arguments: argparse.Namespace, console: Any) -> dict[str, Any]:
 def _data(
     arguments: argparse.Namespace, run: "Run | None", served: "ServedModel", progress: "Progress"
 ) -> "DataRows":
-    from phitune.run_rows import rows_of_data, rows_of_run
+    from phitune.inference.run_rows import rows_of_data, rows_of_run
 
     def reading(rows: int, done: int, total: int) -> None:
         progress(f"reading, {rows:,} rows", done, total)
@@ -113,7 +117,7 @@ def _open(arguments: argparse.Namespace, run: "Run | None") -> "ServedModel":
 
 def _tasks(arguments: argparse.Namespace, console: Any) -> dict[str, Any]:
     """Hands over to the LM Evaluation Harness."""
-    from phitune.evaluation.tasks import (
+    from phitune.inference.harness import (
         HarnessTasks,
         check_harness,
         evaluate_tasks,
@@ -121,7 +125,7 @@ def _tasks(arguments: argparse.Namespace, console: Any) -> dict[str, Any]:
         show_tasks,
         tasks_as_json,
     )
-    from phitune.run_rows import find_run
+    from phitune.inference.run_rows import find_run
 
     check_harness()
     tasks = HarnessTasks(

@@ -4,11 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from phitune.commands.flags import Parser, help_format
-from phitune.commands.model_flags import add_model_flags, one_adapter
+from phitune.commands.options import Parser, add_model_flags, help_format, one_adapter
 from phitune.errors import SettingsError
-from phitune.export.formats import FORMATS
-from phitune.export.gguf_types import DEFAULT, QUANTIZATIONS
+from phitune.export.formats import DEFAULT, FORMATS, QUANTIZATIONS
 
 
 def run(argv: list[str]) -> int:
@@ -139,7 +137,7 @@ def _quantization(text: str) -> str:
 
 def _size(text: str) -> int:
     """ "5GB", "500MB" or "2GiB" in bytes."""
-    from phitune.planning.amounts import in_bytes
+    from phitune.plan.machine import in_bytes
 
     size = in_bytes(text)
     if not size:

@@ -3,12 +3,12 @@
 import argparse
 from pathlib import Path
 
-from phitune.commands.flags import Parser, add_settings, given_flags, help_format
+from phitune.commands.options import Parser, add_settings, given_flags, help_format
 
 
 def run(argv: list[str]) -> int:
     """Trains; returns the exit code."""
-    from phitune.resolution import resolve
+    from phitune.config import resolve
 
     flags = given_flags(train_parser(), argv, ("config",))
     config_path: Path | None = flags.pop("config", None)

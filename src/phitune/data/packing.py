@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from phitune.data.tokens import IGNORE_INDEX, TokenizedExample
+from phitune.data.tokenizer import IGNORE_INDEX, TokenizedExample
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phitune.config import Settings
-from phitune.data.conversation import Example, Turn
+from phitune.data.dataset import Example, Turn
 from phitune.data.prompt import PromptFormat, Segment
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import MAX_LISTED, DataError, listing
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from phitune.data.cache import Progress, TokenizedData
-    from phitune.data.store import TokenRows, TokenStore
+    from phitune.data.store import Progress, TokenizedData, TokenRows, TokenStore
 
 DEFAULT_SAMPLE_PROMPTS = 2
 # Of a text without questions, a sample goes on from so many words.
@@ -66,8 +65,7 @@ def prepare_data(
     # Imported late, with numpy: `phitune plan` without a data set does without it.
     import numpy as np
 
-    from phitune.data.cache import tokenized
-    from phitune.data.store import TokenRows
+    from phitune.data.store import TokenRows, tokenized
 
     data = tokenized(dataset_path, "train", settings, tokenizer, prompt_format, progress)
     notes, warnings = [*data.notes], [*data.warnings]
@@ -253,7 +251,7 @@ def _first_prompts(
     prompt_format: PromptFormat,
 ) -> list[SamplePrompt]:
     """What the first rows ask last. Their text is read again; the store has only tokens."""
-    from phitune.data.cache import open_stream
+    from phitune.data.store import open_stream
 
     wanted: list[int] = rows.indices[:DEFAULT_SAMPLE_PROMPTS].tolist()
     if not wanted:

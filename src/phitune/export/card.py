@@ -12,16 +12,15 @@ from typing import Any
 
 import yaml
 
-from phitune.data.conversation import Turn
+from phitune.data.dataset import Turn, hub_id
 from phitune.data.prompt import PromptFormat
-from phitune.data.sources import hub_id
 from phitune.data.tokenizer import TextTokenizer
-from phitune.inference.served import trained_format
-from phitune.jsonfile import read_object
+from phitune.inference.loaded import trained_format
 from phitune.model.files import SHIPPED_MODELS, is_hub_id
 from phitune.model.lora import CONFIG_FILE
-from phitune.training.disk import replace_file
+from phitune.training.checkpoint import replace_file
 from phitune.training.rundir import ADAPTER, CONFIG, EVALUATION, SUMMARY
+from phitune.untrusted import read_object
 
 CARD_FILE = "README.md"
 # The settings that decide what was learnt, and none that is a path of this machine.

@@ -15,7 +15,7 @@ from typing import Any
 from phitune.data.prompt import PromptFormat
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import ExportError
-from phitune.jsonfile import read_object
+from phitune.untrusted import read_object
 
 # Kinds of tokens, as numbered in llama.h.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6

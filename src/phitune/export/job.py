@@ -23,7 +23,7 @@ from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import ExportError, OutOfMemoryError, SettingsError
 from phitune.export.formats import FORMATS
 from phitune.export.proof import PROOF_FILE, Proof, write_proof
-from phitune.inference.served import (
+from phitune.inference.loaded import (
     FormatName,
     ServedModel,
     adapter_folder,
@@ -32,16 +32,15 @@ from phitune.inference.served import (
     coder_of,
     open_model,
 )
-from phitune.jsonfile import read_object
-from phitune.model.allocation import is_out_of_memory
 from phitune.model.architecture import ModelConfig, read_model_config
 from phitune.model.decoder import Decoder
-from phitune.model.device import choose_device, limit_product_caches
+from phitune.model.device import choose_device, is_out_of_memory, limit_product_caches
 from phitune.model.files import fetch_weights, find_model
 from phitune.model.lora import Adapter, read_adapter
-from phitune.training.budget import memory_budget
-from phitune.training.memory import GIB
+from phitune.plan.machine import memory_budget
+from phitune.plan.memory import GIB
 from phitune.training.rundir import CONFIG
+from phitune.untrusted import read_object
 
 DEFAULT_MAX_SHARD_SIZE = 5 * 10**9
 # The program, the cache and the logits of a proof, beside the model's weights.
@@ -153,8 +152,9 @@ def export(
     try:
         with _replaced_when_done(output) as destination:
             job = Export(source, destination, options, say, progress, open_served)
-            module = importlib.import_module(f"phitune.export.{FORMATS[format_name].module}")
-            proof: Proof = module.export(job)
+            wanted = FORMATS[format_name]
+            module = importlib.import_module(f"phitune.export.{wanted.module}")
+            proof: Proof = getattr(module, wanted.function)(job)
             if not proof.passed:
                 raise ExportError(
                     f"{output}: the export does not answer as the adapter does, so it was removed:"

@@ -11,13 +11,231 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from phitune.inference.cache import KVCache
-from phitune.inference.sampling import GREEDY, Sampling, next_tokens
-from phitune.model.adapters import AdapterSet
+from phitune.model.architecture import ModelConfig
 from phitune.model.decoder import Decoder
-from phitune.model.gemm import choose_gemm
+from phitune.model.fused import choose_gemm
+from phitune.model.lora import AdapterSet
+
+# -------------------------------------------------------------------------------------------------
+# Keys and values of sequences that are being generated.
+#
+# Shapes: B sequences, S cached positions, n new tokens of a sequence, H heads, G key-value heads,
+# E head_dim.
+
+
+def cache_bytes(config: ModelConfig, batch_size: int, positions: int, bytes_per_value: int) -> int:
+    """What a cache takes: 2 (keys and values) x layers x B x S x G x E values."""
+    return (
+        2
+        * config.num_hidden_layers
+        * batch_size
+        * positions
+        * config.num_key_value_heads
+        * config.head_dim
+        * bytes_per_value
+    )
+
+
+class KVCache:
+    """B sequences, right-padded to a common capacity; knows which tokens it holds of each."""
+
+    def __init__(self, decoder: Decoder, batch_size: int, capacity: int) -> None:
+        config = decoder.config
+        shape = (batch_size, config.num_key_value_heads, capacity, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        self.capacity = capacity
+        self.sliding_window = config.sliding_window
+        self.held: list[list[int]] = [[] for _ in range(batch_size)]  # ids, by sequence
+        self.keys = [torch.zeros(shape, dtype=decoder.dtype, device=decoder.device) for _ in layers]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
+
+    def clear(self) -> None:
+        """Forgets all tokens; the memory is kept."""
+        self.held = [[] for _ in self.held]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Gives up all sequences but these."""
+        index = torch.tensor(rows, device=self.keys[0].device)
+        self.held = [self.held[row] for row in rows]
+        for layer in range(len(self.keys)):
+            self.keys[layer] = self.keys[layer][index]
+            self.values[layer] = self.values[layer][index]
+
+    def take_over(self, other: "KVCache") -> None:
+        """Copies what a smaller cache of as many sequences holds."""
+        self.held = [list(held) for held in other.held]
+        for layer in range(len(self.keys)):
+            self.keys[layer][:, :, : other.capacity] = other.keys[layer]
+            self.values[layer][:, :, : other.capacity] = other.values[layer]
+
+    def extend_by_one(
+        self, layer: int, positions: Tensor, query: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
+        """Stores one token of every sequence and attends from it.
+
+        Args:
+            positions: [B] where each token goes.
+            query: [B, H, E]; key and value: [B, G, E].
+
+        Returns: [B, H, E].
+        """
+        keys, values = self.keys[layer], self.values[layer]
+        lengths = [len(held) + 1 for held in self.held]
+        longest = max(lengths)
+        seen = None
+        if len(lengths) == 1:
+            keys[0, :, longest - 1] = key[0]
+            values[0, :, longest - 1] = value[0]
+        else:
+            rows = torch.arange(len(lengths), device=query.device)
+            keys[rows, :, positions] = key
+            values[rows, :, positions] = value
+        window = self.sliding_window
+        if min(lengths) != longest or (window is not None and longest > window):
+            index = torch.arange(longest, device=query.device)
+            seen = index <= positions.unsqueeze(1)  # [B, S]
+            if window is not None:
+                seen &= index > positions.unsqueeze(1) - window
+            seen = seen[:, None, None, :]
+        attended = F.scaled_dot_product_attention(
+            query.unsqueeze(2),
+            _repeat_heads(keys[:, :, :longest], query),
+            _repeat_heads(values[:, :, :longest], query),
+            attn_mask=seen,
+        )
+        return attended.squeeze(2)
+
+    def extend(
+        self,
+        layer: int,
+        cu_seqlens: Sequence[int],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+    ) -> Tensor:
+        """Stores any number of new tokens of each sequence and attends from them.
+
+        Args:
+            cu_seqlens: where each sequence's new tokens begin and end among all T.
+            query: [T, H, E]; key and value: [T, G, E].
+
+        Returns: [T, H, E].
+        """
+        outputs = []
+        for row, held in enumerate(self.held):
+            new = slice(cu_seqlens[row], cu_seqlens[row + 1])
+            start, stop = len(held), len(held) + new.stop - new.start
+            keys, values = self.keys[layer][row, :, :stop], self.values[layer][row, :, :stop]
+            keys[:, start:] = key[new].transpose(0, 1)
+            values[:, start:] = value[new].transpose(0, 1)
+            window = self.sliding_window
+            seen = None
+            if start or (window is not None and stop > window):
+                ahead = torch.arange(stop, device=query.device) - torch.arange(
+                    start, stop, device=query.device
+                ).unsqueeze(1)  # [n, S]: how far a key lies ahead of a query
+                seen = ahead <= 0
+                if window is not None:
+                    seen &= ahead > -window
+            attended = F.scaled_dot_product_attention(
+                query[new].transpose(0, 1).unsqueeze(0),
+                _repeat_heads(keys.unsqueeze(0), query),
+                _repeat_heads(values.unsqueeze(0), query),
+                attn_mask=seen,
+                is_causal=seen is None,
+            )
+            outputs.append(attended.squeeze(0).transpose(0, 1))
+        return torch.cat(outputs)
+
+
+def _repeat_heads(x: Tensor, query: Tensor) -> Tensor:
+    """x: [B, G, S, E]. Returns: [B, H, S, E]."""
+    groups = query.shape[1] // x.shape[1]
+    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
+
+
+# -------------------------------------------------------------------------------------------------
+# How the next token is chosen from the logits.
+#
+# As transformers does it, and in its order: repetition penalty, temperature, top_k, top_p, draw.
+#
+# Shapes: B sequences, V vocabulary.
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a user may ask; the default takes the most probable token."""
+
+    temperature: float = 0.0  # 0 takes the most probable token, whatever the rest says
+    top_p: float = 1.0  # the fewest tokens whose probabilities reach this sum
+    top_k: int = 0  # so many most probable tokens; 0 for all
+    repetition_penalty: float = 1.0  # above 1, tokens that were there already are less probable
+    seed: int = 42
+
+    def generators(self, count: int, seeds: Sequence[int] | None = None) -> list[torch.Generator]:
+        """A source of draws for each of B sequences: none depends on who else is in the batch."""
+        if seeds is None:
+            seeds = range(self.seed, self.seed + count)
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+GREEDY = Sampling()
+
+
+def next_tokens(
+    logits: Tensor,
+    sampling: Sampling,
+    sequences: Sequence[Sequence[int]],
+    generators: Sequence[torch.Generator],
+) -> list[int]:
+    """The next token of every sequence.
+
+    Args:
+        logits: [B, V].
+        sequences: B lists of ids, prompts included: what a repetition repeats.
+        generators: B, see `Sampling.generators`; used where something is drawn.
+    """
+    if sampling.repetition_penalty != 1.0:
+        logits = penalised(logits, sequences, sampling.repetition_penalty)
+    if sampling.temperature == 0.0:
+        tokens: list[int] = logits.argmax(-1).tolist()
+        return tokens
+    probabilities = torch.softmax(narrowed(logits, sampling), -1).cpu()
+    return [
+        int(torch.multinomial(row, 1, generator=generator))
+        for row, generator in zip(probabilities, generators, strict=True)
+    ]
+
+
+def penalised(logits: Tensor, sequences: Sequence[Sequence[int]], penalty: float) -> Tensor:
+    """Logits with those of tokens that were there already lowered. Returns: [B, V], a copy."""
+    logits = logits.clone()
+    for row, sequence in zip(logits, sequences, strict=True):
+        seen = torch.tensor(sorted(set(sequence)), device=logits.device)
+        before = row[seen]
+        row[seen] = torch.where(before < 0, before * penalty, before / penalty)
+    return logits
+
+
+def narrowed(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Logits over the temperature, in fp32 at least; -inf where top_k or top_p exclude a token."""
+    scores = logits.to(torch.promote_types(logits.dtype, torch.float32)) / sampling.temperature
+    vocab_size = scores.shape[-1]
+    if 0 < sampling.top_k < vocab_size:
+        least = scores.topk(sampling.top_k).values[:, -1:]
+        scores = scores.masked_fill(scores < least, -torch.inf)
+    if sampling.top_p < 1.0:
+        ascending, order = scores.sort(-1)
+        excluded = ascending.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
+        excluded[:, -1] = False  # The most probable token always stays.
+        scores = scores.masked_fill(excluded.scatter(-1, order, excluded), -torch.inf)
+    return scores
+
+
+# -------------------------------------------------------------------------------------------------
 
 
 @dataclass

@@ -11,13 +11,11 @@ from rich.padding import Padding
 from rich.style import Style
 from rich.text import Text
 
-from phitune.layers.anatomy import layer_of, short_name
-from phitune.layers.answer import flags_of
-from phitune.layers.gradients import MEASURING_RANK, Pull
-from phitune.layers.survey import CAVEAT, Survey
-from phitune.layers.view import MB, TABLE_WIDTH, megabytes
+from phitune.commands.layers import MB, TABLE_WIDTH, megabytes
+from phitune.commands.terminal import section, table_of
+from phitune.layers.guide import flags_of, layer_of, short_name
+from phitune.layers.measure import CAVEAT, MEASURING_RANK, Pull, Survey
 from phitune.model.architecture import EMBED_TOKENS, FAMILIES, LM_HEAD
-from phitune.planning.layout import section, table_of
 
 # From cold to hot, and the colour of the digit on it.
 _COLD, _HOT = (36, 44, 92), (252, 176, 44)

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from phitune.layers.anatomy import layer_of, module_shape, short_name
+from phitune.layers.guide import layer_of, module_shape, short_name
 from phitune.model.architecture import FAMILIES, ModelConfig
 
 DEFAULT_SHARE = 0.8

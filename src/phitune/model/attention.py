@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from phitune.model import sizes
+from phitune.model import architecture
 
 
 class Attention(Protocol):
@@ -297,8 +297,8 @@ def _band(length: int, sliding_window: int | None, like: Tensor) -> Tensor | Non
 def _blocks(cu_seqlens: Sequence[int], sliding_window: int | None) -> Iterator[tuple[slice, slice]]:
     """(queries, the keys any of them sees), block by block."""
     for start, stop in itertools.pairwise(cu_seqlens):
-        for first in range(start, stop, sizes.QUERIES_PER_BLOCK):
-            last = min(first + sizes.QUERIES_PER_BLOCK, stop)
+        for first in range(start, stop, architecture.QUERIES_PER_BLOCK):
+            last = min(first + architecture.QUERIES_PER_BLOCK, stop)
             oldest = start if sliding_window is None else max(start, first + 1 - sliding_window)
             yield slice(first, last), slice(oldest, last)
 

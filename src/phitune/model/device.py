@@ -1,14 +1,167 @@
 """Where the model runs, in which precision, and whether its layers are compiled."""
 
+import contextlib
+import ctypes
+import gc
+import mmap
 import os
 import platform
+import re
 import shutil
-from typing import Literal
+import sys
+import threading
+from collections.abc import Callable
+from typing import Literal, TypeVar
 
 import torch
 
 from phitune.errors import SettingsError
 from phitune.model.decoder import Decoder, DecoderLayer
+
+# -------------------------------------------------------------------------------------------------
+# Memory while a model runs: what the C library keeps of it, and what is done when it runs out.
+
+T = TypeVar("T")
+
+_RESERVE_BYTES = 32 * 2**20
+# Of mallopt, as glibc numbers them.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+# What torch says, and oneDNN where it finds no room for a product's program or scratch space.
+_NO_PRODUCT = r"could not (create|execute) a primitive"
+_NO_MEMORY = re.compile(
+    rf"can't allocate memory|out of memory|bad_alloc|can't start new thread|{_NO_PRODUCT}"
+)
+
+
+def keep_freed_memory() -> None:
+    """Has the C library (glibc) keep large buffers that were freed, for the next of their kind.
+
+    By default each comes from the system anew, page by page and filled with zeros, at every
+    micro-batch. `release_freed_memory` gives them back, at the end of a step.
+    """
+    _keep_freed_memory(from_bytes=2**30, at_most=2**31 - 1)
+
+
+def stop_keeping_freed_memory() -> None:
+    """The opposite: every buffer of some size goes back to the system at once."""
+    _keep_freed_memory(from_bytes=2**17, at_most=2**17)
+
+
+def _keep_freed_memory(from_bytes: int, at_most: int) -> None:
+    """
+    Args:
+        from_bytes: a buffer of this size comes from the system, and goes back to it at once.
+        at_most: so much that was freed is kept.
+    """
+    if _has_glibc():
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, from_bytes)
+        library.mallopt(_M_TRIM_THRESHOLD, at_most)
+
+
+def release_freed_memory() -> None:
+    """Gives memory that was freed back to the system, where the C library can (glibc).
+
+    Rows of many lengths leave holes of many sizes; without this a process grows from step to step.
+    """
+    if _has_glibc():
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _has_glibc() -> bool:
+    return sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch failed for want of memory; on a CPU it says so in words only."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(
+        isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))
+    )
+
+
+class _ThisThread(threading.local):
+    makes_products = True
+
+
+_THIS_THREAD = _ThisThread()
+
+
+def in_usable_thread(work: Callable[[], T]) -> T:
+    """Does work that has matrix products in it: here, or in a new thread if this one makes none.
+
+    A thread in which oneDNN once found no room for a product's program fails ever after, whatever
+    room there is: the error is kept for each thread and never cleared (uxlfoundation/oneDNN#5907).
+    """
+    if not _THIS_THREAD.makes_products:
+        return _in_new_thread(work)
+    try:
+        return work()
+    except RuntimeError as error:
+        _THIS_THREAD.makes_products = not re.search(_NO_PRODUCT, str(error))
+        raise
+
+
+def _in_new_thread(work: Callable[[], T]) -> T:
+    done: list[T] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            done.append(work())
+        except BaseException as error:  # Raised again by who waits.
+            failed.append(error)
+
+    # A daemon: a second Ctrl-C leaves at once.
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed.pop()
+    return done.pop()
+
+
+class _Reserve:
+    """Mapped and never used, so it takes no memory, but counts below a limit of what is mapped."""
+
+    mapped: mmap.mmap | None = None
+
+
+_RESERVE = _Reserve()
+
+
+def hold_reserve() -> None:
+    """Sets a few pages aside for the time after memory ran out; see `give_back_memory`.
+
+    Freed buffers are used again but stay mapped, so small things that need pages of their own, a
+    thread's stack or a program that oneDNN makes, might then find none below a limit. Linux alone
+    has such limits.
+    """
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError):
+        _RESERVE.mapped = _RESERVE.mapped or mmap.mmap(-1, _RESERVE_BYTES)
+
+
+def give_back_memory(device: torch.device) -> None:
+    """Returns what is held but not used to the device, after memory ran out.
+
+    On a CPU no freed buffer is kept from then on: what is kept lies in pieces, which costs more
+    memory than is in use, and there is none to spare.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+    else:
+        if _RESERVE.mapped:
+            _RESERVE.mapped.close()
+            _RESERVE.mapped = None
+        stop_keeping_freed_memory()
+        release_freed_memory()
+
+
+# -------------------------------------------------------------------------------------------------
 
 CACHED_PRODUCTS = 32
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

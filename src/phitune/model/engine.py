@@ -16,26 +16,31 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from phitune.model import ops, sizes
-from phitune.model.allocation import (
+from phitune.model import architecture, ops
+from phitune.model.attention import choose_attention
+from phitune.model.decoder import Decoder, DecoderLayer
+from phitune.model.device import (
+    compile_layers,
+    compile_refusal,
     keep_freed_memory,
+    limit_product_caches,
     release_freed_memory,
     stop_keeping_freed_memory,
 )
-from phitune.model.attention import choose_attention
-from phitune.model.decoder import Decoder, DecoderLayer
-from phitune.model.device import compile_layers, compile_refusal, limit_product_caches
-from phitune.model.filler import Filled, Packed, fill
 from phitune.model.fused import (
     Backend,
+    Filled,
     FusedNorm,
     Kernels,
+    Packed,
     WidenedLinear,
     blocks,
+    choose_gemm,
     cross_entropy_,
+    fill,
+    multiplies_bf16,
 )
 from phitune.model.fused_layers import FUSED_LAYERS, FusedLayer, Saved, Shared
-from phitune.model.gemm import choose_gemm, multiplies_bf16
 
 
 class Engine(Protocol):
@@ -237,7 +242,7 @@ class FusedEngine:
         """
         wide_dtype = torch.promote_types(hidden.dtype, torch.float32)
         total = hidden.new_zeros((), dtype=wide_dtype)
-        rows = sizes.loss_chunk_rows(self.decoder.config.vocab_size, hidden.device.type)
+        rows = architecture.loss_chunk_rows(self.decoder.config.vocab_size, hidden.device.type)
         for start in range(0, len(hidden), rows):
             chunk = slice(start, min(start + rows, len(hidden)))
             keys = None if row_keys is None else row_keys[chunk]

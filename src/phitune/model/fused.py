@@ -15,23 +15,162 @@ Shapes: T packed tokens, n tokens of a block, M adapter pairs of a layer, R rank
 X further columns of a widened layer (the ranks of its pairs, rounded up).
 """
 
+import platform
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from phitune.model import ops, sizes
+from phitune.model import architecture, ops
 from phitune.model.attention import Attention
-from phitune.model.gemm import Gemm
-from phitune.model.linear import FusedLinear, Norm
+from phitune.model.decoder import FusedLinear, Norm
+
+# -------------------------------------------------------------------------------------------------
+# A few tokens more, where a CPU's products of odd sizes are slow.
+#
+# The filler is a sequence of its own at the end of a micro-batch: nobody attends to it, nothing of
+# it is trained, and its gradients are zero. Three to six tokens of hundreds; see
+# `architecture.PRODUCT_ROWS`.
+#
+# Shapes: T packed tokens, k filler tokens, N trained positions.
+
+
+class Packed(Protocol):
+    """Sequences end to end, on the decoder's device; `data.packing.Batch` is one."""
+
+    @property
+    def input_ids(self) -> Tensor: ...  # [T]
+    @property
+    def labels(self) -> Tensor: ...  # [T]
+    @property
+    def position_ids(self) -> Tensor: ...  # [T]
+    @property
+    def target_positions(self) -> Tensor: ...  # [N]
+    @property
+    def cu_seqlens(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A micro-batch with its filler, as the fused layers compute it."""
+
+    input_ids: Tensor  # [T + k]
+    position_ids: Tensor  # [T + k]
+    cu_seqlens: tuple[int, ...]
+    rows: Tensor  # [N + up to k], the trained positions first, then filler
+    targets: Tensor  # [N], the ids they predict
+    row_keys: Tensor | None  # [T + k], see `ops.Dropout`
+
+
+def fill(batch: Packed, dropout: ops.Dropout | None, device: torch.device) -> Filled:
+    """Adds the filler that is wanted on a device, which may be none."""
+    tokens, trained = batch.cu_seqlens[-1], len(batch.target_positions)
+    count = architecture.filler_tokens(tokens, device.type)
+    targets = batch.labels[batch.target_positions + 1]
+    keys = None if dropout is None else dropout.row_keys
+    if not count:
+        positions, cu_seqlens = batch.position_ids, batch.cu_seqlens
+        rows = batch.target_positions
+        return Filled(batch.input_ids, positions, cu_seqlens, rows, targets, keys)
+    more_rows = architecture.filled_rows(trained, device.type) - trained
+    places = torch.arange(tokens, tokens + count, device=device)
+    return Filled(
+        F.pad(batch.input_ids, (0, count)),
+        torch.cat((batch.position_ids, places - tokens)),
+        (*batch.cu_seqlens, tokens + count),
+        torch.cat((batch.target_positions, places[:more_rows])),
+        targets,
+        None if keys is None else F.pad(keys, (0, count), value=1),
+    )
+
+
+# -------------------------------------------------------------------------------------------------
+# Which matrix product the frozen layers run on.
+#
+# torch's fp32 products on x86 come from MKL, which does not use the whole of AMD's processors;
+# oneDNN, in the same torch, does. benchmarks/cpu_gemm.py measures both.
+
+
+class Gemm(NamedTuple):
+    """The two products of a frozen layer."""
+
+    name: str
+    forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # x [T, D], W [O, D], b -> [T, O]
+    backward: Callable[[Tensor, Tensor], Tensor]  # grad [T, O], W [O, D] -> [T, D]
+
+
+# oneDNN's backward slows down over very many outputs (a head's); there it is summed over slabs.
+MOST_OUTPUTS = 20_000
+OUTPUTS_OF_A_SLAB = 640
+
+
+def _onednn_backward(grad: Tensor, weight: Tensor) -> Tensor:
+    outputs = len(weight)
+    if outputs <= MOST_OUTPUTS:
+        return _onednn_forward(grad, weight.t(), None)
+    total = _onednn_forward(grad[:, :OUTPUTS_OF_A_SLAB], weight[:OUTPUTS_OF_A_SLAB].t(), None)
+    for start in range(OUTPUTS_OF_A_SLAB, outputs, OUTPUTS_OF_A_SLAB):
+        slab = slice(start, start + OUTPUTS_OF_A_SLAB)
+        total += _onednn_forward(grad[:, slab], weight[slab].t(), None)
+    return total
+
+
+def _onednn_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # The weight must not be a slice of columns: the kernel takes its rows for adjacent.
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return result
+
+
+STANDARD = Gemm("torch's products", F.linear, torch.mm)
+ONEDNN = Gemm("oneDNN's products", _onednn_forward, _onednn_backward)
+
+
+def choose_gemm(device: torch.device, dtype: torch.dtype) -> tuple[Gemm, str]:
+    """The products for this device, and why. The rule looks at no clock: a resumed run must
+    choose as the first one did.
+    """
+    if device.type != "cpu" or dtype != torch.float32:
+        return STANDARD, f"the choice for {str(dtype).removeprefix('torch.')} on {device.type}"
+    if not has_onednn():
+        return STANDARD, "this torch has no oneDNN"
+    if not _is_amd():
+        return STANDARD, "MKL, or what stands for it, is at home on this processor"
+    return ONEDNN, "MKL holds back on AMD processors"
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether a CPU multiplies bf16 natively, about twice as fast as fp32.
+
+    Others only emulate it, many times slower. torch asks the processor; x86 alone.
+    """
+    if device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _is_amd() -> bool:
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return "AMD" in platform.processor()
+
+
+# -------------------------------------------------------------------------------------------------
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def blocks(count: int, width: int, device: torch.device) -> Iterator[slice]:
     """`count` rows of `width` elements, a block at a time."""
-    rows = sizes.block_rows(width, device.type)
+    rows = architecture.block_rows(width, device.type)
     for start in range(0, count, rows):
         yield slice(start, min(start + rows, count))
 
@@ -78,7 +217,7 @@ class WidenedLinear:
         for pair in self.pairs:
             self.places.append(slice(position, position + pair.lora_A.shape[0]))
             position = self.places[-1].stop
-        self.further = sizes.further_columns(position)  # X
+        self.further = architecture.further_columns(position)  # X
         self.weight = linear.widen(self.further)  # [O, D + X]
         like = self.weight
         dtype = torch.promote_types(like.dtype, torch.float32)

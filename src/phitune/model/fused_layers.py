@@ -19,9 +19,8 @@ from torch import Tensor
 
 from phitune.model import ops
 from phitune.model.architecture import ModelConfig
-from phitune.model.decoder import DecoderLayer
+from phitune.model.decoder import DecoderLayer, FusedLinear, Norm
 from phitune.model.fused import Backend, FusedNorm, WidenedLinear, blocks, gelu_backward
-from phitune.model.linear import FusedLinear, Norm
 
 
 @dataclass(frozen=True)

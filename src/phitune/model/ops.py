@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from phitune.model import sizes
+from phitune.model import architecture
 
 # (hidden [n, D], targets [n], row_keys [n] or None) -> summed loss
 LossOfChunk = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -181,7 +181,7 @@ def chunked_loss_sum(
     The backward computes each chunk's logits again instead of keeping them, unless there is only
     one chunk.
     """
-    rows = sizes.loss_chunk_rows(vocab_size, hidden.device.type)
+    rows = architecture.loss_chunk_rows(vocab_size, hidden.device.type)
     if len(targets) <= rows:
         return loss_of_chunk(hidden, targets, row_keys)
     total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))

@@ -3,13 +3,7 @@
 from collections.abc import Sequence
 
 from phitune.errors import SettingsError, listing
-from phitune.model.architecture import (
-    EMBED_TOKENS,
-    FAMILIES,
-    LM_HEAD,
-    ModelConfig,
-    layer_linears,
-)
+from phitune.model.architecture import EMBED_TOKENS, FAMILIES, LM_HEAD, ModelConfig, layer_linears
 
 EMBEDDING_MODULE = "model.embed_tokens"
 

@@ -6,33 +6,209 @@ their number, however the step is cut into micro-batches.
 """
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from phitune.config import Settings
-from phitune.data.packing import Batch, batches, epoch_steps, micro_batches, steps_per_epoch
-from phitune.data.tokens import TokenizedExample
+from phitune.data.packing import Batch, batches, epoch_steps, micro_batches, pack, steps_per_epoch
+from phitune.data.tokenizer import TokenizedExample
 from phitune.errors import MAX_LISTED, NonFiniteError, OutOfMemoryError
 from phitune.model import ops
-from phitune.model.allocation import in_usable_thread
+from phitune.model.device import in_usable_thread
 from phitune.model.engine import Engine
 from phitune.model.lora import Adapter
-from phitune.training.attempts import Attempts
-from phitune.training.bad_numbers import RECENT, BadNumbers, Spike, rows_at_fault, usual_loss
-from phitune.training.budget import memory_in_use
-from phitune.training.events import Evaluation, Events, Outcome, Save, StepMetrics
+from phitune.plan.machine import memory_in_use, peak_memory
 from phitune.training.interrupt import StopRequested
-from phitune.training.optim import (
+from phitune.training.out_of_memory import Attempts, Shortage
+from phitune.training.state import (
+    TrainingState,
+    as_bytes,
     build_adamw,
     clip_gradients,
+    copy_of,
     gradient_norm,
     learning_rate_at,
+    restore,
 )
-from phitune.training.state import TrainingState, copy_of, restore
+
+# -------------------------------------------------------------------------------------------------
+# Numbers that are not finite, the rows that are at fault, and losses that leap.
+
+# A loss is held against those of so many steps before it, once there are half as many.
+RECENT = 20
+# It leapt where it is so many spreads above the median, so many times as high, and higher by so
+# much. The spread is the median distance from the median, scaled to be a standard deviation where
+# noise is normal.
+_SPREADS, _TIMES, _NATS = 6.0, 1.5, 0.1
+_NORMAL = 1.4826
+
+
+@dataclass(frozen=True)
+class BadNumbers:
+    """A step, or a validation, whose numbers are not finite. A step is not applied then."""
+
+    step: int
+    epoch: int
+    loss: float
+    grad_norm: float | None  # None of a validation
+    rows: tuple[int, ...]  # numbers among the training or the validation rows
+    alone: bool  # each of them is enough; else none of those that were tried is
+    tried: int  # so many rows, each by itself
+
+    @property
+    def is_validation(self) -> bool:
+        return self.grad_norm is None
+
+    def __str__(self) -> str:
+        if self.is_validation:
+            return f"step {self.step}: the validation loss is {self.loss}"
+        return (
+            f"step {self.step}: the loss is {self.loss} and the gradient norm {self.grad_norm};"
+            " the update was not applied"
+        )
+
+    @property
+    def whose(self) -> str:
+        """Which rows they are, for the head of a list of them."""
+        if not self.alone:
+            return f"None of the {self.tried} rows that were tried does that by itself:"
+        if len(self.rows) == self.tried > 1:
+            return (
+                f"Each of the {self.tried} rows that were tried does that, so look at the model or"
+                " the learning rate rather than at the rows:"
+            )
+        return f"Of {self.tried} rows that were tried, these do that by themselves:"
+
+
+@dataclass(frozen=True)
+class Spike:
+    """A step whose loss is far above those before it."""
+
+    step: int
+    epoch: int
+    loss: float
+    usual: float  # the median before it
+    rows: tuple[int, ...]  # all that the step had
+
+
+def rows_at_fault(
+    rows: Sequence[TokenizedExample],
+    step: Sequence[int],
+    numbers_of: Callable[[Batch], Sequence[Tensor]],
+    most: int,
+) -> tuple[list[int], int]:
+    """Those of some rows that yield a number that is not finite, each by itself.
+
+    Args:
+        step: the rows by number, in the order of their places in the step.
+        numbers_of: what is to be finite of a batch, scalars; a batch has the dropout of its place.
+        most: it ends with so many.
+
+    Returns: their numbers, and how many rows were tried.
+    """
+    found: list[int] = []
+    tried = 0
+    for slot, index in enumerate(step):
+        if len(found) == most:
+            break
+        numbers = numbers_of(pack([rows[index]], first_slot=slot))
+        tried += 1
+        if not all(math.isfinite(number.item()) for number in numbers):
+            found.append(index)
+    return found, tried
+
+
+def usual_loss(recent: Sequence[float], loss: float) -> float | None:
+    """The median of the losses before, where this one leapt from it; else None."""
+    if len(recent) < RECENT // 2:
+        return None
+    median = statistics.median(recent)
+    spread = _NORMAL * statistics.median(abs(each - median) for each in recent)
+    least = max(median + _SPREADS * spread, median * _TIMES, median + _NATS)
+    return median if loss > least else None
+
+
+# -------------------------------------------------------------------------------------------------
+# What a run tells while it goes on, and what comes of it: the loop's words to everybody else.
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step, as in metrics.jsonl."""
+
+    step: int  # from 1
+    epoch: int  # from 1
+    loss: float  # mean over the step's trained tokens
+    learning_rate: float
+    grad_norm: float  # before clipping
+    tokens: int  # real tokens, trained or not; there is no padding
+    tokens_per_second: float
+    memory_gib: float
+    checkpoint_seconds: float = 0.0  # spent on checkpoints since the step before
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The validation loss after a step; step 0 is the base model."""
+
+    step: int
+    epoch: int
+    validation_loss: float  # mean over all trained tokens of the validation rows
+
+
+@dataclass
+class Outcome:
+    """What came of a run. Without validation rows the best step is the last."""
+
+    steps: int = 0
+    best_step: int = 0
+    first_validation_loss: float | None = None
+    best_validation_loss: float | None = None
+    ended: str = "all epochs done"
+    interrupted: bool = False
+
+
+# A moment at which a run can be taken up again: after a step, after an epoch (a better one than all
+# before), and at the end, where nothing follows.
+Moment = Literal["step", "epoch", "best", "end"]
+Save = Callable[[TrainingState, Moment], float]
+
+
+class Events(Protocol):
+    """What a run tells while it goes on; who derives from it hears what they care for."""
+
+    def micro_batch_done(self, sequences: int) -> None: ...
+
+    def step_done(self, metrics: StepMetrics) -> None: ...
+
+    def numbers_refused(self, bad: BadNumbers) -> None:
+        """Instead of `step_done` or `epoch_done`: the numbers are not finite."""
+        ...
+
+    def loss_leapt(self, spike: Spike) -> None:
+        """After `step_done`, which it does not undo."""
+        ...
+
+    def memory_ran_out(self, shortage: Shortage) -> None:
+        """Before the step or the validation at hand begins again, in a finer cut."""
+        ...
+
+    def evaluating(self, done: int, sequences: int) -> None:
+        """After each batch of an evaluation: validation sequences done, and in all."""
+        ...
+
+    def epoch_done(self, epoch: int, evaluation: Evaluation | None, *, is_best: bool) -> None:
+        """After each epoch, and before the first as epoch 0; `is_best` asks to keep the adapter."""
+        ...
+
+
+# -------------------------------------------------------------------------------------------------
 
 
 def train(
@@ -382,3 +558,61 @@ def _outcome(state: TrainingState, ended: str, *, interrupted: bool = False) -> 
         ended=ended,
         interrupted=interrupted,
     )
+
+
+# -------------------------------------------------------------------------------------------------
+# The worst of a run, tried before its first step: what does not fit shows now, not hours later.
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What was tried, and what it took."""
+
+    tokens: int  # of the largest micro-batch
+    rows: int
+    peak_gib: float  # the most that the process has held so far
+    seconds: float
+
+    def __str__(self) -> str:
+        row = "the longest row" if self.rows == 1 else f"the {self.rows} longest rows"
+        return (
+            f"rehearsal: {row} ({self.tokens:,} tokens), a validation and a checkpoint fit,"
+            f" {self.peak_gib:.2f} GiB at most, in {self.seconds:.1f} s"
+        )
+
+
+def rehearse(
+    engine: Engine,
+    state: TrainingState,
+    train_rows: Sequence[TokenizedExample],
+    validation_rows: Sequence[TokenizedExample],
+    settings: Settings,
+    micro_batch: int,
+) -> Rehearsed:
+    """The largest micro-batch forwards and backwards, the largest of validation, and a checkpoint.
+
+    Nothing of it stays: the gradients are dropped, no update is made, nothing is written.
+
+    Args:
+        train_rows, validation_rows: the longest of the run, at least `micro_batch` where there are
+            so many, the longest first.
+
+    Raises:
+        RuntimeError, MemoryError: memory ran out; see `model.allocation.is_out_of_memory`.
+    """
+    started = time.perf_counter()
+    kept = [copy_of(state.adapter) for _ in ("the start", "the best")]  # As in training.
+    for parameter in state.adapter.parameters():  # As in the second micro-batch of a step.
+        parameter.grad = torch.zeros_like(parameter)
+    batch = pack(train_rows[:micro_batch])
+    dropout = dropout_of(batch, settings, step=1, device=engine.device)
+    engine.loss_and_gradients(batch.to(engine.device), dropout, 1 / batch.num_target_tokens).item()
+    if validation_rows:
+        engine.loss_sum(pack(validation_rows[:micro_batch]).to(engine.device)).item()
+    state.rows_in_step = len(batch.slots)  # A checkpoint that has gradients in it.
+    for _, tensors in state.tensors():
+        as_bytes(tensors)
+    state.begin_step()
+    kept.clear()
+    seconds = time.perf_counter() - started
+    return Rehearsed(batch.num_tokens, len(batch.slots), peak_memory(engine.device), seconds)

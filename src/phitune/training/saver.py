@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 from phitune.config import Settings
-from phitune.training.attempts import why_not_written
 from phitune.training.checkpoint import remove_older, write_checkpoint
-from phitune.training.events import Moment
-from phitune.training.provenance import Provenance
-from phitune.training.resume import STATE
+from phitune.training.loop import Moment
+from phitune.training.out_of_memory import why_not_written
+from phitune.training.resume import STATE, Provenance
 from phitune.training.rundir import RunDirectory
 from phitune.training.state import TrainingState, as_bytes
 

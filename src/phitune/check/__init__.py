@@ -1,0 +1,1 @@
+"""phitune check: reads the data and reports on it."""

@@ -1,1 +1,0 @@
-"""What people and machines see of a comparison: a terminal, a page, JSON."""

@@ -1,0 +1,679 @@
+"""All that is measured of one adapter, together: losses, answers, forgetting."""
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from phitune import __version__
+from phitune.config import Settings
+from phitune.data.dataset import Example
+from phitune.data.packing import steps_per_epoch
+from phitune.data.prepare import PreparedData
+from phitune.data.prompt import PromptFormat, Segment
+from phitune.data.tokenizer import IGNORE_INDEX, TextTokenizer, TokenizedExample
+from phitune.errors import DataError
+from phitune.inference.answers import AnsweredRow, answer_rows
+from phitune.inference.loaded import ServedAdapter, ServedModel
+from phitune.inference.metrics import METRICS, metrics_for
+from phitune.inference.run_rows import DataRows, digest_of
+from phitune.inference.scores import (
+    BASE,
+    CONFIDENCE,
+    RESAMPLES,
+    TUNED,
+    Comparison,
+    Progress,
+    RowLosses,
+    compare,
+    row_losses,
+    token_losses,
+)
+from phitune.model.architecture import ModelConfig
+from phitune.model.decoder import Decoder
+from phitune.model.device import in_usable_thread, is_out_of_memory
+from phitune.model.files import ASSETS, find_model
+from phitune.model.lora import Adapter, put_on
+from phitune.training.loop import Outcome
+from phitune.training.rundir import RunDirectory
+
+# -------------------------------------------------------------------------------------------------
+# Forgetting: what a fine-tune did to the model's hold on text that it was not trained on.
+#
+# The text is cut into windows that follow each other, each with the last token of the one before
+# as its first context, so that every token but the first is predicted once. The bootstrap draws
+# blocks of neighbouring tokens, whose losses depend on each other.
+
+GENERAL_TEXT = ASSETS / "general.txt"
+# A window is as long as the model's positions, up to here; longer ones only cost memory.
+LONGEST_WINDOW = 2048
+MAX_TOKENS = 2**15  # of a text; the rest of a longer one is left out
+_CHARACTERS_A_TOKEN = 16  # no tokenizer makes longer tokens on average
+BLOCK_TOKENS = 32
+
+# The verdict goes by perplexity, tuned over base.
+SOME, MUCH, BROKEN = 1.1, 1.5, 10.0
+THRESHOLDS = (
+    f"kept: perplexity below {SOME:g} x the base model's, or no clear difference; some forgetting:"
+    f" below {MUCH:g} x; much forgetting: below {BROKEN:g} x; broken: beyond; no verdict: the base"
+    " model itself does worse than guessing"
+)
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """Loss per token of base and tuned model on a general text."""
+
+    name: str
+    tokens: int  # predicted
+    windows: int
+    loss: Comparison
+    guessing: float  # the loss of a model that finds all tokens equally probable
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ratio(self) -> float:
+        """Perplexity of the tuned model over that of the base model."""
+        difference = self.loss.difference
+        return math.exp(min(difference, 700.0)) if math.isfinite(difference) else math.inf
+
+    @property
+    def verdict(self) -> str:
+        """kept, some forgetting, much forgetting, broken or no verdict; see `THRESHOLDS`."""
+        if self.ratio >= BROKEN:
+            return "broken"
+        if self.loss.base > self.guessing:
+            return "no verdict"
+        if self.ratio < SOME or not self.loss.is_clear:
+            return "kept"
+        return "some forgetting" if self.ratio < MUCH else "much forgetting"
+
+
+def forgetting(served: ServedModel, path: Path | None, seed: int, progress: Progress) -> Forgetting:
+    """Measures both models on a text file, or on the one that ships.
+
+    Raises:
+        DataError: the file cannot be read as text, or is too short to say anything.
+    """
+    text, name = read_text(path or GENERAL_TEXT), str(path or "the general text that ships")
+    ids = served.tokenizer.encode([Segment(text)])
+    notes = []
+    if len(ids) > MAX_TOKENS or len(text) == MAX_TOKENS * _CHARACTERS_A_TOKEN:
+        ids = ids[:MAX_TOKENS]
+        notes.append(f"{name}: only the first {len(ids):,} tokens are used")
+    if len(ids) < 2 * BLOCK_TOKENS:
+        raise DataError(
+            f"general_text {name}: has {len(ids)} tokens; at least {2 * BLOCK_TOKENS} are needed,"
+            " and some thousand are better"
+        )
+    bos = served.tokenizer.bos_token
+    first = [served.tokenizer.token_id(bos)] if bos else []
+    rows = list(windows(ids, window_length(served.decoder.config), first))
+    scored = token_losses(served.decoder, served.on_decoder, (BASE, TUNED), rows)
+    base, tuned = [], []
+    for index, (of_base, of_tuned) in enumerate(scored):
+        base.append(of_base.losses.numpy())
+        tuned.append(of_tuned.losses.numpy())
+        progress("general text", index + 1, len(rows))
+    losses = np.stack([np.concatenate(base), np.concatenate(tuned)])  # [2, tokens]
+    starts = np.arange(0, losses.shape[1], BLOCK_TOKENS)
+    sums = np.add.reduceat(losses, starts, axis=1)
+    counts = np.diff([*starts, losses.shape[1]])
+    loss = compare(sums[0], sums[1], counts, seed=seed)
+    guessing = math.log(served.decoder.config.vocab_size)
+    if loss.base > guessing:
+        notes.append(
+            f"the base model itself does not know {name}: it does worse ({loss.base:.2f}) than"
+            f" guessing among all tokens ({guessing:.2f}); --general_text takes one that it knows"
+        )
+    return Forgetting(name, losses.shape[1], len(rows), loss, guessing, tuple(notes))
+
+
+def read_text(path: Path) -> str:
+    """The beginning of a text file.
+
+    Raises:
+        DataError: there is none, or it is not UTF-8 text.
+    """
+    try:
+        with path.expanduser().open(encoding="utf-8-sig") as file:
+            return file.read(MAX_TOKENS * _CHARACTERS_A_TOKEN)
+    except OSError as error:
+        raise DataError(f"general_text {path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"general_text {path}: is not UTF-8 text: {error}") from None
+
+
+def window_length(config: ModelConfig) -> int:
+    """The model's positions: with longrope those before its long factors."""
+    positions = config.max_position_embeddings
+    if config.long_rope:
+        positions = min(positions, config.long_rope.original_max_position_embeddings)
+    return min(positions, LONGEST_WINDOW)
+
+
+def windows(
+    ids: Sequence[int], length: int, first: Sequence[int] = ()
+) -> Iterator[TokenizedExample]:
+    """A text in windows of at most `length` tokens, each token predicted once.
+
+    Args:
+        first: what the first window begins with, such as the token a tokenizer begins with; without
+            it, the text's first token is only context.
+    """
+    context, start = (list(first), 0) if first else (list(ids[:1]), 1)
+    while start < len(ids):
+        new = list(ids[start : start + length - len(context)])
+        yield TokenizedExample([*context, *new], [IGNORE_INDEX] * len(context) + new)
+        start += len(new)
+        context = new[-1:]
+
+
+# -------------------------------------------------------------------------------------------------
+
+Better = Literal["lower", "higher"]
+Unit = Literal["", "share", "tokens"]
+LOSS, PERPLEXITY, STOP_RATE, LENGTH = "loss", "perplexity", "stops by itself", "tokens an answer"
+# The base's loss and the one a run recorded differ by rounding, unless the rows are other ones.
+_SAME_LOSS = 0.02
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One figure of base and tuned model."""
+
+    name: str
+    comparison: Comparison
+    better: Better | None = None
+    unit: Unit = ""  # a share from 0 to 1 is shown in per cent
+
+    @property
+    def reading(self) -> str:
+        return self.comparison.reading(self.better)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came out."""
+
+    measures: tuple[Measure, ...]
+    general: Forgetting | None
+    answers: tuple[AnsweredRow, ...]
+    metrics: tuple[str, ...]
+    recorded: tuple[float, float] | None  # validation losses that the run wrote down
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a user can choose."""
+
+    metrics: tuple[str, ...] = ()  # names of METRICS; none: what suits the data
+    limit: int = 100  # rows to answer; 0 for none
+    max_new_tokens: int = 256
+    seed: int = 42
+    general_text: Path | None = None
+
+
+def evaluate_adapter(
+    served: ServedModel, data: DataRows, wanted: Wanted, progress: Progress
+) -> Evaluation:
+    """Measures base and tuned model on the same rows.
+
+    Raises:
+        DataError: the rows are not those the run recorded a loss of, or the text is not readable.
+    """
+    notes = list(data.notes)
+    # The text first: it is quickly read, and refused.
+    general = forgetting(served, wanted.general_text, wanted.seed, progress)
+    losses = row_losses(served, data.rows, len(data.rows), progress)
+    measures = loss_measures(losses, wanted.seed)
+    notes += _check_recorded(data, measures[0].comparison)
+    examples = data.examples(choose(len(data.rows), wanted.limit, wanted.seed))
+    answers = answer_rows(served, examples, wanted.max_new_tokens, progress)
+    metrics = wanted.metrics or metrics_for([answer.expected for answer in answers])
+    if answers:
+        measures += answer_measures(answers, wanted.seed)
+        measures += metric_measures(answers, metrics, wanted.seed, notes)
+        notes += _too_short(served, examples, wanted.max_new_tokens)
+    elif wanted.limit:
+        notes.append("the rows are texts without questions: there is nothing to answer")
+    return Evaluation(
+        tuple(measures), general, tuple(answers), metrics, data.recorded, tuple(notes)
+    )
+
+
+def choose(rows: int, limit: int, seed: int) -> list[int]:
+    """`limit` of the rows, drawn by the seed; in their order."""
+    if limit >= rows:
+        return list(range(rows))
+    return sorted(random.Random(seed).sample(range(rows), limit))
+
+
+def loss_measures(losses: RowLosses, seed: int) -> list[Measure]:
+    """Mean loss over trained tokens, and its exponential."""
+    parts = (losses.base, losses.tuned, losses.tokens)
+    return [
+        Measure(LOSS, compare(*parts, seed=seed), "lower"),
+        Measure(PERPLEXITY, compare(*parts, seed=seed, transform=np.exp), "lower"),
+    ]
+
+
+def answer_measures(answers: Sequence[AnsweredRow], seed: int) -> list[Measure]:
+    """What needs no expected answer: whether answers end by themselves, and how long they are."""
+    stopped = [(answer.base.stopped, answer.tuned.stopped) for answer in answers]
+    lengths = [(answer.base.tokens, answer.tuned.tokens) for answer in answers]
+    return [
+        Measure(STOP_RATE, _compare_pairs(stopped, seed), "higher", "share"),
+        Measure(LENGTH, _compare_pairs(lengths, seed), unit="tokens"),
+    ]
+
+
+def metric_measures(
+    answers: Sequence[AnsweredRow], metrics: Sequence[str], seed: int, notes: list[str]
+) -> list[Measure]:
+    """Each metric over the rows it can be computed on; those it cannot are noted."""
+    measures = []
+    for name in metrics:
+        metric = METRICS[name]
+        pairs = [
+            (of_base, of_tuned)
+            for answer in answers
+            if (of_base := metric(answer.base.text, answer.expected)) is not None
+            and (of_tuned := metric(answer.tuned.text, answer.expected)) is not None
+        ]
+        if left_out := len(answers) - len(pairs):
+            notes.append(
+                f"{name}: {left_out} of {len(answers)} expected answers have nothing to compare"
+            )
+        if pairs:
+            measures.append(Measure(name, _compare_pairs(pairs, seed), "higher", "share"))
+    return measures
+
+
+def _compare_pairs(pairs: Sequence[tuple[float, float]], seed: int) -> Comparison:
+    base, tuned = zip(*pairs, strict=True)
+    return compare(base, tuned, seed=seed)
+
+
+def _too_short(served: ServedModel, examples: Sequence[Example], limit: int) -> list[str]:
+    """Says where answers as long as the expected ones cannot be given."""
+    long = 0
+    for example in examples:
+        if not example.is_completion:
+            prompt = served.prompt_ids(example.turns[:-1], 0)
+            row = served.tokenizer.encode(served.format_of(0).segments(example.turns))
+            long += len(row) - len(prompt) > limit
+    if not long:
+        return []
+    return [
+        f"{long} of the expected answers are longer than max_new_tokens {limit}; answers of that"
+        " length are cut and count as not stopped"
+    ]
+
+
+def _check_recorded(data: DataRows, loss: Comparison) -> list[str]:
+    """Says where the losses are not those that the run wrote down."""
+    if data.recorded is None:
+        return []
+    base, tuned = data.recorded
+    if abs(loss.base - base) > _SAME_LOSS * base:
+        said = f"the base model's loss was {base:.4f} in the run and is {loss.base:.4f} now"
+        if not data.is_verified:
+            raise DataError(
+                f"{data.path}: is not what the run was validated on: {said}. Name the data to"
+                " evaluate on with --dataset_path."
+            )
+        return [f"{said}, on the same rows: is it another base model, or another precision?"]
+    if abs(loss.tuned - tuned) > _SAME_LOSS * tuned:
+        return [
+            f"the run recorded a validation loss of {tuned:.4f} for its best adapter, and"
+            f" {loss.tuned:.4f} is measured now: is this the adapter of that run?"
+        ]
+    return []
+
+
+# -------------------------------------------------------------------------------------------------
+# An evaluation in plain types, for --json, --output and the run directory.
+
+
+def as_json(evaluation: Evaluation, wanted: Wanted, about: dict[str, Any]) -> dict[str, Any]:
+    """Everything that was measured, with each answer.
+
+    Args:
+        about: what was evaluated, put first.
+    """
+    general = evaluation.general
+    recorded = evaluation.recorded
+    return {
+        "phitune": __version__,
+        **about,
+        "seed": wanted.seed,
+        "confidence": CONFIDENCE,
+        "resamples": RESAMPLES,
+        "measures": measures_as_json(evaluation.measures),
+        "recorded_by_the_run": {"base": recorded[0], "tuned": recorded[1]} if recorded else None,
+        "general_text": general_as_json(general) if general else None,
+        "notes": list(evaluation.notes) + list(general.notes if general else ()),
+        "answers": [
+            {
+                **asdict(answer),
+                "metrics": {
+                    name: {
+                        "base": METRICS[name](answer.base.text, answer.expected),
+                        "tuned": METRICS[name](answer.tuned.text, answer.expected),
+                    }
+                    for name in evaluation.metrics
+                },
+            }
+            for answer in evaluation.answers
+        ],
+    }
+
+
+def measures_as_json(measures: tuple[Measure, ...] | list[Measure]) -> dict[str, Any]:
+    """By name: both figures, their difference and what is to be thought of it."""
+    return {measure.name.replace(" ", "_"): _measure_as_json(measure) for measure in measures}
+
+
+def general_as_json(general: Forgetting) -> dict[str, Any]:
+    return {
+        "text": general.name,
+        "tokens": general.tokens,
+        "windows": general.windows,
+        **_measure_as_json(Measure(general.name, general.loss, "lower")),
+        "perplexity_ratio": finite(general.ratio),
+        "verdict": general.verdict,
+        "thresholds": THRESHOLDS,
+    }
+
+
+def finite(value: float | None) -> float | None:
+    """JSON has no infinity and no NaN."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _measure_as_json(measure: Measure) -> dict[str, Any]:
+    comparison = measure.comparison
+    interval = None
+    if comparison.low is not None and comparison.high is not None:
+        interval = [finite(comparison.low), finite(comparison.high)]
+    return {
+        "base": finite(comparison.base),
+        "tuned": finite(comparison.tuned),
+        "difference": finite(comparison.difference),
+        "interval": interval,
+        "rows": comparison.rows,
+        "reading": measure.reading,
+    }
+
+
+# -------------------------------------------------------------------------------------------------
+# How an evaluation looks in a terminal.
+
+# What the table takes, with names of words of so many letters.
+_TABLE_WIDTH, _NAME_WIDTH = 76, 10
+_STYLES = {"better": "green", "worse": "red", "not finite": "red"}
+_VERDICTS = {"kept": "green", "some forgetting": "yellow", "no verdict": "yellow"}
+
+
+def show(evaluation: Evaluation, title: str, data: str, console: Console) -> None:
+    """A table of all figures, then what is to be said about them."""
+    console.print(Text(title, style="bold"), soft_wrap=not console.is_terminal)
+    rows = data + (f", {len(evaluation.answers)} of them answered" if evaluation.answers else "")
+    console.print(Text(rows), soft_wrap=not console.is_terminal)
+    general = evaluation.general
+    measures = list(evaluation.measures)
+    if general:
+        measures.append(Measure("general text, loss", general.loss, "lower"))
+    show_measures(measures, console)
+    said = []
+    if general:
+        said.append(forgetting_line(general))
+    if evaluation.recorded:
+        base, tuned = evaluation.recorded
+        said.append(Text(f"recorded by the run: validation loss {base:.4f} -> {tuned:.4f}"))
+    notes = [*evaluation.notes, *(general.notes if general else ())]
+    said += [Text(f"note: {note}", style="yellow") for note in notes]
+    for text in said:
+        console.print(text, soft_wrap=not console.is_terminal)
+
+
+def show_measures(measures: Sequence[Measure], console: Console) -> None:
+    """A table, or on a narrow terminal, or with long names, a line for each."""
+    if console.width >= _TABLE_WIDTH + max(0, _longest_word(measures) - _NAME_WIDTH):
+        console.print(measures_table(measures))
+        return
+    for measure in measures:
+        comparison, unit, reading = measure.comparison, measure.unit, measure.reading
+        figures = f"{figure(comparison.base, unit)} -> {figure(comparison.tuned, unit)}"
+        difference = f"{change(comparison.difference, unit)} ({interval(comparison, unit)})"
+        style = _STYLES.get(reading, "")
+        console.print(Text.assemble(f"{measure.name}: {figures}, {difference}: ", (reading, style)))
+
+
+def measures_table(measures: Sequence[Measure]) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), show_edge=False)
+    table.add_column("measure", overflow="fold", min_width=_longest_word(measures))
+    for heading in ("base", "tuned", "difference", f"{100 * CONFIDENCE:.0f} % interval"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("reading", overflow="fold")
+    for measure in measures:
+        comparison, unit, reading = measure.comparison, measure.unit, measure.reading
+        table.add_row(
+            measure.name,
+            figure(comparison.base, unit),
+            figure(comparison.tuned, unit),
+            change(comparison.difference, unit),
+            interval(comparison, unit),
+            Text(reading, style=_STYLES.get(reading, "")),
+        )
+    return table
+
+
+def _longest_word(measures: Sequence[Measure]) -> int:
+    return max((len(word) for measure in measures for word in measure.name.split()), default=0)
+
+
+def figure(value: float, unit: Unit = "") -> str:
+    """A number in as many digits as say something."""
+    if not math.isfinite(value):
+        return str(value)
+    if unit:
+        return f"{100 * value:.1f} %" if unit == "share" else f"{value:,.1f}"
+    size = abs(value)
+    if size >= 1e6:
+        return f"{value:.2e}"
+    return f"{value:,.{4 if size < 10 else 2 if size < 1000 else 0}f}"
+
+
+def change(value: float, unit: Unit = "") -> str:
+    """A difference, with its sign and a digit less; of shares in points."""
+    if not math.isfinite(value):
+        return str(value)
+    if unit:
+        return f"{100 * value if unit == 'share' else value:+,.1f}"
+    size = abs(value)
+    if size >= 1e6:
+        return f"{value:+.2e}"
+    return f"{value:+,.{4 if size < 0.1 else 3 if size < 10 else 2 if size < 1000 else 0}f}"
+
+
+def interval(comparison: Comparison, unit: Unit = "") -> str:
+    if comparison.low is None or comparison.high is None:
+        return "-"
+    return f"{change(comparison.low, unit)} to {change(comparison.high, unit)}"
+
+
+def forgetting_line(general: Forgetting) -> Text:
+    """The verdict and what it rests on."""
+    verdict = general.verdict
+    return Text.assemble(
+        "general text: ",
+        (verdict, _VERDICTS.get(verdict, "bold red")),
+        f"; perplexity is {figure(general.ratio)} x the base model's on {general.tokens:,} tokens"
+        f" of {general.name}",
+    )
+
+
+# -------------------------------------------------------------------------------------------------
+# The short evaluation at the end of `phitune train`: a few validation rows, seconds of work.
+#
+# What it does is bounded by tokens, so that the same run gives the same file; the bound grows with
+# the size of the training, and shrinks with that of the model. What did not fit is said. Nothing
+# that goes wrong here fails the run, which is done.
+
+ROWS = 20
+_READ_AT_MOST = 50_000  # rows of the data set, to find the texts of those that are answered
+MOST_NEW_TOKENS = 128
+# Some seconds of forward passes of one kind of device; a token takes two a weight.
+_FLOPS = {"cpu": 2e11}
+_FLOPS_ELSEWHERE = 2e13
+# A longer training may be followed by a longer look at it: so much of the tokens it went through.
+_SHARE_OF_TRAINING = 0.002
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What can be done within the bound."""
+
+    rows: list[int]  # numbers of validation rows, for the losses
+    answered: list[int]  # those of them that are answered
+    max_new_tokens: int
+    skipped: list[str]
+
+
+def evaluate_at_end(
+    settings: Settings,
+    decoder: Decoder,
+    adapter: Adapter,
+    tokenizer: TextTokenizer,
+    prompt_format: PromptFormat,
+    data: PreparedData,
+    outcome: Outcome,
+    run: RunDirectory,
+) -> list[str]:
+    """Base against the trained adapter, which is put back where it was.
+
+    Returns: lines for people; evaluation.json is written.
+    """
+    rows = data.validation_rows
+    if not len(rows):
+        return ["evaluation: left out, there are no validation rows"]
+    trained = data.train_rows.num_tokens * outcome.steps
+    trained //= steps_per_epoch(len(data.train_rows), settings.rows_per_step)
+    part = _within(data, bound_of(decoder, trained), settings)
+    served = ServedModel(
+        settings.model_name,
+        find_model(settings.model_name),
+        decoder,
+        tokenizer,
+        prompt_format,
+        [ServedAdapter(str(run.path), run.adapter, adapter, prompt_format, tokenizer)],
+    )
+    measures: list[Measure] = []
+    try:
+        measures = in_usable_thread(lambda: _measure(served, data, part, settings))
+    except DataError as error:
+        part.skipped.append(f"all of it: the data can no longer be read ({error})")
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        part.skipped.append("all of it: out of memory")
+    finally:
+        put_on(decoder, adapter)
+    run.write_evaluation(
+        {
+            "validation_rows": len(rows),
+            "validation_rows_digest": digest_of(rows),
+            "rows_evaluated": len(part.rows),
+            "rows_answered": len(part.answered),
+            "max_new_tokens": part.max_new_tokens,
+            "seed": settings.seed,
+            "measures": measures_as_json(measures),
+            "skipped": part.skipped,
+        }
+    )
+    return _lines(measures, part, run)
+
+
+def bound_of(decoder: Decoder, trained_tokens: int) -> int:
+    """Tokens that may be computed."""
+    weights = sum(linear.weight.numel() for linear in set(decoder.fused_linears().values()))
+    flops = _FLOPS.get(decoder.device.type, _FLOPS_ELSEWHERE)
+    return int(max(flops / (2 * weights), _SHARE_OF_TRAINING * trained_tokens))
+
+
+def _within(data: PreparedData, bound: int, settings: Settings) -> _Part:
+    """Half of the bound for the losses of both models, half for their answers."""
+    rows, skipped = data.validation_rows, []
+    near = int(np.searchsorted(rows.indices, _READ_AT_MOST)) or len(rows)
+    chosen = choose(near, ROWS, settings.seed)
+    lengths, trained = rows.lengths(), rows.trained()
+    kept, tokens = [], 0
+    for row in chosen:
+        tokens += 2 * int(lengths[row])
+        if tokens > bound // 2:
+            break
+        kept.append(row)
+    if len(kept) < len(chosen):
+        skipped.append(f"{len(chosen) - len(kept)} of {len(chosen)} rows, to end in seconds")
+    limit = settings.sample_tokens and min(
+        MOST_NEW_TOKENS, max((2 * int(trained[row]) + 8 for row in kept), default=0)
+    )
+    answered, tokens = [], 0
+    for row in kept if limit else []:
+        tokens += 2 * (int(lengths[row]) + limit)
+        if tokens > bound // 2:
+            break
+        answered.append(row)
+    if not settings.sample_tokens:
+        skipped.append("answers, as sample_tokens is 0")
+    elif len(answered) < len(kept):
+        skipped.append(f"{len(kept) - len(answered)} answers, to end in seconds")
+    return _Part(kept, answered, limit, skipped)
+
+
+def _measure(
+    served: ServedModel, data: PreparedData, part: _Part, settings: Settings
+) -> list[Measure]:
+    def silent(what: str, done: int, total: int) -> None:
+        pass
+
+    rows, measures = data.validation_rows, []
+    if part.rows:
+        losses = row_losses(served, [rows[row] for row in part.rows], len(part.rows), silent)
+        measures += loss_measures(losses, settings.seed)
+    source = DataRows.of_run(rows, settings, served.format_of(0))
+    answers = answer_rows(served, source.examples(part.answered), part.max_new_tokens, silent)
+    if answers:
+        measures += answer_measures(answers, settings.seed)
+    return measures
+
+
+def _lines(measures: Sequence[Measure], part: _Part, run: RunDirectory) -> list[str]:
+    by_name = {measure.name: measure for measure in measures}
+    said = []
+    if LOSS in by_name:
+        loss = by_name[LOSS]
+        said.append(
+            f"loss {figure(loss.comparison.base)} -> {figure(loss.comparison.tuned)}"
+            f" ({loss.reading})"
+        )
+    if STOP_RATE in by_name:
+        stop = by_name[STOP_RATE].comparison
+        said.append(
+            f"answers that stop {figure(stop.base, 'share')} -> {figure(stop.tuned, 'share')}"
+        )
+    lines = [f"evaluation on {len(part.rows)} validation rows: " + ", ".join(said)] if said else []
+    if part.skipped:
+        lines.append(f"evaluation: left out are {'; '.join(part.skipped)}")
+    return [*lines, f"more of it: phitune evaluate --adapter_path {run.path}"]

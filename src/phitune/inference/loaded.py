@@ -1,0 +1,293 @@
+"""A base model and the adapters on it, ready to answer: from folders to `ServedModel`.
+
+What a run knows travels with its adapter: the base model's name, the tokenizer, the prompt format
+(as the chat template that renders it) and the stop ids. Nothing of it is asked again.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from phitune.data.dataset import Turn
+from phitune.data.prompt import ChatFormat, InstructFormat, PromptFormat
+from phitune.data.tokenizer import TextTokenizer
+from phitune.errors import ModelError, OutOfMemoryError
+from phitune.inference.generate import GREEDY, Adapters, Answer, Sampling, generate, serve
+from phitune.model.architecture import ModelConfig, read_model_config
+from phitune.model.decoder import Decoder
+from phitune.model.device import DTYPES, choose_device, choose_precision, is_out_of_memory
+from phitune.model.files import ASSETS, SHIPPED_MODELS, fetch_weights, find_model
+from phitune.model.lora import CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterSet, detach, load_adapter
+from phitune.model.weights import load_decoder
+from phitune.untrusted import read_object
+
+FormatName = Literal["instruct", "chat"]
+TOKENIZER_FILE = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class ServedAdapter:
+    """One adapter, and the form its prompts take."""
+
+    name: str  # as the user named it
+    folder: Path
+    adapter: Adapter
+    prompt_format: PromptFormat
+    tokenizer: TextTokenizer | None = None  # where it is not the model's
+
+
+class ServedModel:
+    """One base in memory, any number of adapters beside it. `choice` is an adapter's number, or
+    None for the base, which is asked in the first adapter's format, with its tokenizer.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        folder: Path,
+        decoder: Decoder,
+        tokenizer: TextTokenizer,
+        prompt_format: PromptFormat,
+        adapters: Sequence[ServedAdapter],
+        warnings: Sequence[str] = (),
+    ) -> None:
+        self.model_name, self.folder = model_name, folder
+        self.decoder, self.tokenizer = decoder, tokenizer
+        self.prompt_format = prompt_format
+        self.adapters = tuple(adapters)
+        self.warnings = tuple(warnings)  # for the user
+        self.on_decoder = AdapterSet(decoder, [adapter.adapter for adapter in adapters])
+        choices = (None, *range(len(adapters)))
+        self.stop_ids = sorted(
+            {
+                token
+                for one in choices
+                for token in self._tokenizer(one).stop_ids(self.format_of(one))
+            }
+        )
+
+    @property
+    def precision(self) -> str:
+        """Of the base, as a person names it."""
+        return next(name for name, dtype in DTYPES.items() if dtype == self.decoder.dtype)
+
+    def format_of(self, choice: int | None) -> PromptFormat:
+        return self.prompt_format if choice is None else self.adapters[choice].prompt_format
+
+    def format_name(self, choice: int | None) -> FormatName:
+        return "instruct" if isinstance(self.format_of(choice), InstructFormat) else "chat"
+
+    def prompt_ids(self, turns: Sequence[Turn], choice: int | None) -> list[int]:
+        """Turns that end with a user's, as the ids that training put before the answer.
+
+        Raises:
+            ModelError: the format has no place for one of the turns.
+        """
+        return self._tokenizer(choice).encode(self.format_of(choice).segments(turns))
+
+    def answer_ids(self, turns: Sequence[Turn], answer: str, choice: int | None) -> list[int]:
+        """The ids that training put after those of the prompt, the end token last."""
+        prompt = self.prompt_ids(turns, choice)
+        return self.prompt_ids((*turns, Turn("assistant", answer)), choice)[len(prompt) :]
+
+    def text(self, answer_ids: Sequence[int], prompt_ids: Sequence[int], choice: int | None) -> str:
+        """An answer's text, without its special tokens."""
+        decoded = self._tokenizer(choice).decode_answer(answer_ids, prompt_ids)
+        return self.format_of(choice).response(decoded)
+
+    def _tokenizer(self, choice: int | None) -> TextTokenizer:
+        own = None if choice is None else self.adapters[choice].tokenizer
+        return own or self.tokenizer
+
+    def answers(
+        self,
+        prompts: Sequence[Sequence[int]],
+        choices: Sequence[int | None],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        seeds: Sequence[int] | None = None,
+    ) -> list[Answer]:
+        """All prompts (ids) in one batch, each answered with its own choice; see `generate`."""
+        return generate(
+            self.decoder,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            stop_ids=self.stop_ids,
+            sampling=sampling,
+            adapters=Adapters(self.on_decoder, choices),
+            seeds=seeds,
+        )
+
+
+@contextmanager
+def memory_errors(remedy: str) -> Iterator[None]:
+    """Turns a device that has no room into an error that says what to do."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        said = str(error).splitlines() or ["no room"]
+        raise OutOfMemoryError(f"out of memory: {said[0]}\n{remedy}") from None
+
+
+def open_model(
+    adapter_paths: Sequence[Path],
+    *,
+    model_name: str | None = None,
+    prompt_format: FormatName | None = None,
+    device: str = "auto",
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+) -> ServedModel:
+    """Loads a base model once, and adapters beside it.
+
+    Args:
+        adapter_paths: run directories, or adapter folders written here or by PEFT.
+        model_name: of the base; by default the one the adapters name.
+        prompt_format: by default the one the adapter was trained in, as its chat template tells,
+            and without an adapter the base model's own; instruct where there is no template.
+
+    Raises:
+        ModelError: files missing, damaged or of another base.
+        SettingsError: a device that is not there.
+    """
+    folders = [adapter_folder(path) for path in adapter_paths]
+    named = base_names(folders)
+    warnings = _other_bases(named, model_name) if model_name else []
+    if model_name is None:
+        model_name = base_model_name(named)
+        try:
+            folder = find_model(model_name)
+        except ModelError as error:
+            raise ModelError(
+                f"{error}\nThat is the base model named in {next(iter(named)) / CONFIG_FILE}; name"
+                " another place of it with --model_name."
+            ) from None
+    else:
+        folder = find_model(model_name)
+    try:
+        config = read_model_config(folder)
+    except ModelError as error:
+        raise ModelError(f"model_name {model_name}: {error}") from None
+    # Adapters are tried on a model without numbers: before gigabytes are fetched and read.
+    for path in folders:
+        load_adapter(Decoder(config, torch.float32, "meta"), path)
+    coders = [coder_of(path, folder, config, prompt_format) for path in folders]
+    tokenizer, base_format = (
+        coders[0] if coders else coder_of(folder, folder, config, prompt_format)
+    )
+    torch_device = choose_device(device)
+    dtype = DTYPES[choose_precision(precision, torch_device)]
+    fetch_weights(model_name, folder)
+    decoder = serve(load_decoder(folder, config, dtype, torch_device))
+    adapters = []
+    for path, adapter_path, (own, form) in zip(adapter_paths, folders, coders, strict=True):
+        adapter = load_adapter(decoder, adapter_path)
+        adapters.append(ServedAdapter(str(path), adapter_path, adapter, form, own))
+        detach(decoder)
+    return ServedModel(model_name, folder, decoder, tokenizer, base_format, adapters, warnings)
+
+
+def coder_of(
+    path: Path, base: Path, config: ModelConfig, name: FormatName | None
+) -> tuple[TextTokenizer, PromptFormat]:
+    """The tokenizer in a folder, or else the base's, and the format it was used with."""
+    own = path == base or (path / TOKENIZER_FILE).is_file()
+    tokenizer = TextTokenizer(path if own else base)
+    if tokenizer.size > config.vocab_size:
+        raise ModelError(
+            f"{tokenizer.folder / TOKENIZER_FILE}: has {tokenizer.size} tokens, the model in {base}"
+            f" {config.vocab_size}; they do not belong together, name another with --model_name"
+        )
+    if own:
+        return tokenizer, trained_format(tokenizer, name)
+    return tokenizer, tokenizer.prompt_format(name or "instruct")
+
+
+def adapter_folder(path: Path) -> Path:
+    """The adapter in a run directory, or the folder itself.
+
+    Raises:
+        ModelError: there is no adapter.
+    """
+    path = path.expanduser()
+    for folder in (path, path / "adapter"):
+        if (folder / CONFIG_FILE).is_file():
+            return folder
+    if not path.exists():
+        raise ModelError(f"adapter_path {path}: there is no such folder")
+    if (path / WEIGHTS_FILE).is_file() or (path / "adapter" / WEIGHTS_FILE).is_file():
+        raise ModelError(
+            f"adapter_path {path}: has {WEIGHTS_FILE} without {CONFIG_FILE}, which says what the"
+            " numbers mean; copy both"
+        )
+    raise ModelError(
+        f"adapter_path {path}: holds no {CONFIG_FILE}; name a run directory or an adapter folder"
+    )
+
+
+def base_names(folders: Sequence[Path]) -> dict[Path, str]:
+    """The base model that each adapter folder names; those that name none are left out.
+
+    Raises:
+        ModelError: a folder's configuration cannot be read.
+    """
+    named = {}
+    for folder in folders:
+        raw = read_object(folder / CONFIG_FILE, f"is {folder} an adapter folder?")
+        if name := raw.get("base_model_name_or_path"):
+            named[folder] = str(name)
+    return named
+
+
+def base_model_name(named: Mapping[Path, str]) -> str:
+    """The one base model that all of `base_names` agree on.
+
+    Raises:
+        ModelError: none is named, or not the same.
+    """
+    names = set(named.values())
+    if len(names) == 1:
+        return names.pop()
+    if not names:
+        raise ModelError("no base model is named; name it with --model_name")
+    listed = "\n".join(f"  {folder}: {name}" for folder, name in named.items())
+    raise ModelError(
+        f"the adapters are of different base models:\n{listed}\n"
+        "Only adapters of one base can be loaded together; --model_name overrules their words."
+    )
+
+
+def _other_bases(named: Mapping[Path, str], model_name: str) -> list[str]:
+    """A warning for each adapter that names another base than the one asked for."""
+    return [
+        f"{folder} was trained on {name}, and answers on {model_name} as --model_name says"
+        for folder, name in named.items()
+        if name != model_name and _resolved(name) != _resolved(model_name)
+    ]
+
+
+def _resolved(name: str) -> Path:
+    return ASSETS / name if name in SHIPPED_MODELS else Path(name).expanduser().resolve()
+
+
+def trained_format(tokenizer: TextTokenizer, name: FormatName | None) -> PromptFormat:
+    """The format that a tokenizer carries as its chat template; `name` overrules it."""
+    if name is not None:
+        return tokenizer.prompt_format(name)
+    instruct = tokenizer.prompt_format("instruct")
+    assert isinstance(instruct, InstructFormat)
+    template = tokenizer.chat_template
+    if not template or template == instruct.chat_template:
+        return instruct
+    try:
+        return ChatFormat.from_template(
+            template, tokenizer.special_tokens, tokenizer.control_tokens, tokenizer.bos_token
+        )
+    except ModelError as error:
+        raise ModelError(f"{tokenizer.folder}: {error}") from None

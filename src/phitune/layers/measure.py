@@ -1,0 +1,340 @@
+"""How hard the loss pulls at each weight, read from the gradients of a fresh adapter.
+
+At its start an adapter is W + s B A with B = 0, A random. With G = dL/dW, [O, D], the gradient of A
+is zero and that of B is s G A^T, [O, R]: the weight's own gradient, looked at along R random
+directions. The entries of A are independent with mean 0 and variance v (1 / 3D, see
+`lora.attach`), so that E[a a^T] = v I for a row a of A, and
+
+    E ||dL/dB||^2  =  s^2 sum over the rows a of A of E ||G a||^2  =  s^2 R v ||G||^2.
+
+||dL/dB||^2 / (s^2 R v) is therefore an unbiased estimate of ||G||^2, of the whole weight, without
+ever forming G. Its relative variance is at most 2 / (R n), where n = ||G||^4 / ||G^T G||^2 counts
+the directions that G is spread over, 1 to D. With R = 32 the estimate of ||G||^2 is off by 25 % at
+the worst, for a gradient of one direction, and ||G|| by half of that; with many directions by
+little. For the token table the roles are turned: there A = 0, B is random with v = 1, and the
+gradient of A is what is read.
+
+The same A serves all batches, so gradients may also be added before their norm is taken: the mean
+over pairs of different batches of <G_a, G_b>, relative to the mean of ||G||^2, says how far the
+batches agree, 1 for wholly and 0 for not at all.
+
+tests/test_layers.py holds both against autograd through the weights.
+
+Shapes: R rank, D in, O out.
+"""
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from phitune.config import DEFAULT_BATCH_SIZE, Resolved, Settings
+from phitune.data.packing import Batch, pack
+from phitune.data.prepare import PreparedData
+from phitune.errors import NonFiniteError, OutOfMemoryError, SettingsError
+from phitune.layers.guide import Price, layer_of, price_of, short_name
+from phitune.layers.proposal import DEFAULT_SHARE, Proposal, propose
+from phitune.model.architecture import ModelConfig
+from phitune.model.decoder import Decoder, LoraPair
+from phitune.model.device import is_out_of_memory
+from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
+from phitune.model.lora import Adapter
+from phitune.model.targets import EMBEDDING_MODULE
+from phitune.plan.machine import memory_budget
+from phitune.plan.memory import Base, Device, Shape
+from phitune.plan.plan import Row, Rows, fewest_recomputed
+from phitune.trainer import Phi2LoRATrainer
+
+# Random directions that a gradient is looked at along; the user's --lora_r has no say in it.
+MEASURING_RANK = 32
+
+
+@dataclass(frozen=True)
+class Pull:
+    """What was measured at one module."""
+
+    module: str
+    norm: float  # of the weight's gradient, mean over the batches
+    spread: float  # standard deviation over the batches; 0 with one batch
+    square: float  # the mean of the squared norm
+    agreement: float | None  # of the batches, at most 1; None with one batch
+    weight_norm: float
+
+    @property
+    def relative(self) -> float:
+        """The gradient's norm relative to the weight's."""
+        return self.norm / self.weight_norm if self.weight_norm else math.inf
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The gradients of all modules over the same batches."""
+
+    pulls: tuple[Pull, ...]
+    loss: float  # mean over the trained tokens
+    batches: int
+    tokens: int
+    target_tokens: int
+
+
+def measure(
+    engine: Engine,
+    decoder: Decoder,
+    adapter: Adapter,
+    batches: Sequence[Batch],
+    batch_done: Callable[[], None] = lambda: None,
+) -> Measurement:
+    """Gradient norms of the mean loss of each batch, without dropout.
+
+    Args:
+        adapter: as `lora.attach` left it; nothing is trained.
+
+    Raises:
+        NonFiniteError: a loss or gradient is not finite.
+    """
+    squares: dict[str, list[float]] = {module: [] for module in adapter.pairs}
+    sums: dict[str, Tensor] = {}
+    loss = 0.0
+    for number, packed in enumerate(batches, start=1):
+        batch = packed.to(engine.device)
+        for parameter in adapter.parameters():
+            parameter.grad = None
+        batch_loss = engine.loss_and_gradients(batch, None, 1 / batch.num_target_tokens)
+        found = []
+        for module, pair in adapter.pairs.items():
+            grad = _moving(module, pair)
+            found.append(grad.square().sum(dtype=torch.float32))
+            if len(batches) > 1:
+                sums[module] = grad.clone() if number == 1 else sums[module].add_(grad)
+        values = torch.stack(found).tolist()
+        mean_loss = batch_loss.item()
+        if not all(map(math.isfinite, [mean_loss, *values])):
+            raise NonFiniteError(
+                f"batch {number}: the loss is {mean_loss} and a gradient is not finite; try"
+                " --precision fp32, or look for odd rows in the data"
+            )
+        for (module, pair), value in zip(adapter.pairs.items(), values, strict=True):
+            squares[module].append(value / _expected(module, pair))
+        loss += mean_loss * batch.num_target_tokens
+        batch_done()
+    for parameter in adapter.parameters():
+        parameter.grad = None
+    target_tokens = sum(batch.num_target_tokens for batch in batches)
+    weights = decoder.named_weights()
+    return Measurement(
+        tuple(
+            _pull(module, pair, squares[module], sums.get(module), _weight_norm(weights, module))
+            for module, pair in adapter.pairs.items()
+        ),
+        loss / target_tokens,
+        len(batches),
+        sum(batch.num_tokens for batch in batches),
+        target_tokens,
+    )
+
+
+def _moving(module: str, pair: LoraPair) -> Tensor:
+    """The gradient of the matrix that starts at zero."""
+    grad = (pair.lora_A if module == EMBEDDING_MODULE else pair.lora_B).grad
+    assert grad is not None
+    return grad
+
+
+def _expected(module: str, pair: LoraPair) -> float:
+    """E ||gradient of the moving matrix||^2 / ||G||^2, which is s^2 R v."""
+    rank, inputs = pair.lora_A.shape
+    variance = 1.0 if module == EMBEDDING_MODULE else 1 / (3 * inputs)
+    return pair.scaling**2 * rank * variance
+
+
+def _pull(
+    module: str, pair: LoraPair, squares: list[float], total: Tensor | None, weight_norm: float
+) -> Pull:
+    count = len(squares)
+    norms = [math.sqrt(square) for square in squares]
+    mean = sum(norms) / count
+    spread = agreement = None
+    if total is not None:
+        spread = math.sqrt(sum((norm - mean) ** 2 for norm in norms) / (count - 1))
+        # Of all ordered pairs, those of a batch with itself taken out.
+        pairs = total.square().sum(dtype=torch.float32).item() / _expected(module, pair)
+        alone = sum(squares)
+        agreement = (pairs - alone) / ((count - 1) * alone) if alone else 0.0
+    return Pull(module, mean, spread or 0.0, sum(squares) / count, agreement, weight_norm)
+
+
+def _weight_norm(weights: dict[str, Tensor], module: str) -> float:
+    # A head without weights of its own is the token table.
+    weight = weights.get(f"{module}.weight", weights[f"{EMBEDDING_MODULE}.weight"])
+    return float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float32))
+
+
+# -------------------------------------------------------------------------------------------------
+# `phitune layers --dataset_path`: which layers the user's own data wants to move.
+#
+# Everything up to the adapter is what `phitune train` does with the same settings; then a few
+# batches go through the engine, and nothing is trained or written.
+
+DEFAULT_BATCHES = 8
+# tests/test_layers.py holds what it says of the benchmark against the committed result.
+CAVEAT = (
+    "The gradient at the start shows where the loss pulls first. It is an indication, not a proof:"
+    " what is pulled least now may matter later. On our example such choices beat random ones of"
+    " the same size, and all-linear beat them (benchmarks/results/layer_proposal.md). Where there"
+    " is room for all-linear, take it; else let the validation loss decide."
+)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What was measured, what each module costs, and what that suggests."""
+
+    settings: Settings  # the user's
+    config: ModelConfig
+    device: str
+    precision: str
+    rows: int  # that were looked at
+    of_rows: int  # training rows there are
+    measurement: Measurement
+    prices: dict[str, Price]  # by short name: of these modules in all measured layers
+    everything: Price  # of all that was measured
+    proposal: Proposal
+    proposed: Price
+
+
+def survey(
+    resolved: Resolved,
+    batches: int,
+    share: float = DEFAULT_SHARE,
+    batch_done: Callable[[], None] = lambda: None,
+) -> Survey:
+    """Measures the gradients of `batches` batches of training rows, drawn with the seed.
+
+    Raises:
+        PhituneError: what `phitune train` would refuse too.
+    """
+    if resolved.settings.batch_size == "auto":
+        resolved = resolved.choose(batch_size=DEFAULT_BATCH_SIZE)
+    asked = resolved.settings
+    # The rank, and with it the scale, of the measurement; the user's are what prices are for.
+    measuring = resolved.choose(lora_r=MEASURING_RANK, lora_alpha=float(MEASURING_RANK))
+    trainer = Phi2LoRATrainer.from_settings(measuring)
+    if all(layer_of(module) is None for module in trainer.target_modules):
+        raise SettingsError(
+            f"target_modules {' '.join(asked.target_modules)}: none of these is in a layer; name"
+            " modules of layers too, such as all-linear"
+        )
+    trainer.console = Console(highlight=False, stderr=True)
+    data = trainer.prepare_data()
+    drawn = _draw(data, asked, batches)
+    try:
+        model = trainer.prepare_model()
+        engine = _engine(trainer, model.decoder, drawn)
+        measurement = measure(engine, model.decoder, model.adapter, drawn, batch_done)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(
+            f"out of memory on {trainer.settings.device}: {str(error).splitlines()[0]}\n"
+            "Try --batch_size 1, --precision bf16 or a smaller --max_length."
+        ) from None
+    config, modules = trainer.model_config, trainer.target_modules
+    proposal = propose(config, {pull.module: pull.square for pull in measurement.pulls}, share)
+    base = _base(trainer.settings)
+    rows = Rows(tuple(Row(len(row.input_ids), row.num_target_tokens) for row in data.train_rows))
+
+    def price(chosen: tuple[str, ...]) -> Price:
+        return price_of(config, chosen, asked.lora_r, base=base, rows=rows)
+
+    names = dict.fromkeys(short_name(module) for module in modules)
+    return Survey(
+        settings=asked,
+        config=config,
+        device=trainer.settings.device,
+        precision=trainer.settings.precision,
+        rows=sum(len(batch.slots) for batch in drawn),
+        of_rows=len(data.train_rows),
+        measurement=measurement,
+        prices={
+            name: price(tuple(module for module in modules if short_name(module) == name))
+            for name in names
+        },
+        everything=price(modules),
+        proposal=proposal,
+        proposed=price(proposal.modules),
+    )
+
+
+def _draw(data: PreparedData, settings: Settings, batches: int) -> list[Batch]:
+    """Batches of rows drawn with the seed, none twice; fewer where there are not so many rows."""
+    rows, size = data.train_rows, settings.micro_batch
+    count = min(len(rows), batches * size)
+    order = random.Random(f"{settings.seed}/layers").sample(range(len(rows)), count)
+    return [
+        pack([rows[index] for index in order[start : start + size]])
+        for start in range(0, count, size)
+    ]
+
+
+def _engine(trainer: Phi2LoRATrainer, decoder: Decoder, batches: list[Batch]) -> Engine:
+    """The engine that was asked for, without dropout; it recomputes what training would have to."""
+    settings, count = trainer.settings, trainer.model_config.num_hidden_layers
+    layers = count if settings.recompute_layers == "all" else settings.recompute_layers
+    if not settings.gradient_checkpointing:
+        layers = 0
+    if settings.engine == "reference":
+        return ReferenceEngine(decoder, count if layers is None else layers)
+    return FusedEngine(decoder, 0.0, _fewest(trainer, batches) if layers is None else layers)
+
+
+def _fewest(trainer: Phi2LoRATrainer, batches: list[Batch]) -> int:
+    """As few recomputed layers as fit the device, with the largest of these batches."""
+    largest = max(batches, key=lambda batch: batch.num_tokens)
+    lengths = tuple(stop - start for start, stop in itertools.pairwise(largest.cu_seqlens))
+    kinds: dict[str, Device] = {"cpu": "cpu", "cuda": "cuda", "mps": "mps"}
+    return fewest_recomputed(
+        trainer.model_config,
+        trainer.target_modules,
+        MEASURING_RANK,
+        _base(trainer.settings),
+        Shape(lengths, largest.num_target_tokens),
+        memory_budget(trainer.device).bytes,
+        kinds[trainer.device.type],
+    ).recompute_layers
+
+
+def _base(settings: Settings) -> Base:
+    return "fp32" if settings.precision == "fp32" else "bf16"
+
+
+def as_json(found: Survey, command: str) -> dict[str, Any]:
+    """The whole survey in plain types, for `--json`; memory in bytes."""
+    measurement, proposal = found.measurement, found.proposal
+    return {
+        "model": {
+            "name": found.settings.model_name,
+            "model_type": found.config.model_type,
+            "num_hidden_layers": found.config.num_hidden_layers,
+        },
+        "device": found.device,
+        "precision": found.precision,
+        "lora_r": found.settings.lora_r,
+        "measuring_rank": MEASURING_RANK,
+        "rows": found.rows,
+        "of_rows": found.of_rows,
+        "batches": measurement.batches,
+        "tokens": measurement.tokens,
+        "target_tokens": measurement.target_tokens,
+        "loss": measurement.loss,
+        "modules": [{**asdict(pull), "relative": pull.relative} for pull in measurement.pulls],
+        "prices": {name: asdict(price) for name, price in found.prices.items()},
+        "everything": asdict(found.everything),
+        "proposal": {**asdict(proposal), "price": asdict(found.proposed), "command": command},
+        "caveat": CAVEAT,
+    }

@@ -1,0 +1,424 @@
+"""Machines: this one, as far as it can be seen without torch, and some well-known ones.
+
+What it does not do: measure. Speeds are a datasheet's peak and an assumed share of it.
+"""
+
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from phitune.errors import SettingsError
+from phitune.plan.memory import GIB, PROGRAM_BYTES, Base, Device
+
+if TYPE_CHECKING:
+    import torch
+
+
+# -------------------------------------------------------------------------------------------------
+# How much memory this process may still take, and a limit of its own below the one that kills.
+#
+# Beside what the machine has free, a container (cgroup) and a shell (ulimit) have a say. A
+# container that goes over its limit is killed without a word; so on Linux a run sets itself a
+# limit a little lower, where an allocation fails instead, and a failure is something that can be
+# dealt with. No torch here.
+
+# Of what there is, a run's own limit leaves this share to the kernel's tables and to chance.
+CEILING_SHARE = 0.97
+_PROC, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+# Version 1 says "no limit" with a number of about 2**63.
+_NO_LIMIT = 2**60
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that may still be taken, and who says so."""
+
+    bytes: int
+    source: str
+
+
+@dataclass(frozen=True)
+class _CgroupFiles:
+    """Where a version of cgroups keeps its figures."""
+
+    root: Path
+    limits: tuple[str, ...]
+    usage: str
+    cache: str  # the line of memory.stat: files the kernel drops when it needs their memory
+
+
+def memory_room() -> Room:
+    """The tightest of what the machine, its containers and the shell leave to this process."""
+    ram = psutil.virtual_memory()
+    free = Room(ram.available, f"free now, of this machine's {ram.total / GIB:.1f} GiB")
+    return min([free, *cgroup_rooms(), *_ulimit_rooms()], key=lambda room: room.bytes)
+
+
+def bytes_until_killed() -> int:
+    """What may be taken before the kernel ends the process; a machine swaps before it does."""
+    free = psutil.virtual_memory().available + psutil.swap_memory().free
+    return min([free, *(room.bytes for room in cgroup_rooms())])
+
+
+def cgroup_rooms(membership: Path = _PROC, root: Path = _CGROUPS) -> list[Room]:
+    """What each cgroup with a limit, from this process's own upwards, has left.
+
+    Args:
+        membership, root: the kernel's files; others for tests.
+    """
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return []
+    rooms = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        files = _files_of(controllers.split(","), root)
+        if files is None:
+            continue
+        own = Path(path).relative_to("/")
+        # Inside of a container the path may be the host's, and only the root is there.
+        folders = dict.fromkeys(files.root / part for part in (own, *own.parents))
+        rooms += [room for folder in folders if (room := _room_in(folder, files))]
+    return rooms
+
+
+def _files_of(controllers: list[str], root: Path) -> _CgroupFiles | None:
+    if controllers == [""]:
+        unified = root / "unified"  # Where both versions are mounted side by side.
+        return _CgroupFiles(
+            unified if unified.is_dir() else root,
+            ("memory.max", "memory.high"),
+            "memory.current",
+            "inactive_file",
+        )
+    if "memory" in controllers:
+        return _CgroupFiles(
+            root / "memory",
+            ("memory.limit_in_bytes",),
+            "memory.usage_in_bytes",
+            "total_inactive_file",
+        )
+    return None
+
+
+def _room_in(folder: Path, files: _CgroupFiles) -> Room | None:
+    limits = [limit for name in files.limits if (limit := _number(folder / name)) is not None]
+    limits = [limit for limit in limits if limit < _NO_LIMIT]
+    usage = _number(folder / files.usage)
+    if not limits or usage is None:
+        return None
+    limit = min(limits)
+    left = limit - usage + _statistic(folder / "memory.stat", files.cache)
+    return Room(max(left, 0), f"free now, of the container's {limit / GIB:.1f} GiB ({folder})")
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # A limit may be the word "max".
+        return None
+
+
+def _statistic(path: Path, name: str) -> int:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.split()[:1] == [name]), 0)
+
+
+def _ulimit_rooms() -> list[Room]:
+    """What the limits on address space and data leave; Linux alone enforces them."""
+    if sys.platform != "linux":
+        return []
+    import resource
+
+    held = psutil.Process().memory_info()
+    rooms = []
+    for name, kind, now in (
+        ("-v", resource.RLIMIT_AS, held.vms),
+        ("-d", resource.RLIMIT_DATA, held.data),
+    ):
+        limit, _ = resource.getrlimit(kind)
+        if limit != resource.RLIM_INFINITY:
+            source = f"free now, of the {limit / GIB:.1f} GiB of ulimit {name}"
+            rooms.append(Room(max(limit - now, 0), source))
+    return rooms
+
+
+class MemoryCeiling:
+    """While it is entered, allocations fail before the kernel would end the process."""
+
+    def __init__(self, device: str) -> None:
+        """
+        Args:
+            device: its kind. An accelerator's memory has an allocator that fails by itself.
+        """
+        self._is_used = device == "cpu" and sys.platform == "linux"
+        self._before = (0, 0)
+        self._untouched = 0  # bytes that are mapped but were never used, such as threads' stacks
+
+    def __enter__(self) -> "MemoryCeiling":
+        if self._is_used:
+            import resource
+
+            self._before = resource.getrlimit(resource.RLIMIT_DATA)
+            mapped, used = _held()
+            self._untouched = max(mapped - used, 0)
+            self.renew()
+        return self
+
+    def renew(self) -> None:
+        """Takes its place above what is used now, by what may be taken until the kernel kills.
+
+        The system counts what is mapped, though, and pages that were used once and given back stay
+        mapped: they may be used again at any time, so they get no room of their own.
+        """
+        if not self._is_used:
+            return
+        import resource
+
+        _, used = _held()
+        ceiling = used + self._untouched + round(CEILING_SHARE * bytes_until_killed())
+        soft, hard = self._before
+        if soft != resource.RLIM_INFINITY:
+            ceiling = min(ceiling, soft)
+        # Private memory that can be written: the heap, and what torch and its libraries map.
+        resource.setrlimit(resource.RLIMIT_DATA, (ceiling, hard))
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_used:
+            import resource
+
+            resource.setrlimit(resource.RLIMIT_DATA, self._before)
+
+
+def _held() -> tuple[int, int]:
+    """Bytes of private memory that are mapped, and those among them that are in use."""
+    memory = psutil.Process().memory_info()
+    return memory.data, memory.rss - memory.shared
+
+
+# -------------------------------------------------------------------------------------------------
+# What memory a run may plan with, and what is in use. No torch at the top.
+
+# Of what there is, a run plans with this share: the rest is for others and for chance.
+BUDGET_SHARE: dict[Device, float] = {"cpu": 0.9, "cuda": 0.92, "mps": 0.95}
+
+
+def memory_in_use(device: "torch.device") -> float:
+    """GiB held now: the allocator's on an accelerator, the process's resident memory on a CPU."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device) / GIB
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / GIB
+    return float(psutil.Process().memory_info().rss) / GIB
+
+
+def _room_on(device: "torch.device") -> Room:
+    """What is free for this process on a device."""
+    import torch
+
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return Room(free, f"free now, of the card's {total / GIB:.1f} GiB")
+    if device.type == "mps":
+        # Beyond the recommended working set a Mac swaps instead of failing.
+        return Room(torch.mps.recommended_max_memory(), "macOS recommends to its GPU")
+    return memory_room()
+
+
+def memory_budget(device: "torch.device") -> Room:
+    """What a run may plan with now: its share of what is free.
+
+    A plan has a term for the program, which on a CPU is there already, at least in part.
+    """
+    room, kind = _room_on(device), _kind(device)
+    held = psutil.Process().memory_info().rss if kind == "cpu" else 0
+    share = BUDGET_SHARE[kind] * (room.bytes + min(held, PROGRAM_BYTES[kind]))
+    return Room(round(share), room.source)
+
+
+def peak_memory(device: "torch.device") -> float:
+    """GiB: the most this process has held so far, as `memory_in_use` counts."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / GIB
+    if device.type == "mps":
+        return memory_in_use(device)  # Apple's allocator keeps no peak.
+    if sys.platform == "win32":
+        return float(psutil.Process().memory_info().peak_wset) / GIB
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on a Mac
+    return peak * (1 if sys.platform == "darwin" else 1024) / GIB
+
+
+def _kind(device: "torch.device") -> Device:
+    kinds: dict[str, Device] = {"cuda": "cuda", "mps": "mps"}
+    return kinds.get(device.type, "cpu")
+
+
+# -------------------------------------------------------------------------------------------------
+# Amounts of memory: as typed, in bytes, and the part of them that a run plans with.
+#
+# GiB are 2**30 bytes and GB 10**9, as on the card's box and in the training guide.
+
+GB = 10**9
+
+_UNITS = {"": 10**9, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?)?\s*", re.IGNORECASE)
+_MOST_MEMORY = 10**15
+
+
+@dataclass(frozen=True)
+class Memory:
+    """How much there is, and who says so."""
+
+    bytes: int
+    source: str
+
+    def budget(self, device: Device) -> int:
+        """Bytes that a run plans with, the same share as in training."""
+        return round(BUDGET_SHARE[device] * self.bytes)
+
+
+def parse_memory(text: str) -> int:
+    """ "24GB", "24G" or "24" (10**9 bytes each) and "24GiB" (2**30) as bytes.
+
+    Raises:
+        SettingsError: no amount of memory, or one that no machine has.
+    """
+    size = in_bytes(text)
+    remedy = "write it like 24GB, 24GiB (2**30) or 24 (GB)"
+    if size is None:
+        raise SettingsError(f"--memory {text!r}: is not an amount of memory; {remedy}")
+    if not 0 < size <= _MOST_MEMORY:
+        raise SettingsError(
+            f"--memory {text!r}: is {size / GB:,.0f} GB, which no machine has; {remedy}"
+        )
+    return size
+
+
+def in_bytes(text: str) -> int | None:
+    """An amount as typed, such as "5GB", "5" (GB) or "5GiB"; None where it is none."""
+    match = _AMOUNT.fullmatch(text)
+    if not match:
+        return None
+    number, unit, binary = match[1], (match[2] or "").upper(), match[3]
+    return round(float(number) * (_BINARY_UNITS if binary else _UNITS)[unit])
+
+
+# -------------------------------------------------------------------------------------------------
+
+# What macOS recommends its GPU to use, of the memory of a Mac.
+APPLE_SHARE = 2 / 3
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine whose speed is estimated, with every number that goes into it."""
+
+    name: str
+    device: Device
+    memory_gb: float
+    tflops_bf16: float  # dense, accumulated in fp32
+    tflops_fp32: float
+    mfu: float  # assumed, not measured
+    source: str
+
+    @property
+    def memory(self) -> Memory:
+        return Memory(round(self.memory_gb * GB), self.name)
+
+    def tflops(self, base: Base) -> float:
+        return self.tflops_fp32 if base == "fp32" else self.tflops_bf16
+
+
+_CPU_CORE = 64 * 2.7e-3  # TFLOP/s: two AVX-512 units, 16 lanes, an FMA counts two, at 2.7 GHz
+_CPU_SOURCE = "cores x 64 FLOP a cycle (two AVX-512 FMA units) x 2.7 GHz"
+_APPLE_CORES = 18 * 128 * 2 * 1.4e-3  # TFLOP/s: lanes a core, an FMA counts two, at 1.4 GHz
+MACHINES = (
+    Machine("RTX 3090", "cuda", 24, 71, 35.6, 0.5, "NVIDIA GA102 whitepaper"),
+    Machine("RTX 4090", "cuda", 24, 165.2, 82.6, 0.5, "NVIDIA Ada whitepaper"),
+    Machine("A10G", "cuda", 24, 70, 35, 0.5, "NVIDIA A10G datasheet"),
+    Machine("L4", "cuda", 24, 121, 30.3, 0.5, "NVIDIA L4 datasheet, half of the sparse figure"),
+    Machine("A100 80GB", "cuda", 80, 312, 19.5, 0.5, "NVIDIA A100 datasheet"),
+    Machine("H100", "cuda", 80, 989, 67, 0.4, "NVIDIA H100 SXM datasheet, half of the sparse one"),
+    Machine(
+        "M3 Pro 18 GB",
+        "mps",
+        18 * GIB * APPLE_SHARE / GB,
+        _APPLE_CORES,
+        _APPLE_CORES,
+        0.5,
+        "Apple gives none: 18 cores x 128 lanes x 2 x 1.4 GHz",
+    ),
+    Machine("2-core CPU", "cpu", 16, 2 * _CPU_CORE, 2 * _CPU_CORE, 0.8, _CPU_SOURCE),
+    Machine("16-core CPU", "cpu", 64, 16 * _CPU_CORE, 16 * _CPU_CORE, 0.8, _CPU_SOURCE),
+)
+
+
+def device_kind(name: str) -> tuple[Device, str]:
+    """The kind of device, and how it came about; "auto" is what training would most likely take."""
+    if name == "auto":
+        if shutil.which("nvidia-smi"):
+            return "cuda", "this machine has an NVIDIA driver"
+        if is_apple_silicon():
+            return "mps", "this is a Mac"
+        return "cpu", "this machine has no GPU; --device cuda plans for one"
+    kinds: dict[str, Device] = {"cpu": "cpu", "cuda": "cuda", "mps": "mps"}
+    return kinds[name.partition(":")[0]], "as asked"
+
+
+def memory_here(name: str, device: Device) -> Memory:
+    """What a run on this machine would find now, as far as that can be seen without torch.
+
+    Args:
+        name: the device as the settings have it, such as "cuda:1".
+
+    Raises:
+        SettingsError: it cannot be seen, so `--memory` has to say it.
+    """
+    if device == "cpu":
+        room = memory_room()
+        return Memory(room.bytes, room.source)
+    if device == "mps" and is_apple_silicon():
+        total = psutil.virtual_memory().total
+        return Memory(round(total * APPLE_SHARE), "two thirds of this Mac's memory")
+    if device == "cuda" and (size := _free_by_nvidia_smi(name)):
+        return Memory(size, "free now, as nvidia-smi has it")
+    raise SettingsError(
+        f"device {name}: its memory cannot be seen from here; say how much it has, such as"
+        " --memory 24GB"
+    )
+
+
+def is_apple_silicon() -> bool:
+    """Whether this is a Mac with a GPU that PyTorch can use."""
+    return sys.platform == "darwin" and platform.machine() == "arm64"
+
+
+def _free_by_nvidia_smi(name: str) -> int | None:
+    program = shutil.which("nvidia-smi")
+    if not program:
+        return None
+    index = name.partition(":")[2] or "0"
+    query = [program, "--query-gpu=memory.free", "--format=csv,noheader,nounits", "-i", index]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+        return int(done.stdout.split()[0]) * 2**20
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None

@@ -1,0 +1,400 @@
+"""What memory a run takes, as a sum of named buffers.
+
+What there is stands in `budget.py`, what fits in `fit.py`.
+
+The arithmetic follows `model/fused_layers.py` buffer by buffer; benchmarks/memory_plan.py holds it
+against an allocator that counts. No torch here: `phitune plan` answers at once.
+
+Letters: T tokens of a micro-batch, N trained tokens, D hidden, F intermediate, V vocabulary,
+R rank, X further columns of a widened weight.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from phitune.model import architecture
+from phitune.model.architecture import (
+    EMBED_TOKENS,
+    FAMILIES,
+    LM_HEAD,
+    LinearSpec,
+    ModelConfig,
+    layer_linears,
+)
+
+GIB = 2**30
+
+Base = Literal["fp32", "bf16", "int8", "nf4"]
+Device = Literal["cpu", "cuda", "mps"]
+
+# Bytes of a weight in the layers; quantised bases add a scale to each block of 64.
+_WEIGHT_BYTES: dict[Base, float] = {"fp32": 4, "bf16": 2, "int8": 1 + 2 / 64, "nf4": 0.5 + 4 / 64}
+_FP32 = 4
+# Parameter, gradient, the start and the best of the run. The moments, the padding of A's gradients
+# and the working copies are counted apart.
+_ADAPTER_COPIES = 4
+_OPTIMIZER_COPIES = 2
+# Integers of a token: ids, labels, positions (int64), the trained positions and the row key.
+_BATCH_BYTES = 3 * 8 + 8 + 4
+# Temporaries of a block that exist at once.
+_BLOCK_TEMPORARIES = 5
+# What the program itself holds before the first tensor: measured for CPUs, published for CUDA.
+PROGRAM_BYTES: dict[Device, int] = {
+    "cpu": round(0.35 * GIB),
+    "cuda": round(0.5 * GIB),
+    "mps": round(0.35 * GIB),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The largest micro-batch of a run."""
+
+    lengths: tuple[int, ...]  # tokens of each sequence
+    target_tokens: int  # trained positions among them
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One buffer, or several of a kind, at the moment of the peak."""
+
+    name: str
+    bytes: int
+    what: str
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a run holds at its peak, and how many layers it recomputes."""
+
+    terms: tuple[Term, ...]
+    recompute_layers: int
+    num_layers: int
+    peak_at: str  # the moment of the peak
+
+    @property
+    def bytes(self) -> int:
+        return sum(term.bytes for term in self.terms)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Without the program itself: what an allocator of tensors counts."""
+        return self.bytes - sum(term.bytes for term in self.terms if term.name == "program")
+
+
+def plan_memory(
+    config: ModelConfig,
+    modules: Sequence[str],
+    rank: int,
+    base: Base,
+    shape: Shape,
+    recompute_layers: int,
+    device: Device = "cpu",
+) -> MemoryPlan:
+    """The peak of a training step of the fused engine, term by term.
+
+    Args:
+        modules: full names of the adapted modules, see `model.targets.resolve_targets`.
+        base: how the frozen weights are held; int8 and nf4 compute in bf16.
+        shape: the largest micro-batch.
+    """
+    return _Arithmetic(config, modules, rank, base, shape, recompute_layers, device).plan()
+
+
+def saved_bytes_per_token(
+    config: ModelConfig, modules: Sequence[str], rank: int, element_bytes: int, layer: int
+) -> int:
+    """What a stored layer, not the last, keeps of a token."""
+    further = _further(f"model.layers.{layer}.", layer_linears(config), modules, rank)
+    return _saved_of_token(config, further, element_bytes)
+
+
+def _saved_of_token(config: ModelConfig, further: dict[str, int], element_bytes: int) -> int:
+    elements = config.hidden_size + 2 * config.query_size + 2 * config.key_value_size
+    if config.model_type == "phi":
+        elements += config.intermediate_size
+    else:
+        elements += config.hidden_size + 2 * config.intermediate_size
+    log_sum_exp = _FP32 * config.num_attention_heads
+    return (elements + sum(further.values())) * element_bytes + log_sum_exp
+
+
+def _further(
+    prefix: str, linears: dict[str, LinearSpec], modules: Iterable[str], rank: int
+) -> dict[str, int]:
+    """X of each linear layer."""
+    adapted = set(modules)
+    return {
+        name: architecture.further_columns(
+            sum(rank for part, _ in spec.parts if prefix + part in adapted)
+        )
+        for name, spec in linears.items()
+    }
+
+
+def _filled(shape: Shape, device: Device) -> Shape:
+    """With the filler of `model/filler.py`."""
+    filler = architecture.filler_tokens(shape.tokens, device)
+    lengths = (*shape.lengths, filler) if filler else shape.lengths
+    return Shape(lengths, architecture.filled_rows(shape.target_tokens, device))
+
+
+class _Arithmetic:
+    """One plan's numbers. Sizes of layers are per token unless their name says otherwise."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        modules: Sequence[str],
+        rank: int,
+        base: Base,
+        shape: Shape,
+        recompute_layers: int,
+        device: Device,
+    ) -> None:
+        self.config, self.modules, self.rank = config, set(modules), rank
+        self.base, self.device = base, device
+        self.asked, self.shape = shape, _filled(shape, device)
+        self.recompute_layers = recompute_layers
+        self.element = 4 if base == "fp32" else 2
+        self.linears = layer_linears(config)
+        self.layers = range(config.num_hidden_layers)
+        self.further = {
+            layer: _further(f"model.layers.{layer}.", self.linears, modules, rank)
+            for layer in self.layers
+        }
+        self.head_further = architecture.further_columns(rank) if LM_HEAD in self.modules else 0
+        adapted = [layer for layer in self.layers if any(self.further[layer].values())]
+        embeds = any(name.endswith(EMBED_TOKENS) for name in self.modules)
+        self.lowest = 0 if embeds else min(adapted, default=len(self.layers))
+
+    def plan(self) -> MemoryPlan:
+        kept = [self._kept(layer) for layer in self.layers]
+        best = (0, 0, 0, 0, "")  # total, stored, recomputed, working, when
+        for working, recomputed, layer, when in self._moments():
+            stored = sum(kept[: layer + 1])
+            best = max(best, (stored + recomputed + working, stored, recomputed, working, when))
+        _, stored, recomputed, working, when = best
+        loss = self._logits() if when == "loss" else 0
+        terms = [
+            *self._fixed_terms(),
+            Term("activations, stored", stored, self._stored_words(kept)),
+            Term("activations, recomputed", recomputed, "the layer at hand, computed again"),
+            Term(
+                "loss chunk",
+                loss,
+                f"{self._loss_rows()} rows of logits, which become their gradient",
+            ),
+            Term("working buffers", working - loss, f"the peak is in the {when}"),
+            Term("micro-batch", self._batch(), "ids, labels, rotary tables"),
+            Term(
+                "program",
+                PROGRAM_BYTES[self.device],
+                "Python and torch" if self.device == "cpu" else "torch and the driver's context",
+            ),
+        ]
+        return MemoryPlan(tuple(terms), self.recompute_layers, len(self.layers), when)
+
+    def _fixed_terms(self) -> list[Term]:
+        config, rank = self.config, self.rank
+        in_layers = sum(
+            sum(out for _, out in spec.parts) * spec.in_features for spec in self.linears.values()
+        ) * len(self.layers)
+        tables = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+        small = self._biases_and_norms()
+        weights = round(in_layers * _WEIGHT_BYTES[self.base]) + (tables + small) * self.element
+        widening = working_A = grad_A = parameters = keys = 0
+        for layer in self.layers:
+            for name, spec in self.linears.items():
+                further = self.further[layer][name]
+                outputs = sum(out for _, out in spec.parts)
+                widening += outputs * further * self.element
+                working_A += further * spec.in_features * self.element
+                grad_A += further * spec.in_features * _FP32
+                for part, out in spec.parts:
+                    if f"model.layers.{layer}.{part}" in self.modules:
+                        parameters += rank * (spec.in_features + out)
+                        grad_A -= rank * spec.in_features * _FP32
+                        keys += spec.in_features * _FP32
+        hidden, vocabulary = config.hidden_size, config.vocab_size
+        if self.head_further:
+            widening += vocabulary * self.head_further * self.element
+            if config.tie_word_embeddings:
+                widening += vocabulary * hidden * self.element
+            working_A += self.head_further * hidden * self.element
+            grad_A += (self.head_further - rank) * hidden * _FP32
+            keys += hidden * _FP32
+            parameters += rank * (hidden + vocabulary)
+        if any(name.endswith(EMBED_TOKENS) for name in self.modules):
+            parameters += rank * (hidden + vocabulary)
+        billions = (in_layers + tables + small) / 1e9
+        return [
+            Term("weights", weights + widening, f"{billions:.2f} B parameters in {self.base}"),
+            Term(
+                "adapter",
+                parameters * _FP32 * _ADAPTER_COPIES + working_A + grad_A + keys,
+                f"{parameters / 1e6:.1f} M parameters, their gradients and copies",
+            ),
+            Term("optimizer", parameters * _FP32 * _OPTIMIZER_COPIES, "AdamW's two moments"),
+        ]
+
+    def _biases_and_norms(self) -> int:
+        config, family = self.config, FAMILIES[self.config.model_type]
+        each_norm = config.hidden_size * (2 if family.norm_bias else 1)
+        biases = sum(out for spec in self.linears.values() if spec.bias for _, out in spec.parts)
+        in_layer = biases + len(family.norms) * each_norm
+        head = config.vocab_size if family.lm_head_bias else 0
+        return in_layer * len(self.layers) + each_norm + head
+
+    def _kept(self, layer: int) -> int:
+        """Bytes that a layer holds from its forward to its backward."""
+        if layer < self.lowest:
+            # Its input lives on only where it is the embedding, which the engine holds.
+            return self.shape.tokens * self.config.hidden_size * self.element if not layer else 0
+        if layer < self.recompute_layers:
+            return self.shape.tokens * self.config.hidden_size * self.element
+        return self._saved(layer)
+
+    def _saved(self, layer: int) -> int:
+        tokens = self.shape.tokens
+        if layer < len(self.layers) - 1:
+            return tokens * _saved_of_token(self.config, self.further[layer], self.element)
+        # The last layer: everything past the keys and values on trained positions only.
+        config, further = self.config, self.further[layer]
+        all_rows = config.hidden_size + 2 * config.query_size + 2 * config.key_value_size
+        if config.model_type == "phi":
+            some_rows = config.intermediate_size + further["dense"] + further["fc2"]
+            all_rows += further["qkv_fc1"]
+        else:
+            some_rows = config.hidden_size + 2 * config.intermediate_size
+            some_rows += further["o_proj"] + further["gate_up_proj"] + further["down_proj"]
+            all_rows += further["qkv_proj"]
+        lse = tokens * config.num_attention_heads * _FP32
+        return (tokens * all_rows + self.shape.target_tokens * some_rows) * self.element + lse
+
+    def _moments(self) -> Iterable[tuple[int, int, int, str]]:
+        """(working bytes, bytes recomputed, layer, what is going on) of each moment."""
+        last = len(self.layers) - 1
+        hidden = self.shape.target_tokens * self.config.hidden_size * self.element
+        yield self._loss_buffers() + hidden, 0, last, "loss"
+        for layer in self.layers:
+            rows = self.shape.target_tokens if layer == last else self.shape.tokens
+            forward = max(self._forward_buffers(layer, rows))
+            is_kept = layer >= self.lowest and layer >= self.recompute_layers
+            # A layer that is not kept holds its saved set while it runs all the same.
+            passing = 0 if is_kept else self._saved(layer) - self._kept(layer)
+            yield forward, passing, layer, "forward"
+            if layer >= self.lowest:
+                backward = max(self._backward_buffers(layer, rows))
+                yield backward, 0 if is_kept else passing, layer, "backward"
+
+    def _forward_buffers(self, layer: int, rows: int) -> list[int]:
+        """Beyond the saved set, moment by moment."""
+        config, further, tokens = self.config, self.further[layer], self.shape.tokens
+        hidden, inner, query = config.hidden_size, config.intermediate_size, config.query_size
+        if config.model_type == "phi":
+            before = tokens * (hidden + further["qkv_fc1"]) - tokens * query
+            after = rows * (2 * hidden + inner + further["fc2"])
+        else:
+            before = rows * (hidden + further["gate_up_proj"])
+            after = rows * (inner + further["down_proj"] + hidden)
+        return [
+            before * self.element,
+            after * self.element + self._block(inner),
+            self._attention_forward() + self._rotation(),
+        ]
+
+    def _backward_buffers(self, layer: int, rows: int) -> list[int]:
+        """Beyond the saved set, moment by moment; the gradient of the layer's output included."""
+        config, further, tokens = self.config, self.further[layer], self.shape.tokens
+        hidden, inner, query = config.hidden_size, config.intermediate_size, config.query_size
+        projected = query + 2 * config.key_value_size
+        scattered = tokens * query if rows < tokens else 0
+        if config.model_type == "phi":
+            grads = rows * (hidden + inner) + tokens * projected
+            mlp = grads + rows * (inner + further["fc2"])
+            attention = grads + rows * (query + further["dense"]) + scattered
+            back = grads + tokens * (hidden + further["qkv_fc1"])
+            steps = [mlp, attention, back]
+        else:
+            grads = rows * hidden
+            mlp = grads + rows * (3 * inner + further["down_proj"])
+            middle = grads + rows * (2 * inner + hidden + further["gate_up_proj"])
+            grads += tokens * projected
+            attention = grads + rows * (query + further["o_proj"]) + scattered
+            back = grads + tokens * (hidden + further["qkv_proj"])
+            steps = [mlp, attention, back, middle]
+        extra = [
+            self._block(inner),
+            max(self._attention_backward(), self._rotation(), self._block(query)),
+            self._block(hidden),
+            self._block(hidden),
+        ]
+        return [step * self.element + more for step, more in zip(steps, extra, strict=False)]
+
+    def _loss_rows(self) -> int:
+        rows = architecture.loss_chunk_rows(self.config.vocab_size, self.device)
+        return min(self.shape.target_tokens, rows)
+
+    def _logits(self) -> int:
+        return self._loss_rows() * self.config.vocab_size * self.element
+
+    def _loss_buffers(self) -> int:
+        """The logits, and the larger of a block's softmax and the head's way back."""
+        rows, vocabulary = self._loss_rows(), self.config.vocab_size
+        block = min(architecture.block_rows(vocabulary, self.device), rows) * vocabulary * _FP32
+        softmax = block if self.element == _FP32 else 2 * block
+        # On a CPU the products of the head's slabs are summed: a second buffer.
+        back = rows * self.config.hidden_size * self.element * (2 if self.device == "cpu" else 1)
+        return self._logits() + max(softmax, back)
+
+    def _attention_forward(self) -> int:
+        query = self.config.query_size
+        rows = self.shape.longest if self.device == "cpu" else self.shape.tokens
+        return rows * query * self.element
+
+    def _attention_backward(self) -> int:
+        query = self.config.query_size
+        if self.device == "cuda":
+            # Results, a contiguous gradient, and the kernel's sums in fp32.
+            return self.shape.tokens * query * (4 * self.element + _FP32)
+        if self.device == "mps":
+            scores = (
+                self.config.num_attention_heads
+                * architecture.QUERIES_PER_BLOCK
+                * self.shape.longest
+            )
+            return 4 * scores * _FP32
+        return self.shape.longest * query * 3 * self.element
+
+    def _rotation(self) -> int:
+        """Temporaries of rotating the queries in place."""
+        half = self.config.num_attention_heads * self.config.rotary_dim // 2
+        return 3 * self.shape.tokens * half * self.element
+
+    def _block(self, width: int) -> int:
+        rows = min(architecture.block_rows(width, self.device), self.shape.tokens)
+        return _BLOCK_TEMPORARIES * rows * width * _FP32
+
+    def _batch(self) -> int:
+        rotary = 2 * self.config.rotary_dim * self.element
+        return self.shape.tokens * (_BATCH_BYTES + rotary)
+
+    def _stored_words(self, kept: Sequence[int]) -> str:
+        stored = max(len(self.layers) - max(self.recompute_layers, self.lowest), 0)
+        tokens = f"{self.asked.tokens:,} tokens"
+        if not stored:
+            return f"the inputs of {len(self.layers)} layers x {tokens}"
+        each = kept[-2] if len(kept) > 1 else kept[-1]
+        words = f"{stored} of {len(self.layers)} layers x {tokens}"
+        words += f" x {each / self.shape.tokens / 1024:.1f} KiB"
+        return words if stored == len(self.layers) else f"{words}, inputs of the others"

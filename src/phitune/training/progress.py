@@ -1,0 +1,370 @@
+"""What a person sees of a run: a live view on a terminal, plain lines everywhere else."""
+
+import datetime
+import errno
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from phitune.config import Resolved, Settings
+from phitune.data.prepare import PreparedData
+from phitune.data.store import Progress as DataProgress
+from phitune.errors import SettingsError
+from phitune.inference.answers import Sample
+from phitune.model.architecture import EMBED_TOKENS, LM_HEAD, ModelConfig
+from phitune.model.decoder import Decoder
+from phitune.model.lora import Adapter
+from phitune.plan.machine import Room
+from phitune.plan.memory import GIB, MemoryPlan
+from phitune.training.loop import Evaluation, StepMetrics
+
+# -------------------------------------------------------------------------------------------------
+# Trackers: where numbers go besides metrics.jsonl.
+
+# What a line of metrics.jsonl says about when; everything else in it is a curve.
+_WHEN = ("step", "epoch")
+
+
+class Tracker(Protocol):
+    """Takes each line of metrics.jsonl."""
+
+    def log(self, metrics: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoardTracker:
+    """Writes event files for TensorBoard."""
+
+    def __init__(self, folder: Path, first_step: int = 0) -> None:
+        """
+        Args:
+            first_step: of a run that goes on; curves beyond it are those of a part that was lost.
+        """
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=first_step or None)
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        for name, value in metrics.items():
+            if name not in _WHEN:
+                self._writer.add_scalar(name, value, metrics["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def check_tracker(report_to: Literal["none", "tensorboard"]) -> None:
+    """Refuses a tracker that is not installed, before anything costly is done.
+
+    Raises:
+        SettingsError: with the command that installs it.
+    """
+    if report_to == "tensorboard":
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+        except ImportError:
+            raise SettingsError(
+                "report_to tensorboard: TensorBoard is not installed;"
+                " run: pip install 'phitune[tensorboard]'"
+            ) from None
+
+
+def open_trackers(
+    report_to: Literal["none", "tensorboard"], run_path: Path, first_step: int = 0
+) -> list[Tracker]:
+    """The trackers a run was asked to feed; their files lie in the run directory."""
+    if report_to == "none":
+        return []
+    return [TensorBoardTracker(run_path / "tensorboard", first_step)]
+
+
+# -------------------------------------------------------------------------------------------------
+
+
+class RunConsole(Console):
+    """A console whose reader may leave without ending the run on the spot."""
+
+    def on_broken_pipe(self) -> None:
+        # rich would exit here; what is to be done is the matter of `interrupt.Stop.showing`.
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+class View(Protocol):
+    """Shows the numbers of a run while it goes on."""
+
+    def start(
+        self, total_steps: int, total_sequences: int, steps: int = 0, sequences: int = 0
+    ) -> None:
+        """
+        Args:
+            steps, sequences: done already, by a run that goes on.
+        """
+        ...
+
+    def micro_batch_done(self, sequences: int) -> None: ...
+
+    def step_done(self, metrics: StepMetrics) -> None: ...
+
+    def evaluating(self, done: int, sequences: int) -> None: ...
+
+    def evaluated(self, evaluation: Evaluation, *, is_best: bool) -> None: ...
+
+    def sampled(self, epoch: int, samples: Sequence[Sample]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def open_view(console: Console) -> View:
+    """The live view where the cursor can be moved, plain lines where it cannot."""
+    live = console.is_terminal and not console.is_dumb_terminal
+    return LiveView(console) if live else PlainView(console)
+
+
+class PlainView:
+    """One line for each event; for logs, pipes and terminals without cursor control."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._total_steps = self._first_step = 0
+        self._started = 0.0
+
+    def start(
+        self, total_steps: int, total_sequences: int, steps: int = 0, sequences: int = 0
+    ) -> None:
+        self._total_steps, self._first_step = total_steps, steps
+        self._started = time.perf_counter()
+
+    def micro_batch_done(self, sequences: int) -> None:
+        pass
+
+    def step_done(self, metrics: StepMetrics) -> None:
+        done = metrics.step - self._first_step
+        seconds_a_step = (time.perf_counter() - self._started) / done
+        left = round(seconds_a_step * (self._total_steps - metrics.step))
+        self._print(
+            f"step {metrics.step}/{self._total_steps}  epoch {metrics.epoch}"
+            f"  loss {metrics.loss:.4f}  lr {metrics.learning_rate:.2e}"
+            f"  grad_norm {metrics.grad_norm:.3f}"
+            f"  {metrics.tokens_per_second:,.0f} tokens/s  {metrics.memory_gib:.2f} GiB"
+            f"  {datetime.timedelta(seconds=left)} left"
+        )
+
+    def evaluating(self, done: int, sequences: int) -> None:
+        pass
+
+    def evaluated(self, evaluation: Evaluation, *, is_best: bool) -> None:
+        self._print(_evaluation_line(evaluation, is_best=is_best))
+
+    def sampled(self, epoch: int, samples: Sequence[Sample]) -> None:
+        for line in _sample_lines(samples):
+            self._print(line)
+
+    def close(self) -> None:
+        pass
+
+    def _print(self, line: str) -> None:
+        # No wrapping: a log line is one line however narrow the terminal was.
+        self._console.print(escape(line), soft_wrap=True, highlight=False)
+
+
+class LiveView:
+    """A progress bar over all sequences, with the latest numbers below it."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("left"),
+            console=console,
+            expand=True,
+        )
+        self._task = self._progress.add_task("starting", total=None)
+        self._live = Live(console=console, refresh_per_second=4, transient=True)
+        self._total_steps = 0
+        self._step: StepMetrics | None = None
+        self._evaluation: Evaluation | None = None
+
+    def start(
+        self, total_steps: int, total_sequences: int, steps: int = 0, sequences: int = 0
+    ) -> None:
+        self._total_steps = total_steps
+        self._progress.update(self._task, total=total_sequences, completed=sequences)
+        self._live.start()
+        self._refresh()
+
+    def micro_batch_done(self, sequences: int) -> None:
+        self._progress.advance(self._task, sequences)
+
+    def step_done(self, metrics: StepMetrics) -> None:
+        self._step = metrics
+        self._progress.update(
+            self._task,
+            description=f"epoch {metrics.epoch}  step {metrics.step}/{self._total_steps}",
+        )
+        self._refresh()
+
+    def evaluating(self, done: int, sequences: int) -> None:
+        self._progress.update(self._task, description=f"validation {done}/{sequences}")
+
+    def evaluated(self, evaluation: Evaluation, *, is_best: bool) -> None:
+        self._evaluation = evaluation
+        self._console.print(escape(_evaluation_line(evaluation, is_best=is_best)), highlight=False)
+        self._refresh()
+
+    def sampled(self, epoch: int, samples: Sequence[Sample]) -> None:
+        for line in _sample_lines(samples):
+            self._console.print(Text(line, style="dim"))
+
+    def close(self) -> None:
+        self._live.stop()
+
+    def _refresh(self) -> None:
+        parts = []
+        if self._step:
+            parts += [
+                f"loss {self._step.loss:.4f}",
+                f"lr {self._step.learning_rate:.2e}",
+                f"{self._step.tokens_per_second:,.0f} tokens/s",
+                f"{self._step.memory_gib:.2f} GiB",
+            ]
+        if self._evaluation:
+            parts.insert(1, f"validation {self._evaluation.validation_loss:.4f}")
+        self._live.update(Group(self._progress, Text("  ".join(parts), style="cyan")))
+
+
+def _evaluation_line(evaluation: Evaluation, *, is_best: bool) -> str:
+    when = f"epoch {evaluation.epoch}" if evaluation.epoch else "base model"
+    best = "  best so far" if is_best else ""
+    return f"{when}  validation loss {evaluation.validation_loss:.4f}{best}"
+
+
+def _sample_lines(samples: Sequence[Sample]) -> list[str]:
+    return [
+        f"  {_one_line(sample.prompt)} -> {_one_line(sample.answer)}"
+        + ("" if sample.stopped else "  (did not stop by itself)")
+        for sample in samples
+    ]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def settings_lines(resolved: Resolved) -> Text:
+    """The settings in force and where each came from; what was not left at its default is bold."""
+    values = resolved.settings.model_dump(mode="json")
+    width = max(map(len, values))
+    lines = []
+    for name, value in values.items():
+        origin = resolved.origins[name]
+        shown = " | ".join(value) if isinstance(value, list) else "" if value is None else value
+        lines.append(
+            Text.assemble(
+                f"  {name:<{width}}  ",
+                (str(shown) or "-", "" if origin == "default" else "bold"),
+                (f"  ({origin})", "dim"),
+            )
+        )
+    return Text("\n").join(lines)
+
+
+@contextmanager
+def data_progress(console: Console) -> Iterator[DataProgress | None]:
+    """On a terminal, a bar for rows that are read and tokenised; it goes when they are done."""
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (
+        TextColumn("tokenising"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rows]:,} rows"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bars:
+        bar = bars.add_task("", total=None, rows=0, visible=False)
+
+        def show(rows: int, done: int, total: int) -> None:
+            bars.update(bar, completed=done, total=total, rows=rows, visible=True)
+
+        yield show
+
+
+def data_line(data: PreparedData, source: Path | str) -> str:
+    """How many rows and tokens there are, and how many of the tokens train."""
+    tokens, trained = data.train_rows.num_tokens, data.train_rows.num_target_tokens
+    return (
+        f"data: {len(data.train_rows)} training and {len(data.validation_rows)} validation rows"
+        f" from {source}; {tokens:,} tokens an epoch, {trained / tokens:.0%} of them trained;"
+        f" the longest row has {max(data.train_rows.longest, data.validation_rows.longest)}"
+    )
+
+
+def targets_line(modules: Sequence[str], config: ModelConfig, rank: int) -> str:
+    """What is adapted, and the size of what is large, known before weights are read."""
+    names = dict.fromkeys(name.rsplit(".", 1)[-1] for name in modules)
+    layers = {name.split(".")[2] for name in modules if ".layers." in name}
+    lines = [f"adapter: {' '.join(names)} in {len(layers)} of {config.num_hidden_layers} layers"]
+    size = rank * (config.vocab_size + config.hidden_size)
+    lines += [
+        f"  {name} adds {size:,} parameters, {4 * size / 2**20:.1f} MiB of the adapter's file"
+        for name in (EMBED_TOKENS, LM_HEAD)
+        if name in names
+    ]
+    return "\n".join(lines)
+
+
+def model_line(decoder: Decoder, adapter: Adapter, settings: Settings, seconds: float) -> str:
+    """The size of the base, and the share that is trained."""
+    frozen = sum(weight.numel() for weight in decoder.named_weights().values())
+    trained = adapter.num_parameters
+    return (
+        f"model: {frozen:,} parameters in {settings.precision} on {settings.device}, read in"
+        f" {seconds:.1f} s; {trained:,} more are trained ({trained / (frozen + trained):.2%})"
+    )
+
+
+def memory_line(plan: MemoryPlan, budget: Room) -> str:
+    """What the run will take at its peak, of what it plans with, and what is recomputed for it."""
+    layers, of = plan.recompute_layers, plan.num_layers
+    recomputed = f"{layers} of {of} layers are recomputed" if layers else "nothing is recomputed"
+    doubt = f"; that may not fit, of what is {budget.source}" if plan.bytes > budget.bytes else ""
+    peak, there = plan.bytes / GIB, budget.bytes / GIB
+    return (
+        f"memory: {peak:.1f} GiB at the peak, of {there:.1f} GiB to plan with; {recomputed}{doubt}"
+    )
+
+
+def answers_table(before: Sequence[Sample], after: Sequence[Sample]) -> Table:
+    """The base's and the tuned answers side by side."""
+    table = Table(title="Answers before and after", title_justify="left", show_lines=True)
+    for heading in ("prompt", "base", "tuned"):
+        table.add_column(heading, ratio=1, overflow="fold")
+    for old, new in zip(before, after, strict=True):
+        table.add_row(Text(old.prompt), _answer_text(old), _answer_text(new))
+    return table
+
+
+def _answer_text(sample: Sample) -> Text:
+    text = Text(sample.answer)
+    return text if sample.stopped else text.append("  (did not stop by itself)", style="red")

@@ -169,14 +169,14 @@ class Theirs:
 def padded(rows: Sequence[TokenizedExample], device: torch.device) -> dict[str, torch.Tensor]:
     longest = max(len(row.input_ids) for row in rows)
 
-    def filled(lists: list[list[int]], fill: int) -> torch.Tensor:
+    def full(lists: list[list[int]], fill: int) -> torch.Tensor:
         lists = [values + [fill] * (longest - len(values)) for values in lists]
         return torch.tensor(lists).to(device, non_blocking=True)
 
     return {
-        "input_ids": filled([row.input_ids for row in rows], 0),
-        "labels": filled([row.labels for row in rows], IGNORE_INDEX),
-        "attention_mask": filled([[1] * len(row.input_ids) for row in rows], 0),
+        "input_ids": full([row.input_ids for row in rows], 0),
+        "labels": full([row.labels for row in rows], IGNORE_INDEX),
+        "attention_mask": full([[1] * len(row.input_ids) for row in rows], 0),
     }
 
 

@@ -30,7 +30,7 @@ from phitune.model.device import (
 )
 from phitune.model.engine import Engine
 from phitune.model.lora import Adapter, compare_with_memory
-from phitune.plan.machine import MemoryCeiling
+from phitune.plan.machine import ProcessMemoryLimit
 from phitune.recorder import Recorder
 from phitune.training.checkpoint import checkpoints_of
 from phitune.training.interrupt import Stop, stop_signals
@@ -64,7 +64,7 @@ class TrainingRun:
         resolved: Resolved,
         provenance: Provenance,
         resumption: Resumption | None,
-        ceiling: MemoryCeiling,
+        limit_on_process: ProcessMemoryLimit,
         console: Console,
         say: Callable[[str], None],
     ) -> None:
@@ -75,7 +75,7 @@ class TrainingRun:
         self.parts, self.resumption = parts, resumption
         self.resolved, self.provenance = resolved, provenance
         self.console, self._say = console, say
-        self._ceiling = ceiling
+        self._ceiling = limit_on_process
         self._directory: RunDirectory | None = None
         self._saver: Saver | None = None
 

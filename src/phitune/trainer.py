@@ -37,7 +37,7 @@ from phitune.model.files import EXAMPLE_DATASET, fetch_weights, find_model
 from phitune.model.lora import Adapter, LoraSpec, attach
 from phitune.model.targets import resolve_targets
 from phitune.model.weights import load_decoder, weights_fingerprint
-from phitune.plan.machine import MemoryCeiling, Room, memory_budget
+from phitune.plan.machine import FreeMemory, ProcessMemoryLimit, memory_budget
 from phitune.plan.memory import GIB, MemoryPlan
 from phitune.plan.plan import check_against_model, settle_memory, what_would_fit
 from phitune.run import Parts, TrainingRun
@@ -218,7 +218,7 @@ class Phi2LoRATrainer:
             coder = (self.tokenizer, self.prompt_format)
             check_before_training(self.settings, self._dataset_path, *coder, data, self._say)
             budget = memory_budget(self.device)
-            ceiling = held.enter_context(MemoryCeiling(self.device.type))
+            limit_on_process = held.enter_context(ProcessMemoryLimit(self.device.type))
             plan = self._plan_memory(data, budget)
             self._show_settings(data)
             try:
@@ -230,7 +230,13 @@ class Phi2LoRATrainer:
                     self._check_output_dir()
                 parts = Parts(model.decoder, model.adapter, engine, *coder, data)
                 run = TrainingRun(
-                    parts, self.resolved, provenance, resumption, ceiling, self.console, self._say
+                    parts,
+                    self.resolved,
+                    provenance,
+                    resumption,
+                    limit_on_process,
+                    self.console,
+                    self._say,
                 )
                 return run.train()
             except (RuntimeError, MemoryError, OutOfMemoryError) as error:
@@ -279,7 +285,7 @@ class Phi2LoRATrainer:
         self._say(data_line(data, self.settings.dataset_path or EXAMPLE_DATASET.name))
         self._say(targets_line(self.target_modules, self.model_config, self.settings.lora_r))
 
-    def _load(self, plan: MemoryPlan, budget: Room) -> tuple[PreparedModel, Engine]:
+    def _load(self, plan: MemoryPlan, budget: FreeMemory) -> tuple[PreparedModel, Engine]:
         started = time.perf_counter()
         model = self.prepare_model()
         seconds = time.perf_counter() - started
@@ -317,7 +323,7 @@ class Phi2LoRATrainer:
         torch.set_num_threads(threads)
         return self._resumption.going_on(now, threads)
 
-    def _plan_memory(self, data: PreparedData, budget: Room) -> MemoryPlan:
+    def _plan_memory(self, data: PreparedData, budget: FreeMemory) -> MemoryPlan:
         """Settles the batch size and the recomputed layers, by the plan that follows."""
         device: Any = self.device.type
         settings = self.settings

@@ -212,7 +212,7 @@ def test_out_of_memory_says_what_to_do(
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr("phitune.inference.loaded.ServedModel.answers", full)
+    monkeypatch.setattr("phitune.inference.loaded.LoadedModel.answers", full)
     code, _, err = compare(capsys, "--adapter_path run --questions_file q.yaml --html out.html")
     assert code == 4
     assert "--batch_size 1" in err

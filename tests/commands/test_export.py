@@ -25,7 +25,7 @@ from phitune.errors import PhituneError
 from phitune.export import job, safetensors
 from phitune.export.proof import Proof
 from phitune.model.files import ASSETS
-from phitune.plan.machine import Room
+from phitune.plan.machine import FreeMemory
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +264,7 @@ def test_a_disk_that_fills_up_on_the_way(
     run: Path, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A real one of 2 MiB; the look at its room before is put aside, as if it filled up since."""
-    monkeypatch.setattr(safetensors, "check_room", lambda folder, nbytes: None)
+    monkeypatch.setattr(safetensors, "check_disk_space", lambda folder, nbytes: None)
     with small_disk(place, "2m"):
         assert export(run, "--output_dir", str(place / "out")) == 1
         assert "out: cannot be written" in (said := refused(capsys))
@@ -486,7 +486,7 @@ def test_a_wide_base_in_a_narrow_type(run: Path, place: Path, dtype: str) -> Non
 def test_a_proof_in_bf16_where_fp32_does_not_fit(
     run: Path, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "memory_budget", lambda device: Room(2**20, "so much"))
+    monkeypatch.setattr(job, "memory_budget", lambda device: FreeMemory(2**20, "so much"))
     assert export(run, "--output_dir", "out") == 0
     assert "the proof computes in bf16: fp32 takes 1.0 GiB" in capsys.readouterr().out
     proof = json.loads((place / "out" / "export_proof.json").read_text())

@@ -80,12 +80,12 @@ def llama_cpp(path: Path, context: int = 512, lora: Path | None = None) -> Llama
 
 def answers_of(adapter: Path, questions: Sequence[str]) -> list[Answered]:
     """What the adapter in memory answers, 32 tokens at most."""
-    served = open_model([adapter])
-    prompts = [served.prompt_ids((Turn("user", question),), 0) for question in questions]
-    answers = served.answers(prompts, [0] * len(prompts), max_new_tokens=32)
-    served.on_decoder.choose([0])
+    loaded = open_model([adapter])
+    prompts = [loaded.prompt_ids((Turn("user", question),), 0) for question in questions]
+    answers = loaded.answers(prompts, [0] * len(prompts), max_new_tokens=32)
+    loaded.on_decoder.choose([0])
     ids = [answer.ids for answer in answers]
-    logits = forced_logits(served.decoder, prompts, ids)
+    logits = forced_logits(loaded.decoder, prompts, ids)
     return [Answered(*one) for one in zip(questions, prompts, ids, logits, strict=True)]
 
 
@@ -123,9 +123,9 @@ def test_greedy_tokens_in_llama_cpp_are_those_of_the_adapter(
 
 
 def answers_of_base(adapter: Path, questions: Sequence[str]) -> list[list[int]]:
-    served = open_model([adapter])
-    prompts = [served.prompt_ids((Turn("user", question),), 0) for question in questions]
-    answers = served.answers(prompts, [None] * len(prompts), max_new_tokens=32)
+    loaded = open_model([adapter])
+    prompts = [loaded.prompt_ids((Turn("user", question),), 0) for question in questions]
+    answers = loaded.answers(prompts, [None] * len(prompts), max_new_tokens=32)
     return [answer.ids for answer in answers]
 
 

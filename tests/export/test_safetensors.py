@@ -259,10 +259,10 @@ def test_random_rounding_goes_to_a_neighbour_and_is_right_on_average(
 @pytest.mark.parametrize("spoil", ["scaled", "swapped", "one weight"])
 def test_weights_that_are_not_the_merge_are_named(run: Path, tmp_path: Path, spoil: str) -> None:
     folder = exported(run, tmp_path / "out", "--format", "merged", "--dtype", "fp32")
-    served = open_model([run], device="cpu")
+    loaded = open_model([run], device="cpu")
     config = read_model_config(folder)
-    adapter = served.adapters[0].adapter
-    check_weights(served.decoder, adapter, folder, config)
+    adapter = loaded.adapters[0].adapter
+    check_weights(loaded.decoder, adapter, folder, config)
 
     name = "model.layers.1.mlp.fc2.weight"
     if config.model_type == "phi3":
@@ -280,7 +280,7 @@ def test_weights_that_are_not_the_merge_are_named(run: Path, tmp_path: Path, spo
 
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ExportError, match=re.escape(name)):
-        check_weights(served.decoder, adapter, folder, config)
+        check_weights(loaded.decoder, adapter, folder, config)
 
 
 # --- the exports ----------------------------------------------------------------------------------
@@ -289,9 +289,9 @@ def test_weights_that_are_not_the_merge_are_named(run: Path, tmp_path: Path, spo
 def test_merged_in_fp32_is_the_adapter(run: Path, tmp_path: Path) -> None:
     """50 prompts: tokens and logits in memory, in ours, and in transformers from the files."""
     folder = exported(run, tmp_path / "out", "--format", "merged", "--dtype", "fp32")
-    served = open_model([run], device="cpu")
-    answers = greedy_answers(served, PROMPTS)
-    base = greedy_answers(served, PROMPTS, None)
+    loaded = open_model([run], device="cpu")
+    answers = greedy_answers(loaded, PROMPTS)
+    base = greedy_answers(loaded, PROMPTS, None)
     assert sum(a.answer_ids != b.answer_ids for a, b in zip(answers, base, strict=True)) > 25
 
     decoder = open_decoder(folder)
@@ -379,8 +379,8 @@ def test_an_adapter_of_peft_without_a_tokenizer_is_exported_with_that_of_its_bas
     peft_model.save_pretrained(tmp_path / "adapter")
     flags = ["--model_name", shipped_model.name, "--format", "merged", "--dtype", "fp32"]
     folder = exported(tmp_path / "adapter", tmp_path / "out", *flags)
-    served = open_model([tmp_path / "adapter"], model_name=shipped_model.name, device="cpu")
-    answers = greedy_answers(served, PROMPTS[:5])
+    loaded = open_model([tmp_path / "adapter"], model_name=shipped_model.name, device="cpu")
+    answers = greedy_answers(loaded, PROMPTS[:5])
     asked, theirs = transformers_answers(folder, PROMPTS[:5], MAX_NEW_TOKENS)
     assert asked == [answer.prompt_ids for answer in answers]
     assert theirs == [answer.answer_ids for answer in answers]
@@ -409,11 +409,11 @@ def test_the_card_says_what_the_run_knows_and_no_path(run: Path, tmp_path: Path,
     assert f"| learning_rate | {config['learning_rate']:g} |" in text
     assert f"{summary['best_validation_loss']:.4f}" in text
     assert "None" not in text
-    served = open_model([run], device="cpu")
+    loaded = open_model([run], device="cpu")
     turns = (Turn("user", "{prompt}"),)
-    prompt = "".join(part.text for part in served.prompt_format.segments(turns))
+    prompt = "".join(part.text for part in loaded.prompt_format.segments(turns))
     assert json.dumps(prompt, ensure_ascii=False) in text
-    for token in served.stop_ids:
+    for token in loaded.stop_ids:
         assert f"({token})" in text
 
 
@@ -429,10 +429,10 @@ def test_a_card_without_a_run_leaves_out_what_is_not_known(run: Path, tmp_path: 
 
 
 def test_detach_leaves_nothing_of_a_merge_on_the_base(run: Path) -> None:
-    served = open_model([run], device="cpu")
+    loaded = open_model([run], device="cpu")
     batch = pack(random_rows())
     with torch.no_grad():
-        detach(served.decoder)
-        base = logits_of(served.decoder, batch)
-        load_adapter(served.decoder, run / "adapter")
-        assert not torch.equal(logits_of(served.decoder, batch), base)
+        detach(loaded.decoder)
+        base = logits_of(loaded.decoder, batch)
+        load_adapter(loaded.decoder, run / "adapter")
+        assert not torch.equal(logits_of(loaded.decoder, batch), base)

@@ -19,7 +19,7 @@ from phitune.errors import DataError
 from phitune.inference import answers as compare_module
 from phitune.inference.answers import BASE_NAME, Comparison, batches, compare, short_names
 from phitune.inference.generate import Sampling, cache_bytes, generate
-from phitune.inference.loaded import ServedModel, open_model
+from phitune.inference.loaded import LoadedModel, open_model
 from phitune.inference.metrics import matches, normalised
 from phitune.inference.questions import Question, ask
 from phitune.inference.scores import likelihoods
@@ -55,12 +55,12 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def model(adapters: list[Path]) -> ServedModel:
+def model(adapters: list[Path]) -> LoadedModel:
     return open_model(adapters, device="cpu", precision="fp32")
 
 
 @pytest.fixture(scope="module")
-def compared(model: ServedModel) -> Comparison:
+def compared(model: LoadedModel) -> Comparison:
     return compare(model, QUESTIONS, max_new_tokens=TOKENS)
 
 
@@ -74,8 +74,8 @@ def test_the_columns_are_base_and_adapters_each_in_its_own_format(compared: Comp
 @pytest.mark.parametrize("model_name", ["tiny-phi-2", "tiny-phi-3.5"])
 def test_the_base_column_is_the_base_model_alone(model_name: str, tmp_path: Path) -> None:
     """Token for token, from a decoder that never saw an adapter."""
-    served = open_model([write_adapter(tmp_path / "a", model_name)], device="cpu")
-    compared = compare(served, QUESTIONS, max_new_tokens=40)
+    loaded = open_model([write_adapter(tmp_path / "a", model_name)], device="cpu")
+    compared = compare(loaded, QUESTIONS, max_new_tokens=40)
     folder = ASSETS / model_name
     decoder = load_decoder(folder, read_model_config(folder), DTYPES["fp32"], torch.device("cpu"))
     tokenizer = TextTokenizer(folder)
@@ -92,7 +92,7 @@ def test_the_base_column_is_the_base_model_alone(model_name: str, tmp_path: Path
 
 
 def test_tuned_columns_are_pefts_answers(
-    adapters: list[Path], model: ServedModel, compared: Comparison
+    adapters: list[Path], model: LoadedModel, compared: Comparison
 ) -> None:
     for index, path in enumerate(adapters, 1):
         reference = PeftModel.from_pretrained(reference_model("tiny-phi-3.5"), path).eval()
@@ -156,7 +156,7 @@ def _stops(path: Path) -> list[int]:
 
 
 def test_rows_that_are_packed_score_as_each_alone(
-    model: ServedModel, monkeypatch: pytest.MonkeyPatch
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = [model.prompt_ids(question.turns, None) for question in QUESTIONS]
     answers = [model.answer_ids(q.turns, q.expected or "15", None) for q in QUESTIONS]
@@ -173,18 +173,18 @@ def test_rows_that_are_packed_score_as_each_alone(
 
 
 def test_splitting_changes_no_answer(
-    model: ServedModel, compared: Comparison, monkeypatch: pytest.MonkeyPatch
+    model: LoadedModel, compared: Comparison, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = Sampling(temperature=1.0, seed=3)
     before = compare(model, QUESTIONS, max_new_tokens=8, sampling=drawn)
     sizes: list[int] = []
-    original = ServedModel.answers
+    original = LoadedModel.answers
 
-    def counted(self: ServedModel, prompts: list[list[int]], *rest: Any, **more: Any) -> Any:
+    def counted(self: LoadedModel, prompts: list[list[int]], *rest: Any, **more: Any) -> Any:
         sizes.append(len(prompts))
         return original(self, prompts, *rest, **more)
 
-    monkeypatch.setattr(ServedModel, "answers", counted)
+    monkeypatch.setattr(LoadedModel, "answers", counted)
     assert _ids(compare(model, QUESTIONS, max_new_tokens=TOKENS)) == _ids(compared)
     assert sizes == [9]  # All of them in one generation.
     sizes.clear()
@@ -204,14 +204,14 @@ def _ids(comparison: Comparison) -> list[tuple[int, ...]]:
 
 def test_draws_differ_by_weights_alone_and_by_question(tmp_path: Path) -> None:
     nothing = write_adapter(tmp_path / "nothing", spread=0.0)
-    served = open_model([nothing], device="cpu")
+    loaded = open_model([nothing], device="cpu")
     sampling = Sampling(temperature=5.0)
     same = [ask("How much is 8 plus 7?")] * 2
-    first, second = compare(served, same, max_new_tokens=12, sampling=sampling).rows
+    first, second = compare(loaded, same, max_new_tokens=12, sampling=sampling).rows
     assert first.cells[0].ids == first.cells[1].ids
     assert second.cells[0].ids == second.cells[1].ids
     assert first.cells[0].ids != second.cells[0].ids
-    (later,) = compare(served, same[:1], max_new_tokens=12, sampling=sampling, first_number=2).rows
+    (later,) = compare(loaded, same[:1], max_new_tokens=12, sampling=sampling, first_number=2).rows
     assert later.cells[0].ids == second.cells[0].ids  # As when it is typed as the second.
     assert not later.differs(1)
 
@@ -238,9 +238,9 @@ def test_batches_hold_all_questions_within_the_bounds(
 
 
 def test_questions_that_cannot_be_asked_are_all_named_before_any_is(
-    model: ServedModel, monkeypatch: pytest.MonkeyPatch
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ServedModel, "answers", lambda *_, **__: pytest.fail("it answered"))
+    monkeypatch.setattr(LoadedModel, "answers", lambda *_, **__: pytest.fail("it answered"))
     limit = model.decoder.config.max_position_embeddings
     long = "word " * limit
     twice = (Turn("user", "a"), Turn("user", "b"))

@@ -17,7 +17,7 @@ from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import OutOfMemoryError, SettingsError
 from phitune.inference.chat import KEPT_SHARE, Chat, Reply, TextStream
 from phitune.inference.generate import Sampling
-from phitune.inference.loaded import ServedModel, open_model
+from phitune.inference.loaded import LoadedModel, open_model
 from phitune.model.decoder import Decoder
 from phitune.model.files import ASSETS
 
@@ -41,7 +41,7 @@ def adapter(shipped_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="module")
-def model(adapter: Path) -> ServedModel:
+def model(adapter: Path) -> LoadedModel:
     return open_model([adapter.parent])
 
 
@@ -138,7 +138,7 @@ def streamed_around(tokenizer: TextTokenizer, ids: list[int]) -> list[str]:
 
 @pytest.mark.parametrize("choice", [None, 0])
 def test_a_conversation_computes_what_is_new_and_answers_as_a_fresh_one(
-    model: ServedModel, choice: int | None, monkeypatch: pytest.MonkeyPatch
+    model: LoadedModel, choice: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chat = Chat(model, choice=choice, max_new_tokens=24, system="Be brief.")
     counts = count_tokens(monkeypatch)
@@ -170,7 +170,7 @@ def count_tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_adapter_on_and_off_are_the_tuned_and_the_base_model(
-    model: ServedModel, shipped_model: Path
+    model: LoadedModel, shipped_model: Path
 ) -> None:
     chat = Chat(model, choice=0, max_new_tokens=20)
     tuned = tell(chat, QUESTIONS[0]).text
@@ -189,7 +189,7 @@ def test_adapter_on_and_off_are_the_tuned_and_the_base_model(
     assert tell(fresh, QUESTIONS[1]).text == switched
 
 
-def test_both_answer_the_last_question_and_the_conversation_stays(model: ServedModel) -> None:
+def test_both_answer_the_last_question_and_the_conversation_stays(model: LoadedModel) -> None:
     chat = Chat(model, choice=0, max_new_tokens=20, sampling=Sampling(0.9, seed=5))
     tell(chat, QUESTIONS[0])
     last = tell(chat, QUESTIONS[1])
@@ -204,7 +204,7 @@ def test_both_answer_the_last_question_and_the_conversation_stays(model: ServedM
     assert tell(chat, QUESTIONS[1]).text == base.text
 
 
-def test_an_answer_that_is_given_up_stays_as_far_as_it_came(model: ServedModel) -> None:
+def test_an_answer_that_is_given_up_stays_as_far_as_it_came(model: LoadedModel) -> None:
     chat = Chat(model, choice=0, max_new_tokens=40)
     whole = tell(chat, QUESTIONS[0]).text
     chat.reset()
@@ -224,7 +224,7 @@ def test_an_answer_that_is_given_up_stays_as_far_as_it_came(model: ServedModel) 
 
 
 def test_an_answer_that_is_interrupted_within_a_step_leaves_a_sound_cache(
-    model: ServedModel, monkeypatch: pytest.MonkeyPatch
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chat = Chat(model, choice=0, max_new_tokens=30)
     layers, calls = Decoder.hidden_states, [0]
@@ -247,7 +247,7 @@ def test_an_answer_that_is_interrupted_within_a_step_leaves_a_sound_cache(
 
 
 def test_a_full_memory_is_told_and_the_conversation_can_go_on(
-    model: ServedModel, monkeypatch: pytest.MonkeyPatch
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chat = Chat(model, max_new_tokens=10)
     said = tell(chat, QUESTIONS[0]).text
@@ -264,7 +264,7 @@ def test_a_full_memory_is_told_and_the_conversation_can_go_on(
     assert tell(chat, QUESTIONS[0]).text == said
 
 
-def test_what_no_longer_fits_is_dropped_from_the_front(model: ServedModel) -> None:
+def test_what_no_longer_fits_is_dropped_from_the_front(model: LoadedModel) -> None:
     limits = {"context_length": 160, "max_new_tokens": 30, "system": "Be brief."}
     chat = Chat(model, choice=0, **limits)  # type: ignore[arg-type]
     forgotten = []
@@ -290,7 +290,7 @@ def test_what_no_longer_fits_is_dropped_from_the_front(model: ServedModel) -> No
 
 
 def test_a_question_that_does_not_fit_by_itself_is_refused(
-    model: ServedModel, monkeypatch: pytest.MonkeyPatch
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chat = Chat(model, context_length=60, max_new_tokens=40)
     tell(chat, "Hi")
@@ -307,7 +307,7 @@ def test_a_question_that_does_not_fit_by_itself_is_refused(
         Chat(model, context_length=10**6)
 
 
-def test_draws_repeat_with_the_seed_and_differ_from_turn_to_turn(model: ServedModel) -> None:
+def test_draws_repeat_with_the_seed_and_differ_from_turn_to_turn(model: LoadedModel) -> None:
     def told(seed: int) -> list[str]:
         chat = Chat(model, sampling=Sampling(1.3, seed=seed), max_new_tokens=16)
         return [tell(chat, "Tell me something.").text for _ in range(3)]
@@ -350,7 +350,7 @@ class Paper:
 
 
 @pytest.fixture
-def paper(model: ServedModel) -> Paper:
+def paper(model: LoadedModel) -> Paper:
     return Paper(Chat(model, choice=0, max_new_tokens=20))
 
 

@@ -93,9 +93,9 @@ def test_the_loss_of_each_row_is_that_of_plain_torch(run: Path) -> None:
     """Each model alone, without an AdapterSet, row by row."""
     known = find_run(run)
     assert known
-    served = open_model([run])
-    rows = rows_of_run(known, served.tokenizer, served.format_of(0), remedy="").rows
-    losses = row_losses(served, rows, len(rows), silent)
+    loaded = open_model([run])
+    rows = rows_of_run(known, loaded.tokenizer, loaded.format_of(0), remedy="").rows
+    losses = row_losses(loaded, rows, len(rows), silent)
     engine = ReferenceEngine(open_model([run]).decoder)
     detach(engine.decoder)
     alone = [float(engine.loss_sum(batch)) for batch in batches(rows, 1)]
@@ -107,20 +107,20 @@ def test_the_loss_of_each_row_is_that_of_plain_torch(run: Path) -> None:
 def test_base_and_tuned_answers_are_each_models_own(run: Path) -> None:
     known = find_run(run)
     assert known
-    served = open_model([run])
-    data = rows_of_run(known, served.tokenizer, served.format_of(0), remedy="")
+    loaded = open_model([run])
+    data = rows_of_run(known, loaded.tokenizer, loaded.format_of(0), remedy="")
     examples = data.examples([0, 3, 4, 9])
     assert len(examples) == 4
-    given = answer_rows(served, examples, 40, silent)
+    given = answer_rows(loaded, examples, 40, silent)
     for example, answer in zip(examples, given, strict=True):
         assert (answer.question, answer.expected) == (
             example.turns[-2].content,
             example.turns[-1].content,
         )
         for choice, found in ((None, answer.base), (0, answer.tuned)):
-            prompt = served.prompt_ids(example.turns[:-1], choice)
-            (alone,) = served.answers([prompt], [choice], max_new_tokens=40)
-            assert found.text == served.text(alone.ids, prompt, choice)
+            prompt = loaded.prompt_ids(example.turns[:-1], choice)
+            (alone,) = loaded.answers([prompt], [choice], max_new_tokens=40)
+            assert found.text == loaded.text(alone.ids, prompt, choice)
             assert (found.tokens, found.stopped) == (len(alone.ids), alone.stopped)
     assert any(answer.base.text != answer.tuned.text for answer in given)
 
@@ -272,14 +272,14 @@ def test_the_general_text_is_ours_and_long_enough() -> None:
 def test_without_a_difference_nothing_is_forgotten(run: Path, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(run, tmp_path / "run"))
     scaled(copied, 0.0)
-    served = open_model([copied])
-    found = forgetting(served, None, 42, silent)
+    loaded = open_model([copied])
+    found = forgetting(loaded, None, 42, silent)
     # These models have read six hundred short sentences; prose is nothing that they know.
     assert found.verdict == "no verdict"
     assert found.loss.difference == 0
-    assert forgetting(served, known_text(tmp_path), 42, silent).verdict == "kept"
+    assert forgetting(loaded, known_text(tmp_path), 42, silent).verdict == "kept"
     assert found.tokens > 20 * BLOCK_TOKENS
-    assert found.windows == -(-found.tokens // (window_length(served.decoder.config) - 1))
+    assert found.windows == -(-found.tokens // (window_length(loaded.decoder.config) - 1))
 
 
 def known_text(folder: Path) -> Path:
@@ -318,7 +318,7 @@ def test_an_adapter_that_overflows_shows(copied: Path, capsys: pytest.CaptureFix
 
 def test_degrees_of_forgetting(copied: Path, tmp_path: Path) -> None:
     """The stronger the adapter, the worse the verdict."""
-    served = open_model([copied])
+    loaded = open_model([copied])
     text = known_text(tmp_path)
     order = ["kept", "some forgetting", "much forgetting", "broken"]
     found = []
@@ -329,7 +329,7 @@ def test_degrees_of_forgetting(copied: Path, tmp_path: Path) -> None:
     assert found == sorted(found)
     assert found[0] == 0
     assert found[-1] == 3
-    assert served.adapters
+    assert loaded.adapters
 
 
 # --- what is shown --------------------------------------------------------------------------------
@@ -421,8 +421,8 @@ def test_the_bound_follows_the_size_of_the_model(phi_2_run: Path) -> None:
 def test_the_digest_tells_rows_apart(phi_2_run: Path) -> None:
     known = find_run(phi_2_run)
     assert known
-    served = open_model([phi_2_run])
-    rows = rows_of_run(known, served.tokenizer, served.format_of(0), remedy="").rows
+    loaded = open_model([phi_2_run])
+    rows = rows_of_run(known, loaded.tokenizer, loaded.format_of(0), remedy="").rows
     assert known.digest == digest_of(rows)
     shorter = type(rows)(rows.store, rows.indices[:-1])
     turned = type(rows)(rows.store, rows.indices[::-1])

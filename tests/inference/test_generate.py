@@ -75,16 +75,16 @@ def test_the_products_of_serving_give_the_same_answers(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = save_model(random_model(CONFIGS[kind]()), tmp_path)
-    plain, served = open_decoder(folder), open_decoder(folder)
+    plain, loaded = open_decoder(folder), open_decoder(folder)
     monkeypatch.setattr("phitune.inference.generate.choose_gemm", lambda *_: (ONEDNN, "asked for"))
-    serve(served)
+    serve(loaded)
     for asked in (prompts(11), prompts(3, 15, 30, 24)):
         logits = [
             next_logits(decoder, KVCache(decoder, len(asked), 40), asked)
-            for decoder in (plain, served)
+            for decoder in (plain, loaded)
         ]
         torch.testing.assert_close(logits[1], logits[0], atol=1e-5, rtol=1e-5)
-        assert generate(served, asked, max_new_tokens=12, stop_ids=[]) == generate(
+        assert generate(loaded, asked, max_new_tokens=12, stop_ids=[]) == generate(
             plain, asked, max_new_tokens=12, stop_ids=[]
         )
 

@@ -118,11 +118,11 @@ def test_figures_are_those_of_the_transformers_backend(run: Path, *, tuned: bool
 
     from phitune.inference.harness import HarnessModel
 
-    served = open_model([run])
-    ours = HarnessModel(served, 0 if tuned else None, in_trained_form=False)
+    loaded = open_model([run])
+    ours = HarnessModel(loaded, 0 if tuned else None, in_trained_form=False)
     theirs = HFLM(
-        pretrained=str(served.folder),
-        tokenizer=str(served.folder),
+        pretrained=str(loaded.folder),
+        tokenizer=str(loaded.folder),
         peft=str(run / "adapter") if tuned else None,
         dtype="float32",
         device="cpu",
@@ -148,19 +148,19 @@ def test_the_trained_form_has_the_tokens_of_training(run: Path) -> None:
 
     from phitune.inference.harness import HarnessModel
 
-    served = open_model([run])
-    model = HarnessModel(served, 0, in_trained_form=True)
+    loaded = open_model([run])
+    model = HarnessModel(loaded, 0, in_trained_form=True)
     question, answer = "What is the capital of Portugal?", "Ahoy! It is Lisbon, matey."
     context = model.apply_chat_template([{"role": "user", "content": question}])
     turns = (Turn("user", question), Turn("assistant", answer))
-    row = served.tokenizer.encode(served.format_of(0).segments(turns))
-    prompt = served.prompt_ids(turns[:1], 0)
+    row = loaded.tokenizer.encode(loaded.format_of(0).segments(turns))
+    prompt = loaded.prompt_ids(turns[:1], 0)
     given, continuation = model._encode_pair(context, answer)
     assert given == prompt
     assert continuation == row[len(prompt) : -1]
     asked: Any = Instance("generate_until", {}, (context, {"until": [], "max_gen_toks": 40}), 0)  # type: ignore[arg-type]
-    (alone,) = served.answers([prompt], [0], max_new_tokens=40)
-    assert model.generate_until([asked]) == [served.text(alone.ids, prompt, 0)]
+    (alone,) = loaded.answers([prompt], [0], max_new_tokens=40)
+    assert model.generate_until([asked]) == [loaded.text(alone.ids, prompt, 0)]
     # The beginning of an answer, as a task may prescribe it.
     begun = model.apply_chat_template(
         [{"role": "user", "content": question}, {"role": "assistant", "content": "Ahoy!"}],

@@ -17,17 +17,17 @@ from phitune.data.dataset import Turn
 from phitune.data.prompt import ChatFormat, InstructFormat
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import ModelError
-from phitune.inference.loaded import ServedModel, open_model
+from phitune.inference.loaded import LoadedModel, open_model
 from phitune.model.files import ASSETS
 
 ASKED = (Turn("user", "What is the capital of Portugal?"),)
 
 
-def opened(*paths: Path, **options: Any) -> ServedModel:
+def opened(*paths: Path, **options: Any) -> LoadedModel:
     return open_model(paths, device="cpu", **options)
 
 
-def greedy(model: ServedModel, choice: int | None) -> str:
+def greedy(model: LoadedModel, choice: int | None) -> str:
     prompt = model.prompt_ids(ASKED, choice)
     (answer,) = model.answers([prompt], [choice], max_new_tokens=40)
     return model.text(answer.ids, prompt, choice)

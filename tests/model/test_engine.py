@@ -225,9 +225,9 @@ def test_perturbing_a_neighbour_changes_no_bit_of_a_row(kind: str, tmp_path: Pat
     hidden = []
     for batch in (pack(rows[:3]), pack([others[0], rows[1], others[2]])):
         with torch.no_grad():
-            filled = fill(batch, dropout_of(batch, 0.1), decoder.device)
-            shared = engine._shared(filled)
-            x = decoder.embed_tokens(filled.input_ids)
+            padded = fill(batch, dropout_of(batch, 0.1), decoder.device)
+            shared = engine._shared(padded)
+            x = decoder.embed_tokens(padded.input_ids)
             hidden.append(engine.layers[0].forward(x, shared, None)[0])
     start, stop = batch.cu_seqlens[1:3]
     assert torch.equal(hidden[0][start:stop], hidden[1][start:stop])
@@ -262,11 +262,11 @@ def test_the_filler_changes_no_loss_and_no_gradient(
 
 def test_filled_sizes_are_handy_and_leave_enough_filler_for_the_trained_rows() -> None:
     for tokens in range(1, 40):
-        filler = architecture.filler_tokens(tokens, "cpu")
+        filler = architecture.padding_tokens(tokens, "cpu")
         assert 3 <= filler <= 6
         assert (tokens + filler) % 4 == 0
-        assert 0 <= architecture.filled_rows(tokens, "cpu") - tokens <= 3
-        assert architecture.filler_tokens(tokens, "cuda") == 0
+        assert 0 <= architecture.padded_rows(tokens, "cpu") - tokens <= 3
+        assert architecture.padding_tokens(tokens, "cuda") == 0
 
 
 @pytest.mark.parametrize("groups", [1, 2])

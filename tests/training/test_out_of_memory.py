@@ -26,7 +26,13 @@ from phitune.model.engine import FusedEngine, ReferenceEngine
 from phitune.model.lora import Adapter, LoraSpec, attach
 from phitune.model.targets import resolve_targets
 from phitune.plan import machine
-from phitune.plan.machine import CEILING_SHARE, MemoryCeiling, Room, cgroup_rooms, memory_room
+from phitune.plan.machine import (
+    LIMIT_SHARE,
+    FreeMemory,
+    ProcessMemoryLimit,
+    free_in_cgroups,
+    free_memory,
+)
 from phitune.training.loop import rehearse, start_state, train
 from phitune.training.out_of_memory import Cut
 
@@ -89,7 +95,7 @@ def test_the_tightest_cgroup_of_version_2_counts(tmp_path: Path) -> None:
     write(root / "user/job", memory__max="max", memory__high=900, memory__current=500)
     write(root / "user/job", memory__stat="anon 300\ninactive_file 100")
     write(root / "user", memory__max=700, memory__current=600)
-    found = cgroup_rooms(membership, root)
+    found = free_in_cgroups(membership, root)
     assert [each.bytes for each in found] == [900 - 500 + 100, 700 - 600]
     assert "user" in found[1].source
 
@@ -99,19 +105,19 @@ def test_a_cgroup_of_version_1_counts_where_its_own_path_is_not_to_be_seen(tmp_p
     membership.write_text("5:cpu:/\n4:memory:/docker/abc\n0::/\n")
     names = {"memory__limit_in_bytes": 1000, "memory__usage_in_bytes": 1200}
     write(root / "memory", **names, memory__stat="total_inactive_file 50")
-    assert [each.bytes for each in cgroup_rooms(membership, root)] == [0]
+    assert [each.bytes for each in free_in_cgroups(membership, root)] == [0]
     write(root / "memory", memory__limit_in_bytes=2**63 - 4096)
-    assert cgroup_rooms(membership, root) == []
-    assert cgroup_rooms(tmp_path / "absent", root) == []
+    assert free_in_cgroups(membership, root) == []
+    assert free_in_cgroups(tmp_path / "absent", root) == []
 
 
 def test_room_is_the_least_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = memory_room().bytes
-    monkeypatch.setattr(machine, "cgroup_rooms", lambda: [Room(whole // 2, "container")])
-    assert memory_room() == Room(whole // 2, "container")
-    with MemoryCeiling("cuda"):
+    whole = free_memory().bytes
+    monkeypatch.setattr(machine, "free_in_cgroups", lambda: [FreeMemory(whole // 2, "container")])
+    assert free_memory() == FreeMemory(whole // 2, "container")
+    with ProcessMemoryLimit("cuda"):
         pass  # Not a CPU: its own allocator fails.
-    assert 0.9 < CEILING_SHARE < 1
+    assert 0.9 < LIMIT_SHARE < 1
 
 
 # --- the cut --------------------------------------------------------------------------------------
@@ -453,8 +459,12 @@ def test_a_micro_batch_that_cannot_fit_a_container_is_split_beforehand(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The limit is planned with, as going over it would not fail but kill."""
-    monkeypatch.setattr(machine, "cgroup_rooms", lambda: [Room(40 * 2**20, "the container's")])
-    monkeypatch.setattr("phitune.trainer.MemoryCeiling", lambda device: MemoryCeiling("cuda"))
+    monkeypatch.setattr(
+        machine, "free_in_cgroups", lambda: [FreeMemory(40 * 2**20, "the container's")]
+    )
+    monkeypatch.setattr(
+        "phitune.trainer.ProcessMemoryLimit", lambda device: ProcessMemoryLimit("cuda")
+    )
     line = LINE.replace("--batch_size 4", "--batch_size 8").replace("_steps 2", "_steps 1")
     rows = [{"prompt": f"Say {n}.", "response": "word " * 400} for n in range(12)]
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from phitune.inference.answers import Cell, Column, Comparison, Row, Summary
     from phitune.inference.generate import Sampling
-    from phitune.inference.loaded import ServedModel
+    from phitune.inference.loaded import LoadedModel
     from phitune.inference.questions import Question
 
 
@@ -660,7 +660,7 @@ def _questions(
 
 
 def _ask_all(
-    arguments: argparse.Namespace, model: ServedModel, questions: list[Question]
+    arguments: argparse.Namespace, model: LoadedModel, questions: list[Question]
 ) -> Comparison:
     from phitune.inference.answers import compare
 
@@ -675,7 +675,7 @@ def _ask_all(
         )
 
 
-def _interactive(arguments: argparse.Namespace, model: ServedModel, asked: Asked) -> int:
+def _interactive(arguments: argparse.Namespace, model: LoadedModel, asked: Asked) -> int:
     """Answers what is typed or piped in, question by question, until the end of input."""
     from phitune.inference.answers import Comparison, columns_of, compare
     from phitune.inference.questions import ask

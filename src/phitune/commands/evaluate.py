@@ -20,7 +20,7 @@ from phitune.errors import SettingsError
 from phitune.inference.metrics import METRICS
 
 if TYPE_CHECKING:
-    from phitune.inference.loaded import ServedModel
+    from phitune.inference.loaded import LoadedModel
     from phitune.inference.run_rows import DataRows, Run
     from phitune.inference.scores import Progress
 
@@ -75,25 +75,25 @@ def _measures(arguments: argparse.Namespace, console: Any) -> dict[str, Any]:
         from phitune.inference.evaluate import read_text
 
         read_text(wanted.general_text)  # Refused before a model is loaded.
-    served = _open(arguments, run)
+    loaded = _open(arguments, run)
     with _progress() as progress:
-        data = _data(arguments, run, served, progress)
-        evaluation = evaluate_adapter(served, data, wanted, progress)
-    about = _about(arguments, served) | {"data": data.words, "rows": len(data.rows)}
+        data = _data(arguments, run, loaded, progress)
+        evaluation = evaluate_adapter(loaded, data, wanted, progress)
+    about = _about(arguments, loaded) | {"data": data.words, "rows": len(data.rows)}
     if not arguments.json:
-        show(evaluation, _title(served), data.words, console)
+        show(evaluation, _title(loaded), data.words, console)
     return as_json(evaluation, wanted, about)
 
 
 def _data(
-    arguments: argparse.Namespace, run: "Run | None", served: "ServedModel", progress: "Progress"
+    arguments: argparse.Namespace, run: "Run | None", loaded: "LoadedModel", progress: "Progress"
 ) -> "DataRows":
     from phitune.inference.run_rows import rows_of_data, rows_of_run
 
     def reading(rows: int, done: int, total: int) -> None:
         progress(f"reading, {rows:,} rows", done, total)
 
-    what = (run, served.tokenizer, served.format_of(0))
+    what = (run, loaded.tokenizer, loaded.format_of(0))
     if arguments.dataset_path is None:
         assert run
         return rows_of_run(run, *what[1:], reading, remedy=_REMEDY)
@@ -103,12 +103,12 @@ def _data(
         if (value := getattr(arguments, name)) is not None
     }
     if run is None:
-        limit = served.decoder.config.max_position_embeddings
+        limit = loaded.decoder.config.max_position_embeddings
         changes = {"max_length": limit, "cache": False, **changes}
     return rows_of_data(arguments.dataset_path, *what, changes, reading)
 
 
-def _open(arguments: argparse.Namespace, run: "Run | None") -> "ServedModel":
+def _open(arguments: argparse.Namespace, run: "Run | None") -> "LoadedModel":
     """The model; in the run's precision, where that was chosen for the same kind of device."""
     if run and arguments.precision == "auto":
         arguments.precision = run.precision_on(arguments.device)
@@ -137,24 +137,24 @@ def _tasks(arguments: argparse.Namespace, console: Any) -> dict[str, Any]:
         arguments.seed,
     )
     loaded = load_tasks(tasks)
-    served = _open(arguments, find_run(arguments.adapter_path[0]))
+    loaded = _open(arguments, find_run(arguments.adapter_path[0]))
     with _progress() as progress:
-        results = evaluate_tasks(served, tasks, loaded, progress)
+        results = evaluate_tasks(loaded, tasks, loaded, progress)
     if not arguments.json:
-        show_tasks(results, _title(served), console)
-    return tasks_as_json(results, tasks, _about(arguments, served))
+        show_tasks(results, _title(loaded), console)
+    return tasks_as_json(results, tasks, _about(arguments, loaded))
 
 
-def _title(served: "ServedModel") -> str:
-    return f"{served.adapters[0].name} beside its base {served.model_name}"
+def _title(loaded: "LoadedModel") -> str:
+    return f"{loaded.adapters[0].name} beside its base {loaded.model_name}"
 
 
-def _about(arguments: argparse.Namespace, served: "ServedModel") -> dict[str, Any]:
+def _about(arguments: argparse.Namespace, loaded: "LoadedModel") -> dict[str, Any]:
     return {
         "adapter": str(arguments.adapter_path[0]),
-        "base_model": served.model_name,
-        "device": str(served.decoder.device),
-        "dtype": str(served.decoder.dtype).removeprefix("torch."),
+        "base_model": loaded.model_name,
+        "device": str(loaded.decoder.device),
+        "dtype": str(loaded.decoder.dtype).removeprefix("torch."),
     }
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
     from phitune.inference.generate import Sampling
-    from phitune.inference.loaded import ServedModel
+    from phitune.inference.loaded import LoadedModel
 
 
 class Parser(argparse.ArgumentParser):
@@ -204,7 +204,7 @@ def sampling_of(arguments: argparse.Namespace) -> "Sampling":
     )
 
 
-def open_from(arguments: argparse.Namespace) -> "ServedModel":
+def open_from(arguments: argparse.Namespace) -> "LoadedModel":
     """Loads what `add_model_flags` asked for; without adapter and name the default base model."""
     from phitune.config import Settings
     from phitune.inference.loaded import open_model

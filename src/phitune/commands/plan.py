@@ -68,10 +68,10 @@ def memory_table(plan: Plan, console: Console) -> RenderableType:
 
 def _bar(share: float, *, blocks: bool) -> str:
     """A bar of up to CELLS cells; what is there at all can be seen."""
-    filled = share * CELLS
+    padded = share * CELLS
     if not blocks:
-        return "#" * max(1, round(filled))
-    whole, eighths = divmod(max(1, round(filled * 8)), 8)
+        return "#" * max(1, round(padded))
+    whole, eighths = divmod(max(1, round(padded * 8)), 8)
     return "█" * whole + _EIGHTHS[eighths].strip()
 
 

@@ -107,7 +107,7 @@ _ARCHITECTURES = {"phi": "PhiForCausalLM", "phi3": "Phi3ForCausalLM"}
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
-def check_room(folder: Path, nbytes: int) -> None:
+def check_disk_space(folder: Path, nbytes: int) -> None:
     """Refuses an export that the disk has no room for, before it is written.
 
     Raises:

@@ -16,7 +16,7 @@ from phitune.data.dataset import Turn
 from phitune.data.prompt import PromptFormat, Segment
 from phitune.errors import ExportError, listing
 from phitune.export.card import CARD_FILE, model_card
-from phitune.export.folder import MODELFILE, check_room, modelfile
+from phitune.export.folder import MODELFILE, check_disk_space, modelfile
 from phitune.export.formats import DEFAULT, QUANTIZATIONS
 from phitune.export.gguf_file import (
     ARCHITECTURES,
@@ -278,8 +278,8 @@ def export_model(job: Export) -> Proof:
     tensors = _write(job, path, quantization)
     _write_beside(job, path.name)
 
-    answers = greedy_answers(job.served, proof_prompts(source.run))
-    stop_ids, computed_in = job.served.stop_ids, job.served.decoder.dtype
+    answers = greedy_answers(job.loaded, proof_prompts(source.run))
+    stop_ids, computed_in = job.loaded.stop_ids, job.loaded.decoder.dtype
     job.release()
     errors = weight_errors(path, tensors.tensors)
     check_weight_errors(errors, QUANTIZATIONS[quantization].weight_error)
@@ -304,7 +304,7 @@ def _write(job: Export, path: Path, quantization: str) -> ModelFile:
     written = quantization if by_python else DEFAULT
     file = ModelFile(source.config, source.model_folder, source.adapter, written)
     # llama-quantize reads one file and writes another, which is smaller.
-    check_room(job.destination, file.nbytes if by_python else 2 * file.nbytes)
+    check_disk_space(job.destination, file.nbytes if by_python else 2 * file.nbytes)
     if kept := file.kept_in_f16:
         job.say(
             f"note: {len(kept)} tensors stay in f16, their rows are no whole number of blocks of"
@@ -396,7 +396,7 @@ def export_lora(job: Export) -> Proof:
     check_architecture(source.config)
     arrays = lora_arrays(source.config, source.adapter)
     base = ModelFile(source.config, source.model_folder, None, _BASE_TYPE)
-    check_room(job.destination, base.nbytes + sum(array.nbytes for _, array in arrays))
+    check_disk_space(job.destination, base.nbytes + sum(array.nbytes for _, array in arrays))
     path = job.destination / FILE
     writer = gguf.GGUFWriter(path, ARCHITECTURES[source.config.model_type])
     writer.add_type("adapter")
@@ -412,8 +412,8 @@ def export_lora(job: Export) -> Proof:
     if note := context_note(source.config):
         job.say(note)
 
-    answers = greedy_answers(job.served, proof_prompts(source.run))
-    stop_ids, computed_in = job.served.stop_ids, job.served.decoder.dtype
+    answers = greedy_answers(job.loaded, proof_prompts(source.run))
+    stop_ids, computed_in = job.loaded.stop_ids, job.loaded.decoder.dtype
     job.release()
     tokenizer = file_tokenizer(source.tokenizer, source.prompt_format, source.config.vocab_size)
     whole = job.destination / ".base-f16.gguf"

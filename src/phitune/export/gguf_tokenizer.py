@@ -118,8 +118,8 @@ def name_in_file(tokenizer: TextTokenizer, model_name: str) -> str:
 def _special_ids(tokenizer: TextTokenizer, prompt_format: PromptFormat) -> dict[str, int]:
     """llama.cpp stops at eos, eot and eom."""
     ids = {"eos": tokenizer.token_id(prompt_format.end_token)}
-    further = [index for index in tokenizer.stop_ids(prompt_format) if index != ids["eos"]]
-    ids |= dict(zip(("eot", "eom"), further, strict=False))
+    extra_columns = [index for index in tokenizer.stop_ids(prompt_format) if index != ids["eos"]]
+    ids |= dict(zip(("eot", "eom"), extra_columns, strict=False))
     for ours, theirs in (("bos_token", "bos"), ("unk_token", "unknown"), ("pad_token", "padding")):
         if token := tokenizer.special_tokens.get(ours):
             ids[theirs] = tokenizer.token_id(token)

@@ -25,7 +25,7 @@ from phitune.export.formats import FORMATS
 from phitune.export.proof import PROOF_FILE, Proof, write_proof
 from phitune.inference.loaded import (
     FormatName,
-    ServedModel,
+    LoadedModel,
     adapter_folder,
     base_model_name,
     base_names,
@@ -80,18 +80,18 @@ class Export:
     options: Options
     say: Callable[[str], None]
     progress: Callable[[int, int], None]  # told (bytes written, bytes in all)
-    open_served: Callable[[], ServedModel]
+    open_loaded: Callable[[], LoadedModel]
 
     @functools.cached_property
-    def served(self) -> ServedModel:
+    def loaded(self) -> LoadedModel:
         """The base in memory with the adapter as its only one; loaded when it is first asked for.
 
         `release` it before another model is loaded: two may not fit.
         """
-        return self.open_served()
+        return self.open_loaded()
 
     def release(self) -> None:
-        self.__dict__.pop("served", None)
+        self.__dict__.pop("loaded", None)
 
 
 def open_source(
@@ -140,7 +140,7 @@ def export(
     limit_product_caches()
     settled = proof_precision(source.config, device, precision, say)
 
-    def open_served() -> ServedModel:
+    def open_loaded() -> LoadedModel:
         return open_model(
             [source.adapter_folder],
             model_name=source.model_name,
@@ -151,7 +151,7 @@ def export(
 
     try:
         with _replaced_when_done(output) as destination:
-            job = Export(source, destination, options, say, progress, open_served)
+            job = Export(source, destination, options, say, progress, open_loaded)
             wanted = FORMATS[format_name]
             module = importlib.import_module(f"phitune.export.{wanted.module}")
             proof: Proof = getattr(module, wanted.function)(job)

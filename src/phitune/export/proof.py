@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from phitune.data.dataset import Turn
-from phitune.inference.loaded import ServedModel
+from phitune.inference.loaded import LoadedModel
 from phitune.model.decoder import Decoder
 from phitune.training.rundir import SAMPLES
 from phitune.untrusted import write_object
@@ -164,16 +164,16 @@ def _asked_by(samples: Path) -> Iterator[str]:
 
 
 def greedy_answers(
-    served: ServedModel, prompts: Sequence[str], choice: int | None = 0
+    loaded: LoadedModel, prompts: Sequence[str], choice: int | None = 0
 ) -> list[Answered]:
     """What a model in memory answers, each prompt as a question in its format."""
-    ids = [served.prompt_ids((Turn("user", prompt),), choice) for prompt in prompts]
-    answers = served.answers(ids, [choice] * len(ids), max_new_tokens=MAX_NEW_TOKENS)
+    ids = [loaded.prompt_ids((Turn("user", prompt),), choice) for prompt in prompts]
+    answers = loaded.answers(ids, [choice] * len(ids), max_new_tokens=MAX_NEW_TOKENS)
     said = [answer.ids for answer in answers]
-    served.on_decoder.choose([choice])
+    loaded.on_decoder.choose([choice])
     return [
         Answered(*one)
-        for one in zip(prompts, ids, said, forced_logits(served.decoder, ids, said), strict=True)
+        for one in zip(prompts, ids, said, forced_logits(loaded.decoder, ids, said), strict=True)
     ]
 
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from phitune.errors import ExportError, listing
-from phitune.export.folder import check_room, check_texts, write_config, write_texts
+from phitune.export.folder import check_disk_space, check_texts, write_config, write_texts
 from phitune.export.job import Export
 from phitune.export.proof import (
     LARGEST_ROUNDING,
@@ -53,22 +53,22 @@ from phitune.untrusted import write_object
 def export_adapter(job: Export) -> Proof:
     """Writes the folder, loads it again, and has it answer beside the adapter it came from."""
     source = job.source
-    check_room(job.destination, sum(p.nbytes for p in source.adapter.parameters()))
+    check_disk_space(job.destination, sum(p.nbytes for p in source.adapter.parameters()))
     save_adapter(source.adapter, job.destination, source.model_name)
     write_texts(source, job.destination, "adapter")
 
-    served = job.served
-    answers = greedy_answers(served, proof_prompts(source.run))
+    loaded = job.loaded
+    answers = greedy_answers(loaded, proof_prompts(source.run))
     check_texts(source, job.destination, answers)
-    written = load_adapter(served.decoder, job.destination)
-    detach(served.decoder)
+    written = load_adapter(loaded.decoder, job.destination)
+    detach(loaded.decoder)
     expected = source.adapter.tensors()
     if written.tensors().keys() != expected.keys() or not all(
         torch.equal(tensor.cpu(), expected[name]) for name, tensor in written.tensors().items()
     ):
         raise ExportError("the export was removed: its matrices are not those of the adapter")
-    AdapterSet(served.decoder, [written]).choose([0])
-    found = compare(answers, logits_on(served.decoder, answers), TIE)
+    AdapterSet(loaded.decoder, [written]).choose([0])
+    found = compare(answers, logits_on(loaded.decoder, answers), TIE)
     return Proof(
         "adapter",
         "the export, loaded again, beside the adapter in memory",
@@ -406,7 +406,7 @@ def export_merged(job: Export) -> Proof:
     source, options = job.source, job.options
     dtype = None if options.dtype == "base" else DTYPES[options.dtype]
     planned = plan_tensors(source.model_folder, source.config, source.adapter, dtype)
-    check_room(job.destination, sum(tensor.nbytes for tensor in planned))
+    check_disk_space(job.destination, sum(tensor.nbytes for tensor in planned))
     untied = unties(source.config, source.adapter)
     if untied:
         job.say(
@@ -427,12 +427,12 @@ def export_merged(job: Export) -> Proof:
 
 def _prove(job: Export, planned: Sequence[Planned]) -> Proof:
     source = job.source
-    decoder = job.served.decoder
+    decoder = job.loaded.decoder
     config = read_model_config(job.destination)
     if all(_holds(decoder.dtype, tensor.dtype_in_file) for tensor in planned):
         check_weights(decoder, source.adapter, job.destination, config)
-    answers = greedy_answers(job.served, proof_prompts(source.run))
-    job.served.on_decoder.choose([None])
+    answers = greedy_answers(job.loaded, proof_prompts(source.run))
+    job.loaded.on_decoder.choose([None])
     effect = compare(answers, logits_on(decoder, answers), TIE).typical
     measured: dict[str, Any] = {
         "computed_in": str(decoder.dtype).removeprefix("torch."),

@@ -15,7 +15,7 @@ from phitune.data.prompt import PromptFormat
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import DataError, listing
 from phitune.inference.generate import GREEDY, Answer, Sampling, cache_bytes, stream
-from phitune.inference.loaded import ServedModel
+from phitune.inference.loaded import LoadedModel
 from phitune.inference.metrics import matches
 from phitune.inference.questions import Question
 from phitune.inference.scores import BASE, TUNED, Likelihood, Progress, likelihoods
@@ -51,21 +51,21 @@ class AnsweredRow:
 
 
 def answer_rows(
-    served: ServedModel, examples: Sequence[Example], max_new_tokens: int, progress: Progress
+    loaded: LoadedModel, examples: Sequence[Example], max_new_tokens: int, progress: Progress
 ) -> list[AnsweredRow]:
     """Greedy answers to the last question of each row; rows that only hold a text have none."""
     asked = [example for example in examples if not example.is_completion]
     prompts = [
-        [served.prompt_ids(example.turns[:-1], choice) for choice in (BASE, TUNED)]
+        [loaded.prompt_ids(example.turns[:-1], choice) for choice in (BASE, TUNED)]
         for example in asked
     ]
     found: dict[int, AnsweredRow] = {}
-    for batch in _batches(served, [max(map(len, both)) for both in prompts], max_new_tokens):
+    for batch in _batches(loaded, [max(map(len, both)) for both in prompts], max_new_tokens):
         flat = [prompt for row in batch for prompt in prompts[row]]
         choices = [BASE, TUNED] * len(batch)
-        answers = served.answers(flat, choices, max_new_tokens=max_new_tokens)
+        answers = loaded.answers(flat, choices, max_new_tokens=max_new_tokens)
         given = [
-            GivenAnswer(served.text(answer.ids, prompt, choice), len(answer.ids), answer.stopped)
+            GivenAnswer(loaded.text(answer.ids, prompt, choice), len(answer.ids), answer.stopped)
             for answer, prompt, choice in zip(answers, flat, choices, strict=True)
         ]
         for place, row in enumerate(batch):
@@ -82,15 +82,15 @@ def answer_rows(
 
 
 def _batches(
-    served: ServedModel, lengths: Sequence[int], max_new_tokens: int
+    loaded: LoadedModel, lengths: Sequence[int], max_new_tokens: int
 ) -> Iterator[list[int]]:
     """Rows with prompts of similar length, as many as the cache has room for."""
-    config = served.decoder.config
+    config = loaded.decoder.config
     batch: list[int] = []
     for row in sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=True):
         longest = lengths[batch[0]] if batch else lengths[row]
         positions = min(longest + max_new_tokens, config.max_position_embeddings)
-        each = 2 * cache_bytes(config, 1, positions, served.decoder.dtype.itemsize)
+        each = 2 * cache_bytes(config, 1, positions, loaded.decoder.dtype.itemsize)
         if batch and (len(batch) == _QUESTIONS or (len(batch) + 1) * each > _CACHE_BYTES):
             yield batch
             batch = []
@@ -189,7 +189,7 @@ class Comparison:
         )
 
 
-def columns_of(model: ServedModel) -> tuple[Column, ...]:
+def columns_of(model: LoadedModel) -> tuple[Column, ...]:
     """The base, then the adapters in the order they were named."""
     choices: list[int | None] = [None, *range(len(model.adapters))]
     names = [BASE_NAME, *short_names([adapter.name for adapter in model.adapters])]
@@ -205,7 +205,7 @@ def columns_of(model: ServedModel) -> tuple[Column, ...]:
 
 
 def compare(
-    model: ServedModel,
+    model: LoadedModel,
     questions: Sequence[Question],
     *,
     max_new_tokens: int,
@@ -294,12 +294,12 @@ def short_names(paths: Sequence[str]) -> list[str]:
     return names
 
 
-def _width(model: ServedModel) -> int:
+def _width(model: LoadedModel) -> int:
     return model.decoder.dtype.itemsize
 
 
 def _prompts(
-    model: ServedModel, questions: Sequence[Question], columns: Sequence[Column]
+    model: LoadedModel, questions: Sequence[Question], columns: Sequence[Column]
 ) -> list[list[list[int]]]:
     """Of each question, the ids of each column."""
     limit = model.decoder.config.max_position_embeddings
@@ -327,7 +327,7 @@ def _prompts(
 
 
 def _answered(
-    model: ServedModel,
+    model: LoadedModel,
     questions: Sequence[Question],
     prompts: Sequence[Sequence[Sequence[int]]],
     columns: Sequence[Column],
@@ -379,7 +379,7 @@ def _answered(
 
 
 def _likelihoods(
-    model: ServedModel,
+    model: LoadedModel,
     questions: Sequence[Question],
     prompts: Sequence[Sequence[Sequence[int]]],
     choices: Sequence[int | None],

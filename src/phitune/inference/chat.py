@@ -21,7 +21,7 @@ from phitune.data.prompt import PromptFormat
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import OutOfMemoryError, SettingsError
 from phitune.inference.generate import GREEDY, Adapters, Conversation, Sampling, cache_bytes, stream
-from phitune.inference.loaded import ServedModel
+from phitune.inference.loaded import LoadedModel
 from phitune.model.device import is_out_of_memory
 
 # -------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ class Chat:
 
     def __init__(
         self,
-        model: ServedModel,
+        model: LoadedModel,
         *,
         choice: int | None = None,
         system: str = "",

@@ -22,7 +22,7 @@ from phitune.data.prompt import PromptFormat, Segment
 from phitune.data.tokenizer import IGNORE_INDEX, TextTokenizer, TokenizedExample
 from phitune.errors import DataError
 from phitune.inference.answers import AnsweredRow, answer_rows
-from phitune.inference.loaded import ServedAdapter, ServedModel
+from phitune.inference.loaded import LoadedAdapter, LoadedModel
 from phitune.inference.metrics import METRICS, metrics_for
 from phitune.inference.run_rows import DataRows, digest_of
 from phitune.inference.scores import (
@@ -97,14 +97,14 @@ class Forgetting:
         return "some forgetting" if self.ratio < MUCH else "much forgetting"
 
 
-def forgetting(served: ServedModel, path: Path | None, seed: int, progress: Progress) -> Forgetting:
+def forgetting(loaded: LoadedModel, path: Path | None, seed: int, progress: Progress) -> Forgetting:
     """Measures both models on a text file, or on the one that ships.
 
     Raises:
         DataError: the file cannot be read as text, or is too short to say anything.
     """
     text, name = read_text(path or GENERAL_TEXT), str(path or "the general text that ships")
-    ids = served.tokenizer.encode([Segment(text)])
+    ids = loaded.tokenizer.encode([Segment(text)])
     notes = []
     if len(ids) > MAX_TOKENS or len(text) == MAX_TOKENS * _CHARACTERS_A_TOKEN:
         ids = ids[:MAX_TOKENS]
@@ -114,10 +114,10 @@ def forgetting(served: ServedModel, path: Path | None, seed: int, progress: Prog
             f"general_text {name}: has {len(ids)} tokens; at least {2 * BLOCK_TOKENS} are needed,"
             " and some thousand are better"
         )
-    bos = served.tokenizer.bos_token
-    first = [served.tokenizer.token_id(bos)] if bos else []
-    rows = list(windows(ids, window_length(served.decoder.config), first))
-    scored = token_losses(served.decoder, served.on_decoder, (BASE, TUNED), rows)
+    bos = loaded.tokenizer.bos_token
+    first = [loaded.tokenizer.token_id(bos)] if bos else []
+    rows = list(windows(ids, window_length(loaded.decoder.config), first))
+    scored = token_losses(loaded.decoder, loaded.on_decoder, (BASE, TUNED), rows)
     base, tuned = [], []
     for index, (of_base, of_tuned) in enumerate(scored):
         base.append(of_base.losses.numpy())
@@ -128,7 +128,7 @@ def forgetting(served: ServedModel, path: Path | None, seed: int, progress: Prog
     sums = np.add.reduceat(losses, starts, axis=1)
     counts = np.diff([*starts, losses.shape[1]])
     loss = compare(sums[0], sums[1], counts, seed=seed)
-    guessing = math.log(served.decoder.config.vocab_size)
+    guessing = math.log(loaded.decoder.config.vocab_size)
     if loss.base > guessing:
         notes.append(
             f"the base model itself does not know {name}: it does worse ({loss.base:.2f}) than"
@@ -224,7 +224,7 @@ class Wanted:
 
 
 def evaluate_adapter(
-    served: ServedModel, data: DataRows, wanted: Wanted, progress: Progress
+    loaded: LoadedModel, data: DataRows, wanted: Wanted, progress: Progress
 ) -> Evaluation:
     """Measures base and tuned model on the same rows.
 
@@ -233,17 +233,17 @@ def evaluate_adapter(
     """
     notes = list(data.notes)
     # The text first: it is quickly read, and refused.
-    general = forgetting(served, wanted.general_text, wanted.seed, progress)
-    losses = row_losses(served, data.rows, len(data.rows), progress)
+    general = forgetting(loaded, wanted.general_text, wanted.seed, progress)
+    losses = row_losses(loaded, data.rows, len(data.rows), progress)
     measures = loss_measures(losses, wanted.seed)
     notes += _check_recorded(data, measures[0].comparison)
     examples = data.examples(choose(len(data.rows), wanted.limit, wanted.seed))
-    answers = answer_rows(served, examples, wanted.max_new_tokens, progress)
+    answers = answer_rows(loaded, examples, wanted.max_new_tokens, progress)
     metrics = wanted.metrics or metrics_for([answer.expected for answer in answers])
     if answers:
         measures += answer_measures(answers, wanted.seed)
         measures += metric_measures(answers, metrics, wanted.seed, notes)
-        notes += _too_short(served, examples, wanted.max_new_tokens)
+        notes += _too_short(loaded, examples, wanted.max_new_tokens)
     elif wanted.limit:
         notes.append("the rows are texts without questions: there is nothing to answer")
     return Evaluation(
@@ -304,13 +304,13 @@ def _compare_pairs(pairs: Sequence[tuple[float, float]], seed: int) -> Compariso
     return compare(base, tuned, seed=seed)
 
 
-def _too_short(served: ServedModel, examples: Sequence[Example], limit: int) -> list[str]:
+def _too_short(loaded: LoadedModel, examples: Sequence[Example], limit: int) -> list[str]:
     """Says where answers as long as the expected ones cannot be given."""
     long = 0
     for example in examples:
         if not example.is_completion:
-            prompt = served.prompt_ids(example.turns[:-1], 0)
-            row = served.tokenizer.encode(served.format_of(0).segments(example.turns))
+            prompt = loaded.prompt_ids(example.turns[:-1], 0)
+            row = loaded.tokenizer.encode(loaded.format_of(0).segments(example.turns))
             long += len(row) - len(prompt) > limit
     if not long:
         return []
@@ -571,17 +571,17 @@ def evaluate_at_end(
     trained = data.train_rows.num_tokens * outcome.steps
     trained //= steps_per_epoch(len(data.train_rows), settings.rows_per_step)
     part = _within(data, bound_of(decoder, trained), settings)
-    served = ServedModel(
+    loaded = LoadedModel(
         settings.model_name,
         find_model(settings.model_name),
         decoder,
         tokenizer,
         prompt_format,
-        [ServedAdapter(str(run.path), run.adapter, adapter, prompt_format, tokenizer)],
+        [LoadedAdapter(str(run.path), run.adapter, adapter, prompt_format, tokenizer)],
     )
     measures: list[Measure] = []
     try:
-        measures = in_usable_thread(lambda: _measure(served, data, part, settings))
+        measures = in_usable_thread(lambda: _measure(loaded, data, part, settings))
     except DataError as error:
         part.skipped.append(f"all of it: the data can no longer be read ({error})")
     except (RuntimeError, MemoryError) as error:
@@ -643,17 +643,17 @@ def _within(data: PreparedData, bound: int, settings: Settings) -> _Part:
 
 
 def _measure(
-    served: ServedModel, data: PreparedData, part: _Part, settings: Settings
+    loaded: LoadedModel, data: PreparedData, part: _Part, settings: Settings
 ) -> list[Measure]:
     def silent(what: str, done: int, total: int) -> None:
         pass
 
     rows, measures = data.validation_rows, []
     if part.rows:
-        losses = row_losses(served, [rows[row] for row in part.rows], len(part.rows), silent)
+        losses = row_losses(loaded, [rows[row] for row in part.rows], len(part.rows), silent)
         measures += loss_measures(losses, settings.seed)
-    source = DataRows.of_run(rows, settings, served.format_of(0))
-    answers = answer_rows(served, source.examples(part.answered), part.max_new_tokens, silent)
+    source = DataRows.of_run(rows, settings, loaded.format_of(0))
+    answers = answer_rows(loaded, source.examples(part.answered), part.max_new_tokens, silent)
     if answers:
         measures += answer_measures(answers, settings.seed)
     return measures

@@ -32,7 +32,7 @@ from phitune.data.tokenizer import IGNORE_INDEX, TokenizedExample
 from phitune.errors import DataError, ModelError, SettingsError, listing
 from phitune.inference.evaluate import Better, Measure, measures_as_json, show_measures
 from phitune.inference.generate import Adapters, Sampling, stream
-from phitune.inference.loaded import ServedModel
+from phitune.inference.loaded import LoadedModel
 from phitune.inference.scores import (
     BASE,
     TUNED,
@@ -125,13 +125,13 @@ def load_tasks(tasks: HarnessTasks) -> Any:
     if unknown:
         raise SettingsError(f"--tasks: the harness knows no task of this name:\n{listing(unknown)}")
     try:
-        loaded = manager.load(list(tasks.names))
+        loaded_tasks = manager.load(list(tasks.names))
     except (OSError, ValueError, KeyError, TypeError, ImportError, yaml.YAMLError) as error:
         said = str(error).strip().splitlines() or [""]
         raise DataError(
             f"--tasks {','.join(tasks.names)}: cannot be loaded: {type(error).__name__}: {said[0]}"
         ) from None
-    for name, task in loaded["tasks"].items():
+    for name, task in loaded_tasks["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
             raise SettingsError(
                 f"--tasks {name}: runs code that the model writes, which phitune never does; use"
@@ -145,12 +145,12 @@ def load_tasks(tasks: HarnessTasks) -> Any:
             task.set_config(key="num_fewshot", value=tasks.num_fewshot)
         elif task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-    return loaded
+    return loaded_tasks
 
 
 @_quietly()
 def evaluate_tasks(
-    served: ServedModel, tasks: HarnessTasks, loaded: Any, progress: Progress
+    loaded: LoadedModel, tasks: HarnessTasks, loaded_tasks: Any, progress: Progress
 ) -> TaskResults:
     """Both models through the same tasks, one after the other."""
     from importlib.metadata import version
@@ -159,10 +159,10 @@ def evaluate_tasks(
 
     found = []
     for choice, who in ((BASE, "base"), (TUNED, "tuned")):
-        for task in loaded["tasks"].values():
+        for task in loaded_tasks["tasks"].values():
             task.set_fewshot_seed(seed=tasks.seed)
         model = HarnessModel(
-            served,
+            loaded,
             choice,
             in_trained_form=tasks.apply_chat_template,
             seed=tasks.seed,
@@ -170,7 +170,7 @@ def evaluate_tasks(
         )
         results = evaluate(
             model,
-            loaded,
+            loaded_tasks,
             limit=tasks.limit,
             apply_chat_template=tasks.apply_chat_template,
             fewshot_as_multiturn=tasks.apply_chat_template,
@@ -296,11 +296,11 @@ _NEUTRAL = {"num_beams": 1, "min_length": 0, "num_return_sequences": 1}
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]
-    """Base (None) or adapter of a served model, as the harness wants it."""
+    """Base (None) or adapter of a loaded model, as the harness wants it."""
 
     def __init__(
         self,
-        served: ServedModel,
+        loaded: LoadedModel,
         choice: int | None,
         *,
         in_trained_form: bool,
@@ -308,26 +308,26 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         told: Told = lambda what, done, total: None,
     ) -> None:
         super().__init__()
-        self._served, self._choice, self._seed, self._told = served, choice, seed, told
+        self._loaded, self._choice, self._seed, self._told = loaded, choice, seed, told
         self._in_trained_form = in_trained_form
-        self._format = served.format_of(choice)
+        self._format = loaded.format_of(choice)
         question = (Turn("user", "a"), Turn("assistant", "b"))
         trained = next(part for part in self._format.segments(question) if part.trained)
         self._answer_start = trained.text.removesuffix("b")  # the space after "Output:"
-        self._device = served.decoder.device
-        self.max_length = served.decoder.config.max_position_embeddings
+        self._device = loaded.decoder.device
+        self.max_length = loaded.decoder.config.max_position_embeddings
 
     # --- tokens -----------------------------------------------------------------------------------
 
     @property
     def eot_token_id(self) -> int:
-        tokenizer = self._served.tokenizer
+        tokenizer = self._loaded.tokenizer
         return tokenizer.token_id(tokenizer.special_tokens["eos_token"])
 
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text that has no context."""
-        tokenizer = self._served.tokenizer
+        tokenizer = self._loaded.tokenizer
         bos = tokenizer.special_tokens.get("bos_token")
         return tokenizer.token_id(bos) if bos else self.eot_token_id
 
@@ -337,7 +337,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         """Ids, with special tokens in the text taken as such, and the token that a tokenizer puts
         in front, unless it is there or the form that was trained has none.
         """
-        tokenizer = self._served.tokenizer
+        tokenizer = self._loaded.tokenizer
         ids = tokenizer.encode([Segment(string, control=True)])
         adds = add_special_tokens is not False and not self._in_trained_form
         if tokenizer.bos_token and adds and ids[:1] != [tokenizer.token_id(tokenizer.bos_token)]:
@@ -359,8 +359,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         order = sorted(range(len(rows)), key=lambda index: -len(rows[index].input_ids))
         found: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
         scored = token_losses(
-            self._served.decoder,
-            self._served.on_decoder,
+            self._loaded.decoder,
+            self._loaded.on_decoder,
             (self._choice,),
             (rows[index] for index in order),
         )
@@ -438,22 +438,22 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def _until(
         self, prompts: list[list[int]], until: list[str], limit: int, sampling: Sampling
     ) -> list[str]:
-        served = self._served
+        loaded = self._loaded
         answers: list[list[int]] = [[] for _ in prompts]
 
         def text(row: int) -> str:
             # Decoded alone, as the harness' own backend does: of a text that begins, some
             # tokenizers drop the first space.
             before = prompts[row] if self._in_trained_form else []
-            return served.tokenizer.decode_answer(answers[row], before)
+            return loaded.tokenizer.decode_answer(answers[row], before)
 
         for tokens in stream(
-            served.decoder,
+            loaded.decoder,
             prompts,
             max_new_tokens=limit,
-            stop_ids=served.stop_ids,
+            stop_ids=loaded.stop_ids,
             sampling=sampling,
-            adapters=Adapters(served.on_decoder, [self._choice] * len(prompts)),
+            adapters=Adapters(loaded.on_decoder, [self._choice] * len(prompts)),
             is_complete=lambda row: any(stop in text(row) for stop in until),
         ):
             for row, token in tokens:
@@ -491,4 +491,4 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     @property
     def tokenizer_name(self) -> str:
-        return str(self._served.tokenizer.folder).replace("/", "__")
+        return str(self._loaded.tokenizer.folder).replace("/", "__")

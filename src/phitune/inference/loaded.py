@@ -30,7 +30,7 @@ TOKENIZER_FILE = "tokenizer.json"
 
 
 @dataclass(frozen=True)
-class ServedAdapter:
+class LoadedAdapter:
     """One adapter, and the form its prompts take."""
 
     name: str  # as the user named it
@@ -40,7 +40,7 @@ class ServedAdapter:
     tokenizer: TextTokenizer | None = None  # where it is not the model's
 
 
-class ServedModel:
+class LoadedModel:
     """One base in memory, any number of adapters beside it. `choice` is an adapter's number, or
     None for the base, which is asked in the first adapter's format, with its tokenizer.
     """
@@ -52,7 +52,7 @@ class ServedModel:
         decoder: Decoder,
         tokenizer: TextTokenizer,
         prompt_format: PromptFormat,
-        adapters: Sequence[ServedAdapter],
+        adapters: Sequence[LoadedAdapter],
         warnings: Sequence[str] = (),
     ) -> None:
         self.model_name, self.folder = model_name, folder
@@ -143,7 +143,7 @@ def open_model(
     prompt_format: FormatName | None = None,
     device: str = "auto",
     precision: Literal["auto", "fp32", "bf16"] = "auto",
-) -> ServedModel:
+) -> LoadedModel:
     """Loads a base model once, and adapters beside it.
 
     Args:
@@ -188,9 +188,9 @@ def open_model(
     adapters = []
     for path, adapter_path, (own, form) in zip(adapter_paths, folders, coders, strict=True):
         adapter = load_adapter(decoder, adapter_path)
-        adapters.append(ServedAdapter(str(path), adapter_path, adapter, form, own))
+        adapters.append(LoadedAdapter(str(path), adapter_path, adapter, form, own))
         detach(decoder)
-    return ServedModel(model_name, folder, decoder, tokenizer, base_format, adapters, warnings)
+    return LoadedModel(model_name, folder, decoder, tokenizer, base_format, adapters, warnings)
 
 
 def coder_of(

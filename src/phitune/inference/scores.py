@@ -16,7 +16,7 @@ from torch import Tensor
 
 from phitune.data.packing import Batch, pack
 from phitune.data.tokenizer import IGNORE_INDEX, TokenizedExample
-from phitune.inference.loaded import ServedModel
+from phitune.inference.loaded import LoadedModel
 from phitune.model import architecture
 from phitune.model.decoder import Decoder
 from phitune.model.lora import AdapterSet
@@ -215,11 +215,11 @@ class RowLosses:
 
 
 def row_losses(
-    served: ServedModel, rows: Iterable[TokenizedExample], total: int, progress: Progress
+    loaded: LoadedModel, rows: Iterable[TokenizedExample], total: int, progress: Progress
 ) -> RowLosses:
     """Base and tuned model on the same rows; what is held of a row is three numbers."""
     base, tuned, tokens = np.empty(total), np.empty(total), np.empty(total, np.int64)
-    scored = token_losses(served.decoder, served.on_decoder, (BASE, TUNED), rows)
+    scored = token_losses(loaded.decoder, loaded.on_decoder, (BASE, TUNED), rows)
     for index, (of_base, of_tuned) in enumerate(scored):
         base[index], tuned[index] = float(of_base.losses.sum()), float(of_tuned.losses.sum())
         tokens[index] = len(of_base.losses)
@@ -244,7 +244,7 @@ class Likelihood:
 
 
 def likelihoods(
-    model: ServedModel,
+    model: LoadedModel,
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Sequence[int]],
     choices: Sequence[int | None],

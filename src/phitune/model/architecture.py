@@ -43,7 +43,7 @@ def loss_chunk_rows(vocab_size: int, device: str) -> int:
     return max(1, rows - rows % LOSS_CHUNK_ROWS if rows > LOSS_CHUNK_ROWS else rows)
 
 
-def filler_tokens(tokens: int, device: str) -> int:
+def padding_tokens(tokens: int, device: str) -> int:
     """Tokens that a micro-batch is filled up with, so that its products have handy sizes.
 
     One less than a handy number of rows at least: so many may be missing to the trained positions.
@@ -53,7 +53,7 @@ def filler_tokens(tokens: int, device: str) -> int:
     return least + -(tokens + least) % multiple
 
 
-def filled_rows(rows: int, device: str) -> int:
+def padded_rows(rows: int, device: str) -> int:
     """So many rows of trained positions, filled up to a handy number."""
     return rows + -rows % PRODUCT_ROWS.get(device, 1)
 
@@ -63,7 +63,7 @@ def block_rows(width: int, device: str) -> int:
     return max(1, BLOCK_ELEMENTS.get(device, BLOCK_ELEMENTS_ELSEWHERE) // width)
 
 
-def further_columns(total_rank: int) -> int:
+def extra_columns(total_rank: int) -> int:
     """The columns that adapters of so many ranks together add to a layer's weight."""
     return -(-total_rank // FURTHER_COLUMNS) * FURTHER_COLUMNS
 

@@ -126,15 +126,15 @@ class FusedLinear(nn.Module):
         pairs.sort(key=lambda pair: pair.columns.start)
         self.lora = nn.ModuleList(pairs)
 
-    def widen(self, further: int) -> Tensor:
+    def widen(self, extra_columns: int) -> Tensor:
         """Puts so many further columns, of zeros, beside the weight, which becomes a view.
 
         Returns: [O, D + further], the weight with them; the weight itself where there are none.
         """
-        if not further:
+        if not extra_columns:
             return self.weight.detach()
         rows, width = self.weight.shape
-        wide = self.weight.new_zeros(rows, width + further)
+        wide = self.weight.new_zeros(rows, width + extra_columns)
         wide[:, :width] = self.weight.detach()
         self.weight = nn.Parameter(wide[:, :width], requires_grad=False)
         return wide

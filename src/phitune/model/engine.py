@@ -29,10 +29,10 @@ from phitune.model.device import (
 )
 from phitune.model.fused import (
     Backend,
-    Filled,
     FusedNorm,
     Kernels,
     Packed,
+    Padded,
     WidenedLinear,
     blocks,
     choose_gemm,
@@ -177,14 +177,14 @@ class FusedEngine:
             release_freed_memory()
         self._refresh(prepare_gradients=True)
         embedding = self.decoder.embed_tokens
-        filled = fill(batch, dropout, self.device)
+        padded = fill(batch, dropout, self.device)
         with torch.set_grad_enabled(embedding.lora is not None):
-            embedded = embedding(filled.input_ids)
+            embedded = embedding(padded.input_ids)
         with torch.no_grad():
-            shared = self._shared(filled)
-            hidden, kept = self._forward(embedded.detach(), filled.rows, shared)
-            keys = shared.keys_of(filled.rows)
-            loss, grad = self._loss(hidden, filled.targets, keys, weight)
+            shared = self._shared(padded)
+            hidden, kept = self._forward(embedded.detach(), padded.rows, shared)
+            keys = shared.keys_of(padded.rows)
+            loss, grad = self._loss(hidden, padded.targets, keys, weight)
             del hidden
             for index in reversed(range(self.lowest, len(self.layers))):
                 layer, saved = self.layers[index], kept.pop()
@@ -202,13 +202,13 @@ class FusedEngine:
     @torch.no_grad()
     def loss_sum(self, batch: Packed) -> Tensor:
         self._refresh(prepare_gradients=False)
-        filled = fill(batch, None, self.device)
-        shared = self._shared(filled)
-        embedded = self.decoder.embed_tokens(filled.input_ids)
-        hidden, _ = self._forward(embedded, filled.rows, shared, keep=False)
-        return self._loss(hidden, filled.targets, None, None)[0]
+        padded = fill(batch, None, self.device)
+        shared = self._shared(padded)
+        embedded = self.decoder.embed_tokens(padded.input_ids)
+        hidden, _ = self._forward(embedded, padded.rows, shared, keep=False)
+        return self._loss(hidden, padded.targets, None, None)[0]
 
-    def _shared(self, batch: Filled) -> Shared:
+    def _shared(self, batch: Padded) -> Shared:
         lengths = [stop - start for start, stop in itertools.pairwise(batch.cu_seqlens)]
         rotary = self.decoder.rotary(batch.position_ids, lengths, lengths)
         return Shared(rotary, batch.cu_seqlens, batch.row_keys)

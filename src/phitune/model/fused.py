@@ -55,7 +55,7 @@ class Packed(Protocol):
 
 
 @dataclass(frozen=True)
-class Filled:
+class Padded:
     """A micro-batch with its filler, as the fused layers compute it."""
 
     input_ids: Tensor  # [T + k]
@@ -66,19 +66,19 @@ class Filled:
     row_keys: Tensor | None  # [T + k], see `ops.Dropout`
 
 
-def fill(batch: Packed, dropout: ops.Dropout | None, device: torch.device) -> Filled:
+def fill(batch: Packed, dropout: ops.Dropout | None, device: torch.device) -> Padded:
     """Adds the filler that is wanted on a device, which may be none."""
     tokens, trained = batch.cu_seqlens[-1], len(batch.target_positions)
-    count = architecture.filler_tokens(tokens, device.type)
+    count = architecture.padding_tokens(tokens, device.type)
     targets = batch.labels[batch.target_positions + 1]
     keys = None if dropout is None else dropout.row_keys
     if not count:
         positions, cu_seqlens = batch.position_ids, batch.cu_seqlens
         rows = batch.target_positions
-        return Filled(batch.input_ids, positions, cu_seqlens, rows, targets, keys)
-    more_rows = architecture.filled_rows(trained, device.type) - trained
+        return Padded(batch.input_ids, positions, cu_seqlens, rows, targets, keys)
+    more_rows = architecture.padded_rows(trained, device.type) - trained
     places = torch.arange(tokens, tokens + count, device=device)
-    return Filled(
+    return Padded(
         F.pad(batch.input_ids, (0, count)),
         torch.cat((batch.position_ids, places - tokens)),
         (*batch.cu_seqlens, tokens + count),
@@ -217,13 +217,15 @@ class WidenedLinear:
         for pair in self.pairs:
             self.places.append(slice(position, position + pair.lora_A.shape[0]))
             position = self.places[-1].stop
-        self.further = architecture.further_columns(position)  # X
-        self.weight = linear.widen(self.further)  # [O, D + X]
+        self.extra_columns = architecture.extra_columns(position)  # X
+        self.weight = linear.widen(self.extra_columns)  # [O, D + X]
         like = self.weight
         dtype = torch.promote_types(like.dtype, torch.float32)
-        self.lora_A = like.new_zeros(self.further, self.width)  # all A, as they are computed with
-        self.grad_A = like.new_zeros(self.further, self.width, dtype=dtype)
-        self.factors = like.new_zeros(self.further)  # alpha / r
+        self.lora_A = like.new_zeros(
+            self.extra_columns, self.width
+        )  # all A, as they are computed with
+        self.grad_A = like.new_zeros(self.extra_columns, self.width, dtype=dtype)
+        self.factors = like.new_zeros(self.extra_columns)  # alpha / r
         self.threshold = ops.keep_threshold(dropout_rate)
         for pair, place in zip(self.pairs, self.places, strict=True):
             self.factors[place] = pair.scaling
@@ -275,7 +277,7 @@ class WidenedLinear:
 
         Returns: [T, D + X].
         """
-        wide = self.weight.new_empty(count, self.width + self.further)
+        wide = self.weight.new_empty(count, self.width + self.extra_columns)
         for block in blocks(count, self.width, wide.device):
             x = wide[block, : self.width]
             x.copy_(values(block))
@@ -321,7 +323,7 @@ class WidenedLinear:
         weight = self.weight[rows]
         if needs_input:
             return self.gemm.backward(grad_out, weight)
-        wide = weight.new_empty(len(grad_out), self.width + self.further)
+        wide = weight.new_empty(len(grad_out), self.width + self.extra_columns)
         wide[:, self.width :] = torch.mm(grad_out, weight[:, self.width :])
         return wide
 

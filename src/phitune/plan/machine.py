@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 # dealt with. No torch here.
 
 # Of what there is, a run's own limit leaves this share to the kernel's tables and to chance.
-CEILING_SHARE = 0.97
+LIMIT_SHARE = 0.97
 _PROC, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 # Version 1 says "no limit" with a number of about 2**63.
 _NO_LIMIT = 2**60
 
 
 @dataclass(frozen=True)
-class Room:
+class FreeMemory:
     """Bytes that may still be taken, and who says so."""
 
     bytes: int
@@ -54,20 +54,20 @@ class _CgroupFiles:
     cache: str  # the line of memory.stat: files the kernel drops when it needs their memory
 
 
-def memory_room() -> Room:
+def free_memory() -> FreeMemory:
     """The tightest of what the machine, its containers and the shell leave to this process."""
     ram = psutil.virtual_memory()
-    free = Room(ram.available, f"free now, of this machine's {ram.total / GIB:.1f} GiB")
-    return min([free, *cgroup_rooms(), *_ulimit_rooms()], key=lambda room: room.bytes)
+    free = FreeMemory(ram.available, f"free now, of this machine's {ram.total / GIB:.1f} GiB")
+    return min([free, *free_in_cgroups(), *_free_by_ulimit()], key=lambda room: room.bytes)
 
 
 def bytes_until_killed() -> int:
     """What may be taken before the kernel ends the process; a machine swaps before it does."""
     free = psutil.virtual_memory().available + psutil.swap_memory().free
-    return min([free, *(room.bytes for room in cgroup_rooms())])
+    return min([free, *(room.bytes for room in free_in_cgroups())])
 
 
-def cgroup_rooms(membership: Path = _PROC, root: Path = _CGROUPS) -> list[Room]:
+def free_in_cgroups(membership: Path = _PROC, root: Path = _CGROUPS) -> list[FreeMemory]:
     """What each cgroup with a limit, from this process's own upwards, has left.
 
     Args:
@@ -86,7 +86,7 @@ def cgroup_rooms(membership: Path = _PROC, root: Path = _CGROUPS) -> list[Room]:
         own = Path(path).relative_to("/")
         # Inside of a container the path may be the host's, and only the root is there.
         folders = dict.fromkeys(files.root / part for part in (own, *own.parents))
-        rooms += [room for folder in folders if (room := _room_in(folder, files))]
+        rooms += [room for folder in folders if (room := _free_in(folder, files))]
     return rooms
 
 
@@ -109,7 +109,7 @@ def _files_of(controllers: list[str], root: Path) -> _CgroupFiles | None:
     return None
 
 
-def _room_in(folder: Path, files: _CgroupFiles) -> Room | None:
+def _free_in(folder: Path, files: _CgroupFiles) -> FreeMemory | None:
     limits = [limit for name in files.limits if (limit := _number(folder / name)) is not None]
     limits = [limit for limit in limits if limit < _NO_LIMIT]
     usage = _number(folder / files.usage)
@@ -117,7 +117,9 @@ def _room_in(folder: Path, files: _CgroupFiles) -> Room | None:
         return None
     limit = min(limits)
     left = limit - usage + _statistic(folder / "memory.stat", files.cache)
-    return Room(max(left, 0), f"free now, of the container's {limit / GIB:.1f} GiB ({folder})")
+    return FreeMemory(
+        max(left, 0), f"free now, of the container's {limit / GIB:.1f} GiB ({folder})"
+    )
 
 
 def _number(path: Path) -> int | None:
@@ -135,7 +137,7 @@ def _statistic(path: Path, name: str) -> int:
     return next((int(line.split()[1]) for line in lines if line.split()[:1] == [name]), 0)
 
 
-def _ulimit_rooms() -> list[Room]:
+def _free_by_ulimit() -> list[FreeMemory]:
     """What the limits on address space and data leave; Linux alone enforces them."""
     if sys.platform != "linux":
         return []
@@ -150,11 +152,11 @@ def _ulimit_rooms() -> list[Room]:
         limit, _ = resource.getrlimit(kind)
         if limit != resource.RLIM_INFINITY:
             source = f"free now, of the {limit / GIB:.1f} GiB of ulimit {name}"
-            rooms.append(Room(max(limit - now, 0), source))
+            rooms.append(FreeMemory(max(limit - now, 0), source))
     return rooms
 
 
-class MemoryCeiling:
+class ProcessMemoryLimit:
     """While it is entered, allocations fail before the kernel would end the process."""
 
     def __init__(self, device: str) -> None:
@@ -166,7 +168,7 @@ class MemoryCeiling:
         self._before = (0, 0)
         self._untouched = 0  # bytes that are mapped but were never used, such as threads' stacks
 
-    def __enter__(self) -> "MemoryCeiling":
+    def __enter__(self) -> "ProcessMemoryLimit":
         if self._is_used:
             import resource
 
@@ -187,12 +189,12 @@ class MemoryCeiling:
         import resource
 
         _, used = _held()
-        ceiling = used + self._untouched + round(CEILING_SHARE * bytes_until_killed())
+        limit_on_process = used + self._untouched + round(LIMIT_SHARE * bytes_until_killed())
         soft, hard = self._before
         if soft != resource.RLIM_INFINITY:
-            ceiling = min(ceiling, soft)
+            limit_on_process = min(limit_on_process, soft)
         # Private memory that can be written: the heap, and what torch and its libraries map.
-        resource.setrlimit(resource.RLIMIT_DATA, (ceiling, hard))
+        resource.setrlimit(resource.RLIMIT_DATA, (limit_on_process, hard))
 
     def __exit__(self, *_: object) -> None:
         if self._is_used:
@@ -225,28 +227,28 @@ def memory_in_use(device: "torch.device") -> float:
     return float(psutil.Process().memory_info().rss) / GIB
 
 
-def _room_on(device: "torch.device") -> Room:
+def _free_on(device: "torch.device") -> FreeMemory:
     """What is free for this process on a device."""
     import torch
 
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        return Room(free, f"free now, of the card's {total / GIB:.1f} GiB")
+        return FreeMemory(free, f"free now, of the card's {total / GIB:.1f} GiB")
     if device.type == "mps":
         # Beyond the recommended working set a Mac swaps instead of failing.
-        return Room(torch.mps.recommended_max_memory(), "macOS recommends to its GPU")
-    return memory_room()
+        return FreeMemory(torch.mps.recommended_max_memory(), "macOS recommends to its GPU")
+    return free_memory()
 
 
-def memory_budget(device: "torch.device") -> Room:
+def memory_budget(device: "torch.device") -> FreeMemory:
     """What a run may plan with now: its share of what is free.
 
     A plan has a term for the program, which on a CPU is there already, at least in part.
     """
-    room, kind = _room_on(device), _kind(device)
+    room, kind = _free_on(device), _kind(device)
     held = psutil.Process().memory_info().rss if kind == "cpu" else 0
     share = BUDGET_SHARE[kind] * (room.bytes + min(held, PROGRAM_BYTES[kind]))
-    return Room(round(share), room.source)
+    return FreeMemory(round(share), room.source)
 
 
 def peak_memory(device: "torch.device") -> float:
@@ -393,7 +395,7 @@ def memory_here(name: str, device: Device) -> Memory:
         SettingsError: it cannot be seen, so `--memory` has to say it.
     """
     if device == "cpu":
-        room = memory_room()
+        room = free_memory()
         return Memory(room.bytes, room.source)
     if device == "mps" and is_apple_silicon():
         total = psutil.virtual_memory().total

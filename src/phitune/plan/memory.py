@@ -114,38 +114,40 @@ def saved_bytes_per_token(
     config: ModelConfig, modules: Sequence[str], rank: int, element_bytes: int, layer: int
 ) -> int:
     """What a stored layer, not the last, keeps of a token."""
-    further = _further(f"model.layers.{layer}.", layer_linears(config), modules, rank)
-    return _saved_of_token(config, further, element_bytes)
+    extra_columns = _extra_columns_of(
+        f"model.layers.{layer}.", layer_linears(config), modules, rank
+    )
+    return _saved_of_token(config, extra_columns, element_bytes)
 
 
-def _saved_of_token(config: ModelConfig, further: dict[str, int], element_bytes: int) -> int:
+def _saved_of_token(config: ModelConfig, extra_columns: dict[str, int], element_bytes: int) -> int:
     elements = config.hidden_size + 2 * config.query_size + 2 * config.key_value_size
     if config.model_type == "phi":
         elements += config.intermediate_size
     else:
         elements += config.hidden_size + 2 * config.intermediate_size
     log_sum_exp = _FP32 * config.num_attention_heads
-    return (elements + sum(further.values())) * element_bytes + log_sum_exp
+    return (elements + sum(extra_columns.values())) * element_bytes + log_sum_exp
 
 
-def _further(
+def _extra_columns_of(
     prefix: str, linears: dict[str, LinearSpec], modules: Iterable[str], rank: int
 ) -> dict[str, int]:
     """X of each linear layer."""
     adapted = set(modules)
     return {
-        name: architecture.further_columns(
+        name: architecture.extra_columns(
             sum(rank for part, _ in spec.parts if prefix + part in adapted)
         )
         for name, spec in linears.items()
     }
 
 
-def _filled(shape: Shape, device: Device) -> Shape:
+def _padded(shape: Shape, device: Device) -> Shape:
     """With the filler of `model/filler.py`."""
-    filler = architecture.filler_tokens(shape.tokens, device)
+    filler = architecture.padding_tokens(shape.tokens, device)
     lengths = (*shape.lengths, filler) if filler else shape.lengths
-    return Shape(lengths, architecture.filled_rows(shape.target_tokens, device))
+    return Shape(lengths, architecture.padded_rows(shape.target_tokens, device))
 
 
 class _Arithmetic:
@@ -163,17 +165,17 @@ class _Arithmetic:
     ) -> None:
         self.config, self.modules, self.rank = config, set(modules), rank
         self.base, self.device = base, device
-        self.asked, self.shape = shape, _filled(shape, device)
+        self.asked, self.shape = shape, _padded(shape, device)
         self.recompute_layers = recompute_layers
         self.element = 4 if base == "fp32" else 2
         self.linears = layer_linears(config)
         self.layers = range(config.num_hidden_layers)
-        self.further = {
-            layer: _further(f"model.layers.{layer}.", self.linears, modules, rank)
+        self.extra_columns = {
+            layer: _extra_columns_of(f"model.layers.{layer}.", self.linears, modules, rank)
             for layer in self.layers
         }
-        self.head_further = architecture.further_columns(rank) if LM_HEAD in self.modules else 0
-        adapted = [layer for layer in self.layers if any(self.further[layer].values())]
+        self.head_further = architecture.extra_columns(rank) if LM_HEAD in self.modules else 0
+        adapted = [layer for layer in self.layers if any(self.extra_columns[layer].values())]
         embeds = any(name.endswith(EMBED_TOKENS) for name in self.modules)
         self.lowest = 0 if embeds else min(adapted, default=len(self.layers))
 
@@ -215,11 +217,11 @@ class _Arithmetic:
         widening = working_A = grad_A = parameters = keys = 0
         for layer in self.layers:
             for name, spec in self.linears.items():
-                further = self.further[layer][name]
+                extra_columns = self.extra_columns[layer][name]
                 outputs = sum(out for _, out in spec.parts)
-                widening += outputs * further * self.element
-                working_A += further * spec.in_features * self.element
-                grad_A += further * spec.in_features * _FP32
+                widening += outputs * extra_columns * self.element
+                working_A += extra_columns * spec.in_features * self.element
+                grad_A += extra_columns * spec.in_features * _FP32
                 for part, out in spec.parts:
                     if f"model.layers.{layer}.{part}" in self.modules:
                         parameters += rank * (spec.in_features + out)
@@ -267,17 +269,19 @@ class _Arithmetic:
     def _saved(self, layer: int) -> int:
         tokens = self.shape.tokens
         if layer < len(self.layers) - 1:
-            return tokens * _saved_of_token(self.config, self.further[layer], self.element)
+            return tokens * _saved_of_token(self.config, self.extra_columns[layer], self.element)
         # The last layer: everything past the keys and values on trained positions only.
-        config, further = self.config, self.further[layer]
+        config, extra_columns = self.config, self.extra_columns[layer]
         all_rows = config.hidden_size + 2 * config.query_size + 2 * config.key_value_size
         if config.model_type == "phi":
-            some_rows = config.intermediate_size + further["dense"] + further["fc2"]
-            all_rows += further["qkv_fc1"]
+            some_rows = config.intermediate_size + extra_columns["dense"] + extra_columns["fc2"]
+            all_rows += extra_columns["qkv_fc1"]
         else:
             some_rows = config.hidden_size + 2 * config.intermediate_size
-            some_rows += further["o_proj"] + further["gate_up_proj"] + further["down_proj"]
-            all_rows += further["qkv_proj"]
+            some_rows += (
+                extra_columns["o_proj"] + extra_columns["gate_up_proj"] + extra_columns["down_proj"]
+            )
+            all_rows += extra_columns["qkv_proj"]
         lse = tokens * config.num_attention_heads * _FP32
         return (tokens * all_rows + self.shape.target_tokens * some_rows) * self.element + lse
 
@@ -299,14 +303,14 @@ class _Arithmetic:
 
     def _forward_buffers(self, layer: int, rows: int) -> list[int]:
         """Beyond the saved set, moment by moment."""
-        config, further, tokens = self.config, self.further[layer], self.shape.tokens
+        config, extra_columns, tokens = self.config, self.extra_columns[layer], self.shape.tokens
         hidden, inner, query = config.hidden_size, config.intermediate_size, config.query_size
         if config.model_type == "phi":
-            before = tokens * (hidden + further["qkv_fc1"]) - tokens * query
-            after = rows * (2 * hidden + inner + further["fc2"])
+            before = tokens * (hidden + extra_columns["qkv_fc1"]) - tokens * query
+            after = rows * (2 * hidden + inner + extra_columns["fc2"])
         else:
-            before = rows * (hidden + further["gate_up_proj"])
-            after = rows * (inner + further["down_proj"] + hidden)
+            before = rows * (hidden + extra_columns["gate_up_proj"])
+            after = rows * (inner + extra_columns["down_proj"] + hidden)
         return [
             before * self.element,
             after * self.element + self._block(inner),
@@ -315,23 +319,23 @@ class _Arithmetic:
 
     def _backward_buffers(self, layer: int, rows: int) -> list[int]:
         """Beyond the saved set, moment by moment; the gradient of the layer's output included."""
-        config, further, tokens = self.config, self.further[layer], self.shape.tokens
+        config, extra_columns, tokens = self.config, self.extra_columns[layer], self.shape.tokens
         hidden, inner, query = config.hidden_size, config.intermediate_size, config.query_size
         projected = query + 2 * config.key_value_size
         scattered = tokens * query if rows < tokens else 0
         if config.model_type == "phi":
             grads = rows * (hidden + inner) + tokens * projected
-            mlp = grads + rows * (inner + further["fc2"])
-            attention = grads + rows * (query + further["dense"]) + scattered
-            back = grads + tokens * (hidden + further["qkv_fc1"])
+            mlp = grads + rows * (inner + extra_columns["fc2"])
+            attention = grads + rows * (query + extra_columns["dense"]) + scattered
+            back = grads + tokens * (hidden + extra_columns["qkv_fc1"])
             steps = [mlp, attention, back]
         else:
             grads = rows * hidden
-            mlp = grads + rows * (3 * inner + further["down_proj"])
-            middle = grads + rows * (2 * inner + hidden + further["gate_up_proj"])
+            mlp = grads + rows * (3 * inner + extra_columns["down_proj"])
+            middle = grads + rows * (2 * inner + hidden + extra_columns["gate_up_proj"])
             grads += tokens * projected
-            attention = grads + rows * (query + further["o_proj"]) + scattered
-            back = grads + tokens * (hidden + further["qkv_proj"])
+            attention = grads + rows * (query + extra_columns["o_proj"]) + scattered
+            back = grads + tokens * (hidden + extra_columns["qkv_proj"])
             steps = [mlp, attention, back, middle]
         extra = [
             self._block(inner),

@@ -30,7 +30,7 @@ from phitune.inference.answers import Sample
 from phitune.model.architecture import EMBED_TOKENS, LM_HEAD, ModelConfig
 from phitune.model.decoder import Decoder
 from phitune.model.lora import Adapter
-from phitune.plan.machine import Room
+from phitune.plan.machine import FreeMemory
 from phitune.plan.memory import GIB, MemoryPlan
 from phitune.training.loop import Evaluation, StepMetrics
 
@@ -344,7 +344,7 @@ def model_line(decoder: Decoder, adapter: Adapter, settings: Settings, seconds: 
     )
 
 
-def memory_line(plan: MemoryPlan, budget: Room) -> str:
+def memory_line(plan: MemoryPlan, budget: FreeMemory) -> str:
     """What the run will take at its peak, of what it plans with, and what is recomputed for it."""
     layers, of = plan.recompute_layers, plan.num_layers
     recomputed = f"{layers} of {of} layers are recomputed" if layers else "nothing is recomputed"

@@ -1,6 +1,14 @@
 """What the parts of a shown plan have in common: tables, sections, and amounts as words."""
 
+import dataclasses
+import enum
+import json
+import math
+import sys
+from collections.abc import Mapping
 from html import escape
+from pathlib import PurePath
+from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -77,6 +85,65 @@ def isolated(text: str) -> str:
 def definitions(facts: dict[str, str]) -> str:
     """Names and what they are, as a list; both are HTML."""
     return f"<dl>{''.join(f'<dt>{name}</dt><dd>{fact}</dd>' for name, fact in facts.items())}</dl>"
+
+
+# -------------------------------------------------------------------------------------------------
+# Results as JSON: one function for every command. A key is the name of a field.
+
+
+def jsonable(value: object) -> Any:
+    """A result as what `json` writes: dataclasses and mappings as objects, sequences as arrays.
+
+    A number that is not finite is null (JSON has no word for it), a path is its text, an
+    enumeration's member its value; numbers, arrays and tensors of other libraries are plain
+    numbers and lists. What a result computes (a property) is added by whoever asks:
+    `{**jsonable(option), "fits": option.fits}`.
+
+    Raises:
+        TypeError: a value of a type that has no form in JSON.
+    """
+    match value:
+        case enum.Enum():
+            return jsonable(value.value)
+        case None | bool() | int() | str():
+            return value
+        case float():
+            return float(value) if math.isfinite(value) else None
+        case PurePath():
+            return str(value)
+        case Mapping():
+            return {_key(key): jsonable(item) for key, item in value.items()}
+        case list() | tuple():
+            return [jsonable(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = dataclasses.fields(value)
+        return {field.name: jsonable(getattr(value, field.name)) for field in fields}
+    if callable(plain := getattr(value, "tolist", None)):  # numpy and torch, neither imported here
+        return jsonable(plain())
+    raise TypeError(f"{type(value).__name__} has no form in JSON: {value!r}")
+
+
+def _key(key: object) -> str:
+    """The name of an entry; JSON has only texts there."""
+    key = jsonable(key)
+    if not isinstance(key, str | int):
+        raise TypeError(f"{key!r} cannot name an entry in JSON")
+    return str(key)
+
+
+def json_text(value: object, *, ascii_only: bool = False) -> str:
+    """A result as indented JSON, without a final line feed.
+
+    Args:
+        ascii_only: letters beyond ASCII as escapes, for a place whose encoding lacks them.
+    """
+    return json.dumps(jsonable(value), indent=2, ensure_ascii=ascii_only, allow_nan=False)
+
+
+def print_json(value: object) -> None:
+    """A result on standard output, as JSON that any encoding of it can hold."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(json_text(value, ascii_only=not encoding.lower().startswith("utf")))
 
 
 # -------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
     python benchmarks/goldens.py --write before.json
     PYTHONPATH=/other/checkout/src python benchmarks/goldens.py --write after.json
     python benchmarks/goldens.py --compare before.json after.json
-    python benchmarks/goldens.py --renew        # tests/goldens/*.json, when a change is meant
+    python benchmarks/goldens.py --renew    # tests/goldens/*.json, only where a change is meant
 
 Knows the command line and the files of a run, and nothing else of phitune, so that it works on any
 layout of the modules. `--compare` exits with 1 if there is a difference; `--ignore-text` leaves out
@@ -30,6 +30,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -117,8 +118,8 @@ def signature() -> dict[str, Any]:
     features += ("_is_vnni_supported", "_is_amx_tile_supported")
     found = {name: getattr(torch.cpu, name, None) for name in features}
     return {
-        "torch": torch.__version__,
-        "threads": 1,
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -164,17 +165,21 @@ class Done:
 
 
 class InterruptingOutput(io.StringIO):
-    """Presses Ctrl-C once, when a line about this step is printed."""
+    """Presses Ctrl-C once, some seconds after a line about this step is printed."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, delay: float = 0.0) -> None:
         super().__init__()
         self._awaited: str | None = rf"(?m)^step {step}\b"
+        self._delay = delay
 
     def write(self, text: str) -> int:
         written = super().write(text)
         if self._awaited and re.search(self._awaited, text):
             self._awaited = None
-            signal.raise_signal(signal.SIGINT)
+            if self._delay:
+                threading.Timer(self._delay, os.kill, (os.getpid(), signal.SIGINT)).start()
+            else:
+                signal.raise_signal(signal.SIGINT)
         return written
 
 
@@ -338,6 +343,7 @@ class Run:
     flags: str
     also: tuple[str, ...] = ()
     interrupt_at: int | None = None
+    interrupt_delay: float = 0.0  # seconds behind that step
     forget_after: int | None = None  # checkpoints after this step are removed before `also`
     in_tests: bool = False  # kept in tests/goldens/runs.json
 
@@ -350,6 +356,7 @@ ROWS = f"--dataset_path rows.jsonl {SMALL}"
 PHI_2 = f"--model_name tiny-phi-2 {ROWS}"
 PHI_3 = f"--model_name tiny-phi-3.5 {ROWS}"
 CHAT = f"--model_name tiny-phi-3.5 --prompt_format chat --dataset_path chats.jsonl {SMALL}"
+MANY_MICRO_BATCHES = f"{PHI_2} --batch_size 1 --gradient_accumulation_steps 12 --epochs 3"
 RUNS = {
     "phi-2": Run(PHI_2, in_tests=True),
     "phi-2-reference": Run(f"{PHI_2} --engine reference", in_tests=True),
@@ -379,20 +386,27 @@ RUNS = {
     "phi-3.5-bf16": Run(f"{PHI_3} --precision bf16 --recompute_layers all"),
     "phi-3.5-early-stop": Run(
         f"--model_name tiny-phi-3.5 --dataset_path alpaca.json --validation_path held_out.jsonl"
-        f" {SMALL} --epochs 6 --early_stopping_patience 1 --learning_rate 0.05"
+        f" {SMALL} --epochs 6 --early_stopping_patience 1 --learning_rate 1"
         " --lr_scheduler constant --warmup_ratio 0.3 --max_length 48"
         " --sample_prompts 'What is a keel?'"
     ),
     "phi-3.5-chat": Run(CHAT, in_tests=True),
     "phi-3.5-chat-reference": Run(f"{CHAT} --engine reference"),
     "phi-3.5-chat-rows": Run(f"{PHI_3} --prompt_format chat --validation_split 0.2"),
-    # Both end as "phi-2" does; the first is stopped inside an epoch, of the second the last
-    # checkpoints are lost.
+    # Three end as the runs do that nothing stops: what is between two steps, what is between two
+    # micro-batches, and what is lost with the last checkpoints is made up for.
     "phi-2-interrupted": Run(
         f"{PHI_2} --save_every 3", ("--resume phi-2-interrupted",), interrupt_at=2
     ),
     "phi-3.5-interrupted": Run(
         f"{PHI_3} --save_every 3", ("--resume phi-3.5-interrupted",), interrupt_at=5
+    ),
+    "phi-2-many-micro-batches": Run(MANY_MICRO_BATCHES),
+    "phi-2-interrupted-in-a-step": Run(
+        MANY_MICRO_BATCHES,
+        ("--resume phi-2-interrupted-in-a-step",),
+        interrupt_at=1,
+        interrupt_delay=0.03,
     ),
     "phi-2-lost": Run(
         f"{PHI_2} --save_every 1 --keep_checkpoints 9", ("--resume phi-2-lost",), forget_after=3
@@ -410,7 +424,9 @@ READ |= {"random.safetensors"}  # what the process drew before
 
 def record_run(place: Place, name: str, run: Run) -> dict[str, Any]:
     """Trains, and reads what lies in the run directory afterwards."""
-    out = InterruptingOutput(run.interrupt_at) if run.interrupt_at else None
+    out = None
+    if run.interrupt_at:
+        out = InterruptingOutput(run.interrupt_at, run.interrupt_delay)
     done = [phitune(f"train --output_dir {name} {run.flags}", out=out)]
     folder = Path(name)
     if run.forget_after is not None:
@@ -497,6 +513,10 @@ EXACT = {
     "layers tiny-phi-2": "layers tiny-phi-2 --layers 1-2 --target_modules attention lm_head --json",
     "layers tiny-phi-3.5": "layers tiny-phi-3.5 --json",
 }
+# Those of them in tests/goldens/commands.json.
+TESTED = ("plan phi-2", "plan phi-3.5", "plan preset", "plan modules", "plan chats")
+TESTED += ("check doubtful", "check broken", "check chats", "check overlap", "check alpaca")
+TESTED += ("layers phi-3.5", "layers tiny-phi-2")
 # JSON that holds results of a model.
 COMPUTED = {
     "layers data": "layers tiny-phi-2 --dataset_path rows.jsonl --batches 3 --device cpu --json",
@@ -743,19 +763,24 @@ def make_all(keep: Path | None = None) -> dict[str, Any]:
         return parts
 
 
-def make_committed() -> dict[str, Any]:
-    """What tests/goldens holds: the runs and the commands that tests/test_goldens.py repeats."""
+def make_runs() -> dict[str, Any]:
+    """tests/goldens/runs.json: the runs that tests/test_goldens.py repeats."""
+    kept = ("exits", "metrics", "samples", "files")
     with place_to_work() as place:
         _prepare_torch()
         runs = {}
         for name, run in RUNS.items():
             if run.in_tests:
                 found = record_run(place, name, run)
-                runs[name] = {key: found[key] for key in ("exits", "metrics", "samples", "files")}
-        return {
-            "runs.json": {"signature": signature(), "runs": runs},
-            "commands.json": record_json(place, EXACT),
-        }
+                runs[name] = {key: found[key] for key in kept}
+        return {"signature": signature(), "runs": runs}
+
+
+def make_commands() -> dict[str, Any]:
+    """tests/goldens/commands.json: JSON without human wording, which may be put better any day."""
+    with place_to_work() as place:
+        found: dict[str, Any] = facts(record_json(place, {name: EXACT[name] for name in TESTED}))
+        return found
 
 
 def _prepare_torch() -> None:
@@ -769,54 +794,52 @@ def _prepare_torch() -> None:
 TEXT_KEYS = {"stdout", "stderr", "page", "page_sha256", "card", "said"}
 DATA_KEYS = {"answer", "answers", "base", "tuned", "prompt", "response", "content", "text"}
 DATA_KEYS |= {"expected", "question", "reference", "settings", "samples", "command"}
+WORDS_HERE = "<words>"
 
 
-def differences(
-    before: Any,
-    after: Any,
-    *,
-    ignore_text: bool = False,
-    relative: float = 0.0,
-    renamed: dict[str, str] | None = None,
-) -> list[str]:
+def facts(value: Any, path: tuple[str, ...] = ()) -> Any:
+    """The value with "<words>" in the place of human wording."""
+    if path and path[-1] in TEXT_KEYS:
+        return WORDS_HERE
+    if isinstance(value, dict):
+        return {key: facts(item, (*path, key)) for key, item in value.items()}
+    if isinstance(value, list):
+        return [facts(item, path) for item in value]
+    if isinstance(value, str) and " " in value and not DATA_KEYS & set(path):
+        return WORDS_HERE
+    return value
+
+
+def with_new_names(value: Any, renamed: dict[str, str]) -> Any:
+    """The value with other keys, where they have another name now."""
+    if isinstance(value, dict):
+        return {renamed.get(k, k): with_new_names(item, renamed) for k, item in value.items()}
+    return [with_new_names(item, renamed) for item in value] if isinstance(value, list) else value
+
+
+def differences(old: Any, new: Any, relative: float = 0.0, where: str = "") -> list[str]:
     """Where two goldens differ, a line each.
 
     Args:
         relative: floats may differ by this share of the larger one.
     """
     found: list[str] = []
-
-    def wording(path: tuple[str, ...], value: Any) -> bool:
-        if not ignore_text:
-            return False
-        if path and path[-1] in TEXT_KEYS:
-            return True
-        return isinstance(value, str) and " " in value and not DATA_KEYS & set(path)
-
-    def look(old: Any, new: Any, path: tuple[str, ...]) -> None:
-        if wording(path, old) and wording(path, new):
-            # Of a run's output the exit codes are in "exits"; the rest is words.
-            return
-        where = " > ".join(path)
-        if isinstance(old, dict) and isinstance(new, dict):
-            old = {(renamed or {}).get(key, key): item for key, item in old.items()}
-            for key in dict.fromkeys([*old, *new]):
-                if key not in new:
-                    found.append(f"{where} > {key}: gone, was {_short(old[key])}")
-                elif key not in old:
-                    found.append(f"{where} > {key}: new, {_short(new[key])}")
-                else:
-                    look(old[key], new[key], (*path, key))
-        elif isinstance(old, list) and isinstance(new, list):
-            if len(old) != len(new):
-                found.append(f"{where}: {len(old)} entries, now {len(new)}{_other_lines(old, new)}")
-                return
-            for number, (one, other) in enumerate(zip(old, new, strict=True)):
-                look(one, other, (*path, str(number)))
-        elif not _equal(old, new, relative):
-            found.append(f"{where}: {_short(old)}, now {_short(new)}")
-
-    look(before, after, ())
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys([*old, *new]):
+            inside = f"{where} > {key}" if where else key
+            if key not in new:
+                found.append(f"{inside}: gone, was {_short(old[key])}")
+            elif key not in old:
+                found.append(f"{inside}: new, {_short(new[key])}")
+            else:
+                found += differences(old[key], new[key], relative, inside)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for number, (one, other) in enumerate(zip(old, new, strict=True)):
+            found += differences(one, other, relative, f"{where} > {number}")
+    elif isinstance(old, list) and isinstance(new, list):
+        found.append(f"{where}: {len(old)} entries, now {len(new)}{_other_lines(old, new)}")
+    elif not _equal(old, new, relative):
+        found.append(f"{where}: {_short(old)}, now {_short(new)}")
     return found
 
 
@@ -842,9 +865,21 @@ def _short(value: Any) -> str:
     return text if len(text) <= 160 else f"{text[:110]} ... {text[-40:]}"
 
 
-def write(path: Path, document: Any) -> None:
+def write(path: Path, document: Any, depth: int = 100) -> None:
+    """Writes JSON; what lies deeper than `depth` stands on one line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    path.write_text(_laid_out(document, depth) + "\n", "utf-8")
+
+
+def _laid_out(value: Any, depth: int, margin: str = "\n") -> str:
+    if not isinstance(value, dict | list) or not value or not depth:
+        return json.dumps(value, ensure_ascii=False)
+    deeper = margin + " "
+    if isinstance(value, list):
+        inside = [_laid_out(item, depth - 1, deeper) for item in value]
+        return f"[{deeper}{f',{deeper}'.join(inside)}{margin}]"
+    inside = [f"{json.dumps(k)}: {_laid_out(v, depth - 1, deeper)}" for k, v in value.items()]
+    return f"{{{deeper}{f',{deeper}'.join(inside)}{margin}}}"
 
 
 def main() -> int:
@@ -871,13 +906,15 @@ def main() -> int:
     if arguments.compare:
         renamed = dict(pair.split("=", 1) for pair in arguments.renamed)
         before, after = (json.loads(path.read_text("utf-8")) for path in arguments.compare)
-        found = differences(before, after, ignore_text=arguments.ignore_text, renamed=renamed)
+        before = with_new_names(before, renamed)
+        if arguments.ignore_text:
+            before, after = facts(before), facts(after)
+        found = differences(before, after)
         print("\n".join([*found, f"{len(found)} differences"]))
         return 1 if found else 0
     if arguments.renew:
-        for name, document in make_committed().items():
-            write(COMMITTED / name, document)
-            print(f"written: {COMMITTED / name}")
+        write(COMMITTED / "runs.json", make_runs(), 4)
+        write(COMMITTED / "commands.json", make_commands(), 3)
         return 0
     write(arguments.write, make_all(arguments.keep))
     return 0

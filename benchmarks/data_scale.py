@@ -51,14 +51,14 @@ def write_rows(path: Path, count: int) -> None:
 def measure(path: Path, model: Path, started: float) -> dict[str, Any]:
     """One start, in this process."""
     from phitune.config import Settings
+    from phitune.data.coder import Coder
     from phitune.data.packing import epoch_steps, micro_batches
     from phitune.data.prepare import prepare_data
     from phitune.data.tokenizer import TextTokenizer
 
     imported = peak_bytes()
     tokenizer = TextTokenizer(model)
-    prompt_format = tokenizer.prompt_format("instruct")
-    data = prepare_data(Settings(), path, tokenizer, prompt_format)
+    data = prepare_data(Settings(), path, Coder.of(tokenizer, "instruct"))
     ready = time.time() - started
     ready_peak = peak_bytes()
     rows = data.train_rows

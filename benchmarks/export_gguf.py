@@ -35,7 +35,7 @@ def write_alone(folder: Path, quantization: str) -> None:
     started = time.perf_counter()
     source = open_source(folder / "adapter", None, None)
     file = ModelFile(source.config, source.model_folder, source.adapter, quantization)
-    tokenizer = file_tokenizer(source.tokenizer, source.prompt_format, source.config.vocab_size)
+    tokenizer = file_tokenizer(source.coder, source.config.vocab_size)
     path = folder / f"{quantization}.gguf"
     file.write(path, lambda writer: None, tokenizer, lambda done, total: None)
     written = time.perf_counter()

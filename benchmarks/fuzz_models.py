@@ -293,8 +293,9 @@ def _open_model(folder: Path, run: Path) -> None:
 def _open_adapter(folder: Path, base: Path, run: Path) -> None:
     import torch
 
+    from phitune.data.coder import Coder
     from phitune.data.tokenizer import TextTokenizer
-    from phitune.inference.loaded import adapter_folder, open_model, trained_format
+    from phitune.inference.loaded import adapter_folder, open_model
     from phitune.model.architecture import read_model_config
     from phitune.model.lora import load_adapter
     from phitune.model.weights import load_decoder
@@ -307,7 +308,7 @@ def _open_adapter(folder: Path, base: Path, run: Path) -> None:
         tokenizer = TextTokenizer(folder)
         _use_tokenizer(tokenizer, run)
         if tokenizer.size <= config.vocab_size:
-            trained_format(tokenizer, None)
+            Coder.as_saved(tokenizer)
             open_model([folder], device="cpu", precision="fp32")
 
 

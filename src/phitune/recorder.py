@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from phitune.data.coder import Coder
 from phitune.data.prepare import PreparedData
-from phitune.data.prompt import PromptFormat
-from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import SavedAdapterError, listing
 from phitune.inference.answers import Sample, Sampler
 from phitune.model.device import give_back_memory, in_usable_thread, is_out_of_memory
@@ -36,8 +35,7 @@ class Recorder:
         trackers: Sequence[Tracker],
         sampler: Sampler,
         adapter: Adapter,
-        tokenizer: TextTokenizer,
-        prompt_format: PromptFormat,
+        coder: Coder,
         model_name: str,
         data: PreparedData,
         ran_out: Callable[[Shortage], None],
@@ -59,8 +57,7 @@ class Recorder:
         self._trackers = trackers
         self._sampler = sampler
         self._adapter = adapter
-        self._tokenizer = tokenizer
-        self._prompt_format = prompt_format
+        self._coder = coder
         self._model_name = model_name
         self._data = data
         self._ran_out = ran_out
@@ -147,7 +144,7 @@ class Recorder:
 
         def write(folder: Path) -> None:
             save_adapter(self._adapter, folder, self._model_name)
-            self._tokenizer.save(folder, self._prompt_format)
+            self._coder.save(folder)
 
         self._run.replace_adapter(write)
 

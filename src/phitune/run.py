@@ -14,9 +14,8 @@ from typing import Any
 from rich.console import Console
 
 from phitune.config import Resolved, Settings, to_yaml
+from phitune.data.coder import Coder
 from phitune.data.prepare import PreparedData, facts_of
-from phitune.data.prompt import PromptFormat
-from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import CheckpointError, NonFiniteError
 from phitune.export.card import write_adapter_card
 from phitune.inference.answers import Sample, Sampler
@@ -50,8 +49,7 @@ class Parts:
     decoder: Decoder
     adapter: Adapter
     engine: Engine
-    tokenizer: TextTokenizer
-    prompt_format: PromptFormat
+    coder: Coder
     data: PreparedData
 
 
@@ -195,8 +193,7 @@ class TrainingRun:
         parts, settings = self.parts, self.settings
         sampler = Sampler(
             parts.decoder,
-            parts.tokenizer,
-            parts.prompt_format,
+            parts.coder,
             parts.data.sample_prompts,
             settings.sample_tokens,
         )
@@ -207,8 +204,7 @@ class TrainingRun:
             open_trackers(settings.report_to, run.path, first_step),
             sampler,
             parts.adapter,
-            parts.tokenizer,
-            parts.prompt_format,
+            parts.coder,
             # The adapter names its base, and means the same from any folder.
             self.provenance.effective.settings.model_name,
             parts.data,
@@ -314,8 +310,7 @@ class TrainingRun:
                 self.settings,
                 parts.decoder,
                 parts.adapter,
-                parts.tokenizer,
-                parts.prompt_format,
+                parts.coder,
                 parts.data,
                 outcome,
                 run,

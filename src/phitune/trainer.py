@@ -19,6 +19,7 @@ from rich.markup import escape
 
 from phitune.check.report import check_before_training
 from phitune.config import Resolved, resolve
+from phitune.data.coder import Coder
 from phitune.data.dataset import Turn
 from phitune.data.prepare import PreparedData, prepare_data
 from phitune.data.tokenizer import TextTokenizer
@@ -142,6 +143,7 @@ class Phi2LoRATrainer:
         self.model_config = read_model_config(self.model_folder)
         self.tokenizer = TextTokenizer(self.model_folder)
         self.prompt_format = self.tokenizer.prompt_format(self.settings.prompt_format)
+        self.coder = Coder(self.tokenizer, self.prompt_format)
         self.target_modules = resolve_targets(
             self.model_config, self.settings.target_modules, self.settings.layers
         )
@@ -171,9 +173,7 @@ class Phi2LoRATrainer:
             DataError: every problem of the files at once.
         """
         with data_progress(self.console) as progress:
-            data = prepare_data(
-                self.settings, self._dataset_path, self.tokenizer, self.prompt_format, progress
-            )
+            data = prepare_data(self.settings, self._dataset_path, self.coder, progress)
         for note in data.notes:
             self._say(f"data: {note}")
         for warning in data.warnings:
@@ -215,8 +215,7 @@ class Phi2LoRATrainer:
                 resumption.check_unchanged()
             self._check_output_dir()
             data = self.prepare_data()
-            coder = (self.tokenizer, self.prompt_format)
-            check_before_training(self.settings, self._dataset_path, *coder, data, self._say)
+            check_before_training(self.settings, self._dataset_path, self.coder, data, self._say)
             budget = memory_budget(self.device)
             limit_on_process = held.enter_context(ProcessMemoryLimit(self.device.type))
             plan = self._plan_memory(data, budget)
@@ -228,7 +227,7 @@ class Phi2LoRATrainer:
                     assert self.settings.output_dir
                     held.enter_context(run_lock(self.settings.output_dir))
                     self._check_output_dir()
-                parts = Parts(model.decoder, model.adapter, engine, *coder, data)
+                parts = Parts(model.decoder, model.adapter, engine, self.coder, data)
                 run = TrainingRun(
                     parts,
                     self.resolved,

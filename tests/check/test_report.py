@@ -20,8 +20,8 @@ from phitune.check.survey import histogram_of, lengths_of, token_statistics
 from phitune.cli import main
 from phitune.commands.check import page, sample_text, show
 from phitune.config import Settings, resolve
+from phitune.data.coder import Coder
 from phitune.data.prepare import PreparedData, prepare_data
-from phitune.data.prompt import PromptFormat
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import ModelError
 from phitune.model.files import find_model
@@ -81,14 +81,14 @@ def messy(tmp_path: Path) -> Path:
     return write(tmp_path / "messy.jsonl", rows)
 
 
-def tools_of(settings: Settings) -> tuple[TextTokenizer, PromptFormat]:
+def coder_of(settings: Settings) -> Coder:
     tokenizer = TextTokenizer(find_model(settings.model_name))
-    return tokenizer, tokenizer.prompt_format(settings.prompt_format)
+    return Coder.of(tokenizer, settings.prompt_format)
 
 
 def prepared(settings: Settings) -> PreparedData:
     assert settings.dataset_path
-    return prepare_data(settings, settings.dataset_path, *tools_of(settings))
+    return prepare_data(settings, settings.dataset_path, coder_of(settings))
 
 
 def report_of(path: Path, **settings: Any) -> Report:
@@ -244,9 +244,9 @@ def test_training_says_the_short_form_and_remembers_it(
     def said(**changes: Any) -> list[str]:
         lines: list[str] = []
         chosen = settings.model_copy(update=changes)
-        tools = tools_of(settings)
-        data = prepare_data(chosen, messy, *tools)
-        check_before_training(chosen, messy, *tools, data, lines.append)
+        coder = coder_of(settings)
+        data = prepare_data(chosen, messy, coder)
+        check_before_training(chosen, messy, coder, data, lines.append)
         return lines
 
     lines = said()
@@ -258,7 +258,7 @@ def test_training_says_the_short_form_and_remembers_it(
     assert any("repeat an earlier one exactly (2), lines 41, 42" in line for line in lines)
     assert not any("doe@contoso" in line or "\n" in line for line in lines)
     # At the next start the data is not read again; with other settings, or in doubt, it is.
-    folder = prepare_data(settings, messy, *tools_of(settings)).train_rows.store.folder
+    folder = prepare_data(settings, messy, coder_of(settings)).train_rows.store.folder
     with monkeypatch.context() as patch:
         patch.setattr("phitune.check.report.make_report", None)
         assert said() == lines

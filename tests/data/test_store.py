@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from phitune.config import Settings
 from phitune.data import store as store_module
+from phitune.data.coder import Coder
 from phitune.data.dataset import Example, Turn, read_examples
 from phitune.data.packing import epoch_steps, micro_batches
 from phitune.data.prepare import PreparedData, prepare_data, split_rows
@@ -33,7 +34,7 @@ from phitune.errors import DataError
 from phitune.model.files import ASSETS
 
 TOKENIZER = TextTokenizer(ASSETS / "tiny-phi-3.5")
-FORMAT = TOKENIZER.prompt_format("chat")
+CODER = Coder.of(TOKENIZER, "chat")
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +61,7 @@ def data(tmp_path: Path) -> Path:
 
 def prepared(path: Path, **changes: Any) -> PreparedData:
     given = Settings(**{"prompt_format": "chat", **changes})
-    return prepare_data(given, path, TOKENIZER, FORMAT)
+    return prepare_data(given, path, CODER)
 
 
 def entries() -> list[Path]:
@@ -68,9 +69,9 @@ def entries() -> list[Path]:
 
 
 def test_the_rows_of_the_store_are_those_of_the_file(data: Path) -> None:
-    found = tokenized(data, "train", Settings(), TOKENIZER, FORMAT)
+    found = tokenized(data, "train", Settings(), CODER)
     rows = TokenRows(found.store, np.arange(found.store.rows, dtype=np.uint32))
-    expected = [TOKENIZER.encode_example(FORMAT, example) for example in read_examples(data)]
+    expected = [CODER.encode_example(example) for example in read_examples(data)]
     assert list(rows) == expected
     assert rows[3:7] == expected[3:7]
     assert rows[-1] == expected[-1]
@@ -115,26 +116,26 @@ def test_the_second_start_reads_no_row_and_gives_the_same(
     ],
 )
 def test_what_changes_the_tokens_changes_the_entry(data: Path, change: dict[str, Any]) -> None:
-    tokenized(data, "train", Settings(), TOKENIZER, FORMAT)
-    tokenized(data, "train", Settings(**change), TOKENIZER, FORMAT)
+    tokenized(data, "train", Settings(), CODER)
+    tokenized(data, "train", Settings(**change), CODER)
     assert len(entries()) == 2
 
 
 def test_other_data_tokenizers_and_formats_have_entries_of_their_own(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenized(data, "train", Settings(), TOKENIZER, FORMAT)
-    tokenized(data, "train", Settings(), TOKENIZER, TOKENIZER.prompt_format("instruct"))
+    tokenized(data, "train", Settings(), CODER)
+    tokenized(data, "train", Settings(), Coder.of(TOKENIZER, "instruct"))
     other = TextTokenizer(ASSETS / "tiny-phi-2")
-    tokenized(data, "train", Settings(), other, other.prompt_format("instruct"))
+    tokenized(data, "train", Settings(), Coder.of(other, "instruct"))
     with data.open("a") as file:
         file.write('\n{"messages": [{"role": "user", "content": "n"}, ')
         file.write('{"role": "assistant", "content": "m"}]}')
-    grown = tokenized(data, "train", Settings(), TOKENIZER, FORMAT)
+    grown = tokenized(data, "train", Settings(), CODER)
     assert grown.store.rows == 41
     assert len(entries()) == 4
     monkeypatch.setattr(store_module, "_code", lambda: "another version")
-    tokenized(data, "train", Settings(), TOKENIZER, FORMAT)
+    tokenized(data, "train", Settings(), CODER)
     assert len(entries()) == 5
 
 
@@ -338,7 +339,7 @@ def test_samples_of_conversations_go_on_from_the_last_question(data: Path) -> No
     found = prepared(data, validation_split=0)
     first, second = found.sample_prompts
     example = next(iter(read_examples(data)))
-    assert first.text == "".join(part.text for part in FORMAT.segments(example.turns[:-1]))
+    assert first.text == CODER.text(example.turns[:-1])
     assert "Sure?" in first.text
     row = found.train_rows[0]
     assert row.input_ids[: len(first.ids)] == first.ids

@@ -17,6 +17,7 @@ from helpers.rows import open_decoder
 from tokenizers import Tokenizer
 
 from phitune.cli import main
+from phitune.data.coder import Coder
 from phitune.data.dataset import Turn
 from phitune.data.prompt import Segment
 from phitune.data.tokenizer import TextTokenizer
@@ -24,7 +25,7 @@ from phitune.errors import ExportError
 from phitune.export import gguf as gguf_module
 from phitune.export import gguf_file
 from phitune.export.formats import QUANTIZATIONS
-from phitune.export.gguf import compare_in_llama_cpp, rendered
+from phitune.export.gguf import compare_in_llama_cpp
 from phitune.export.gguf_file import ModelFile, check_architecture, context_note, safe_context
 from phitune.export.gguf_tokenizer import file_tokenizer, name_in_file
 from phitune.export.llama_cpp import LlamaCpp, _steps
@@ -61,15 +62,15 @@ def write_model(folder: Path, tokens: Path, quantization: str = "f32") -> Path:
     """The file of a model folder without an adapter, with the tokenizer of another."""
     config = read_model_config(folder)
     tokenizer = TextTokenizer(tokens)
-    form = tokenizer.prompt_format("chat" if tokenizer.chat_template else "instruct")
+    coder = Coder.of(tokenizer, "chat" if tokenizer.chat_template else "instruct")
     path = folder / f"{quantization}.gguf"
 
     def about(writer: Any) -> None:
         writer.add_type("model")
         writer.add_name(name_in_file(tokenizer, str(tokens)))
-        writer.add_chat_template(form.chat_template)
+        writer.add_chat_template(coder.prompt_format.chat_template)
 
-    in_file = file_tokenizer(tokenizer, form, config.vocab_size)
+    in_file = file_tokenizer(coder, config.vocab_size)
     ModelFile(config, folder, None, quantization).write(path, about, in_file, lambda *_: None)
     return path
 
@@ -81,7 +82,7 @@ def llama_cpp(path: Path, context: int = 512, lora: Path | None = None) -> Llama
 def answers_of(adapter: Path, questions: Sequence[str]) -> list[Answered]:
     """What the adapter in memory answers, 32 tokens at most."""
     loaded = open_model([adapter])
-    prompts = [loaded.prompt_ids((Turn("user", question),), 0) for question in questions]
+    prompts = [loaded.coder(0).encode((Turn("user", question),)) for question in questions]
     answers = loaded.answers(prompts, [0] * len(prompts), max_new_tokens=32)
     loaded.on_decoder.choose([0])
     ids = [answer.ids for answer in answers]
@@ -124,7 +125,7 @@ def test_greedy_tokens_in_llama_cpp_are_those_of_the_adapter(
 
 def answers_of_base(adapter: Path, questions: Sequence[str]) -> list[list[int]]:
     loaded = open_model([adapter])
-    prompts = [loaded.prompt_ids((Turn("user", question),), 0) for question in questions]
+    prompts = [loaded.coder(0).encode((Turn("user", question),)) for question in questions]
     answers = loaded.answers(prompts, [None] * len(prompts), max_new_tokens=32)
     return [answer.ids for answer in answers]
 
@@ -277,10 +278,10 @@ def test_a_name_does_not_tell_it_where_they_do_not() -> None:
 
 def test_every_stop_token_is_one_for_llama_cpp(tmp_path: Path) -> None:
     tokenizer = TextTokenizer(ASSETS / "tiny-phi-3.5")
-    form = tokenizer.prompt_format("chat")
-    found = file_tokenizer(tokenizer, form, 1792)
+    coder = Coder.of(tokenizer, "chat")
+    found = file_tokenizer(coder, 1792)
     stops = {found.ids[name] for name in ("eos", "eot", "eom")}
-    assert stops == set(tokenizer.stop_ids(form))
+    assert stops == set(coder.stop_ids)
     assert found.ids["eos"] == tokenizer.token_id("<|end|>")
     assert not found.flags["add_bos_token"]
 
@@ -293,7 +294,7 @@ def test_an_unknown_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(config)
     tokenizer = TextTokenizer(tmp_path)
     with pytest.raises(ExportError, match=r"no tokenizer for its pre_tokenizer .*Whitespace"):
-        file_tokenizer(tokenizer, tokenizer.prompt_format("instruct"), 1536)
+        file_tokenizer(Coder.of(tokenizer, "instruct"), 1536)
 
 
 # --- quantisations ----------------------------------------------------------------------------
@@ -636,5 +637,5 @@ def test_weight_errors_find_a_tensor_of_another_shape(tmp_path: Path) -> None:
 def test_probes_hold_what_tokenizers_differ_in() -> None:
     assert len(set(gguf_module.PROBES)) == len(gguf_module.PROBES) >= 20
     tokenizer = TextTokenizer(ASSETS / "tiny-phi-2")
-    form = tokenizer.prompt_format("instruct")
-    assert rendered(form, "Hi?") == "Instruct: Hi?\n\nOutput:"
+    question = (Turn("user", "Hi?"),)
+    assert Coder.of(tokenizer, "instruct").text(question) == "Instruct: Hi?\n\nOutput:"

@@ -411,7 +411,7 @@ def test_the_card_says_what_the_run_knows_and_no_path(run: Path, tmp_path: Path,
     assert "None" not in text
     loaded = open_model([run], device="cpu")
     turns = (Turn("user", "{prompt}"),)
-    prompt = "".join(part.text for part in loaded.prompt_format.segments(turns))
+    prompt = loaded.coder(None).text(turns)
     assert json.dumps(prompt, ensure_ascii=False) in text
     for token in loaded.stop_ids:
         assert f"({token})" in text

@@ -158,8 +158,8 @@ def _stops(path: Path) -> list[int]:
 def test_rows_that_are_packed_score_as_each_alone(
     model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompts = [model.prompt_ids(question.turns, None) for question in QUESTIONS]
-    answers = [model.answer_ids(q.turns, q.expected or "15", None) for q in QUESTIONS]
+    prompts = [model.coder(None).encode(question.turns) for question in QUESTIONS]
+    answers = [model.coder(None).answer_ids(q.turns, q.expected or "15") for q in QUESTIONS]
     choices = [1, None, 0]
     together = likelihoods(model, prompts, answers, choices)
     monkeypatch.setattr("phitune.inference.scores.BATCH_TOKENS", 1)

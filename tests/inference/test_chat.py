@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phitune.commands.chat_commands import COMMANDS, ChatCommands
+from phitune.data.coder import Coder
 from phitune.data.dataset import Turn, read_examples
 from phitune.data.prompt import PromptFormat, Segment
 from phitune.data.tokenizer import TextTokenizer
@@ -58,7 +59,7 @@ def tell(chat: Chat, question: str) -> Reply:
 def streamed(
     tokenizer: TextTokenizer, form: PromptFormat, prompt_ids: list[int], ids: list[int]
 ) -> list[str]:
-    stream = TextStream(tokenizer, form, prompt_ids)
+    stream = TextStream(Coder(tokenizer, form), prompt_ids)
     pieces = [stream.add(token) for token in ids]
     pieces.append(stream.end())
     assert "".join(pieces) == stream.text
@@ -455,9 +456,9 @@ def test_without_an_adapter_the_base_answers_and_says_so(shipped_model: Path) ->
         with pytest.raises(SettingsError, match="there is no adapter"):
             commands.obey(line)
     # A model with a template of its own is asked in it.
-    has_template = bool(chat.model.tokenizer.chat_template)
-    expected = chat.model.tokenizer.prompt_format("chat" if has_template else "instruct")
-    assert chat.model.prompt_format == expected
+    coder = chat.model.coder(None)
+    has_template = bool(coder.tokenizer.chat_template)
+    assert coder == Coder.of(coder.tokenizer, "chat" if has_template else "instruct")
 
 
 def test_what_is_saved_is_a_row_that_trains_what_was_said(
@@ -475,8 +476,8 @@ def test_what_is_saved_is_a_row_that_trains_what_was_said(
     assert [turn.content for turn in example.turns[1::2]] == [e.question for e in chat.exchanges]
     assert [turn.content for turn in example.turns[2::2]] == [e.reply.text for e in chat.exchanges]
     # The prompt of training is the prompt that was answered.
-    row = chat.model.tokenizer.encode_example(chat.model.format_of(0), example)
-    prompt = chat.model.prompt_ids(example.turns[:-1], 0)
+    row = chat.model.coder(0).encode_example(example)
+    prompt = chat.model.coder(0).encode(example.turns[:-1])
     assert row.input_ids[: len(prompt)] == prompt
     assert len(prompt) == chat.exchanges[-1].reply.prompt_tokens
 

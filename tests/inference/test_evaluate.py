@@ -94,7 +94,7 @@ def test_the_loss_of_each_row_is_that_of_plain_torch(run: Path) -> None:
     known = find_run(run)
     assert known
     loaded = open_model([run])
-    rows = rows_of_run(known, loaded.tokenizer, loaded.format_of(0), remedy="").rows
+    rows = rows_of_run(known, loaded.coder(0), remedy="").rows
     losses = row_losses(loaded, rows, len(rows), silent)
     engine = ReferenceEngine(open_model([run]).decoder)
     detach(engine.decoder)
@@ -108,7 +108,7 @@ def test_base_and_tuned_answers_are_each_models_own(run: Path) -> None:
     known = find_run(run)
     assert known
     loaded = open_model([run])
-    data = rows_of_run(known, loaded.tokenizer, loaded.format_of(0), remedy="")
+    data = rows_of_run(known, loaded.coder(0), remedy="")
     examples = data.examples([0, 3, 4, 9])
     assert len(examples) == 4
     given = answer_rows(loaded, examples, 40, silent)
@@ -118,9 +118,9 @@ def test_base_and_tuned_answers_are_each_models_own(run: Path) -> None:
             example.turns[-1].content,
         )
         for choice, found in ((None, answer.base), (0, answer.tuned)):
-            prompt = loaded.prompt_ids(example.turns[:-1], choice)
+            prompt = loaded.coder(choice).encode(example.turns[:-1])
             (alone,) = loaded.answers([prompt], [choice], max_new_tokens=40)
-            assert found.text == loaded.text(alone.ids, prompt, choice)
+            assert found.text == loaded.coder(choice).decode_answer(alone.ids, prompt)
             assert (found.tokens, found.stopped) == (len(alone.ids), alone.stopped)
     assert any(answer.base.text != answer.tuned.text for answer in given)
 
@@ -422,7 +422,7 @@ def test_the_digest_tells_rows_apart(phi_2_run: Path) -> None:
     known = find_run(phi_2_run)
     assert known
     loaded = open_model([phi_2_run])
-    rows = rows_of_run(known, loaded.tokenizer, loaded.format_of(0), remedy="").rows
+    rows = rows_of_run(known, loaded.coder(0), remedy="").rows
     assert known.digest == digest_of(rows)
     shorter = type(rows)(rows.store, rows.indices[:-1])
     turned = type(rows)(rows.store, rows.indices[::-1])

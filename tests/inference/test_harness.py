@@ -153,14 +153,14 @@ def test_the_trained_form_has_the_tokens_of_training(run: Path) -> None:
     question, answer = "What is the capital of Portugal?", "Ahoy! It is Lisbon, matey."
     context = model.apply_chat_template([{"role": "user", "content": question}])
     turns = (Turn("user", question), Turn("assistant", answer))
-    row = loaded.tokenizer.encode(loaded.format_of(0).segments(turns))
-    prompt = loaded.prompt_ids(turns[:1], 0)
+    row = loaded.coder(0).encode(turns)
+    prompt = loaded.coder(0).encode(turns[:1])
     given, continuation = model._encode_pair(context, answer)
     assert given == prompt
     assert continuation == row[len(prompt) : -1]
     asked: Any = Instance("generate_until", {}, (context, {"until": [], "max_gen_toks": 40}), 0)  # type: ignore[arg-type]
     (alone,) = loaded.answers([prompt], [0], max_new_tokens=40)
-    assert model.generate_until([asked]) == [loaded.text(alone.ids, prompt, 0)]
+    assert model.generate_until([asked]) == [loaded.coder(0).decode_answer(alone.ids, prompt)]
     # The beginning of an answer, as a task may prescribe it.
     begun = model.apply_chat_template(
         [{"role": "user", "content": question}, {"role": "assistant", "content": "Ahoy!"}],

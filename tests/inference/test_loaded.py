@@ -28,9 +28,9 @@ def opened(*paths: Path, **options: Any) -> LoadedModel:
 
 
 def greedy(model: LoadedModel, choice: int | None) -> str:
-    prompt = model.prompt_ids(ASKED, choice)
+    prompt = model.coder(choice).encode(ASKED)
     (answer,) = model.answers([prompt], [choice], max_new_tokens=40)
-    return model.text(answer.ids, prompt, choice)
+    return model.coder(choice).decode_answer(answer.ids, prompt)
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +58,8 @@ def test_a_base_without_adapters() -> None:
     model = opened(model_name="tiny-phi-2")
     assert greedy(model, None) == "The capital of Portugal is Lisbon."
     assert model.adapters == ()
-    assert isinstance(
-        opened(model_name="tiny-phi-3.5", prompt_format="chat").prompt_format, ChatFormat
-    )
+    chat = opened(model_name="tiny-phi-3.5", prompt_format="chat")
+    assert isinstance(chat.coder(None).prompt_format, ChatFormat)
 
 
 @pytest.mark.parametrize("name", ["instruct", "chat"])
@@ -68,23 +67,27 @@ def test_the_format_is_that_of_the_adapters_chat_template(name: Any, tmp_path: P
     model = opened(write_adapter(tmp_path / "a", "tiny-phi-3.5", name))
     tokenizer = TextTokenizer(ASSETS / "tiny-phi-3.5")
     trained = tokenizer.prompt_format(name)
-    assert model.format_name(0) == model.format_name(None) == name
-    assert model.prompt_ids(ASKED, 0) == tokenizer.encode(trained.segments(ASKED))
-    assert model.prompt_ids(ASKED, None) == model.prompt_ids(ASKED, 0)
+    assert model.coder(0).format_name == model.coder(None).format_name == name
+    assert model.coder(0).encode(ASKED) == tokenizer.encode(trained.segments(ASKED))
+    assert model.coder(None).encode(ASKED) == model.coder(0).encode(ASKED)
     assert set(model.stop_ids) == set(tokenizer.stop_ids(trained))
     turns = (*ASKED, Turn("assistant", "Lisbon."))
-    assert model.prompt_ids(ASKED, 0) + model.answer_ids(ASKED, "Lisbon.", 0) == tokenizer.encode(
-        trained.segments(turns)
-    )
+    assert model.coder(0).encode(ASKED) + model.coder(0).answer_ids(
+        ASKED, "Lisbon."
+    ) == tokenizer.encode(trained.segments(turns))
 
 
 def test_each_adapter_has_its_own_format_and_the_flag_overrules_them(tmp_path: Path) -> None:
     paths = [write_adapter(tmp_path / one, "tiny-phi-3.5", one) for one in ("chat", "instruct")]  # type: ignore[arg-type]
     model = opened(*paths)
-    assert [model.format_name(choice) for choice in (None, 0, 1)] == ["chat", "chat", "instruct"]
-    assert model.prompt_ids(ASKED, 0) != model.prompt_ids(ASKED, 1)
+    assert [model.coder(choice).format_name for choice in (None, 0, 1)] == [
+        "chat",
+        "chat",
+        "instruct",
+    ]
+    assert model.coder(0).encode(ASKED) != model.coder(1).encode(ASKED)
     model = opened(*paths, prompt_format="instruct")
-    assert {model.format_name(choice) for choice in (None, 0, 1)} == {"instruct"}
+    assert {model.coder(choice).format_name for choice in (None, 0, 1)} == {"instruct"}
 
 
 def test_a_folder_of_pefts_without_tokenizer(tmp_path: Path) -> None:
@@ -99,8 +102,8 @@ def test_a_folder_of_pefts_without_tokenizer(tmp_path: Path) -> None:
     raw = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert raw["base_model_name_or_path"] == str(ASSETS / "tiny-phi-2")
     model = opened(tmp_path / "peft")
-    assert isinstance(model.format_of(0), InstructFormat)
-    prompt = model.prompt_ids(ASKED, 0)
+    assert isinstance(model.coder(0).prompt_format, InstructFormat)
+    prompt = model.coder(0).encode(ASKED)
     (answer,) = model.answers([prompt], [0], max_new_tokens=20)
     out = tuned.eval().generate(
         input_ids=torch.tensor([prompt]),

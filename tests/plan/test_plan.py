@@ -16,6 +16,7 @@ import pytest
 from phitune.cli import main
 from phitune.commands import plan as plan_module
 from phitune.config import Settings, resolve
+from phitune.data.coder import Coder
 from phitune.data.prepare import prepare_data
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import ModelError, SettingsError
@@ -182,8 +183,8 @@ def test_the_lengths_of_a_data_set_are_used(planned: Json) -> None:
     words = flags(model_name="tiny-phi-2", memory="1GB", batch_size=3)
     bound, real = planned(*words), planned(*words, "--dataset_path", str(CAPTAIN))
     settings = Settings(model_name="tiny-phi-2", dataset_path=CAPTAIN)
-    tokenizer = TextTokenizer(ASSETS / "tiny-phi-2")
-    data = prepare_data(settings, CAPTAIN, tokenizer, tokenizer.prompt_format("instruct"))
+    coder = Coder.of(TextTokenizer(ASSETS / "tiny-phi-2"), "instruct")
+    data = prepare_data(settings, CAPTAIN, coder)
     lengths = sorted((len(row.input_ids) for row in data.train_rows), reverse=True)
     assert real["rows"]["tokens_per_epoch"] == sum(lengths)
     assert real["rows"]["rows"] == len(lengths)

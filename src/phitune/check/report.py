@@ -38,9 +38,9 @@ from phitune.check.survey import (
     token_statistics,
 )
 from phitune.config import DEFAULT_BATCH_SIZE, Settings
+from phitune.data.coder import Coder
 from phitune.data.dataset import ExampleStream, OnBadRow, read_examples
 from phitune.data.prepare import PreparedData, validation_rows
-from phitune.data.prompt import PromptFormat
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import DataError, ModelError, listing
 from phitune.model.files import cached_model, find_model
@@ -360,7 +360,7 @@ def make_report(
     *,
     model_was_named: bool = True,
     lines: Sequence[int] = (),
-    encoder: tuple[TextTokenizer, PromptFormat] | None = None,
+    coder: Coder | None = None,
     collect_bad_rows: bool = True,
     max_rows: int | None = None,
     progress: Callable[[int], None] = lambda rows: None,
@@ -372,7 +372,7 @@ def make_report(
         model_was_named: whether the model is the user's choice: then it must be there. Without
             the tokenizer of a default model, the report counts words and characters.
         lines: the rows to show; none for the usual ones.
-        encoder: the model's tokenizer and prompt format, where they have been read already.
+        coder: the model's tokenizer and prompt format, where they have been read already.
         collect_bad_rows: makes rows that cannot be used a finding; else they are what on_bad_row
             says.
         max_rows: so many rows of each source are read, and the report says so; None for all.
@@ -381,21 +381,21 @@ def make_report(
     Raises:
         PhituneError: a source or a model that cannot be used, or lines without a row.
     """
-    tokenizer, prompt_format, missing = (
-        (*encoder, None) if encoder else _tokenizer(settings, model_was_named)
-    )
-    control_tokens = tokenizer.control_tokens if tokenizer else []
+    missing = None
+    if coder is None:
+        coder, missing = _coder(settings, model_was_named)
+    control_tokens = coder.tokenizer.control_tokens if coder else []
     survey = Survey(settings.seed, control_tokens, lines)
     on_bad_row = "skip" if collect_bad_rows else settings.on_bad_row
-    streams = [_open(settings, prompt_format, on_bad_row, validation=False)]
+    streams = [_open(settings, coder, on_bad_row, validation=False)]
     if settings.validation_path:
-        streams.append(_open(settings, prompt_format, on_bad_row, validation=True))
-    _go_through(streams, survey, tokenizer, prompt_format, max_rows, progress)
+        streams.append(_open(settings, coder, on_bad_row, validation=True))
+    _go_through(streams, survey, coder, max_rows, progress)
     if survey.samples.not_found:
         missing_lines = ", ".join(map(str, survey.samples.not_found))
         raise DataError(f"--show {missing_lines}: {settings.dataset_path} has no row on that line")
     table = _with_split(survey.table(), settings)
-    tokens = _tokens(table, settings) if tokenizer else None
+    tokens = _tokens(table, settings) if coder else None
     near = survey.near_duplicates(table)
     unreadable = _unreadable(streams)
     held_out = int(table.validation.sum())
@@ -435,9 +435,7 @@ def make_report(
         rows_compared=near.rows_compared,
         findings=tuple(findings),
         samples=tuple(
-            sample_of(
-                title, example, tokenizer, prompt_format, train_on_prompt=settings.train_on_prompt
-            )
+            sample_of(title, example, coder, train_on_prompt=settings.train_on_prompt)
             for title, example in survey.samples.chosen()
         ),
     )
@@ -446,19 +444,14 @@ def make_report(
 def _go_through(
     streams: Sequence[ExampleStream],
     survey: Survey,
-    tokenizer: TextTokenizer | None,
-    prompt_format: PromptFormat | None,
+    coder: Coder | None,
     max_rows: int | None,
     progress: Callable[[int], None],
 ) -> None:
     """Adds every row to the survey; those of the second stream are for validation."""
     for number, stream in enumerate(streams):
         for chunk in in_chunks(stream, max_rows):
-            encoded = (
-                list(tokenizer.encode_rows(prompt_format, chunk))
-                if tokenizer and prompt_format
-                else None
-            )
+            encoded = list(coder.encode_rows(chunk)) if coder else None
             survey.add(chunk, encoded, validation=number == 1)
             progress(survey.rows)
 
@@ -482,9 +475,7 @@ def _tokens(table: RowTable, settings: Settings) -> TokenStatistics:
     )
 
 
-def _tokenizer(
-    settings: Settings, model_was_named: bool
-) -> tuple[TextTokenizer | None, PromptFormat | None, str | None]:
+def _coder(settings: Settings, model_was_named: bool) -> tuple[Coder | None, str | None]:
     """The model's tokenizer and prompt format, or why there are none."""
     try:
         # The cache first: it answers without the network.
@@ -497,13 +488,13 @@ def _tokenizer(
     except ModelError as error:
         if model_was_named:
             raise
-        return None, None, str(error).splitlines()[0].rstrip(".")
-    return tokenizer, tokenizer.prompt_format(settings.prompt_format), None
+        return None, str(error).splitlines()[0].rstrip(".")
+    return Coder.of(tokenizer, settings.prompt_format), None
 
 
 def _open(
     settings: Settings,
-    prompt_format: PromptFormat | None,
+    coder: Coder | None,
     on_bad_row: OnBadRow,
     *,
     validation: bool,
@@ -515,7 +506,7 @@ def _open(
         data_format=settings.data_format,
         columns=settings.columns,
         on_bad_row=on_bad_row,
-        refusal=prompt_format.refusal if prompt_format else None,
+        refusal=coder.prompt_format.refusal if coder else None,
         part="validation" if validation else "train",
     )
 
@@ -596,8 +587,7 @@ _SAID_BEFORE = ("unreadable", "too_long", "in_both_parts")
 def check_before_training(
     settings: Settings,
     dataset_path: Path,
-    tokenizer: TextTokenizer,
-    prompt_format: PromptFormat,
+    coder: Coder,
     data: PreparedData,
     say: Callable[[str], None],
 ) -> None:
@@ -618,7 +608,7 @@ def check_before_training(
     if not (known := remembered.get(name)):
         report = make_report(
             settings,
-            encoder=(tokenizer, prompt_format),
+            coder=coder,
             collect_bad_rows=False,
             max_rows=MAX_ROWS,
         )

@@ -27,8 +27,8 @@ from phitune.check.duplicates import (
     words_of,
 )
 from phitune.check.rows import ROW_CHECKS, RowTexts, special_token_pattern
+from phitune.data.coder import Coder
 from phitune.data.dataset import Example
-from phitune.data.prompt import PromptFormat
 from phitune.data.store import question_hash
 from phitune.data.tokenizer import IGNORE_INDEX, EncodedRow, TextTokenizer
 
@@ -119,22 +119,21 @@ class SampleChooser:
 def sample_of(
     title: str,
     example: Example,
-    tokenizer: TextTokenizer | None,
-    prompt_format: PromptFormat | None,
+    coder: Coder | None,
     *,
     train_on_prompt: bool,
 ) -> Sample:
-    """A row as spans of text; without a tokenizer, its turns as they are."""
+    """A row as spans of text; without a coder, its turns as they are."""
     place = Place(example.file, example.line)
-    if not tokenizer or not prompt_format:
+    if not coder:
         spans = []
         for turn in example.turns:
             spans.append(Span(f"{turn.role}: ", trained=False, control=True))
             spans.append(Span(turn.content, turn.role == "assistant", from_data=True))
             spans.append(Span("\n", trained=False))
         return Sample(title, place, tuple(spans[:-1]), None, None)
-    row = tokenizer.encode_example(prompt_format, example, train_on_prompt=train_on_prompt)
-    spans = _told_apart(_spans(tokenizer, row.input_ids, row.labels), example)
+    row = coder.encode_example(example, train_on_prompt=train_on_prompt)
+    spans = _told_apart(_spans(coder.tokenizer, row.input_ids, row.labels), example)
     return Sample(title, place, tuple(spans), len(row.input_ids), row.num_target_tokens)
 
 

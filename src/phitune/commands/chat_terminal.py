@@ -160,7 +160,7 @@ def first_line(chat: Chat) -> str:
     """What answers here: model, adapter, format, device, and the cache by its formula."""
     model, decoder = chat.model, chat.model.decoder
     adapter = f"adapter {model.adapters[0].name}" if model.adapters else "no adapter"
-    form = type(model.format_of(chat.choice)).__name__.removesuffix("Format").lower()
+    form = model.coder(chat.choice).format_name
     idle = without_effect(chat)
     return (
         f"{model.model_name}, {adapter}, {form} format, {model.precision} on {decoder.device};"

@@ -93,10 +93,10 @@ def _data(
     def reading(rows: int, done: int, total: int) -> None:
         progress(f"reading, {rows:,} rows", done, total)
 
-    what = (run, loaded.tokenizer, loaded.format_of(0))
+    coder = loaded.coder(0)
     if arguments.dataset_path is None:
         assert run
-        return rows_of_run(run, *what[1:], reading, remedy=_REMEDY)
+        return rows_of_run(run, coder, reading, remedy=_REMEDY)
     changes = {
         name: value
         for name in ("data_format", "columns", "max_length")
@@ -105,7 +105,7 @@ def _data(
     if run is None:
         limit = loaded.decoder.config.max_position_embeddings
         changes = {"max_length": limit, "cache": False, **changes}
-    return rows_of_data(arguments.dataset_path, *what, changes, reading)
+    return rows_of_data(arguments.dataset_path, run, coder, changes, reading)
 
 
 def _open(arguments: argparse.Namespace, run: "Run | None") -> "LoadedModel":

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phitune.config import Settings
+from phitune.data.coder import Coder
 from phitune.data.dataset import Example, Turn
-from phitune.data.prompt import PromptFormat, Segment
+from phitune.data.prompt import Segment
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import MAX_LISTED, DataError, listing
 
@@ -53,8 +54,7 @@ class PreparedData:
 def prepare_data(
     settings: Settings,
     dataset_path: Path,
-    tokenizer: TextTokenizer,
-    prompt_format: PromptFormat,
+    coder: Coder,
     progress: "Progress | None" = None,
 ) -> PreparedData:
     """Reads, checks, tokenises and splits the rows.
@@ -67,13 +67,11 @@ def prepare_data(
 
     from phitune.data.store import TokenRows, tokenized
 
-    data = tokenized(dataset_path, "train", settings, tokenizer, prompt_format, progress)
+    data = tokenized(dataset_path, "train", settings, coder, progress)
     notes, warnings = [*data.notes], [*data.warnings]
     held_out, validation_path = data, settings.validation_path or dataset_path
     if settings.validation_path:
-        held_out = tokenized(
-            validation_path, "validation", settings, tokenizer, prompt_format, progress
-        )
+        held_out = tokenized(validation_path, "validation", settings, coder, progress)
         notes += held_out.notes
         warnings += held_out.warnings
         if both := _asked_in_both(data.store, held_out.store):
@@ -91,12 +89,12 @@ def prepare_data(
     validation_rows = _fitting(
         TokenRows(held_out.store, validation), settings, validation_path, warnings
     )
-    prompts = _given_prompts(settings.sample_prompts, data, tokenizer, prompt_format)
+    prompts = _given_prompts(settings.sample_prompts, data, coder)
     if not prompts:
         rows, path = train_rows, dataset_path
         if len(validation_rows):
             rows, path = validation_rows, validation_path
-        prompts = _first_prompts(rows, path, settings, tokenizer, prompt_format)
+        prompts = _first_prompts(rows, path, settings, coder)
     return PreparedData(train_rows, validation_rows, prompts, notes, warnings)
 
 
@@ -231,24 +229,19 @@ def _fitting(rows: "TokenRows", settings: Settings, path: Path, warnings: list[s
 def _given_prompts(
     texts: Sequence[str],
     data: "TokenizedData",
-    tokenizer: TextTokenizer,
-    prompt_format: PromptFormat,
+    coder: Coder,
 ) -> list[SamplePrompt]:
     """The prompts of the settings: questions, or of completions the beginnings of texts."""
     if data.is_completion:
-        return [_beginning(text, tokenizer) for text in texts]
-    return [
-        SamplePrompt(text, tokenizer.encode(prompt_format.segments((Turn("user", text),))))
-        for text in texts
-    ]
+        return [_beginning(text, coder.tokenizer) for text in texts]
+    return [SamplePrompt(text, coder.encode((Turn("user", text),))) for text in texts]
 
 
 def _first_prompts(
     rows: "TokenRows",
     path: Path,
     settings: Settings,
-    tokenizer: TextTokenizer,
-    prompt_format: PromptFormat,
+    coder: Coder,
 ) -> list[SamplePrompt]:
     """What the first rows ask last. Their text is read again; the store has only tokens."""
     from phitune.data.store import open_stream
@@ -257,24 +250,23 @@ def _first_prompts(
     if not wanted:
         return []
     part: Any = "validation" if path == settings.validation_path else "train"
-    stream = iter(open_stream(path, part, settings, prompt_format))
+    stream = iter(open_stream(path, part, settings, coder.prompt_format))
     examples = [
         example
         for index, example in enumerate(itertools.islice(stream, wanted[-1] + 1))
         if index in wanted
     ]
-    return [_asked(example, tokenizer, prompt_format) for example in examples]
+    return [_asked(example, coder) for example in examples]
 
 
-def _asked(example: Example, tokenizer: TextTokenizer, prompt_format: PromptFormat) -> SamplePrompt:
+def _asked(example: Example, coder: Coder) -> SamplePrompt:
     if example.is_completion:
         words = example.turns[0].content.split(" ")
         count = min(_FIRST_WORDS, max(1, len(words) // 2))
-        return _beginning(" ".join(words[:count]), tokenizer)
+        return _beginning(" ".join(words[:count]), coder.tokenizer)
     turns = example.turns[:-1]
-    segments = prompt_format.segments(turns)
-    text = turns[0].content if len(turns) == 1 else "".join(part.text for part in segments)
-    return SamplePrompt(text, tokenizer.encode(segments))
+    text = turns[0].content if len(turns) == 1 else coder.text(turns)
+    return SamplePrompt(text, coder.encode(turns))
 
 
 def _beginning(text: str, tokenizer: TextTokenizer) -> SamplePrompt:

@@ -36,9 +36,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phitune.config import Settings
+from phitune.data.coder import Coder
 from phitune.data.dataset import Example, ExampleStream, Part, read_examples
 from phitune.data.prompt import PromptFormat
-from phitune.data.tokenizer import EncodedRow, TextTokenizer, TokenizedExample, labels_of
+from phitune.data.tokenizer import EncodedRow, TokenizedExample, labels_of
 from phitune.errors import DataError, PhituneError
 
 LAYOUT = 1
@@ -393,8 +394,7 @@ def tokenized(
     source: Path,
     part: Part,
     settings: Settings,
-    tokenizer: TextTokenizer,
-    prompt_format: PromptFormat,
+    coder: Coder,
     progress: Progress | None = None,
 ) -> TokenizedData:
     """A data set as tokens: from the cache, or read, checked and encoded.
@@ -402,15 +402,15 @@ def tokenized(
     Raises:
         DataError: the data cannot be used, or there is no room for its tokens.
     """
-    stream = open_stream(source, part, settings, prompt_format)
+    stream = open_stream(source, part, settings, coder.prompt_format)
     warnings: list[str] = []
 
     def build(folder: Path) -> None:
-        _write(folder, stream, settings, tokenizer, prompt_format, progress)
+        _write(folder, stream, settings, coder, progress)
 
     store = None
     if settings.cache:
-        name = _key(stream, settings, tokenizer, prompt_format)
+        name = _key(stream, settings, coder)
         store = _from_cache(name, stream.files, build, warnings)
     if store is None:
         store = _in_passing(stream.files, build)
@@ -444,13 +444,12 @@ def _write(
     folder: Path,
     stream: ExampleStream,
     settings: Settings,
-    tokenizer: TextTokenizer,
-    prompt_format: PromptFormat,
+    coder: Coder,
     progress: Progress | None,
 ) -> None:
-    rows = tokenizer.encode_rows(prompt_format, stream, train_on_prompt=settings.train_on_prompt)
+    rows = coder.encode_rows(stream, train_on_prompt=settings.train_on_prompt)
     total = stream.bytes
-    writer = StoreWriter(folder, tokenizer.size, stream.files)
+    writer = StoreWriter(folder, coder.tokenizer.size, stream.files)
     try:
         for row in rows:
             writer.add(row)
@@ -550,16 +549,15 @@ def _remove_unused(root: Path) -> None:
 def _key(
     stream: ExampleStream,
     settings: Settings,
-    tokenizer: TextTokenizer,
-    prompt_format: PromptFormat,
+    coder: Coder,
 ) -> str:
     """The name of an entry: 32 digits that change with anything that changes its tokens."""
     decides: dict[str, Any] = {
         "layout": LAYOUT,
         "code": _code(),
         "tokenizers": version("tokenizers"),
-        "tokenizer": tokenizer.fingerprint,
-        "prompt_format": repr(prompt_format),
+        "tokenizer": coder.tokenizer.fingerprint,
+        "prompt_format": repr(coder.prompt_format),
         "train_on_prompt": settings.train_on_prompt,
         "data_format": settings.data_format,
         "columns": settings.columns,

@@ -12,10 +12,9 @@ from typing import Any
 
 import yaml
 
+from phitune.data.coder import Coder
 from phitune.data.dataset import Turn, hub_id
-from phitune.data.prompt import PromptFormat
 from phitune.data.tokenizer import TextTokenizer
-from phitune.inference.loaded import trained_format
 from phitune.model.files import SHIPPED_MODELS, is_hub_id
 from phitune.model.lora import CONFIG_FILE
 from phitune.training.checkpoint import replace_file
@@ -113,9 +112,7 @@ def write_adapter_card(run: Path, summary: Mapping[str, Any]) -> None:
     folder = run / ADAPTER
     tokenizer = TextTokenizer(folder)
     name = str(read_object(folder / CONFIG_FILE, "").get("base_model_name_or_path"))
-    card = model_card(
-        "adapter", name, folder, tokenizer, trained_format(tokenizer, None), run, summary=summary
-    )
+    card = model_card("adapter", name, folder, Coder.as_saved(tokenizer), run, summary=summary)
     replace_file(folder / CARD_FILE, card)
 
 
@@ -123,8 +120,7 @@ def model_card(
     format_name: str,
     model_name: str,
     adapter_folder: Path,
-    tokenizer: TextTokenizer,
-    prompt_format: PromptFormat,
+    coder: Coder,
     run: Path | None,
     names: Mapping[str, str] | None = None,
     summary: Mapping[str, Any] | None = None,
@@ -162,7 +158,7 @@ def model_card(
         "The licence is for you to state: it follows from that of the base model and from your"
         " data. On the hub, add `license:` to the head of this file.",
         f"## Loading\n\n{how}",
-        _prompting(words, tokenizer, prompt_format),
+        _prompting(words, coder),
         _data(settings, summary),
         _table("Settings", ("setting", "value"), _chosen(settings, adapter_folder)),
         _measured(summary, _object(run, EVALUATION)),
@@ -170,15 +166,14 @@ def model_card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _prompting(words: FormatWords, tokenizer: TextTokenizer, prompt_format: PromptFormat) -> str:
+def _prompting(words: FormatWords, coder: Coder) -> str:
     """The exact text of a prompt, and what ends an answer."""
     turns = (Turn("user", "{prompt}"),)
-    text = "".join(segment.text for segment in prompt_format.segments(turns))
-    answer = (*turns, Turn("assistant", "{answer}"))
-    whole = "".join(segment.text for segment in prompt_format.segments(answer))
-    ids = tokenizer.stop_ids(prompt_format)
+    text = coder.text(turns)
+    whole = coder.text((*turns, Turn("assistant", "{answer}")))
+    tokenizer = coder.tokenizer
     names = {tokenizer.token_id(token): token for token in tokenizer.control_tokens}
-    ends = " or ".join(f"`{names[token]}` ({token})" for token in ids)
+    ends = " or ".join(f"`{names[token]}` ({token})" for token in coder.stop_ids)
     return (
         "## Prompting\n\n"
         f"{words.template} renders what the model was trained on. As JSON strings, the prompt and"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from phitune.data.coder import Coder
 from phitune.data.dataset import Turn
 from phitune.data.prompt import PromptFormat
 from phitune.data.tokenizer import TextTokenizer
@@ -13,7 +14,6 @@ from phitune.errors import ExportError, ModelError
 from phitune.export.card import CARD_FILE, model_card
 from phitune.export.job import Source
 from phitune.export.proof import Answered
-from phitune.inference.loaded import trained_format
 from phitune.untrusted import read_object, write_object
 
 # -------------------------------------------------------------------------------------------------
@@ -140,13 +140,12 @@ def write_config(source: Source, folder: Path, dtype: torch.dtype | None, *, unt
 
 def write_texts(source: Source, folder: Path, format_name: str) -> None:
     """Tokenizer, chat template, generation_config.json with the stop ids, and the model card."""
-    source.tokenizer.save(folder, source.prompt_format)
+    source.coder.save(folder)
     card = model_card(
         format_name,
         source.model_name,
         source.adapter_folder,
-        source.tokenizer,
-        source.prompt_format,
+        source.coder,
         source.run,
     )
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
@@ -159,16 +158,16 @@ def check_texts(source: Source, folder: Path, answers: Sequence[Answered]) -> No
         ExportError: they do not.
     """
     tokenizer = TextTokenizer(folder)
-    if tokenizer.chat_template != source.prompt_format.chat_template:
+    if tokenizer.chat_template != source.coder.prompt_format.chat_template:
         raise ExportError("the export was removed: its chat template is not that of the adapter")
-    form = trained_format(tokenizer, None)
+    coder = Coder.as_saved(tokenizer)
     for answer in answers:
-        if tokenizer.encode(form.segments((Turn("user", answer.text),))) != answer.prompt_ids:
+        if coder.encode((Turn("user", answer.text),)) != answer.prompt_ids:
             raise ExportError(
                 f"the export was removed: its tokenizer encodes this prompt otherwise:"
                 f" {answer.text!r}"
             )
     # As servers read it, who know nothing of control tokens.
     stops = read_object(folder / "generation_config.json", "").get("eos_token_id")
-    if stops != source.tokenizer.stop_ids(source.prompt_format):
+    if stops != source.coder.stop_ids:
         raise ExportError("the export was removed: its stop tokens are not those of the adapter")

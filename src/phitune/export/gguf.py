@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from phitune.data.dataset import Turn
-from phitune.data.prompt import PromptFormat, Segment
+from phitune.data.prompt import Segment
 from phitune.errors import ExportError, listing
 from phitune.export.card import CARD_FILE, model_card
 from phitune.export.folder import MODELFILE, check_disk_space, modelfile
@@ -220,13 +220,13 @@ def check_tokenizer(llama: LlamaCpp, source: Source, answers: Sequence[Answered]
         f"{text!r}: {theirs}, expected {ours}"
         for text in PROBES
         if (theirs := llama.tokenize(text, special=False))
-        != (ours := source.tokenizer.encode([Segment(text)]))
+        != (ours := source.coder.tokenizer.encode([Segment(text)]))
     ]
     for answer in answers:
         # As its server puts a question, whose bos_token it then adds when it encodes.
         text = llama.apply_template([{"role": "user", "content": answer.text}])
-        expected = rendered(source.prompt_format, answer.text)
-        bos = source.tokenizer.bos_token
+        expected = source.coder.text((Turn("user", answer.text),))
+        bos = source.coder.tokenizer.bos_token
         if text.removeprefix(bos) != expected.removeprefix(bos):
             problems.append(f"the prompt {text!r}, expected {expected!r}")
         elif (theirs := llama.tokenize(expected, special=True)) != answer.prompt_ids:
@@ -237,11 +237,6 @@ def check_tokenizer(llama: LlamaCpp, source: Source, answers: Sequence[Answered]
             + listing(problems)
         )
     return len(PROBES) + len(answers)
-
-
-def rendered(prompt_format: PromptFormat, question: str) -> str:
-    """A question as the text that a server makes of it."""
-    return "".join(segment.text for segment in prompt_format.segments((Turn("user", question),)))
 
 
 def context_for(answers: Sequence[Answered]) -> int:
@@ -300,7 +295,7 @@ def _write(job: Export, path: Path, quantization: str) -> ModelFile:
     source = job.source
     by_python = QUANTIZATIONS[quantization].python
     tool = "" if by_python else require_tool(quantization, source.adapter_folder)
-    tokenizer = file_tokenizer(source.tokenizer, source.prompt_format, source.config.vocab_size)
+    tokenizer = file_tokenizer(source.coder, source.config.vocab_size)
     written = quantization if by_python else DEFAULT
     file = ModelFile(source.config, source.model_folder, source.adapter, written)
     # llama-quantize reads one file and writes another, which is smaller.
@@ -320,9 +315,9 @@ def _write(job: Export, path: Path, quantization: str) -> ModelFile:
 
 def _about(writer: "GGUFWriter", source: Source) -> None:
     writer.add_type("model")
-    writer.add_name(name_in_file(source.tokenizer, source.model_name))
+    writer.add_name(name_in_file(source.coder.tokenizer, source.model_name))
     add_base(writer, source.model_name)
-    writer.add_chat_template(source.prompt_format.chat_template)
+    writer.add_chat_template(source.coder.prompt_format.chat_template)
 
 
 def add_base(writer: "GGUFWriter", model_name: str) -> None:
@@ -333,9 +328,11 @@ def add_base(writer: "GGUFWriter", model_name: str) -> None:
 
 def _write_beside(job: Export, file: str) -> None:
     source = job.source
-    stops = stop_tokens(source.tokenizer, source.prompt_format)
+    stops = stop_tokens(source.coder)
     context = safe_context(source.config)
-    text = modelfile(file, source.prompt_format, source.tokenizer.bos_token, stops, context)
+    text = modelfile(
+        file, source.coder.prompt_format, source.coder.tokenizer.bos_token, stops, context
+    )
     if text is None:
         job.say(
             "note: no Modelfile was written: this chat template cannot be put as an Ollama template"
@@ -358,8 +355,7 @@ def write_card(source: Source, folder: Path, format_name: str, names: Mapping[st
         format_name,
         source.model_name,
         source.adapter_folder,
-        source.tokenizer,
-        source.prompt_format,
+        source.coder,
         source.run,
         names,
     )
@@ -405,7 +401,7 @@ def export_lora(job: Export) -> Proof:
     add_base(writer, source.model_name)
     write_arrays(writer, arrays)
     # The base's file has a template of its own, and an adapter's file cannot hold one.
-    template = source.prompt_format.chat_template
+    template = source.coder.prompt_format.chat_template
     (job.destination / TEMPLATE_FILE).write_text(template, encoding="utf-8")
     names = {"file": FILE, "context": str(safe_context(source.config))}
     write_card(source, job.destination, "gguf-lora", names)
@@ -415,9 +411,9 @@ def export_lora(job: Export) -> Proof:
     answers = greedy_answers(job.loaded, proof_prompts(source.run))
     stop_ids, computed_in = job.loaded.stop_ids, job.loaded.decoder.dtype
     job.release()
-    tokenizer = file_tokenizer(source.tokenizer, source.prompt_format, source.config.vocab_size)
+    tokenizer = file_tokenizer(source.coder, source.config.vocab_size)
     whole = job.destination / ".base-f16.gguf"
-    name = name_in_file(source.tokenizer, source.model_name)
+    name = name_in_file(source.coder.tokenizer, source.model_name)
     base.write(whole, lambda writer: writer.add_name(name), tokenizer, job.progress)
     threads = torch.get_num_threads()
     with LlamaCpp(whole, lora=path, context=context_for(answers), threads=threads) as llama:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from phitune.data.prompt import PromptFormat
+from phitune.data.coder import Coder
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import ExportError
 from phitune.untrusted import read_object
@@ -52,9 +52,7 @@ class FileTokenizer:
     flags: Mapping[str, bool]  # add_bos_token and the like
 
 
-def file_tokenizer(
-    tokenizer: TextTokenizer, prompt_format: PromptFormat, vocab_size: int
-) -> FileTokenizer:
+def file_tokenizer(coder: Coder, vocab_size: int) -> FileTokenizer:
     """Translates the tokenizer of an adapter.
 
     Args:
@@ -63,6 +61,7 @@ def file_tokenizer(
     Raises:
         ExportError: llama.cpp has no such tokenizer.
     """
+    tokenizer = coder.tokenizer
     path = tokenizer.folder / "tokenizer.json"
     spec = read_object(path, "a model folder needs its tokenizer")
     model = spec["model"]
@@ -80,7 +79,7 @@ def file_tokenizer(
         kinds[index] = CONTROL if content.strip() else USER_DEFINED
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     flags = {"add_bos_token": bool(tokenizer.bos_token), "add_eos_token": False}
-    ids = _special_ids(tokenizer, prompt_format)
+    ids = _special_ids(coder)
     if _is_llama(spec):
         for index, token in enumerate(tokens):
             if kinds[index] == NORMAL and token.startswith("<0x") and len(token) == len("<0x00>"):
@@ -115,22 +114,24 @@ def name_in_file(tokenizer: TextTokenizer, model_name: str) -> str:
     return last
 
 
-def _special_ids(tokenizer: TextTokenizer, prompt_format: PromptFormat) -> dict[str, int]:
+def _special_ids(coder: Coder) -> dict[str, int]:
     """llama.cpp stops at eos, eot and eom."""
-    ids = {"eos": tokenizer.token_id(prompt_format.end_token)}
-    extra_columns = [index for index in tokenizer.stop_ids(prompt_format) if index != ids["eos"]]
-    ids |= dict(zip(("eot", "eom"), extra_columns, strict=False))
+    tokenizer = coder.tokenizer
+    ids = {"eos": tokenizer.token_id(coder.prompt_format.end_token)}
+    others = [index for index in coder.stop_ids if index != ids["eos"]]
+    ids |= dict(zip(("eot", "eom"), others, strict=False))
     for ours, theirs in (("bos_token", "bos"), ("unk_token", "unknown"), ("pad_token", "padding")):
         if token := tokenizer.special_tokens.get(ours):
             ids[theirs] = tokenizer.token_id(token)
     return ids
 
 
-def stop_tokens(tokenizer: TextTokenizer, prompt_format: PromptFormat) -> list[str]:
+def stop_tokens(coder: Coder) -> list[str]:
     """The texts of all tokens that end an answer, the format's own first."""
+    tokenizer = coder.tokenizer
     by_id = {tokenizer.token_id(token): token for token in tokenizer.control_tokens}
-    stops = [by_id[index] for index in tokenizer.stop_ids(prompt_format)]
-    return sorted(stops, key=lambda token: token != prompt_format.end_token)
+    stops = [by_id[index] for index in coder.stop_ids]
+    return sorted(stops, key=lambda token: token != coder.prompt_format.end_token)
 
 
 def _parts(component: Any) -> list[dict[str, Any]]:

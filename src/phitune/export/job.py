@@ -18,19 +18,17 @@ from typing import Literal
 import psutil
 import torch
 
-from phitune.data.prompt import PromptFormat
-from phitune.data.tokenizer import TextTokenizer
+from phitune.data.coder import Coder, FormatName
 from phitune.errors import ExportError, OutOfMemoryError, SettingsError
 from phitune.export.formats import FORMATS
 from phitune.export.proof import PROOF_FILE, Proof, write_proof
 from phitune.inference.loaded import (
-    FormatName,
     LoadedModel,
     adapter_folder,
     base_model_name,
     base_names,
-    coder_of,
     open_model,
+    read_coder,
 )
 from phitune.model.architecture import ModelConfig, read_model_config
 from phitune.model.decoder import Decoder
@@ -65,8 +63,7 @@ class Source:
     config: ModelConfig
     adapter_folder: Path
     adapter: Adapter  # on the CPU, on no decoder
-    tokenizer: TextTokenizer
-    prompt_format: PromptFormat
+    coder: Coder
     format_name: FormatName | None  # as asked; None for the one it was trained in
     run: Path | None  # the run directory it came from, where it is in one
 
@@ -106,10 +103,10 @@ def open_source(
     name = model_name or base_model_name(base_names([folder]))
     model_folder = find_model(name)
     config = read_model_config(model_folder)
-    tokenizer, form = coder_of(folder, model_folder, config, prompt_format)
+    coder = read_coder(folder, model_folder, config, prompt_format)
     adapter = read_adapter(config, folder)
     run = next((path for path in (folder, folder.parent) if (path / CONFIG).is_file()), None)
-    return Source(name, model_folder, config, folder, adapter, tokenizer, form, prompt_format, run)
+    return Source(name, model_folder, config, folder, adapter, coder, prompt_format, run)
 
 
 def export(

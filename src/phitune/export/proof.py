@@ -167,7 +167,7 @@ def greedy_answers(
     loaded: LoadedModel, prompts: Sequence[str], choice: int | None = 0
 ) -> list[Answered]:
     """What a model in memory answers, each prompt as a question in its format."""
-    ids = [loaded.prompt_ids((Turn("user", prompt),), choice) for prompt in prompts]
+    ids = [loaded.coder(choice).encode((Turn("user", prompt),)) for prompt in prompts]
     answers = loaded.answers(ids, [choice] * len(ids), max_new_tokens=MAX_NEW_TOKENS)
     said = [answer.ids for answer in answers]
     loaded.on_decoder.choose([choice])

@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from phitune.data.coder import Coder
 from phitune.data.dataset import Example
 from phitune.data.prepare import SamplePrompt
-from phitune.data.prompt import PromptFormat
-from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import DataError, listing
 from phitune.inference.generate import GREEDY, Answer, Sampling, cache_bytes, stream
 from phitune.inference.loaded import LoadedModel
@@ -56,7 +55,7 @@ def answer_rows(
     """Greedy answers to the last question of each row; rows that only hold a text have none."""
     asked = [example for example in examples if not example.is_completion]
     prompts = [
-        [loaded.prompt_ids(example.turns[:-1], choice) for choice in (BASE, TUNED)]
+        [loaded.coder(choice).encode(example.turns[:-1]) for choice in (BASE, TUNED)]
         for example in asked
     ]
     found: dict[int, AnsweredRow] = {}
@@ -65,7 +64,11 @@ def answer_rows(
         choices = [BASE, TUNED] * len(batch)
         answers = loaded.answers(flat, choices, max_new_tokens=max_new_tokens)
         given = [
-            GivenAnswer(loaded.text(answer.ids, prompt, choice), len(answer.ids), answer.stopped)
+            GivenAnswer(
+                loaded.coder(choice).decode_answer(answer.ids, prompt),
+                len(answer.ids),
+                answer.stopped,
+            )
             for answer, prompt, choice in zip(answers, flat, choices, strict=True)
         ]
         for place, row in enumerate(batch):
@@ -198,7 +201,7 @@ def columns_of(model: LoadedModel) -> tuple[Column, ...]:
             name,
             choice,
             None if choice is None else model.adapters[choice].name,
-            model.format_name(choice),
+            model.coder(choice).format_name,
         )
         for name, choice in zip(names, choices, strict=True)
     )
@@ -309,10 +312,10 @@ def _prompts(
         where = question.place or f"question {number}"
         of_question: list[list[int]] = []
         for column in columns:
-            if refused := model.format_of(column.choice).refusal(question.turns):
+            if refused := model.coder(column.choice).prompt_format.refusal(question.turns):
                 problems.append(f"{where}: {column.name}: {refused}")
                 break
-            ids = model.prompt_ids(question.turns, column.choice)
+            ids = model.coder(column.choice).encode(question.turns)
             if len(ids) >= limit:
                 problems.append(
                     f"{where}: {len(ids):,} tokens, and the model's positions end at {limit:,};"
@@ -362,7 +365,7 @@ def _answered(
     cells = []
     for index, ((ids, choice, _), answer) in enumerate(zip(flat, answers, strict=True)):
         expected = questions[index // len(columns)].expected
-        text = model.text(answer.ids, ids, choice)
+        text = model.coder(choice).decode_answer(answer.ids, ids)
         known = expected is not None
         cells.append(
             Cell(
@@ -386,7 +389,7 @@ def _likelihoods(
 ) -> list[Likelihood | None]:
     """Of the expected answers, for every question and column; None where none is known."""
     asked = [
-        (ids, model.answer_ids(question.turns, question.expected, choice), choice)
+        (ids, model.coder(choice).answer_ids(question.turns, question.expected), choice)
         for question, of_question in zip(questions, prompts, strict=True)
         if question.expected is not None
         for ids, choice in zip(of_question, choices, strict=True)
@@ -422,14 +425,12 @@ class Sampler:
     def __init__(
         self,
         decoder: Decoder,
-        tokenizer: TextTokenizer,
-        prompt_format: PromptFormat,
+        coder: Coder,
         prompts: Sequence[SamplePrompt],
         max_new_tokens: int,
     ) -> None:
         self._decoder = decoder
-        self._tokenizer = tokenizer
-        self._prompt_format = prompt_format
+        self._coder = coder
         self._prompts = list(prompts) if max_new_tokens else []
         self._max_new_tokens = max_new_tokens
 
@@ -444,7 +445,7 @@ class Sampler:
             check: called after each token, and free to raise.
         """
         answers = [Answer() for _ in self._prompts]
-        stop_ids = self._tokenizer.stop_ids(self._prompt_format)
+        stop_ids = self._coder.stop_ids
         for tokens in stream(
             self._decoder,
             [prompt.ids for prompt in self._prompts],
@@ -458,7 +459,7 @@ class Sampler:
         return [
             Sample(
                 prompt.text,
-                self._prompt_format.response(self._tokenizer.decode_answer(answer.ids, prompt.ids)),
+                self._coder.decode_answer(answer.ids, prompt.ids),
                 len(answer.ids),
                 answer.stopped,
             )

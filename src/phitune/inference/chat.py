@@ -16,9 +16,8 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from phitune.data.coder import Coder
 from phitune.data.dataset import Turn
-from phitune.data.prompt import PromptFormat
-from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import OutOfMemoryError, SettingsError
 from phitune.inference.generate import GREEDY, Adapters, Conversation, Sampling, cache_bytes, stream
 from phitune.inference.loaded import LoadedModel
@@ -38,15 +37,14 @@ class TextStream:
     """Tokens in, text out, without special tokens.
 
     Args:
-        prompt_format: says what of an answer's text is the response.
         prompt_ids: what the answer follows.
     """
 
-    def __init__(
-        self, tokenizer: TextTokenizer, prompt_format: PromptFormat, prompt_ids: Sequence[int]
-    ) -> None:
-        self._tokenizer, self._format = tokenizer, prompt_format
-        self._special = frozenset(map(tokenizer.token_id, tokenizer.control_tokens))
+    def __init__(self, coder: Coder, prompt_ids: Sequence[int]) -> None:
+        self._tokenizer = coder.tokenizer
+        self._format = coder.prompt_format
+        special = self._tokenizer.control_tokens
+        self._special = frozenset(map(self._tokenizer.token_id, special))
         self._before = prompt_ids[-1:]
         self._waiting: list[int] = []
         self._decoded = ""
@@ -170,7 +168,7 @@ class Chat:
     @system.setter
     def system(self, text: str) -> None:
         turns = [*([Turn("system", text)] if text else []), Turn("user", "?")]
-        if refusal := self.model.format_of(self._choice).refusal(turns):
+        if refusal := self.model.coder(self._choice).prompt_format.refusal(turns):
             raise SettingsError(f"system {text!r}: {refusal}")
         self._system = text
 
@@ -239,7 +237,7 @@ class Chat:
             raise SettingsError("nothing was asked yet")
         choices = [self._choice, 0 if self._choice is None else None]
         earlier, question = self.exchanges[self.forgotten : -1], self.exchanges[-1].question
-        prompts = [self.model.prompt_ids(self._turns(earlier, question), c) for c in choices]
+        prompts = [self.model.coder(c).encode(self._turns(earlier, question)) for c in choices]
         seed = self.sampling.seed + max(0, self._drawn - 1)
         started = time.perf_counter()
         answers = self.model.answers(
@@ -251,7 +249,7 @@ class Chat:
         seconds = time.perf_counter() - started
         replies = {
             choice: Reply(
-                self.model.text(answer.ids, prompt, choice),
+                self.model.coder(choice).decode_answer(answer.ids, prompt),
                 "stopped" if answer.stopped else "limit",
                 len(answer.ids),
                 len(prompt),
@@ -288,7 +286,7 @@ class Chat:
 
         def prompt_ids(forgotten: int) -> list[int]:
             turns = self._turns(self.exchanges[forgotten:], question)
-            return self.model.prompt_ids(turns, self._choice)
+            return self.model.coder(self._choice).encode(turns)
 
         ids = prompt_ids(self.forgotten)
         if len(ids) <= room:
@@ -312,7 +310,7 @@ class Chat:
         self, question: str, prompt_ids: list[int], sampling: Sampling
     ) -> Generator[str, None, None]:
         model = self.model
-        text = TextStream(model.tokenizer, model.format_of(self._choice), prompt_ids)
+        text = TextStream(model.coder(self._choice), prompt_ids)
         stopped = ended = False
         count, first, started = 0, 0.0, time.perf_counter()
         self._drawn += 1

@@ -15,11 +15,12 @@ from rich.text import Text
 
 from phitune import __version__
 from phitune.config import Settings
+from phitune.data.coder import Coder
 from phitune.data.dataset import Example
 from phitune.data.packing import steps_per_epoch
 from phitune.data.prepare import PreparedData
-from phitune.data.prompt import PromptFormat, Segment
-from phitune.data.tokenizer import IGNORE_INDEX, TextTokenizer, TokenizedExample
+from phitune.data.prompt import Segment
+from phitune.data.tokenizer import IGNORE_INDEX, TokenizedExample
 from phitune.errors import DataError
 from phitune.inference.answers import AnsweredRow, answer_rows
 from phitune.inference.loaded import LoadedAdapter, LoadedModel
@@ -104,7 +105,8 @@ def forgetting(loaded: LoadedModel, path: Path | None, seed: int, progress: Prog
         DataError: the file cannot be read as text, or is too short to say anything.
     """
     text, name = read_text(path or GENERAL_TEXT), str(path or "the general text that ships")
-    ids = loaded.tokenizer.encode([Segment(text)])
+    tokenizer = loaded.coder(0).tokenizer
+    ids = tokenizer.encode([Segment(text)])
     notes = []
     if len(ids) > MAX_TOKENS or len(text) == MAX_TOKENS * _CHARACTERS_A_TOKEN:
         ids = ids[:MAX_TOKENS]
@@ -114,8 +116,8 @@ def forgetting(loaded: LoadedModel, path: Path | None, seed: int, progress: Prog
             f"general_text {name}: has {len(ids)} tokens; at least {2 * BLOCK_TOKENS} are needed,"
             " and some thousand are better"
         )
-    bos = loaded.tokenizer.bos_token
-    first = [loaded.tokenizer.token_id(bos)] if bos else []
+    bos = tokenizer.bos_token
+    first = [tokenizer.token_id(bos)] if bos else []
     rows = list(windows(ids, window_length(loaded.decoder.config), first))
     scored = token_losses(loaded.decoder, loaded.on_decoder, (BASE, TUNED), rows)
     base, tuned = [], []
@@ -309,8 +311,8 @@ def _too_short(loaded: LoadedModel, examples: Sequence[Example], limit: int) -> 
     long = 0
     for example in examples:
         if not example.is_completion:
-            prompt = loaded.prompt_ids(example.turns[:-1], 0)
-            row = loaded.tokenizer.encode(loaded.format_of(0).segments(example.turns))
+            prompt = loaded.coder(0).encode(example.turns[:-1])
+            row = loaded.coder(0).encode(example.turns)
             long += len(row) - len(prompt) > limit
     if not long:
         return []
@@ -555,8 +557,7 @@ def evaluate_at_end(
     settings: Settings,
     decoder: Decoder,
     adapter: Adapter,
-    tokenizer: TextTokenizer,
-    prompt_format: PromptFormat,
+    coder: Coder,
     data: PreparedData,
     outcome: Outcome,
     run: RunDirectory,
@@ -575,9 +576,8 @@ def evaluate_at_end(
         settings.model_name,
         find_model(settings.model_name),
         decoder,
-        tokenizer,
-        prompt_format,
-        [LoadedAdapter(str(run.path), run.adapter, adapter, prompt_format, tokenizer)],
+        coder,
+        [LoadedAdapter(str(run.path), run.adapter, adapter, coder)],
     )
     measures: list[Measure] = []
     try:
@@ -652,7 +652,7 @@ def _measure(
     if part.rows:
         losses = row_losses(loaded, [rows[row] for row in part.rows], len(part.rows), silent)
         measures += loss_measures(losses, settings.seed)
-    source = DataRows.of_run(rows, settings, loaded.format_of(0))
+    source = DataRows.of_run(rows, settings, loaded.coder(0).prompt_format)
     answers = answer_rows(loaded, source.examples(part.answered), part.max_new_tokens, silent)
     if answers:
         measures += answer_measures(answers, settings.seed)

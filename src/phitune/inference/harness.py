@@ -310,7 +310,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         super().__init__()
         self._loaded, self._choice, self._seed, self._told = loaded, choice, seed, told
         self._in_trained_form = in_trained_form
-        self._format = loaded.format_of(choice)
+        self._tokenizer = loaded.coder(choice).tokenizer
+        self._format = loaded.coder(choice).prompt_format
         question = (Turn("user", "a"), Turn("assistant", "b"))
         trained = next(part for part in self._format.segments(question) if part.trained)
         self._answer_start = trained.text.removesuffix("b")  # the space after "Output:"
@@ -321,13 +322,13 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     @property
     def eot_token_id(self) -> int:
-        tokenizer = self._loaded.tokenizer
+        tokenizer = self._tokenizer
         return tokenizer.token_id(tokenizer.special_tokens["eos_token"])
 
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text that has no context."""
-        tokenizer = self._loaded.tokenizer
+        tokenizer = self._tokenizer
         bos = tokenizer.special_tokens.get("bos_token")
         return tokenizer.token_id(bos) if bos else self.eot_token_id
 
@@ -337,7 +338,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         """Ids, with special tokens in the text taken as such, and the token that a tokenizer puts
         in front, unless it is there or the form that was trained has none.
         """
-        tokenizer = self._loaded.tokenizer
+        tokenizer = self._tokenizer
         ids = tokenizer.encode([Segment(string, control=True)])
         adds = add_special_tokens is not False and not self._in_trained_form
         if tokenizer.bos_token and adds and ids[:1] != [tokenizer.token_id(tokenizer.bos_token)]:
@@ -445,7 +446,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             # Decoded alone, as the harness' own backend does: of a text that begins, some
             # tokenizers drop the first space.
             before = prompts[row] if self._in_trained_form else []
-            return loaded.tokenizer.decode_answer(answers[row], before)
+            return self._tokenizer.decode_answer(answers[row], before)
 
         for tokens in stream(
             loaded.decoder,
@@ -491,4 +492,4 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     @property
     def tokenizer_name(self) -> str:
-        return str(self._loaded.tokenizer.folder).replace("/", "__")
+        return str(self._tokenizer.folder).replace("/", "__")

@@ -12,8 +12,7 @@ from typing import Literal
 
 import torch
 
-from phitune.data.dataset import Turn
-from phitune.data.prompt import ChatFormat, InstructFormat, PromptFormat
+from phitune.data.coder import Coder, FormatName
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import ModelError, OutOfMemoryError
 from phitune.inference.generate import GREEDY, Adapters, Answer, Sampling, generate, serve
@@ -25,7 +24,6 @@ from phitune.model.lora import CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterSet, d
 from phitune.model.weights import load_decoder
 from phitune.untrusted import read_object
 
-FormatName = Literal["instruct", "chat"]
 TOKENIZER_FILE = "tokenizer.json"
 
 
@@ -36,8 +34,7 @@ class LoadedAdapter:
     name: str  # as the user named it
     folder: Path
     adapter: Adapter
-    prompt_format: PromptFormat
-    tokenizer: TextTokenizer | None = None  # where it is not the model's
+    coder: Coder
 
 
 class LoadedModel:
@@ -50,58 +47,26 @@ class LoadedModel:
         model_name: str,
         folder: Path,
         decoder: Decoder,
-        tokenizer: TextTokenizer,
-        prompt_format: PromptFormat,
+        coder: Coder,
         adapters: Sequence[LoadedAdapter],
         warnings: Sequence[str] = (),
     ) -> None:
         self.model_name, self.folder = model_name, folder
-        self.decoder, self.tokenizer = decoder, tokenizer
-        self.prompt_format = prompt_format
+        self.decoder, self._coder = decoder, coder
         self.adapters = tuple(adapters)
         self.warnings = tuple(warnings)  # for the user
         self.on_decoder = AdapterSet(decoder, [adapter.adapter for adapter in adapters])
-        choices = (None, *range(len(adapters)))
-        self.stop_ids = sorted(
-            {
-                token
-                for one in choices
-                for token in self._tokenizer(one).stop_ids(self.format_of(one))
-            }
-        )
+        coders = (coder, *(adapter.coder for adapter in adapters))
+        self.stop_ids = sorted({token for one in coders for token in one.stop_ids})
 
     @property
     def precision(self) -> str:
         """Of the base, as a person names it."""
         return next(name for name, dtype in DTYPES.items() if dtype == self.decoder.dtype)
 
-    def format_of(self, choice: int | None) -> PromptFormat:
-        return self.prompt_format if choice is None else self.adapters[choice].prompt_format
-
-    def format_name(self, choice: int | None) -> FormatName:
-        return "instruct" if isinstance(self.format_of(choice), InstructFormat) else "chat"
-
-    def prompt_ids(self, turns: Sequence[Turn], choice: int | None) -> list[int]:
-        """Turns that end with a user's, as the ids that training put before the answer.
-
-        Raises:
-            ModelError: the format has no place for one of the turns.
-        """
-        return self._tokenizer(choice).encode(self.format_of(choice).segments(turns))
-
-    def answer_ids(self, turns: Sequence[Turn], answer: str, choice: int | None) -> list[int]:
-        """The ids that training put after those of the prompt, the end token last."""
-        prompt = self.prompt_ids(turns, choice)
-        return self.prompt_ids((*turns, Turn("assistant", answer)), choice)[len(prompt) :]
-
-    def text(self, answer_ids: Sequence[int], prompt_ids: Sequence[int], choice: int | None) -> str:
-        """An answer's text, without its special tokens."""
-        decoded = self._tokenizer(choice).decode_answer(answer_ids, prompt_ids)
-        return self.format_of(choice).response(decoded)
-
-    def _tokenizer(self, choice: int | None) -> TextTokenizer:
-        own = None if choice is None else self.adapters[choice].tokenizer
-        return own or self.tokenizer
+    def coder(self, choice: int | None) -> Coder:
+        """Encodes what this choice is asked, and decodes what it answers."""
+        return self._coder if choice is None else self.adapters[choice].coder
 
     def answers(
         self,
@@ -177,26 +142,29 @@ def open_model(
     # Adapters are tried on a model without numbers: before gigabytes are fetched and read.
     for path in folders:
         load_adapter(Decoder(config, torch.float32, "meta"), path)
-    coders = [coder_of(path, folder, config, prompt_format) for path in folders]
-    tokenizer, base_format = (
-        coders[0] if coders else coder_of(folder, folder, config, prompt_format)
-    )
+    coders = [read_coder(path, folder, config, prompt_format) for path in folders]
+    base_coder = coders[0] if coders else read_coder(folder, folder, config, prompt_format)
     torch_device = choose_device(device)
     dtype = DTYPES[choose_precision(precision, torch_device)]
     fetch_weights(model_name, folder)
     decoder = serve(load_decoder(folder, config, dtype, torch_device))
     adapters = []
-    for path, adapter_path, (own, form) in zip(adapter_paths, folders, coders, strict=True):
+    for path, adapter_path, coder in zip(adapter_paths, folders, coders, strict=True):
         adapter = load_adapter(decoder, adapter_path)
-        adapters.append(LoadedAdapter(str(path), adapter_path, adapter, form, own))
+        adapters.append(LoadedAdapter(str(path), adapter_path, adapter, coder))
         detach(decoder)
-    return LoadedModel(model_name, folder, decoder, tokenizer, base_format, adapters, warnings)
+    return LoadedModel(model_name, folder, decoder, base_coder, adapters, warnings)
 
 
-def coder_of(
-    path: Path, base: Path, config: ModelConfig, name: FormatName | None
-) -> tuple[TextTokenizer, PromptFormat]:
-    """The tokenizer in a folder, or else the base's, and the format it was used with."""
+def read_coder(path: Path, base: Path, config: ModelConfig, name: FormatName | None) -> Coder:
+    """The tokenizer in a folder, or else the base's, and the format it was used with.
+
+    Args:
+        name: of the format; None for the one that the folder's chat template renders.
+
+    Raises:
+        ModelError: there is no usable tokenizer, or it does not belong to the base.
+    """
     own = path == base or (path / TOKENIZER_FILE).is_file()
     tokenizer = TextTokenizer(path if own else base)
     if tokenizer.size > config.vocab_size:
@@ -204,9 +172,9 @@ def coder_of(
             f"{tokenizer.folder / TOKENIZER_FILE}: has {tokenizer.size} tokens, the model in {base}"
             f" {config.vocab_size}; they do not belong together, name another with --model_name"
         )
-    if own:
-        return tokenizer, trained_format(tokenizer, name)
-    return tokenizer, tokenizer.prompt_format(name or "instruct")
+    if own and name is None:
+        return Coder.as_saved(tokenizer)
+    return Coder.of(tokenizer, name or "instruct")
 
 
 def adapter_folder(path: Path) -> Path:
@@ -274,20 +242,3 @@ def _other_bases(named: Mapping[Path, str], model_name: str) -> list[str]:
 
 def _resolved(name: str) -> Path:
     return ASSETS / name if name in SHIPPED_MODELS else Path(name).expanduser().resolve()
-
-
-def trained_format(tokenizer: TextTokenizer, name: FormatName | None) -> PromptFormat:
-    """The format that a tokenizer carries as its chat template; `name` overrules it."""
-    if name is not None:
-        return tokenizer.prompt_format(name)
-    instruct = tokenizer.prompt_format("instruct")
-    assert isinstance(instruct, InstructFormat)
-    template = tokenizer.chat_template
-    if not template or template == instruct.chat_template:
-        return instruct
-    try:
-        return ChatFormat.from_template(
-            template, tokenizer.special_tokens, tokenizer.control_tokens, tokenizer.bos_token
-        )
-    except ModelError as error:
-        raise ModelError(f"{tokenizer.folder}: {error}") from None

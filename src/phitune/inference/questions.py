@@ -14,6 +14,7 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from yaml.reader import ReaderError
 
 from phitune.config import unknown_name
+from phitune.data.coder import Coder
 from phitune.data.dataset import Example, Turn
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import DataError, listing
@@ -222,9 +223,8 @@ def validation_questions(adapter_paths: Sequence[Path], count: int) -> Validatio
             f" only a run knows its validation rows. {_REMEDY}"
         )
     run, *others = {run.path.resolve(): run for run in found}.values()
-    tokenizer = TextTokenizer(run.path / ADAPTER)
-    prompt_format = tokenizer.prompt_format(run.settings.prompt_format)
-    data = rows_of_run(run, tokenizer, prompt_format, remedy=_REMEDY)
+    coder = Coder.of(TextTokenizer(run.path / ADAPTER), run.settings.prompt_format)
+    data = rows_of_run(run, coder, remedy=_REMEDY)
     there = len(data.rows)
     examples = data.examples(spread(count, there))
     if any(example.is_completion for example in examples):

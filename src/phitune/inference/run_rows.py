@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from phitune.config import Settings, resolve
+from phitune.data.coder import Coder
 from phitune.data.dataset import Example, Part
 from phitune.data.prepare import prepare_data
 from phitune.data.prompt import PromptFormat
-from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import DataError, SettingsError
 from phitune.model.files import EXAMPLE_DATASET
 from phitune.training.rundir import ADAPTER, CONFIG, EVALUATION, SUMMARY
@@ -139,8 +139,7 @@ def find_run(adapter_path: Path) -> Run | None:
 
 def rows_of_run(
     run: Run,
-    tokenizer: TextTokenizer,
-    prompt_format: PromptFormat,
+    coder: Coder,
     progress: "Progress | None" = None,
     *,
     remedy: str,
@@ -161,7 +160,7 @@ def rows_of_run(
         )
     source = settings.dataset_path or EXAMPLE_DATASET
     try:
-        data = prepare_data(settings, source, tokenizer, prompt_format, progress)
+        data = prepare_data(settings, source, coder, progress)
     except DataError as error:
         raise DataError(
             f"{run.path}: the data of this run cannot be read as it was: {error}\n{remedy}"
@@ -182,15 +181,14 @@ def rows_of_run(
             " told"
         )
     return DataRows.of_run(
-        rows, settings, prompt_format, notes, run.recorded, is_verified=bool(run.digest)
+        rows, settings, coder.prompt_format, notes, run.recorded, is_verified=bool(run.digest)
     )
 
 
 def rows_of_data(
     path: Path,
     run: Run | None,
-    tokenizer: TextTokenizer,
-    prompt_format: PromptFormat,
+    coder: Coder,
     changes: dict[str, Any],
     progress: "Progress | None" = None,
 ) -> DataRows:
@@ -215,7 +213,7 @@ def rows_of_data(
     }
     settings = resolve(values).settings
     assert settings.dataset_path
-    data = prepare_data(settings, settings.dataset_path, tokenizer, prompt_format, progress)
+    data = prepare_data(settings, settings.dataset_path, coder, progress)
     notes = list(data.warnings)
     if run and run.settings.dataset_path and _same(settings.dataset_path, run.settings):
         notes.append(f"{path}: holds the rows that this adapter was trained on")
@@ -225,7 +223,7 @@ def rows_of_data(
         settings.dataset_path,
         "train",
         settings,
-        prompt_format,
+        coder.prompt_format,
         tuple(notes),
     )
 

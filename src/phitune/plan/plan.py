@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from phitune.config import Resolved, Settings, choices_of, unknown_name
+from phitune.data.coder import Coder
 from phitune.data.prepare import PreparedData, prepare_data
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import ModelError, SettingsError, listing
@@ -116,8 +117,8 @@ def rows_of_file(settings: Settings, path: Path, model_folder: Path) -> Rows:
     Raises:
         PhituneError: what training would refuse too.
     """
-    tokenizer = TextTokenizer(model_folder)
-    data = prepare_data(settings, path, tokenizer, tokenizer.prompt_format(settings.prompt_format))
+    coder = Coder.of(TextTokenizer(model_folder), settings.prompt_format)
+    data = prepare_data(settings, path, coder)
     return rows_of(data, path)
 
 

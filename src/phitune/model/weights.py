@@ -6,16 +6,13 @@ taken; every mismatch is in one error. Pickled weights are refused: loading them
 
 import hashlib
 import json
-import math
-import struct
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from phitune.errors import ModelError, listing
@@ -24,26 +21,13 @@ from phitune.model.decoder import Decoder
 from phitune.untrusted import own_file, read_object
 
 # -------------------------------------------------------------------------------------------------
-# The header of a safetensors file: what it says is in the file, held against the file itself.
-#
-# Read here, within limits, before the library maps the file and before anything is made for its
-# tensors: a header may claim what it likes. The tensors must fill the rest of the file exactly,
-# one after the other, each as long as its shape and type say.
+# The header of a safetensors file: the library checks it, and here is what it lets through.
 #
 #     8 bytes, the header's length | the header, JSON | the tensors
 
-MAX_HEADER = 2**22  # bytes; those of Phi-4, in six files, have 30 thousand together
+MAX_HEADER = 2**22  # bytes; the six headers of Phi-4 have 30 thousand together
 MAX_NAME, MAX_DIMENSIONS, MAX_SIZE = 1000, 8, 2**40
-# Bits of a number of each type, in the names of the format.
-_BITS = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
-    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
-    **dict.fromkeys(("U32", "I32", "F32"), 32),
-    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    "F4": 4,
-}
+_MAX_REASON = 300  # characters; the library puts names into its messages, however long
 
 
 @dataclass(frozen=True)
@@ -58,6 +42,8 @@ class TensorHeader:
 def read_header(file: Path) -> dict[str, TensorHeader]:
     """The tensors of a safetensors file by name, from its header alone.
 
+    The library holds types, shapes and offsets against each other and against the file's size.
+
     Raises:
         ModelError: missing, a link out of its folder, or not what the format allows.
     """
@@ -65,66 +51,56 @@ def read_header(file: Path) -> dict[str, TensorHeader]:
         raise ModelError(f"{file}: missing")
     try:
         with file.open("rb") as opened:
-            size = file.stat().st_size
-            start = opened.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            if not 2 <= length <= min(size - 8, MAX_HEADER):
+            size, length = file.stat().st_size, int.from_bytes(opened.read(8), "little")
+            if length > min(size, MAX_HEADER):
                 raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
-            header = opened.read(length).decode()
-        entries = json.loads(header, object_pairs_hook=_no_twins)
-        if not isinstance(entries, dict) or not header.startswith("{"):
-            raise ValueError("its header is not an object")
-        notes = entries.pop("__metadata__", {})
-        if not isinstance(notes, dict) or not all(isinstance(v, str) for v in notes.values()):
-            raise ValueError("its __metadata__ is not an object of texts")
-        return _checked(file, entries, size - 8 - length)
-    except (OSError, ValueError, RecursionError) as error:
+            header = opened.read(length)
+        with safe_open(file, framework="pt") as tensors:
+            found = {}
+            for name in _names(header):
+                tensor = tensors.get_slice(name)
+                found[name] = TensorHeader(file, tuple(tensor.get_shape()), tensor.get_dtype())
+        _check_limits(found)
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(
-            f"{file}: damaged or not a safetensors file: {error}; get it again from where it came"
-            " from"
+            f"{file}: damaged or not a safetensors file: {str(error)[:_MAX_REASON]}; get it again"
+            " from where it came from"
         ) from None
-
-
-def _no_twins(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twin = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"its header names {twin[:MAX_NAME]} twice")
     return found
 
 
-def _checked(file: Path, entries: dict[str, Any], data_bytes: int) -> dict[str, TensorHeader]:
-    """The entries, if they lie one after the other and fill `data_bytes`."""
-    found, places = {}, []
-    for name, entry in entries.items():
-        if len(name) > MAX_NAME or not isinstance(entry, dict):
-            raise ValueError(f"its header describes no tensor as {name[:MAX_NAME]}")
-        dtype, shape, place = (entry.get(key, "") for key in ("dtype", "shape", "data_offsets"))
-        if not isinstance(dtype, str) or dtype not in _BITS:
-            raise ValueError(f"{name} is of the type {str(dtype)[:40]}, which there is not")
-        if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
-            raise ValueError(f"{name} has the shape {str(shape)[:80]}, which there is not")
-        if not _are_sizes(place) or len(place) != 2:
-            raise ValueError(f"{name} lies at {str(place)[:80]}, which is no place")
-        bits, room = math.prod(shape) * _BITS[dtype], 8 * (place[1] - place[0])
-        if bits != room:
-            raise ValueError(f"{name} needs {bits // 8:,} bytes and has {room // 8:,}")
-        places.append((place[0], place[1], name))
-        found[name] = TensorHeader(file, tuple(shape), dtype)
-    end = 0
-    for begins, ends, name in sorted(places):
-        if begins != end:
-            raise ValueError(f"{name} begins at byte {begins:,} of the tensors, not at {end:,}")
-        end = ends
-    if end != data_bytes:
-        raise ValueError(f"its tensors are {end:,} bytes and it holds {data_bytes:,}")
+def _names(header: bytes) -> list[str]:
+    """The tensors in a header that the library has read, in their order in it.
+
+    Raises:
+        ValueError: a name is there twice, of which the library takes the last.
+    """
+    entries = json.loads(header, object_pairs_hook=_without_repeats)
+    if not header.startswith(b"{") or entries.pop("__metadata__", {}) is None:
+        raise ValueError("its header is not an object, or its __metadata__ is not one of texts")
+    return list(entries)
+
+
+def _check_limits(tensors: Mapping[str, TensorHeader]) -> None:
+    """Refuses names and shapes that no model has.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    for name, tensor in tensors.items():
+        if len(name) > MAX_NAME:
+            raise ValueError(f"a name of {len(name):,} characters: {name[:80]}...")
+        if len(tensor.shape) > MAX_DIMENSIONS or max(tensor.shape, default=0) > MAX_SIZE:
+            raise ValueError(f"{name} has the shape {str(tensor.shape)[:80]}")
+
+
+def _without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"its header names {name} twice")
+        found[name] = value
     return found
-
-
-def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(one, int) and not isinstance(one, bool) and 0 <= one <= MAX_SIZE for one in value
-    )
 
 
 # -------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from phitune.model.files import ASSETS
 CASES = 20_000
 SECONDS = 10.0
 _KINDS = (".jsonl", ".json", ".csv", ".tsv", ".jsonl.gz", ".json.gz", ".csv.gz", ".parquet")
-_REMEDY = re.compile(r"Put the data right|it needs rows with|name the columns")
+_REMEDY = re.compile(r"Correct the data|it needs rows with|name the columns")
 _CHAT = [{"role": "user", "content": "q \u05d0"}, {"role": "assistant", "content": "a\n"}]
 _ROWS: tuple[dict[str, Any], ...] = (
     {"prompt": "What is it?", "response": 'It is that, "quoted".'},
@@ -150,7 +150,7 @@ def check(kind: str, content: bytes, flags: dict[str, Any], folder: Path) -> str
         examples = list(stream)
     except DataError as error:
         said = str(error)
-        empty = "empty" in said and not stream.problem_count
+        empty = "empty" in said and not stream.problems.count
         assert re.search(re.escape(str(path)) + r":\d+: ", said) or empty, said
         assert _REMEDY.search(said), said
         outcome = "refused"

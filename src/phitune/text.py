@@ -1,4 +1,4 @@
-"""Text from anywhere made safe to show: nothing in it moves the cursor or turns the line."""
+"""Text for people: text from anywhere made safe to show, and counted things in words."""
 
 import re
 from typing import TYPE_CHECKING
@@ -14,6 +14,11 @@ _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2028\u2029\u206
 def visible(text: str) -> str:
     """The text with such characters written out, such as `\\x1b`."""
     return _UNSAFE.sub(lambda found: ascii(found.group())[1:-1], text)
+
+
+def plural(count: int, noun: str) -> str:
+    """ "1 row", "2 rows"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def shortened(text: str, first: int, last: int) -> tuple[str, str, str]:

@@ -112,7 +112,7 @@ def test_unknown_fields_are_listed(tmp_path: Path) -> None:
 def test_missing_file_unknown_kind_and_empty_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no such file or folder"):
         read_examples(tmp_path / "nowhere.jsonl")
-    with pytest.raises(DataError, match="holds no file of rows"):
+    with pytest.raises(DataError, match="has no data files"):
         read_examples(tmp_path)
     with pytest.raises(DataError, match="the file is empty"):
         list(read_examples(write(tmp_path, "\n\n")))

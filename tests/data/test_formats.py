@@ -86,11 +86,14 @@ TOOL = {"role": "assistant", "tool_calls": [{"type": "function"}]}
         ([USER, "x"], "turn 2 is a text, expected an object"),
         ([USER], "ends with a user turn; there is no answer to learn"),
         ([USER, ANSWER, USER], "ends with a user turn"),
-        ([USER, USER, ANSWER], "turns 1 and 2 are both the user's"),
-        ([USER, ANSWER, ANSWER], "turns 2 and 3 are both the assistant's"),
-        ([ANSWER], "turn 1 is the assistant's, and no user's is before it"),
-        ([{"role": "system", "content": "s"}, ANSWER], "turn 2 is the assistant's"),
-        ([USER, {"role": "system", "content": "s"}, ANSWER], "turn 2 is the system's; its place"),
+        ([USER, USER, ANSWER], "turns 1 and 2 are both user turns"),
+        ([USER, ANSWER, ANSWER], "turns 2 and 3 are both assistant turns"),
+        ([ANSWER], "turn 1 is an assistant turn without a user turn before it"),
+        ([{"role": "system", "content": "s"}, ANSWER], "turn 2 is an assistant turn"),
+        (
+            [USER, {"role": "system", "content": "s"}, ANSWER],
+            "turn 2 is a system turn; a system turn must be the first",
+        ),
         ([USER, {**ANSWER, "content": " \n"}], "turn 2 is empty"),
         ([USER, {**ANSWER, "weight": 0}], "turn 2 has the weight 0"),
         ([USER, {**ANSWER, "content": "\ud800"}], "turn 2 has half a surrogate pair"),
@@ -253,12 +256,12 @@ def test_all_tool_calls_are_counted_and_written_to_a_file(shared: Path) -> None:
     stream = read_examples(shared / "openai_drone_tool_calls_messages.jsonl")
     with pytest.raises(DataError, match="103 problems") as caught:
         list(stream)
-    assert stream.problems_file
-    assert f"and 83 more; all of them are in {stream.problems_file}" in str(caught.value)
-    assert len(stream.problems_file.read_text().splitlines()) == 103
-    stream.problems_file.unlink()
+    assert stream.problems.file
+    assert f"and 83 more; all of them are in {stream.problems.file}" in str(caught.value)
+    assert len(stream.problems.file.read_text().splitlines()) == 103
+    stream.problems.file.unlink()
     skipping = read_examples(stream.source, on_bad_row="skip")
     with pytest.raises(DataError, match="103 problems and no row is left"):
         list(skipping)
-    assert skipping.problems_file
-    skipping.problems_file.unlink()
+    assert skipping.problems.file
+    skipping.problems.file.unlink()

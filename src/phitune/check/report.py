@@ -512,9 +512,9 @@ def _open(
 
 
 def _unreadable(streams: Sequence[ExampleStream]) -> Found:
-    problems = [problem for stream in streams for problem in stream.problems]
+    problems = [problem for stream in streams for problem in stream.problems.first]
     # Each names its file and line itself.
-    return Found(sum(stream.problem_count for stream in streams), (), tuple(problems[:MAX_PLACES]))
+    return Found(sum(stream.problems.count for stream in streams), (), tuple(problems[:MAX_PLACES]))
 
 
 def _other_notes(stream: ExampleStream) -> list[str]:

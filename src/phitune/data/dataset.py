@@ -1,8 +1,11 @@
-"""A data set to a stream of Examples: every row checked, every problem counted and named.
+"""A data set as a stream of conversations: rows of files become Examples, problems are collected.
 
-Rows come one after the other and are not kept. Whatever is wrong is said at the end, in one error
-with the file and line of each problem; or bad rows are left out and counted, where that is asked.
-No torch here, and no tokenizer.
+Three steps: which files a data set consists of (a file, a folder, a hub data set), what a row of
+them means (field names decide the format), and the stream of Examples. A row that cannot be used is
+a problem with file and line; either all problems are raised in one error at the end of the data, or
+such rows are left out and counted (`on_bad_row`). Rows are not kept, texts are never edited.
+
+Knows no tokens, no prompt format (it asks one whether it accepts a row), no torch.
 """
 
 import itertools
@@ -13,18 +16,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from phitune.data.files import READABLE, SUFFIXES, Meter, RawRow, json_name, read_rows, suffix_of
+from phitune.data.files import (
+    READABLE,
+    SUFFIXES,
+    BytesRead,
+    RawRow,
+    json_name,
+    read_rows,
+    suffix_of,
+)
 from phitune.errors import MAX_LISTED, DataError, SettingsError
+from phitune.text import plural
 
-# -------------------------------------------------------------------------------------------------
-# A row of a data file, whatever the file looked like: a conversation, or a text on its own.
+# --- Types ---------------------------------------------------------------------------------------
 
 Role = Literal["system", "user", "assistant"]
+Part = Literal["train", "validation"]
+OnBadRow = Literal["error", "skip"]
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one side said, to the last character."""
+    """One message of a conversation, every character as in the file."""
 
     role: Role
     content: str
@@ -32,15 +45,15 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row: turns in their order, the last one an assistant's, and where it stands.
+    """One row: a conversation that ends with an assistant's turn, and where it stands.
 
-    A row that is a single assistant turn is a completion: a text to be learnt as it is, with
-    nothing before it.
+    A row that is a single assistant turn is a completion: a text to learn as it is, without a
+    prompt.
     """
 
     turns: tuple[Turn, ...]
     file: Path
-    line: int  # from 1; of a format without lines, the number of the row
+    line: int  # from 1; the number of the row in formats without lines
 
     @property
     def is_completion(self) -> bool:
@@ -48,328 +61,306 @@ class Example:
 
     @property
     def question(self) -> tuple[Turn, ...]:
-        """What comes before the first answer; rows that share it belong on one side of a split."""
+        """The turns before the first answer; a split keeps rows with the same question together."""
         first = next(index for index, turn in enumerate(self.turns) if turn.role == "assistant")
         return self.turns[:first]
 
 
-# -------------------------------------------------------------------------------------------------
-# What a row means: field names to turns, or what is wrong with the row.
-#
-# The format of a file is found in its first rows, or named, and holds for the whole file. Texts
-# are kept to the last character. What no prompt format has a form for (tool calls, other roles,
-# content that is not text) is refused, never flattened into text.
-
-# The fields of each format, with the columns that are taken for them; the first that fits a row is
-# its format. Some rows carry a rendered "text" or "prompt" beside what it was made of.
-FIELDS: dict[str, dict[str, tuple[str, ...]]] = {
-    "messages": {"messages": ("messages",)},
-    "sharegpt": {"conversations": ("conversations",)},
-    "prompt-response": {"prompt": ("prompt",), "response": ("response", "completion")},
-    "question-answer": {"question": ("question",), "answer": ("answer",)},
-    "alpaca": {
-        "instruction": ("instruction",),
-        "input": ("input", "context"),  # The second names are those of Dolly.
-        "output": ("output", "response"),
-    },
-    "completion": {"text": ("text",)},
-}
-FIELD_NAMES = {name for fields in FIELDS.values() for names in fields.values() for name in names}
-_OPTIONAL = "input"
-EXPECTED = (
-    '"prompt" and "response", "question" and "answer", "instruction", "input" and "output",'
-    ' "messages", "conversations" or "text"'
-)
-_ROLES: dict[str, Role] = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-}
-_KNOWN_ROLES = "system, user (or human) and assistant (or gpt)"
-_SHOWN_FIELDS, _SHOWN_LETTERS = 12, 40
-
-
-@dataclass(frozen=True)
-class RowFormat:
-    """A format, and the columns of a file that hold its fields."""
-
-    name: str
-    columns: Mapping[str, str]
-
-    def __str__(self) -> str:
-        names = [
-            column if column == field else f"{field}={column}"
-            for field, column in self.columns.items()
-        ]
-        return f"{self.name} ({', '.join(names)})"
-
-    @property
-    def expected(self) -> str:
-        """What a row must have, for people."""
-        names = [f'"{column}"' for field, column in self.columns.items() if field != _OPTIONAL]
-        what = " and ".join(names)
-        if self.name in ("messages", "sharegpt"):
-            return f"{what}: a list of turns that ends with the assistant's"
-        return f"{what}, {'both non-empty texts' if len(names) > 1 else 'a non-empty text'}"
-
-    def example(self, values: Mapping[str, Any], file: Path, line: int) -> Example | str:
-        """The row as a conversation, or what is wrong with it."""
-        columns = self.columns
-        if self.name in ("messages", "sharegpt"):
-            turns = _turns(values, *columns.values())
-            return turns if isinstance(turns, str) else Example(turns, file, line)
-        texts: list[str] = []
-        wrong: list[str] = []
-        for field, column in columns.items():
-            value = values.get(column)
-            if field == _OPTIONAL and (value is None or value == ""):
-                continue
-            problem = _text_problem(values, column)
-            if problem and not (field == _OPTIONAL and problem.endswith("is empty")):
-                wrong.append(problem)
-            elif not problem:
-                texts.append(value)  # type: ignore[arg-type]
-        if wrong:
-            return " and ".join(wrong)
-        answer = Turn("assistant", texts.pop())
-        # An instruction and its input are one question.
-        return Example((Turn("user", "\n".join(texts)), answer) if texts else (answer,), file, line)
-
-
-def parse_columns(text: str | None, data_format: str = "auto") -> dict[str, str]:
-    """`prompt=title,response=body` as a mapping from field to column.
-
-    Raises:
-        SettingsError: not of this form, or fields that no format (or not this one) has together.
-    """
-    columns: dict[str, str] = {}
-    for part in text.split(",") if text else ():
-        field, equals, column = (word.strip() for word in part.partition("="))
-        if not (field and equals and column):
-            raise SettingsError(
-                f"columns = {text!r}: {part!r} is not FIELD=COLUMN; write for example"
-                " prompt=title,response=body, or by number prompt=0,response=1"
-            )
-        if field in columns:
-            raise SettingsError(f"columns = {text!r}: {field} is named twice")
-        columns[field] = column
-    names = [data_format] if data_format != "auto" else list(FIELDS)
-    if columns and not any(columns.keys() <= FIELDS[name].keys() for name in names):
-        of = "" if data_format == "auto" else f" of {data_format}"
-        known = "; ".join(", ".join(FIELDS[name]) for name in names)
-        raise SettingsError(
-            f"columns = {text!r}: {', '.join(columns)} are not the fields{of}; known are: {known}"
-        )
-    return columns
-
-
-def is_numbered(columns: Mapping[str, str]) -> bool:
-    """Whether columns are named by their place, so that a table has no header."""
-    return bool(columns) and all(column.isdecimal() for column in columns.values())
-
-
-def detect(
-    names: Iterable[str], columns: Mapping[str, str], data_format: str = "auto"
-) -> RowFormat | None:
-    """The format of a row with these field names, if they are all there.
-
-    Args:
-        columns: fields whose column was named; see `parse_columns`.
-        data_format: a name of `FIELDS`, or "auto" for the first that fits.
-    """
-    present = set(names)
-    for name, fields in FIELDS.items():
-        if data_format not in ("auto", name) or not columns.keys() <= fields.keys():
-            continue
-        found: dict[str, str] = {}
-        for field, candidates in fields.items():
-            wanted = (columns[field],) if field in columns else candidates
-            column = next((column for column in wanted if column in present), None)
-            if column is not None and column not in found.values():
-                found[field] = column
-        if found.keys() | {_OPTIONAL} >= fields.keys() and columns.keys() <= found.keys():
-            return RowFormat(name, found)
-    return None
-
-
-def no_format(
-    names: Iterable[str], columns: Mapping[str, str], data_format: str, *, table: bool
-) -> str:
-    """What to say of a file none of whose first rows has the fields of a format.
-
-    Args:
-        table: a CSV or TSV file that was read with its first row as header.
-    """
-    listed = list(names)
-    shown = [
-        repr(name if len(name) <= _SHOWN_LETTERS else name[: _SHOWN_LETTERS - 3] + "...")
-        for name in listed[:_SHOWN_FIELDS]
-    ]
-    if len(listed) > _SHOWN_FIELDS:
-        shown.append(f"{len(listed) - _SHOWN_FIELDS} more")
-    expected = EXPECTED
-    if data_format != "auto":
-        expected = " and ".join(f'"{field}"' for field in FIELDS[data_format])
-    if columns:
-        expected = " and ".join(repr(column) for column in columns.values()) + " (--columns)"
-    remedy = "name the columns, such as --columns prompt=title,response=body"
-    if table:
-        remedy += "; if the first row is no header, by number: --columns prompt=0,response=1"
-    return f"has the fields {', '.join(shown) or 'none'}, expected {expected}; {remedy}"
-
-
-def _text_problem(values: Mapping[str, Any], name: str) -> str | None:
-    if name not in values:
-        return f"{name!r} is missing"
-    value = values[name]
-    if not isinstance(value, str):
-        return f"{name!r} is a {json_name(value)}, expected a text"
-    return _content_problem(value, repr(name))
-
-
-def _content_problem(text: str, what: str) -> str | None:
-    if not text or text.isspace():
-        return f"{what} is empty"
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            return f"{what} has half a surrogate pair at character {error.start + 1}"
-    return None
-
-
-def _turns(values: Mapping[str, Any], column: str) -> tuple[Turn, ...] | str:
-    """The turns of a conversation, in the names of OpenAI or of ShareGPT."""
-    if column not in values:
-        return f"{column!r} is missing"
-    listed = values[column]
-    if not isinstance(listed, list):
-        return f"{column!r} is a {json_name(listed)}, expected a list of turns"
-    turns: list[Turn] = []
-    for number, item in enumerate(listed, start=1):
-        turn = _turn(item, f"turn {number}")
-        if isinstance(turn, str):
-            return turn
-        if turn.role == "system" and not turn.content.strip():
-            continue  # A form that was not filled in.
-        if turn.role == "system" and turns:
-            return f"turn {number} is the system's; its place is before all others"
-        if turns and turn.role == turns[-1].role:
-            return f"turns {number - 1} and {number} are both the {turn.role}'s"
-        if turn.role == "assistant" and not any(said.role == "user" for said in turns):
-            return f"turn {number} is the assistant's, and no user's is before it"
-        turns.append(turn)
-    if not turns:
-        return f"{column!r} has no turns"
-    if turns[-1].role != "assistant":
-        return f"ends with a {turns[-1].role} turn; there is no answer to learn"
-    return tuple(turns)
-
-
-def _turn(item: Any, what: str) -> Turn | str:
-    if not isinstance(item, dict):
-        return f"{what} is a {json_name(item)}, expected an object with a role and a content"
-    if item.get("tool_calls") or item.get("function_call"):
-        return f"{what} has tool calls, which the model has no tokens for"
-    said_by = item["role"] if "role" in item else item.get("from")
-    role = _ROLES.get(said_by) if isinstance(said_by, str) else None
-    if role is None:
-        if "role" not in item and "from" not in item:
-            return f'{what} has neither "role" nor "from"'
-        return f"{what} has the role {str(said_by)[:_SHOWN_LETTERS]!r}; known are {_KNOWN_ROLES}"
-    content = item["content"] if "content" in item else item.get("value")
-    if not isinstance(content, str):
-        return f"{what} has a {json_name(content)} as content, expected a text"
-    if item.get("weight") == 0:
-        return f"{what} has the weight 0; single turns cannot be left out of training"
-    if role != "system" or content.strip():
-        problem = _content_problem(content, what)
-        if problem:
-            return problem
-    return Turn(role, content)
-
-
-# -------------------------------------------------------------------------------------------------
-# What `--dataset_path` names to the files that are read: a file, a folder, or a hub data set.
-#
-# Of a folder or a data set, validation and test files never reach training: names decide, and what
-# was taken and left out is said. From the hub only files of rows are fetched. HF_HOME and
-# HF_HUB_OFFLINE are honoured.
-
-Part = Literal["train", "validation"]
-_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+?)(?::(.+))?")
-_TRAIN = {"train", "training"}
-_VALIDATION = ({"validation", "valid", "val", "dev"}, {"test", "eval"})
-# Descriptions of a data set, not rows.
-_NOT_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-_LISTED = 5
+# What a prompt format says of turns: why it cannot render them, or None.
+Refusal = Callable[[Sequence[Turn]], str | None]
 
 
 @dataclass(frozen=True)
 class Source:
-    """The files of a data set, in the order they are read."""
+    """The files of a data set, in the order in which they are read."""
 
+    name: Path | str  # as the user named it
     files: tuple[Path, ...]
-    notes: tuple[str, ...] = ()  # what was taken and what left out, for people
+    notes: tuple[str, ...] = ()  # which files were taken and which were left out
 
 
-def hub_id(source: Path | str) -> tuple[str, str | None] | None:
-    """(owner/name, file or folder in it) of a hub data set; None for anything on this machine."""
-    text = source.as_posix() if isinstance(source, Path) else source
-    if Path(text).expanduser().exists():
-        return None
-    found = _HUB_ID.fullmatch(text)
-    if not found or (found[2] is None and suffix_of(Path(text))):
-        return None
-    return found[1], found[2]
+# --- The stream of Examples ----------------------------------------------------------------------
+
+_ROWS_TO_DETECT = 100  # rows of a file that are tried until one has the fields of a format
+
+
+def read_examples(
+    source: Path | str,
+    *,
+    data_format: str = "auto",
+    columns: str | None = None,
+    on_bad_row: OnBadRow = "error",
+    refusal: Refusal | None = None,
+    part: Part = "train",
+) -> "ExampleStream":
+    """The rows of a file, of the files of a folder, or of a hub data set.
+
+    Args:
+        data_format: a name of `FIELDS`, or "auto".
+        columns: other column names, as `prompt=title,response=body`.
+        on_bad_row: "error" reads to the end of the data and then raises; "skip" leaves rows out.
+        refusal: that of a prompt format; a row that it cannot render is a problem too.
+        part: which files of a folder are taken.
+
+    Raises:
+        DataError: there is no such data; while iterating: its problems.
+        SettingsError: impossible columns.
+    """
+    named_columns = parse_columns(columns, data_format)
+    return ExampleStream(find_source(source, part), data_format, named_columns, on_bad_row, refusal)
+
+
+class ExampleStream:
+    """Examples in order, to be iterated over once, and what was found out meanwhile."""
+
+    def __init__(
+        self,
+        source: Source,
+        data_format: str,
+        columns: dict[str, str],
+        on_bad_row: OnBadRow,
+        refusal: Refusal | None,
+    ) -> None:
+        self.source = source.name
+        self.files = source.files
+        self.formats: dict[Path, RowFormat] = {}  # of the files read so far
+        self.rows = 0  # read so far, good and bad
+        self.problems = Problems()
+        self.bytes_read = BytesRead()
+        self._source_notes = source.notes
+        self._data_format = data_format
+        self._columns = columns
+        self._strict = on_bad_row == "error"
+        self._refusal = refusal
+        self._fatal = False  # a problem that leaving out rows does not solve
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files on disk; `bytes_read.total` counts up to it."""
+        return sum(path.stat().st_size for path in self.files)
+
+    @property
+    def notes(self) -> list[str]:
+        """Which files were taken, and the format each was read as."""
+        notes = list(self._source_notes)
+        for row_format in dict.fromkeys(map(str, self.formats.values())):
+            files = [path for path, found in self.formats.items() if str(found) == row_format]
+            more = f" and {len(files) - 1} more files" if len(files) > 1 else ""
+            notes.append(f"{files[0]}{more}: read as {row_format}")
+        return notes
+
+    @property
+    def skipped(self) -> str | None:
+        """A warning about the rows that were left out; None if there were none."""
+        if not self.problems.count:
+            return None
+        return (
+            f"{self.source}: {self.problems.count} of {self.rows} rows are left out"
+            f" (--on_bad_row skip):\n{self.problems.listing()}"
+        )
+
+    def findings(self) -> dict[str, Any]:
+        """What was found out while reading, in JSON's types; see `restore`."""
+        numbers = {path: number for number, path in enumerate(self.files)}
+        return {
+            "formats": [
+                [numbers[path], row_format.name, dict(row_format.columns)]
+                for path, row_format in self.formats.items()
+            ],
+            "rows": self.rows,
+            "problem_count": self.problems.count,
+            "problems": self.problems.first,
+        }
+
+    def restore(self, findings: dict[str, Any]) -> None:
+        """Takes over the `findings` of another stream over the same files, without reading them."""
+        self.formats = {
+            self.files[number]: RowFormat(name, columns)
+            for number, name, columns in findings["formats"]
+        }
+        self.rows = findings["rows"]
+        self.problems = Problems(findings["problem_count"], findings["problems"])
+
+    def __iter__(self) -> Iterator[Example]:
+        try:
+            kept = 0
+            for file in self.files:
+                for example in self._of_file(file):
+                    # After the first problem the rest is only checked.
+                    if not (self._strict and self.problems.count):
+                        kept += 1
+                        yield example
+        finally:
+            self.problems.close()
+        self._raise_problems(kept)
+
+    def _of_file(self, file: Path) -> Iterator[Example]:
+        numbered = is_numbered(self._columns)
+        rows = read_rows(file, numbered=numbered, bytes_read=self.bytes_read)
+
+        # The format: that of the first row that has one.
+        tried: list[RawRow] = []
+        row_format = None
+        for row in rows:
+            if self._readable(file, row):
+                tried.append(row)
+                row_format = detect(row.values, self._columns, self._data_format)
+                if row_format or len(tried) == _ROWS_TO_DETECT:
+                    break
+        if not tried:
+            return
+        problem = self._format_problem(file, row_format, tried[0], numbered)
+        if problem:
+            self.problems.add(problem)
+            self._fatal = True
+        if problem or row_format is None:
+            return
+        self.formats[file] = row_format
+
+        # The rows, those that were tried first.
+        self.rows -= len(tried)
+        for row in itertools.chain(tried, rows):
+            if not self._readable(file, row):
+                continue
+            assert not isinstance(row.values, str)
+            example = row_format.example(row.values, file, row.line)
+            if isinstance(example, str):
+                self.problems.add(f"{file}:{row.line}: {example}")
+            elif self._refusal and (refused := self._refusal(example.turns)):
+                self.problems.add(f"{file}:{row.line}: {refused}")
+            else:
+                yield example
+
+    def _readable(self, file: Path, row: RawRow) -> bool:
+        """Counts a row, and its problem if it could not be read."""
+        self.rows += 1
+        if not isinstance(row.values, str):
+            return True
+        self.problems.add(f"{file}:{row.line}: {row.values}")
+        self._fatal |= row.fatal
+        return False
+
+    def _format_problem(
+        self, file: Path, row_format: "RowFormat | None", first: RawRow, numbered: bool
+    ) -> str | None:
+        """Why the rows of a file cannot be read at all: no format, or a header for a row."""
+        assert not isinstance(first.values, str)
+        if row_format is None:
+            table = (suffix_of(file) or "").startswith((".csv", ".tsv")) and not numbered
+            problem = unknown_fields(first.values, self._columns, self._data_format, table=table)
+            return f"{file}:{1 if table else first.line}: {problem}"
+        if not numbered:
+            return None
+        columns = row_format.columns.values()
+        cells = {str(first.values.get(column)).strip().lower() for column in columns}
+        if not cells & FIELD_NAMES:
+            return None
+        return (
+            f"{file}:{first.line}: the first row is a header"
+            f" ({', '.join(map(repr, sorted(cells)))}); columns named by number are for files"
+            " without one, so name the columns as the header does"
+        )
+
+    def _raise_problems(self, kept: int) -> None:
+        """Raises if there were problems that stop a run, or no rows at all."""
+        if self.problems.count and (self._strict or self._fatal or not kept):
+            expected = " or ".join(dict.fromkeys(form.expected for form in self.formats.values()))
+            remedy = f"Each row must be an object with {expected}.\n" if expected else ""
+            skip = "; --on_bad_row skip leaves such rows out" if not self._fatal else ""
+            none = " and no row is left" if not kept and not self._strict else ""
+            raise DataError(
+                f"{self.source}: {plural(self.problems.count, 'problem')}{none}\n"
+                f"{self.problems.listing()}\n{remedy}Correct the data{skip}."
+            )
+        if not kept:
+            what = "the file is empty" if len(self.files) == 1 else "its files are empty"
+            raise DataError(f"{self.source}: {what}; it needs rows with {EXPECTED}")
+
+
+class Problems:
+    """What is wrong with a data set: the first MAX_LISTED in memory; all in a file if there are
+    more."""
+
+    def __init__(self, count: int = 0, first: Sequence[str] = ()) -> None:
+        self.count = count
+        self.first = list(first)  # each with file and line
+        self.file: Path | None = None  # all problems, if there are more than MAX_LISTED
+        self._writing: IO[str] | None = None
+
+    def add(self, problem: str) -> None:
+        self.count += 1
+        if self.count <= MAX_LISTED:
+            self.first.append(problem)
+            return
+        if self._writing is None:
+            self._writing = tempfile.NamedTemporaryFile(  # noqa: SIM115 - see `close`
+                "w", prefix="phitune-problems-", suffix=".txt", delete=False, encoding="utf-8"
+            )
+            self.file = Path(self._writing.name)
+            self._writing.writelines(f"{listed}\n" for listed in self.first)
+        self._writing.write(f"{problem.encode('utf-8', 'replace').decode('utf-8')}\n")
+
+    def listing(self) -> str:
+        """The first problems, one a line, and where the others are."""
+        lines = [f"  {problem}" for problem in self.first]
+        if (rest := self.count - len(self.first)) > 0:
+            where = f"; all of them are in {self.file}" if self.file else ""
+            lines.append(f"  ... and {rest} more{where}")
+        return "\n".join(lines)
+
+    def close(self) -> None:
+        if self._writing:
+            self._writing.close()
+
+
+# --- Which files: a file, a folder, or a hub data set ---------------------------------------------
+#
+# Validation and test files of a folder or a hub data set never reach training: file names decide,
+# and the notes say which were taken and left out. Only files of rows are fetched from the hub.
+# HF_HOME and HF_HUB_OFFLINE are honoured.
+
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+?)(?::(.+))?")
+_TRAIN = {"train", "training"}
+_VALIDATION = ({"validation", "valid", "val", "dev"}, {"test", "eval"})
+# Files that describe a data set.
+_NOT_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+_MAX_NAMES = 5  # file names in a message
 
 
 def find_source(source: Path | str, part: Part = "train") -> Source:
     """The files of a data set.
 
     Args:
-        part: which files are taken where names tell training from validation.
+        part: which files are taken if their names say what they are for.
 
     Raises:
-        DataError: there is no such thing, it cannot be fetched, or holds nothing that can be read.
+        DataError: it does not exist, cannot be fetched, or has no file that can be read.
     """
     path = Path(source).expanduser()
     if path.is_file():
         if suffix_of(path) is None:
             raise DataError(f"{path}: files of this kind are not read; those that are: {READABLE}")
-        return Source((path,))
+        return Source(source, (path,))
     if path.is_dir():
-        return _choose(path, _files_below(path), str(path), part)
+        return _choose(source, path, part)
     if path.exists():
         raise DataError(f"{path}: is neither a file nor a folder")
     hub = hub_id(source)
     if hub is None:
         raise DataError(f"{path}: there is no such file or folder (looked in {Path.cwd()})")
     name, inside = hub
-    snapshot = _from_hub(name, inside)
+    snapshot = _fetch(name, inside)
     wanted = snapshot / inside if inside else snapshot
     if wanted.is_file():
-        return Source((wanted,))
-    return _choose(wanted, _files_below(wanted), str(source), part)
+        return Source(source, (wanted,))
+    return _choose(source, wanted, part)
 
 
-def _files_below(folder: Path) -> list[Path]:
-    """Files of rows, sorted by name, without hidden ones."""
-    return [
-        path
-        for path in sorted(folder.rglob("*"))
-        if suffix_of(path)
-        and path.name not in _NOT_ROWS
-        and not any(name.startswith(".") for name in path.relative_to(folder).parts)
-        and path.is_file()
-    ]
-
-
-def _choose(folder: Path, files: Sequence[Path], source: str, part: Part) -> Source:
+def _choose(source: Path | str, folder: Path, part: Part) -> Source:
+    """The files of a folder that are for training or for validation, by their names."""
+    files = _files_below(folder)
     if not files:
-        raise DataError(f"{source}: holds no file of rows; those that are read: {READABLE}")
+        raise DataError(f"{source}: has no data files; those that are read: {READABLE}")
 
     def words(path: Path) -> set[str]:
         return set(re.split(r"[^a-z0-9]+", path.relative_to(folder).as_posix().lower()))
@@ -384,25 +375,49 @@ def _choose(folder: Path, files: Sequence[Path], source: str, part: Part) -> Sou
         taken = next((kind for kind in held_out if kind), neutral)
     if not taken:
         raise DataError(
-            f"{source}: by their names none of its files is for {part}"
-            f" ({_some(folder, files)}); name one of them"
+            f"{source}: judging by their names, no file is for {part}"
+            f" ({_names(folder, files)}); name one of them"
         )
     notes = []
     if len(files) > 1:
-        notes.append(f"{source}: {len(taken)} files for {part}: {_some(folder, taken)}")
+        notes.append(f"{source}: {len(taken)} files for {part}: {_names(folder, taken)}")
     if left := [path for path in files if path not in taken]:
-        notes.append(f"{source}: left out of {part}: {_some(folder, left)}")
-    return Source(tuple(taken), tuple(notes))
+        notes.append(f"{source}: left out of {part}: {_names(folder, left)}")
+    return Source(source, tuple(taken), tuple(notes))
 
 
-def _some(folder: Path, files: Sequence[Path]) -> str:
-    names = [path.relative_to(folder).as_posix() for path in files[:_LISTED]]
-    more = f" and {len(files) - _LISTED} more" if len(files) > _LISTED else ""
+def _files_below(folder: Path) -> list[Path]:
+    """Files of rows in a folder and its subfolders, sorted by name, hidden ones left out."""
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if suffix_of(path)
+        and path.name not in _NOT_ROWS
+        and not any(name.startswith(".") for name in path.relative_to(folder).parts)
+        and path.is_file()
+    ]
+
+
+def _names(folder: Path, files: Sequence[Path]) -> str:
+    names = [path.relative_to(folder).as_posix() for path in files[:_MAX_NAMES]]
+    more = f" and {len(files) - _MAX_NAMES} more" if len(files) > _MAX_NAMES else ""
     return ", ".join(names) + more
 
 
-def _from_hub(name: str, inside: str | None) -> Path:
-    # Imported late: the hub library takes a third of a second, and local files do without it.
+def hub_id(source: Path | str) -> tuple[str, str | None] | None:
+    """(owner/name, file or folder in it) of a hub data set; None for what is on this machine."""
+    text = source.as_posix() if isinstance(source, Path) else source
+    if Path(text).expanduser().exists():
+        return None
+    found = _HUB_ID.fullmatch(text)
+    if not found or (found[2] is None and suffix_of(Path(text))):
+        return None
+    return found[1], found[2]
+
+
+def _fetch(name: str, inside: str | None) -> Path:
+    """The folder of a hub data set in the local cache, fetched if it is not there."""
+    # Imported late: this library takes a third of a second, and local files do not need it.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -425,223 +440,247 @@ def _from_hub(name: str, inside: str | None) -> Path:
     except (HfHubHTTPError, OSError, ValueError) as error:
         why = f"the hub answered: {error}"
     raise DataError(
-        f"{name}: there is no such file or folder here (looked in {Path.cwd()}), and as a data set"
-        f" of the hub: {why}"
+        f"{name}: there is no such file or folder (looked in {Path.cwd()}), and as a hub data set:"
+        f" {why}"
     )
 
 
-# -------------------------------------------------------------------------------------------------
+# --- What a row means: field names decide the format ----------------------------------------------
+#
+# The format of a file is that of its first rows, or named, and holds for the whole file. What no
+# prompt format can express (tool calls, other roles, content that is not text) is refused, never
+# flattened into text.
 
-OnBadRow = Literal["error", "skip"]
-# A file's format is that of the first of so many rows that has one.
-_LOOKED_AT = 100
+# The fields of each format, and the column names that are taken for each field. The first format
+# that fits a row is its format: some rows have a rendered "text" or "prompt" beside its parts.
+FIELDS: dict[str, dict[str, tuple[str, ...]]] = {
+    "messages": {"messages": ("messages",)},
+    "sharegpt": {"conversations": ("conversations",)},
+    "prompt-response": {"prompt": ("prompt",), "response": ("response", "completion")},
+    "question-answer": {"question": ("question",), "answer": ("answer",)},
+    "alpaca": {
+        "instruction": ("instruction",),
+        "input": ("input", "context"),  # "context" and "response" are Dolly's
+        "output": ("output", "response"),
+    },
+    "completion": {"text": ("text",)},
+}
+FIELD_NAMES = {name for fields in FIELDS.values() for names in fields.values() for name in names}
+_OPTIONAL = "input"
+EXPECTED = (
+    '"prompt" and "response", "question" and "answer", "instruction", "input" and "output",'
+    ' "messages", "conversations" or "text"'
+)
+_ROLES: dict[str, Role] = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
+_KNOWN_ROLES = "system, user (or human) and assistant (or gpt)"
+_MAX_FIELDS, _MAX_NAME = 12, 40  # field names in a message, characters of each
 
 
-def read_examples(
-    source: Path | str,
-    *,
-    data_format: str = "auto",
-    columns: str | None = None,
-    on_bad_row: OnBadRow = "error",
-    refusal: Callable[[Sequence[Turn]], str | None] | None = None,
-    part: Part = "train",
-) -> "ExampleStream":
-    """The rows of a file, of the files of a folder, or of a hub data set.
+@dataclass(frozen=True)
+class RowFormat:
+    """A format, and the column of a file for each of its fields."""
 
-    Args:
-        data_format: a name of `formats.FIELDS`, or "auto".
-        columns: other column names, as `prompt=title,response=body`.
-        on_bad_row: "error" goes on to the end of the data and then raises; "skip" leaves rows out.
-        refusal: a prompt format's; a row that it has no form for is bad too.
-        part: which files of a folder are taken.
+    name: str
+    columns: Mapping[str, str]
+
+    def __str__(self) -> str:
+        names = [
+            column if column == field else f"{field}={column}"
+            for field, column in self.columns.items()
+        ]
+        return f"{self.name} ({', '.join(names)})"
+
+    @property
+    def expected(self) -> str:
+        """What a row must have, for messages."""
+        names = [f'"{column}"' for field, column in self.columns.items() if field != _OPTIONAL]
+        columns = " and ".join(names)
+        if self.name in ("messages", "sharegpt"):
+            return f"{columns}: a list of turns that ends with an assistant turn"
+        return f"{columns}, {'both non-empty texts' if len(names) > 1 else 'a non-empty text'}"
+
+    def example(self, values: Mapping[str, Any], file: Path, line: int) -> Example | str:
+        """The row as a conversation, or what is wrong with it.
+
+        An instruction and its input are one question.
+        """
+        columns = self.columns
+        if self.name in ("messages", "sharegpt"):
+            (column,) = columns.values()
+            turns = _turns(values, column)
+            return turns if isinstance(turns, str) else Example(turns, file, line)
+        texts: list[str] = []
+        problems: list[str] = []
+        for field, column in columns.items():
+            value = values.get(column)
+            if field == _OPTIONAL and (value is None or value == ""):
+                continue
+            problem = _text_problem(values, column)
+            if problem and not (field == _OPTIONAL and problem.endswith("is empty")):
+                problems.append(problem)
+            elif not problem:
+                texts.append(value)  # type: ignore[arg-type]
+        if problems:
+            return " and ".join(problems)
+        answer = Turn("assistant", texts.pop())
+        return Example((Turn("user", "\n".join(texts)), answer) if texts else (answer,), file, line)
+
+
+def parse_columns(text: str | None, data_format: str = "auto") -> dict[str, str]:
+    """`prompt=title,response=body` as a mapping from field to column.
 
     Raises:
-        DataError: there is no such data; while iterating, what is wrong with it.
-        SettingsError: columns that cannot be.
+        SettingsError: not of this form, or fields that no format (or not this one) has.
     """
-    named = parse_columns(columns, data_format)
-    found = find_source(source, part)
-    return ExampleStream(source, found.files, found.notes, data_format, named, on_bad_row, refusal)
-
-
-class ExampleStream:
-    """Examples in their order, to be gone through once; and what was learnt on the way."""
-
-    def __init__(
-        self,
-        source: Path | str,
-        files: Sequence[Path],
-        notes: Sequence[str],
-        data_format: str,
-        columns: dict[str, str],
-        on_bad_row: OnBadRow,
-        refusal: Callable[[Sequence[Turn]], str | None] | None,
-    ) -> None:
-        self.source = source
-        self.files = tuple(files)
-        self.formats: dict[Path, RowFormat] = {}
-        self.rows = 0  # seen so far, good and bad
-        self.problem_count = 0
-        self.problems: list[str] = []  # the first MAX_LISTED
-        self.problems_file: Path | None = None  # all of them, where there are more
-        self.meter = Meter()
-        self._notes = tuple(notes)
-        self._data_format = data_format
-        self._columns = columns
-        self._strict = on_bad_row == "error"
-        self._refusal = refusal or (lambda turns: None)
-        self._fatal = False
-        self._writing: IO[str] | None = None
-
-    @property
-    def bytes(self) -> int:
-        """Of all files on disk; `meter.bytes` are read so far."""
-        return sum(path.stat().st_size for path in self.files)
-
-    @property
-    def notes(self) -> list[str]:
-        """What was taken for what, for people."""
-        notes = list(self._notes)
-        for form in dict.fromkeys(map(str, self.formats.values())):
-            files = [path for path, found in self.formats.items() if str(found) == form]
-            more = f" and {len(files) - 1} more files" if len(files) > 1 else ""
-            notes.append(f"{files[0]}{more}: read as {form}")
-        return notes
-
-    @property
-    def skipped(self) -> str | None:
-        """What was left out, for people; None where nothing was."""
-        if not self.problem_count:
-            return None
-        return (
-            f"{self.source}: {self.problem_count} of {self.rows} rows are left out"
-            f" (--on_bad_row skip):\n{self._listing()}"
+    columns: dict[str, str] = {}
+    for part in text.split(",") if text else ():
+        field, equals, column = (word.strip() for word in part.partition("="))
+        if not (field and equals and column):
+            raise SettingsError(
+                f"columns = {text!r}: {part!r} is not FIELD=COLUMN; write for example"
+                " prompt=title,response=body, or by number prompt=0,response=1"
+            )
+        if field in columns:
+            raise SettingsError(f"columns = {text!r}: {field} is named twice")
+        columns[field] = column
+    names = [data_format] if data_format != "auto" else list(FIELDS)
+    if columns and not any(columns.keys() <= FIELDS[name].keys() for name in names):
+        of_format = "" if data_format == "auto" else f" of {data_format}"
+        known = "; ".join(", ".join(FIELDS[name]) for name in names)
+        raise SettingsError(
+            f"columns = {text!r}: {', '.join(columns)} are not the fields{of_format}; known are:"
+            f" {known}"
         )
+    return columns
 
-    def memo(self) -> dict[str, Any]:
-        """What was learnt on the way, in plain types; see `recall`."""
-        numbers = {path: number for number, path in enumerate(self.files)}
-        return {
-            "formats": [
-                [numbers[path], form.name, dict(form.columns)]
-                for path, form in self.formats.items()
-            ],
-            "rows": self.rows,
-            "problem_count": self.problem_count,
-            "problems": self.problems,
-        }
 
-    def recall(self, memo: dict[str, Any]) -> None:
-        """Knows what another stream over the same files learnt, without reading them."""
-        self.formats = {
-            self.files[number]: RowFormat(name, columns)
-            for number, name, columns in memo["formats"]
-        }
-        self.rows, self.problem_count = memo["rows"], memo["problem_count"]
-        self.problems = memo["problems"]
+def is_numbered(columns: Mapping[str, str]) -> bool:
+    """Whether columns are named by number, which is for tables without a header."""
+    return bool(columns) and all(column.isdecimal() for column in columns.values())
 
-    def __iter__(self) -> Iterator[Example]:
+
+def detect(
+    names: Iterable[str], columns: Mapping[str, str], data_format: str = "auto"
+) -> RowFormat | None:
+    """The format whose fields are all among these field names; None if there is none.
+
+    Args:
+        columns: the fields whose column is given; see `parse_columns`.
+        data_format: a name of `FIELDS`, or "auto" for the first that fits.
+    """
+    present = set(names)
+    for name, fields in FIELDS.items():
+        if data_format not in ("auto", name) or not columns.keys() <= fields.keys():
+            continue
+        found: dict[str, str] = {}
+        for field, candidates in fields.items():
+            wanted = (columns[field],) if field in columns else candidates
+            column = next((column for column in wanted if column in present), None)
+            if column is not None and column not in found.values():
+                found[field] = column
+        if found.keys() | {_OPTIONAL} >= fields.keys() and columns.keys() <= found.keys():
+            return RowFormat(name, found)
+    return None
+
+
+def unknown_fields(
+    names: Iterable[str], columns: Mapping[str, str], data_format: str, *, table: bool
+) -> str:
+    """The problem of a file whose first rows have the fields of no format.
+
+    Args:
+        table: a CSV or TSV file whose first row was taken for the header.
+    """
+    listed = list(names)
+    shown = [
+        repr(name if len(name) <= _MAX_NAME else name[: _MAX_NAME - 3] + "...")
+        for name in listed[:_MAX_FIELDS]
+    ]
+    if len(listed) > _MAX_FIELDS:
+        shown.append(f"{len(listed) - _MAX_FIELDS} more")
+    expected = EXPECTED
+    if data_format != "auto":
+        expected = " and ".join(f'"{field}"' for field in FIELDS[data_format])
+    if columns:
+        expected = " and ".join(repr(column) for column in columns.values()) + " (--columns)"
+    remedy = "name the columns, such as --columns prompt=title,response=body"
+    if table:
+        remedy += "; if the first row is no header, by number: --columns prompt=0,response=1"
+    return f"has the fields {', '.join(shown) or 'none'}, expected {expected}; {remedy}"
+
+
+def _text_problem(values: Mapping[str, Any], name: str) -> str | None:
+    if name not in values:
+        return f"{name!r} is missing"
+    value = values[name]
+    if not isinstance(value, str):
+        return f"{name!r} is a {json_name(value)}, expected a text"
+    return _content_problem(value, repr(name))
+
+
+def _content_problem(text: str, name: str) -> str | None:
+    if not text or text.isspace():
+        return f"{name} is empty"
+    if not text.isascii():
         try:
-            kept = 0
-            for file in self.files:
-                for example in self._of_file(file):
-                    # Once something is wrong the rest is only checked.
-                    if not (self._strict and self.problem_count):
-                        kept += 1
-                        yield example
-        finally:
-            if self._writing:
-                self._writing.close()
-        self._conclude(kept)
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            return f"{name} has half a surrogate pair at character {error.start + 1}"
+    return None
 
-    def _of_file(self, file: Path) -> Iterator[Example]:
-        numbered = is_numbered(self._columns)
-        rows = read_rows(file, numbered=numbered, meter=self.meter)
-        looked_at: list[RawRow] = []
-        form = None
-        for row in rows:
-            if self._readable(file, row):
-                looked_at.append(row)
-                form = detect(row.values, self._columns, self._data_format)
-                if form or len(looked_at) == _LOOKED_AT:
-                    break
-        if form is None:
-            if looked_at:
-                names = looked_at[0].values
-                suffix = suffix_of(file) or ""
-                table = suffix.startswith((".csv", ".tsv")) and not numbered
-                said = no_format(names, self._columns, self._data_format, table=table)
-                self._problem(f"{file}:{1 if table else looked_at[0].line}: {said}")
-                self._fatal = True
-            return
-        if numbered and (header := self._header(form, looked_at[0])):
-            self._problem(f"{file}:{looked_at[0].line}: {header}")
-            self._fatal = True
-            return
-        self.formats[file] = form
-        self.rows -= len(looked_at)
-        for row in itertools.chain(looked_at, rows):
-            if not self._readable(file, row):
-                continue
-            assert not isinstance(row.values, str)
-            example = form.example(row.values, file, row.line)
-            if isinstance(example, str):
-                self._problem(f"{file}:{row.line}: {example}")
-            elif refused := self._refusal(example.turns):
-                self._problem(f"{file}:{row.line}: {refused}")
-            else:
-                yield example
 
-    def _readable(self, file: Path, row: RawRow) -> bool:
-        self.rows += 1
-        if not isinstance(row.values, str):
-            return True
-        self._problem(f"{file}:{row.line}: {row.values}")
-        self._fatal |= row.fatal
-        return False
+def _turns(values: Mapping[str, Any], column: str) -> tuple[Turn, ...] | str:
+    """The turns of a conversation in OpenAI's or ShareGPT's names, or what is wrong with it."""
+    if column not in values:
+        return f"{column!r} is missing"
+    listed = values[column]
+    if not isinstance(listed, list):
+        return f"{column!r} is a {json_name(listed)}, expected a list of turns"
+    turns: list[Turn] = []
+    for number, item in enumerate(listed, start=1):
+        turn = _turn(item, f"turn {number}")
+        if isinstance(turn, str):
+            return turn
+        if turn.role == "system" and not turn.content.strip():
+            continue  # Some exports write an empty one into every row.
+        if turn.role == "system" and turns:
+            return f"turn {number} is a system turn; a system turn must be the first"
+        if turns and turn.role == turns[-1].role:
+            return f"turns {number - 1} and {number} are both {turn.role} turns"
+        if turn.role == "assistant" and not any(before.role == "user" for before in turns):
+            return f"turn {number} is an assistant turn without a user turn before it"
+        turns.append(turn)
+    if not turns:
+        return f"{column!r} has no turns"
+    if turns[-1].role != "assistant":
+        return f"ends with a {turns[-1].role} turn; there is no answer to learn"
+    return tuple(turns)
 
-    def _header(self, form: RowFormat, first: RawRow) -> str | None:
-        """Columns named by number mean that there is no header; a row of names then is a slip."""
-        assert not isinstance(first.values, str)
-        cells = {str(first.values.get(column)).strip().lower() for column in form.columns.values()}
-        if not cells & FIELD_NAMES:
-            return None
-        return (
-            f"the first row is a header ({', '.join(map(repr, sorted(cells)))}); columns named by"
-            " number mean that there is none, so name them as the header does"
-        )
 
-    def _problem(self, said: str) -> None:
-        self.problem_count += 1
-        if self.problem_count <= MAX_LISTED:
-            self.problems.append(said)
-            return
-        if self._writing is None:
-            self._writing = tempfile.NamedTemporaryFile(  # noqa: SIM115 - closed by the iterator
-                "w", prefix="phitune-problems-", suffix=".txt", delete=False, encoding="utf-8"
-            )
-            self.problems_file = Path(self._writing.name)
-            self._writing.writelines(f"{problem}\n" for problem in self.problems)
-        self._writing.write(f"{said.encode('utf-8', 'replace').decode('utf-8')}\n")
-
-    def _listing(self) -> str:
-        lines = [f"  {problem}" for problem in self.problems]
-        if (rest := self.problem_count - len(self.problems)) > 0:
-            where = f"; all of them are in {self.problems_file}" if self.problems_file else ""
-            lines.append(f"  ... and {rest} more{where}")
-        return "\n".join(lines)
-
-    def _conclude(self, kept: int) -> None:
-        if self.problem_count and (self._strict or self._fatal or not kept):
-            count = f"{self.problem_count} problem{'s' if self.problem_count > 1 else ''}"
-            expected = " or ".join(dict.fromkeys(form.expected for form in self.formats.values()))
-            remedy = f"Each row must be an object with {expected}.\n" if expected else ""
-            skip = "; --on_bad_row skip leaves such rows out" if not self._fatal else ""
-            none = " and no row is left" if not kept and not self._strict else ""
-            raise DataError(
-                f"{self.source}: {count}{none}\n{self._listing()}\n{remedy}"
-                f"Put the data right{skip}."
-            )
-        if not kept:
-            what = "the file is empty" if len(self.files) == 1 else "its files are empty"
-            raise DataError(f"{self.source}: {what}; it needs rows with {EXPECTED}")
+def _turn(item: Any, name: str) -> Turn | str:
+    if not isinstance(item, dict):
+        return f"{name} is a {json_name(item)}, expected an object with a role and a content"
+    if item.get("tool_calls") or item.get("function_call"):
+        return f"{name} has tool calls, which the model has no tokens for"
+    role_name = item["role"] if "role" in item else item.get("from")
+    role = _ROLES.get(role_name) if isinstance(role_name, str) else None
+    if role is None:
+        if "role" not in item and "from" not in item:
+            return f'{name} has neither "role" nor "from"'
+        return f"{name} has the role {str(role_name)[:_MAX_NAME]!r}; known are {_KNOWN_ROLES}"
+    content = item["content"] if "content" in item else item.get("value")
+    if not isinstance(content, str):
+        return f"{name} has a {json_name(content)} as content, expected a text"
+    if item.get("weight") == 0:
+        return f"{name} has the weight 0; a single turn cannot be left out of training"
+    if role != "system" or content.strip():
+        problem = _content_problem(content, name)
+        if problem:
+            return problem
+    return Turn(role, content)

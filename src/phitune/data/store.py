@@ -416,7 +416,7 @@ def tokenized(
         store = _in_passing(stream.files, build)
     kept = not stream.formats  # Nothing was read.
     if kept:
-        stream.recall(store.about)
+        stream.restore(store.about)
     notes = stream.notes
     if kept:
         notes.append(f"{source}: its tokens are taken from the cache, {store.folder}")
@@ -454,8 +454,8 @@ def _write(
         for row in rows:
             writer.add(row)
             if progress and writer.rows % _ROWS_BETWEEN_TELLING == 0:
-                progress(writer.rows, stream.meter.bytes, total)
-        writer.finish(stream.memo())
+                progress(writer.rows, stream.bytes_read.total, total)
+        writer.finish(stream.findings())
     finally:
         writer.close()
 

@@ -13,6 +13,7 @@ and .md.
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -24,9 +25,9 @@ from full_size import peak_gib
 from machine import save
 
 from phitune.cli import main as phitune
-from phitune.export.gguf_file import ModelFile, weight_errors
+from phitune.export.gguf_file import FileAbout, ModelFile, weight_errors
 from phitune.export.gguf_tokenizer import file_tokenizer
-from phitune.export.job import open_source
+from phitune.export.source import open_source
 
 
 def write_alone(folder: Path, quantization: str) -> None:
@@ -37,7 +38,7 @@ def write_alone(folder: Path, quantization: str) -> None:
     file = ModelFile(source.config, source.model_folder, source.adapter, quantization)
     tokenizer = file_tokenizer(source.coder, source.config.vocab_size)
     path = folder / f"{quantization}.gguf"
-    file.write(path, lambda writer: None, tokenizer, lambda done, total: None)
+    file.write(path, FileAbout("model"), tokenizer, lambda done, total: None)
     written = time.perf_counter()
     peak = peak_gib()
     errors = weight_errors(path, file.tensors)
@@ -60,10 +61,7 @@ def write_alone(folder: Path, quantization: str) -> None:
 
 
 def tensor_bytes(shape: tuple[int, ...]) -> int:
-    count = 4
-    for length in shape:
-        count *= length
-    return count
+    return 4 * math.prod(shape)
 
 
 def export_all(folder: Path) -> None:

@@ -27,8 +27,8 @@ from machine import save
 
 from phitune.cli import main as phitune
 from phitune.data.tokenizer import TextTokenizer
-from phitune.export.job import open_source
-from phitune.export.safetensors import merged, plan_tensors, write_shards
+from phitune.export.safetensors import plan_tensors, write_shards
+from phitune.export.source import open_source
 from phitune.model.architecture import read_model_config
 from phitune.model.decoder import Decoder
 from phitune.model.lora import LoraSpec, attach, save_adapter
@@ -69,8 +69,7 @@ def merge_alone(folder: Path) -> None:
     planned = plan_tensors(source.model_folder, source.config, source.adapter)
     out = folder / "merged"
     out.mkdir()
-    tensors = (merged(tensor) for tensor in planned)
-    write_shards(out, planned, tensors, MAX_SHARD_SIZE, lambda done, total: None)
+    write_shards(out, planned, MAX_SHARD_SIZE, lambda done, total: None)
     print(
         json.dumps(
             {

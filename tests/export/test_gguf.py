@@ -26,7 +26,13 @@ from phitune.export import gguf as gguf_module
 from phitune.export import gguf_file
 from phitune.export.formats import QUANTIZATIONS
 from phitune.export.gguf import compare_in_llama_cpp
-from phitune.export.gguf_file import ModelFile, check_architecture, context_note, safe_context
+from phitune.export.gguf_file import (
+    FileAbout,
+    ModelFile,
+    check_architecture,
+    context_note,
+    safe_context,
+)
 from phitune.export.gguf_tokenizer import file_tokenizer, name_in_file
 from phitune.export.llama_cpp import LlamaCpp, _steps
 from phitune.export.proof import PROOF_FILE, TIE, Answered, forced_logits
@@ -64,12 +70,8 @@ def write_model(folder: Path, tokens: Path, quantization: str = "f32") -> Path:
     tokenizer = TextTokenizer(tokens)
     coder = Coder.of(tokenizer, "chat" if tokenizer.chat_template else "instruct")
     path = folder / f"{quantization}.gguf"
-
-    def about(writer: Any) -> None:
-        writer.add_type("model")
-        writer.add_name(name_in_file(tokenizer, str(tokens)))
-        writer.add_chat_template(coder.prompt_format.chat_template)
-
+    name = name_in_file(tokenizer, str(tokens))
+    about = FileAbout(name, chat_template=coder.prompt_format.chat_template)
     in_file = file_tokenizer(coder, config.vocab_size)
     ModelFile(config, folder, None, quantization).write(path, about, in_file, lambda *_: None)
     return path
@@ -335,7 +337,7 @@ def test_rows_that_are_no_whole_blocks_stay_f16_and_it_is_said(
     output = tmp_path / "out"
     assert export(adapter, output, "--format", "gguf", "--quantization", "q8_0") == 0
     said = capsys.readouterr().out
-    assert "stay in f16, their rows are no whole number of blocks of q8_0" in said
+    assert "stay in f16, their rows are not a whole number of blocks of q8_0" in said
     assert "token_embd.weight" in proof_of(output)["tensors_kept_in_f16"]
 
 
@@ -523,7 +525,7 @@ def test_weights_beyond_f16_are_refused(tmp_path: Path) -> None:
 def _swapped_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     """q and k in each other's place: llama.cpp loads it without a word."""
     order = ("self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj")
-    monkeypatch.setitem(gguf_file._LAYER["phi"], "attn_qkv", order)
+    monkeypatch.setitem(gguf_file._IN_LAYER["phi"], "attn_qkv", order)
 
 
 def _wrong_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -572,7 +574,7 @@ def _wrong_quantiser(monkeypatch: pytest.MonkeyPatch) -> None:
         (_wrong_rotation, "does not answer as the adapter does"),
         (_lost_adapter, "does not answer as the adapter does"),
         (_wrong_end, "llama.cpp does not stop at the token that ends an answer, 1535"),
-        (_wrong_merges, "llama.cpp does not put these as training did"),
+        (_wrong_merges, "llama.cpp does not encode these as training did"),
         (_wrong_quantiser, "weights in it are more than"),
     ],
 )

@@ -27,11 +27,18 @@ from phitune.cli import main
 from phitune.data.dataset import Turn
 from phitune.data.packing import pack
 from phitune.errors import ExportError
-from phitune.export.proof import MAX_NEW_TOKENS, TIE, Answered, compare, greedy_answers, logits_on
+from phitune.export.proof import (
+    MAX_NEW_TOKENS,
+    TIE,
+    Answered,
+    greedy_answers,
+    logit_difference,
+    logits_on,
+)
 from phitune.export.safetensors import (
     check_weights,
+    merge,
     merge_rounded_at_random,
-    merged_tensors,
     plan_tensors,
     shards_of,
     unties,
@@ -79,10 +86,12 @@ def test_merged_weights_are_those_of_peft(kind: str, rslora: bool, tmp_path: Pat
     theirs = peft_model.merge_and_unload().state_dict()
     base = load_file(folder / "model.safetensors")
     changed = 0
-    for name, ours in merged_tensors(folder, config, read_adapter(config, tmp_path / "adapter")):
-        assert relative(ours, theirs.pop(name)) < 1e-6, name
-        changed += not torch.equal(ours, base[name])
-    assert changed == len(read_adapter(config, tmp_path / "adapter").pairs)
+    adapter = read_adapter(config, tmp_path / "adapter")
+    for tensor in plan_tensors(folder, config, adapter):
+        ours = merge(tensor)
+        assert relative(ours, theirs.pop(tensor.name)) < 1e-6, tensor.name
+        changed += not torch.equal(ours, base[tensor.name])
+    assert changed == len(adapter.pairs)
     # A tied head is a second name of the token table, and no tensor of its own.
     assert theirs.keys() <= {"lm_head.weight"}
     assert bool(theirs) == config.tie_word_embeddings
@@ -90,7 +99,8 @@ def test_merged_weights_are_those_of_peft(kind: str, rslora: bool, tmp_path: Pat
 
 def test_without_an_adapter_the_base_comes_out_as_it_is(phi3_folder: Path) -> None:
     base = load_file(phi3_folder / "model.safetensors")
-    found = dict(merged_tensors(phi3_folder, read_model_config(phi3_folder), None))
+    planned = plan_tensors(phi3_folder, read_model_config(phi3_folder), None)
+    found = {tensor.name: merge(tensor) for tensor in planned}
     assert found.keys() == base.keys()
     assert all(torch.equal(found[name], base[name]) for name in base)
 
@@ -116,8 +126,7 @@ def test_adapters_on_the_embedding_and_the_head(
     merged = tmp_path / "merged"
     merged.mkdir()
     planned = plan_tensors(folder, config, adapter)
-    tensors = (tensor for _, tensor in merged_tensors(folder, config, adapter))
-    write_shards(merged, planned, tensors, 10**9, lambda done, total: None)
+    write_shards(merged, planned, 10**9, lambda done, total: None)
     raw = json.loads((folder / "config.json").read_text())
     (merged / "config.json").write_text(json.dumps({**raw, "tie_word_embeddings": False}))
 
@@ -151,10 +160,10 @@ def test_a_merge_is_rounded_once(phi_folder: Path, tmp_path: Path) -> None:
     config = read_model_config(folder)
     adapter = read_adapter(config, tmp_path / "a")
     base = load_file(folder / "model.safetensors")
-    for name, ours in merged_tensors(folder, config, adapter):
+    for tensor in plan_tensors(folder, config, adapter):
+        name, pair, ours = tensor.name, tensor.pair, merge(tensor)
         assert ours.dtype == torch.bfloat16
-        pair = adapter.pairs.get(name.removesuffix(".weight"))
-        if pair is None or name.endswith(".bias"):
+        if pair is None:
             assert torch.equal(ours, base[name])
         else:
             wide = base[name].double() + pair.scaling * (
@@ -185,11 +194,10 @@ def test_written_files_are_read_by_safetensors_and_transformers(
 ) -> None:
     config = read_model_config(phi_folder)
     planned = plan_tensors(phi_folder, config, None)
-    tensors = (tensor for _, tensor in merged_tensors(phi_folder, config, None))
-    told: list[tuple[int, int]] = []
-    write_shards(tmp_path, planned, tensors, size, lambda *done: told.append(done))
+    seen: list[tuple[int, int]] = []
+    write_shards(tmp_path, planned, size, lambda *progress: seen.append(progress))
     total = sum(tensor.nbytes for tensor in planned)
-    assert told[-1] == (total, total)
+    assert seen[-1] == (total, total)
     files = sorted(tmp_path.glob("*.safetensors"))
     found: dict[str, torch.Tensor] = {}
     for file in files:
@@ -209,7 +217,7 @@ def test_written_files_are_read_by_safetensors_and_transformers(
 def test_ties_are_excused_and_nothing_else_is() -> None:
     ours = torch.tensor([[1.0, 0.9995, 0.0], [1.0, 0.9, 0.0], [1.0, 0.0, 0.0]])
     theirs = torch.tensor([[1.0, 1.0005, 0.0], [0.9, 1.0, 0.0], [1.0, 0.0, 0.0]])
-    found = compare([Answered("", [0], [0, 0, 0], ours)], [theirs], TIE)
+    found = logit_difference([Answered("", [0], [0, 0, 0], ours)], [theirs], TIE)
     assert (found.tokens, found.ties, found.differing) == (3, 1, 1)
     assert found.largest == pytest.approx(0.1, abs=1e-6)
 
@@ -218,7 +226,7 @@ def test_ties_are_excused_and_nothing_else_is() -> None:
 def test_numbers_that_are_none_fail_the_proof(value: float) -> None:
     ours = torch.tensor([[1.0, 0.0]])
     theirs = torch.tensor([[1.0, value]])
-    found = compare([Answered("", [0], [0], ours)], [theirs], TIE)
+    found = logit_difference([Answered("", [0], [0], ours)], [theirs], TIE)
     assert not found.largest <= 1e9
 
 
@@ -295,7 +303,7 @@ def test_merged_in_fp32_is_the_adapter(run: Path, tmp_path: Path) -> None:
     assert sum(a.answer_ids != b.answer_ids for a, b in zip(answers, base, strict=True)) > 25
 
     decoder = open_decoder(folder)
-    found = compare(answers, logits_on(decoder, answers), tie_below=0.0)
+    found = logit_difference(answers, logits_on(decoder, answers), tie_below=0.0)
     assert (found.differing, found.ties) == (0, 0)
     assert found.tokens == sum(len(answer.answer_ids) for answer in answers) > 250
     assert found.largest < 1e-4
@@ -400,7 +408,7 @@ def test_the_card_says_what_the_run_knows_and_no_path(run: Path, tmp_path: Path,
     assert head["base_model"] == config["model_name"]
     assert head["library_name"] == {"merged": "transformers", "adapter": "peft"}[name]
     assert "license" not in head
-    assert "licence is for you to state" in body
+    assert "add `license:` to the head of this file" in body
     for path in (run.parent, tmp_path, Path.home(), Path.cwd()):
         assert str(path) not in text
     assert "rows.jsonl" in text

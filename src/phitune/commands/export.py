@@ -6,7 +6,12 @@ from typing import Any
 
 from phitune.commands.options import Parser, add_model_flags, help_format, one_adapter
 from phitune.errors import SettingsError
-from phitune.export.formats import DEFAULT, FORMATS, QUANTIZATIONS
+from phitune.export.formats import (
+    DEFAULT_QUANTIZATION,
+    FORMATS,
+    QUANTIZATIONS,
+    ExportSettings,
+)
 
 
 def run(argv: list[str]) -> int:
@@ -22,20 +27,22 @@ def run(argv: list[str]) -> int:
     # A name at the end, also of "." and of "output/run/".
     whole = adapter_path.expanduser().resolve()
     output: Path = arguments.output_dir or whole.with_name(f"{whole.name}-{arguments.format}")
-    asked = _options(arguments)
+    settings = ExportSettings(
+        format=arguments.format,
+        overwrite=arguments.overwrite,
+        device=arguments.device,
+        precision=arguments.precision,
+        **_format_options(arguments),
+    )
 
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
-    from phitune.export.job import Options, export, open_source
+    from phitune.export.job import export
+    from phitune.export.source import open_source
 
-    console = Console(highlight=False)
-    errors = Console(stderr=True)
-
-    def say(text: str) -> None:
-        console.print(escape(text), soft_wrap=not console.is_terminal)
-
+    console, errors = Console(highlight=False), Console(stderr=True)
     source = open_source(adapter_path, arguments.model_name, arguments.prompt_format)
     bar = Progress(
         BarColumn(),
@@ -49,21 +56,20 @@ def run(argv: list[str]) -> int:
         task = bar.add_task("writing", total=None)
         proof = export(
             source,
-            arguments.format,
             output.expanduser(),
-            Options(**asked),
-            overwrite=arguments.overwrite,
-            device=arguments.device,
-            precision=arguments.precision,
-            say=say,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            settings,
+            lambda done, total: bar.update(task, completed=done, total=total),
         )
-    say(f"{proof.compared}: {proof.sentence()}")
-    say(f"{arguments.format}: {arguments.output_dir or output}")
+    for line in (
+        *proof.notes,
+        f"{proof.compared}: {proof.sentence()}",
+        f"{settings.format}: {output}",
+    ):
+        console.print(escape(line), soft_wrap=not console.is_terminal)
     return 0
 
 
-def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+def _format_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The given options of the format.
 
     Raises:
@@ -120,7 +126,7 @@ def _parser() -> Parser:
         "--quantization",
         type=_quantization,
         metavar="TYPE",
-        help=f"gguf: of the weights, one of {', '.join(QUANTIZATIONS)} [{DEFAULT}]",
+        help=f"gguf: of the weights, one of {', '.join(QUANTIZATIONS)} [{DEFAULT_QUANTIZATION}]",
     )
     add_model_flags(parser)
     return parser

@@ -1,7 +1,8 @@
-"""The model card: README.md of an adapter and of every export.
+"""The model card: README.md of an adapter and of every export, in Markdown for people and the hub.
 
-It says what the run directory knows and nothing else: what is not known is left out. Paths of this
-machine are not in it.
+It states what the run directory records (data, settings, measurements) and how to load and prompt
+the model. What is not recorded is left out, and so are paths of this machine. The licence is not
+guessed: it follows from the base model's and from the data's.
 """
 
 import json
@@ -22,7 +23,7 @@ from phitune.training.rundir import ADAPTER, CONFIG, EVALUATION, SUMMARY
 from phitune.untrusted import read_object
 
 CARD_FILE = "README.md"
-# The settings that decide what was learnt, and none that is a path of this machine.
+# The settings that decide what was learnt; none of them is a path of this machine.
 _SETTINGS = (
     "prompt_format",
     "train_on_prompt",
@@ -47,12 +48,22 @@ _SETTINGS = (
 
 
 @dataclass(frozen=True)
-class FormatWords:
-    """What a card says of the format it lies in."""
+class TrainedAdapter:
+    """An adapter with what it was trained with, as far as a card states it."""
 
-    library: str | None  # of the hub's vocabulary
+    model_name: str  # of the base, as the user or the adapter names it
+    adapter_folder: Path
+    coder: Coder
+    run: Path | None  # the run directory, where the adapter lies in one
+
+
+@dataclass(frozen=True)
+class FormatWords:
+    """What a card says about the format of its folder."""
+
+    library: str | None  # in the hub's vocabulary
     what: str
-    how: str  # to load it, in Markdown; {base} is the base model's name
+    how: str  # to load it, in Markdown; {base} stands for the base model's name
     template: str = "The chat template beside this file"
     stops: str = ", as generation_config.json has it too"
 
@@ -95,8 +106,8 @@ _GGUF_LORA = FormatWords(
 llama-server -m BASE.gguf --lora {file} --chat-template-file chat_template.jinja -c {context}
 ```
 
-BASE.gguf is a file of `{base}`. It has a chat template and an end token of its own; the template
-beside this file is the one that was trained.""",
+BASE.gguf is a file of `{base}`. It has its own chat template and end token; the template beside
+this file is the one that was trained.""",
     stops="",
 )
 FORMAT_WORDS = {
@@ -108,66 +119,74 @@ FORMAT_WORDS = {
 
 
 def write_adapter_card(run: Path, summary: Mapping[str, Any]) -> None:
-    """The card of a run's own adapter, whose summary is not written yet."""
+    """Writes the card of a run's own adapter, whose summary is not written yet."""
     folder = run / ADAPTER
-    tokenizer = TextTokenizer(folder)
     name = str(read_object(folder / CONFIG_FILE, "").get("base_model_name_or_path"))
-    card = model_card("adapter", name, folder, Coder.as_saved(tokenizer), run, summary=summary)
-    replace_file(folder / CARD_FILE, card)
+    adapter = TrainedAdapter(name, folder, Coder.as_saved(TextTokenizer(folder)), run)
+    replace_file(folder / CARD_FILE, model_card(adapter, "adapter", summary=summary))
+
+
+def write_card(
+    adapter: TrainedAdapter, folder: Path, format_name: str, names: Mapping[str, str] | None = None
+) -> None:
+    """Writes the card of an export; see `model_card`."""
+    (folder / CARD_FILE).write_text(model_card(adapter, format_name, names), encoding="utf-8")
 
 
 def model_card(
+    adapter: TrainedAdapter,
     format_name: str,
-    model_name: str,
-    adapter_folder: Path,
-    coder: Coder,
-    run: Path | None,
     names: Mapping[str, str] | None = None,
     summary: Mapping[str, Any] | None = None,
 ) -> str:
     """A card in Markdown, with the front matter that the hub reads.
 
     Args:
-        summary: the run's; by default what its directory says.
-        names: what else is to be put into `how`, by its name in braces.
+        names: replaces names in braces in the format's `how`.
+        summary: of the run; by default the one in its directory.
     """
-    words = FORMAT_WORDS[format_name]
+    words, run = FORMAT_WORDS[format_name], adapter.run
     settings = _settings(run)
     summary = _object(run, SUMMARY) if summary is None else summary
-    public = model_name in SHIPPED_MODELS or is_hub_id(str(settings.get("model_name", model_name)))
-    base = model_name if public else Path(model_name).name
+
+    # A model of this machine is named by its last part.
+    name = adapter.model_name
+    is_public = name in SHIPPED_MODELS or is_hub_id(str(settings.get("model_name", name)))
+    base = name if is_public else Path(name).name
     # Not the run's name: a run that is repeated elsewhere has the same card.
     title = f"{Path(base).name}, fine-tuned"
     if data := settings.get("dataset_path"):
         title += f" on {data if hub_id(data) else Path(data).name}"
+
     front: dict[str, Any] = {}
-    if public:
-        front["base_model"] = model_name
+    if is_public:
+        front["base_model"] = name
     if words.library:
         front["library_name"] = words.library
     front |= {"pipeline_tag": "text-generation", "tags": ["phitune", "lora", "text-generation"]}
     if data and (found := hub_id(data)):
         front["datasets"] = [found[0]]
+
     how = words.how
-    for name, value in {"base": base, **(names or {})}.items():
-        how = how.replace(f"{{{name}}}", value)
+    for key, value in {"base": base, **(names or {})}.items():
+        how = how.replace(f"{{{key}}}", value)
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         f"# {title}",
         f"{words.what}, fine-tuned from `{base}` with phitune.",
-        "The licence is for you to state: it follows from that of the base model and from your"
-        " data. On the hub, add `license:` to the head of this file.",
+        "No licence is stated here: it follows from that of the base model and from your data."
+        " On the hub, add `license:` to the head of this file.",
         f"## Loading\n\n{how}",
-        _prompting(words, coder),
+        _prompting(words, adapter.coder),
         _data(settings, summary),
-        _table("Settings", ("setting", "value"), _chosen(settings, adapter_folder)),
+        _table("Settings", ("setting", "value"), _chosen(settings, adapter.adapter_folder)),
         _measured(summary, _object(run, EVALUATION)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _prompting(words: FormatWords, coder: Coder) -> str:
-    """The exact text of a prompt, and what ends an answer."""
+    """The exact text of a prompt, and the tokens that end an answer."""
     turns = (Turn("user", "{prompt}"),)
     text = coder.text(turns)
     whole = coder.text((*turns, Turn("assistant", "{answer}")))
@@ -176,11 +195,11 @@ def _prompting(words: FormatWords, coder: Coder) -> str:
     ends = " or ".join(f"`{names[token]}` ({token})" for token in coder.stop_ids)
     return (
         "## Prompting\n\n"
-        f"{words.template} renders what the model was trained on. As JSON strings, the prompt and"
-        " the prompt with its answer are\n\n"
+        f"{words.template} renders what the model was trained on. As JSON strings, the prompt,"
+        " and the prompt with its answer:\n\n"
         f"```\n{_quoted(text)}\n{_quoted(whole)}\n```\n\n"
         f"An answer ends with {ends}{words.stops}. Tokenize the prompt"
-        " without adding special tokens: all that it needs are in the text."
+        " without adding special tokens: the text contains all that it needs."
     )
 
 
@@ -227,7 +246,9 @@ def _measured(summary: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
         facts.append(("step of this adapter", f"{summary['best_step']} of {summary['steps']}"))
     if answers := summary.get("answers"):
         stopped = summary.get("answers_stopped_by_themselves")
-        facts.append(("sample answers that stopped by themselves", f"{stopped} of {len(answers)}"))
+        facts.append(
+            ("sample answers that ended with a stop token", f"{stopped} of {len(answers)}")
+        )
     text = _table("Measured", ("", ""), facts)
     measures = evaluation.get("measures")
     if isinstance(measures, Mapping) and measures:

@@ -1,134 +1,147 @@
-"""The small files of an exported folder: configuration, tokenizer, template, model card."""
+"""The folder of an export: written beside its place, renamed once proven; and its small files.
 
+Whatever goes wrong on the way (a full disk, Ctrl-C, an export that answers differently), what was
+written is removed and the place is as before. What a killed process left is removed by the next
+export to the same place.
+
+The small files are config.json, the tokenizer with its chat template, and the stop tokens.
+"""
+
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import torch
 
 from phitune.data.coder import Coder
 from phitune.data.dataset import Turn
-from phitune.data.prompt import PromptFormat
 from phitune.data.tokenizer import TextTokenizer
-from phitune.errors import ExportError, ModelError
-from phitune.export.card import CARD_FILE, model_card
-from phitune.export.job import Source
-from phitune.export.proof import Answered
+from phitune.errors import ExportError, SettingsError
+from phitune.export.card import write_card
+from phitune.export.proof import PROOF_FILE, Answered
+from phitune.export.source import Source
+from phitune.plan.memory import GIB
 from phitune.untrusted import read_object, write_object
 
-# -------------------------------------------------------------------------------------------------
-# Ollama's Modelfile: the prompt format as a Go template, the stop tokens, a safe context.
-#
-# Ollama renders a template once for each exchange: with `.System` and `.Prompt`, and with
-# `.Response` where the answer is known; for the last exchange it stops in front of `.Response`. A
-# format fits into that where every exchange reads the same, which is found out here from what the
-# format itself renders: texts are cut out of it, none is written by hand.
+# --- the place ------------------------------------------------------------------------------------
 
-MODELFILE = "Modelfile"
-_SYSTEM, _PROMPT, _RESPONSE = "\ue000s\ue000", "\ue000p\ue000", "\ue000r\ue000"
+_SMALL_FILES_BYTES = 32 * 2**20  # beside the weights
 
 
-def modelfile(
-    file: str, prompt_format: PromptFormat, bos_token: str, stops: list[str], context: int
-) -> str | None:
-    """The whole Modelfile, or None where the format cannot be put as a Go template.
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Refuses a place where an export cannot go, before anything costly is done.
 
-    Args:
-        file: name of the model's file, beside this one.
-        bos_token: what the tokenizer puts in front of a text by itself, or "": Ollama does it too.
-        stops: texts of the tokens that end an answer.
-        context: in tokens.
+    Raises:
+        SettingsError: it exists (with `overwrite`: and does not hold an export and nothing else),
+            or its folder cannot be written to.
     """
-    template = go_template(prompt_format, bos_token)
-    if template is None:
-        return None
-    lines = [f"FROM ./{file}", f'TEMPLATE """{template}"""']
-    lines += [f"PARAMETER stop {_quoted(stop)}" for stop in stops]
-    lines.append(f"PARAMETER num_ctx {context}")
-    return "\n".join(lines) + "\n"
+    parent = next(folder for folder in output.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise SettingsError(f"output_dir {output}: cannot be made, {parent} is not writable")
+    if not output.exists() and not output.is_symlink():
+        return
+    if not overwrite:
+        raise SettingsError(
+            f"output_dir {output}: exists; choose another, or replace an earlier export in it with"
+            " --overwrite"
+        )
+    if output.is_symlink() or not (output / PROOF_FILE).is_file():
+        raise SettingsError(
+            f"output_dir {output}: --overwrite only replaces an export, and this is not one (it has"
+            f" no {PROOF_FILE}); choose another"
+        )
+    ours = read_object(output / PROOF_FILE, "").get("files")
+    known = {*(ours if isinstance(ours, dict) else ()), PROOF_FILE}
+    there = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
+    if foreign := sorted(there - known):
+        raise SettingsError(
+            f"output_dir {output}: --overwrite only replaces an export, and this folder holds other"
+            f" files ({', '.join(foreign[:3])}); choose another"
+        )
 
 
-def go_template(prompt_format: PromptFormat, bos_token: str) -> str | None:
-    """A prompt format in Go's template language, as Ollama uses it; None where it does not fit."""
-    system, prompt = Turn("system", _SYSTEM), Turn("user", _PROMPT)
-    response, again = Turn("assistant", _RESPONSE), Turn("user", _PROMPT)
-    before = _text(prompt_format, (prompt,))
-    if before is None:
-        return None
-    start, _, cue = before.removeprefix(bos_token).partition(_PROMPT)
-    going_on = _text(prompt_format, (prompt, response, again))
-    if going_on is None or not going_on.startswith(before):
-        # Single questions are all this format has.
-        between = ""
-    else:
-        answer, _, rest = going_on.removeprefix(before).partition(_RESPONSE)
-        # A space of the answer's own comes with what the model answers.
-        if answer.strip() or not rest.endswith(start + _PROMPT + cue):
-            return None
-        between = rest.removesuffix(start + _PROMPT + cue)
-    with_system = _text(prompt_format, (system, prompt))
-    of_system = ""
-    if with_system is not None:
-        head, _, tail = with_system.removeprefix(bos_token).partition(_SYSTEM)
-        if not tail.endswith(start + _PROMPT + cue):
-            return None
-        tail = tail.removesuffix(start + _PROMPT + cue)
-        of_system = f"{{{{ if .System }}}}{head}{{{{ .System }}}}{tail}{{{{ end }}}}"
-    texts = (start, cue, between, of_system)
-    if any('"""' in text for text in texts) or any("{{" in text for text in texts[:3]):
-        return None
-    return (
-        f"{of_system}{{{{ if .Prompt }}}}{start}{{{{ .Prompt }}}}{cue}{{{{ end }}}}"
-        f"{{{{ .Response }}}}{between}"
-    )
+def check_disk_space(folder: Path, nbytes: int) -> None:
+    """Refuses an export that does not fit on the disk, before it is written.
+
+    Raises:
+        ExportError: it does not.
+    """
+    free = shutil.disk_usage(folder).free
+    if nbytes + _SMALL_FILES_BYTES > free:
+        raise ExportError(
+            f"{folder.parent}: the export takes {nbytes / GIB:.2f} GiB and the disk has"
+            f" {free / GIB:.2f} GiB left; free some of it, or choose another --output_dir"
+        )
 
 
-def _text(prompt_format: PromptFormat, turns: tuple[Turn, ...]) -> str | None:
-    """The conversation as one text, or None where the format has no place for these turns."""
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """An empty folder beside `output`, which takes its place at the end, or is removed."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    new = output.with_name(f".{output.name}.new-{os.getpid()}")
+    old = output.with_name(f".{output.name}.old-{os.getpid()}")
+    new.mkdir()
     try:
-        return "".join(segment.text for segment in prompt_format.segments(turns))
-    except ModelError:
-        return None
+        yield new
+        for path in new.rglob("*"):
+            _to_disk(path)
+        _to_disk(new)
+        if output.exists():
+            output.rename(old)
+        try:
+            new.rename(output)
+        except BaseException:  # Ctrl-C too: what was there before comes back.
+            if old.exists():
+                old.rename(output)
+            raise
+    except BaseException:  # Ctrl-C too: nothing half-written stays.
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    _to_disk(output.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def _quoted(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
+def clear_leftovers(output: Path) -> None:
+    """Removes, or puts back, what killed exports to the same place left."""
+    for path in output.parent.glob(f".{output.name}.*-*"):
+        kind, _, process = path.name.removeprefix(f".{output.name}.").partition("-")
+        if kind not in ("new", "old") or not process.isdigit() or psutil.pid_exists(int(process)):
+            continue
+        if kind == "old" and not output.exists():
+            path.rename(output)  # Killed between two renames.
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
-# -------------------------------------------------------------------------------------------------
+def _to_disk(path: Path) -> None:
+    """Waits until a file or the entries of a folder are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
-GIB = 2**30
-# For the small files beside the weights.
-_ROOM_TO_SPARE = 32 * 2**20
+
+# --- the small files ------------------------------------------------------------------------------
+
 # Code that loading must not run, and where the base was once loaded from.
-_LEFT_OUT = ("auto_map", "custom_pipelines", "_name_or_path", "transformers_version")
+_DROPPED_KEYS = ("auto_map", "custom_pipelines", "_name_or_path", "transformers_version")
 _ARCHITECTURES = {"phi": "PhiForCausalLM", "phi3": "Phi3ForCausalLM"}
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
-def check_disk_space(folder: Path, nbytes: int) -> None:
-    """Refuses an export that the disk has no room for, before it is written.
-
-    Raises:
-        ExportError: it has not.
-    """
-    free = shutil.disk_usage(folder).free
-    if nbytes + _ROOM_TO_SPARE > free:
-        raise ExportError(
-            f"{folder.parent}: the export takes {nbytes / GIB:.2f} GiB and the disk has"
-            f" {free / GIB:.2f} GiB left; make room, or choose another --output_dir"
-        )
-
-
 def write_config(source: Source, folder: Path, dtype: torch.dtype | None, *, untied: bool) -> None:
-    """The base's config.json, as far as it is still true, without remote code.
+    """Writes the base's config.json without remote code, changed where the export differs.
 
     Args:
         dtype: of the weights, if not that of the base.
+        untied: the head is no longer the token table.
     """
     raw = read_object(source.model_folder / "config.json", "is this a model folder?")
-    config = {name: value for name, value in raw.items() if name not in _LEFT_OUT}
+    config = {key: value for key, value in raw.items() if key not in _DROPPED_KEYS}
     config.setdefault("architectures", [_ARCHITECTURES[source.config.model_type]])
     if dtype is not None:
         spelling = "dtype" if "dtype" in config else "torch_dtype"
@@ -139,23 +152,16 @@ def write_config(source: Source, folder: Path, dtype: torch.dtype | None, *, unt
 
 
 def write_texts(source: Source, folder: Path, format_name: str) -> None:
-    """Tokenizer, chat template, generation_config.json with the stop ids, and the model card."""
+    """Writes tokenizer, chat template, generation_config.json with the stop ids, and the card."""
     source.coder.save(folder)
-    card = model_card(
-        format_name,
-        source.model_name,
-        source.adapter_folder,
-        source.coder,
-        source.run,
-    )
-    (folder / CARD_FILE).write_text(card, encoding="utf-8")
+    write_card(source, folder, format_name)
 
 
 def check_texts(source: Source, folder: Path, answers: Sequence[Answered]) -> None:
-    """An export's tokenizer and template have to put each prompt as training did.
+    """Compares the tokenizer and template of an export with those of training, on each prompt.
 
     Raises:
-        ExportError: they do not.
+        ExportError: they differ.
     """
     tokenizer = TextTokenizer(folder)
     if tokenizer.chat_template != source.coder.prompt_format.chat_template:
@@ -164,10 +170,10 @@ def check_texts(source: Source, folder: Path, answers: Sequence[Answered]) -> No
     for answer in answers:
         if coder.encode((Turn("user", answer.text),)) != answer.prompt_ids:
             raise ExportError(
-                f"the export was removed: its tokenizer encodes this prompt otherwise:"
+                f"the export was removed: its tokenizer encodes this prompt differently:"
                 f" {answer.text!r}"
             )
-    # As servers read it, who know nothing of control tokens.
+    # As servers read it, which know nothing of control tokens.
     stops = read_object(folder / "generation_config.json", "").get("eos_token_id")
     if stops != source.coder.stop_ids:
         raise ExportError("the export was removed: its stop tokens are not those of the adapter")

@@ -1,29 +1,62 @@
-"""What `phitune export` can write. No torch here: `--help` lists it."""
+"""The formats of `phitune export` and their settings. No torch here: `--help` lists them."""
 
 from dataclasses import dataclass
+from typing import Literal
 
-# -------------------------------------------------------------------------------------------------
-# The quantisations of `--format gguf`. No torch here: `--help` lists them.
 
-DEFAULT = "f16"
+@dataclass(frozen=True)
+class Format:
+    """A form in which another program loads an adapter."""
+
+    what: str  # for --help
+    options: tuple[str, ...] = ()  # the flags that only some formats have
+
+
+FORMATS = {
+    "merged": Format(
+        "the whole model with the adapter in its weights, for transformers and vLLM",
+        ("dtype", "max_shard_size"),
+    ),
+    "adapter": Format("the adapter alone, as PEFT and vLLM load it beside its base"),
+    "gguf": Format(
+        "the whole model as a file for llama.cpp, with a Modelfile for Ollama", ("quantization",)
+    ),
+    "gguf-lora": Format("the adapter alone, for llama-server --lora"),
+}
+
+DEFAULT_MAX_SHARD_SIZE = 5 * 10**9  # bytes
+DEFAULT_QUANTIZATION = "f16"
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What the user asked for; each format reads its own options."""
+
+    format: str  # one of FORMATS
+    overwrite: bool = False  # an earlier export in the same place
+    device: str = "auto"  # of the models that the proof compares, as `precision`
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    dtype: Literal["base", "fp32", "bf16"] = "base"  # of merged weights
+    max_shard_size: int = DEFAULT_MAX_SHARD_SIZE
+    quantization: str = DEFAULT_QUANTIZATION  # one of QUANTIZATIONS
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """One of them, and how far the file may be from the adapter in memory.
+    """A type of a GGUF file's weights, and how far the file may be from the adapter in memory.
 
     Rounding weights to 16 bits hardly changes a model: the greedy answers have to be the same.
-    Fewer bits do change it, so that a token may differ; what is bounded then is how much less
+    With fewer bits the model changes and a token may differ; what is bounded then is how much less
     probable the adapter's own answers become.
 
     Args:
         python: the gguf package can write it; else llama.cpp's own tool does.
         weight_error: the largest root mean square error of a tensor, relative to that of its
-            weights. A quantiser that rounds to b bits in blocks of Gaussian weights makes about
-            (2.5 / 2**b) of error; this is twice that and more.
+            weights. A quantiser that rounds Gaussian weights to b bits in blocks has an error of
+            about 2.5 / 2**b; this is at least twice that.
         perplexity: how much the perplexity of the adapter's answers may rise, as a share; None
-            where tokens are held equal. llama.cpp's own tables have a tenth of it on large models,
-            which lose less than small ones.
+            where tokens have to be equal. llama.cpp's own tables show a tenth of it for large
+            models, which lose less than small ones.
     """
 
     python: bool
@@ -46,39 +79,4 @@ QUANTIZATIONS = {
     "q4_k_m": Quantization(False, 0.25, 0.3),
     "q4_k_s": Quantization(False, 0.25, 0.3),
     "q3_k_m": Quantization(False, 0.5, 1.0),
-}
-
-
-# -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Format:
-    """One of the formats."""
-
-    what: str  # for --help
-    module: str  # of this package
-    function: str  # in it, `(Export) -> Proof`
-    options: tuple[str, ...] = ()  # the flags that mean something to it
-
-
-FORMATS = {
-    "merged": Format(
-        "the whole model with the adapter in it, for transformers, vLLM and the like",
-        "safetensors",
-        "export_merged",
-        ("dtype", "max_shard_size"),
-    ),
-    "adapter": Format(
-        "the adapter alone, as PEFT and vLLM load it beside its base",
-        "safetensors",
-        "export_adapter",
-    ),
-    "gguf": Format(
-        "the whole model as a file for llama.cpp, with a Modelfile for Ollama",
-        "gguf",
-        "export_model",
-        ("quantization",),
-    ),
-    "gguf-lora": Format("the adapter alone, for llama-server --lora", "gguf", "export_lora"),
 }

@@ -1,14 +1,22 @@
-"""Writes a llama.cpp file, tensor by tensor, with the `gguf` package.
+"""A GGUF file of a Phi model: written with the `gguf` package, and read again to check its weights.
 
-Adapter and base are added in fp32 and rounded once, to the type in the file. In memory is one
-tensor at a time, in fp32 and as it is written.
+llama.cpp has two architectures for these models: phi2 (Phi-1, 1.5 and 2) and phi3 (Phi-3, 3.5 and
+4). Names of tensors follow its converter. What it computes differently from transformers is refused
+or noted.
+
+Adapter and base are added in fp32 and rounded once, to the type in the file. One tensor is in
+memory at a time, in fp32 and as it is written. Types that only llama.cpp's own tool can make are
+made by that, from a file in f16.
+
+Shapes: O out, I in.
 """
 
+import itertools
 import math
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,29 +27,21 @@ from numpy.typing import NDArray
 
 from phitune.errors import ExportError, listing
 from phitune.export.gguf_tokenizer import FileTokenizer
-from phitune.export.safetensors import HEAD, Planned, merged, plan_tensors
+from phitune.export.safetensors import HEAD, PlannedTensor, merge, plan_tensors, row_slices
 from phitune.model.architecture import LM_HEAD, ModelConfig
+from phitune.model.files import is_hub_id
 from phitune.model.lora import Adapter
 from phitune.model.weights import EMBEDDING
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
 
-
-# -------------------------------------------------------------------------------------------------
-# A Phi model as llama.cpp knows it: names and shapes of its tensors, and its hyperparameters.
-#
-# llama.cpp has two architectures for these models: phi2 (Phi-1, 1.5 and 2) and phi3 (Phi-3, 3.5
-# and 4). Names follow its converter. What it computes otherwise than transformers is refused, or
-# said.
-#
-# Shapes: V vocabulary, D hidden, F intermediate, O out, I in.
+# --- the model as llama.cpp knows it --------------------------------------------------------------
 
 ARCHITECTURES = {"phi": "phi2", "phi3": "phi3"}
 # llama.cpp's context sizes are multiples of this.
 _CONTEXT_STEP = 256
-
-_OUTSIDE = {
+_OUTSIDE_LAYERS = {
     EMBEDDING: "token_embd.weight",
     HEAD: "output.weight",
     f"{LM_HEAD}.bias": "output.bias",
@@ -49,8 +49,8 @@ _OUTSIDE = {
     "model.final_layernorm.bias": "output_norm.bias",
     "model.norm.weight": "output_norm.weight",
 }
-# Of one layer: the modules that make up each tensor, in order.
-_LAYER: dict[str, dict[str, tuple[str, ...]]] = {
+# In a layer: the modules that make up each tensor, in order.
+_IN_LAYER: dict[str, dict[str, tuple[str, ...]]] = {
     "phi": {
         "attn_norm": ("input_layernorm",),
         "attn_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -67,24 +67,6 @@ _LAYER: dict[str, dict[str, tuple[str, ...]]] = {
         "ffn_down": ("mlp.down_proj",),
     },
 }
-
-
-@dataclass(frozen=True)
-class FileTensor:
-    """A tensor of the file, and those of transformers that it is made of, one above the other."""
-
-    name: str
-    parts: tuple[Planned, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        first, *rest = (part.shape for part in self.parts)
-        return (first[0] + sum(shape[0] for shape in rest), *first[1:])
-
-    @property
-    def is_matrix(self) -> bool:
-        """Only those are quantised: biases and norms are small and are added up."""
-        return len(self.shape) == 2
 
 
 def check_architecture(config: ModelConfig) -> None:
@@ -110,9 +92,8 @@ def check_architecture(config: ModelConfig) -> None:
 def safe_context(config: ModelConfig) -> int:
     """The largest context, in tokens, in which llama.cpp computes what was trained.
 
-    It chooses longrope's factors by the size of the context, not by the length of the text, so that
-    a larger one takes the factors for long texts for all of them. And it does not implement the
-    sliding window.
+    It chooses longrope's factors by the size of the context and not by the length of the text: in a
+    larger one it uses the factors for long texts for all of them. And it has no sliding window.
     """
     limits = [config.max_position_embeddings]
     if config.long_rope:
@@ -124,12 +105,12 @@ def safe_context(config: ModelConfig) -> int:
 
 
 def context_note(config: ModelConfig) -> str | None:
-    """What a person should know of the context size, where a larger one is no longer the model."""
+    """What the user has to know of the context size, where a larger one changes the model."""
     safe = safe_context(config)
     if safe + _CONTEXT_STEP > config.max_position_embeddings:
         return None
     why = (
-        "takes longrope's factors for long texts at every length"
+        "uses longrope's factors for long texts at every length"
         if config.long_rope
         else "sees further back than the sliding window"
     )
@@ -139,19 +120,38 @@ def context_note(config: ModelConfig) -> str | None:
     )
 
 
-def file_tensors(config: ModelConfig, planned: Sequence[Planned]) -> list[FileTensor]:
+@dataclass(frozen=True)
+class FileTensor:
+    """A tensor of the file, and those of transformers that it is made of, one above the other."""
+
+    name: str
+    parts: tuple[PlannedTensor, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # [O, I] or [O]
+        return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
+
+    @property
+    def is_matrix(self) -> bool:
+        """Only matrices are quantised: biases and norms are small and are added up."""
+        return len(self.shape) == 2
+
+
+def file_tensors(config: ModelConfig, planned: Sequence[PlannedTensor]) -> list[FileTensor]:
     """The tensors of the file in llama.cpp's order, from those of transformers."""
     by_name = {tensor.name: tensor for tensor in planned}
     found = [
-        FileTensor(name, (by_name[ours],)) for ours, name in _OUTSIDE.items() if ours in by_name
+        FileTensor(name, (by_name[ours],))
+        for ours, name in _OUTSIDE_LAYERS.items()
+        if ours in by_name
     ]
     for layer in range(config.num_hidden_layers):
         for name, modules in layer_modules(config, layer).items():
             for kind in ("weight", "bias"):
-                parts = [by_name.get(f"{module}.{kind}") for module in modules]
-                if all(parts):
-                    whole = tuple(part for part in parts if part is not None)
-                    found.append(FileTensor(f"{name}.{kind}", whole))
+                names = [f"{module}.{kind}" for module in modules]
+                if all(one in by_name for one in names):
+                    parts = tuple(by_name[one] for one in names)
+                    found.append(FileTensor(f"{name}.{kind}", parts))
     assert sum(len(tensor.parts) for tensor in found) == len(by_name)
     return found
 
@@ -161,12 +161,12 @@ def layer_modules(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]
     prefix = f"model.layers.{layer}."
     return {
         f"blk.{layer}.{name}": tuple(prefix + module for module in modules)
-        for name, modules in _LAYER[config.model_type].items()
+        for name, modules in _IN_LAYER[config.model_type].items()
     }
 
 
 def hyperparameters(config: ModelConfig) -> dict[str, int | float]:
-    """What llama.cpp reads of config.json, by its keys without the architecture in front."""
+    """What llama.cpp reads of config.json, by its keys without the architecture's name."""
     found: dict[str, int | float] = {
         "vocab_size": config.vocab_size,
         "context_length": config.max_position_embeddings,
@@ -201,11 +201,9 @@ def rope_factors(config: ModelConfig) -> dict[str, tuple[float, ...]]:
     }
 
 
-# -------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
-# A tensor is quantised in pieces of about so many numbers.
-_PIECE = 2**23
-# llama.cpp's own rule: the head counts most, so it keeps more bits than the rest.
+# llama.cpp's own rule: the head matters most, so it keeps more bits than the rest.
 _HEAD = "output.weight"
 _HEAD_TYPE = {"q4_0": "q8_0", "q4_1": "q8_0", "q5_0": "q8_0", "q5_1": "q8_0"}
 
@@ -225,8 +223,23 @@ def require_gguf() -> Any:
     return gguf
 
 
+@dataclass(frozen=True)
+class FileAbout:
+    """What a file says about its model."""
+
+    name: str
+    base: str | None = None  # the base model's name
+    chat_template: str | None = None
+
+
+def add_base(writer: "GGUFWriter", model_name: str) -> None:
+    """Adds the base model's name; of a folder of this machine only the last part."""
+    writer.add_base_model_count(1)
+    writer.add_base_model_name(0, model_name if is_hub_id(model_name) else Path(model_name).name)
+
+
 class ModelFile:
-    """What will be written: all tensors with their types, from the headers of the base alone."""
+    """A file to be written: all tensors with their types, from the headers of the base alone."""
 
     def __init__(
         self, config: ModelConfig, folder: Path, adapter: Adapter | None, quantization: str
@@ -259,27 +272,33 @@ class ModelFile:
     def write(
         self,
         path: Path,
-        about: "Callable[[GGUFWriter], None]",
+        about: FileAbout,
         tokenizer: FileTokenizer,
         progress: Callable[[int, int], None],
     ) -> None:
         """Writes the file.
 
         Args:
-            about: adds name, template and the like.
-            progress: told (bytes done, bytes in all) after each tensor.
+            progress: called with (bytes written, bytes in all) after each tensor.
 
         Raises:
             ExportError: a weight that f16 cannot hold.
         """
         writer = self.gguf.GGUFWriter(path, ARCHITECTURES[self.config.model_type])
-        about(writer)
+        writer.add_type("model")
+        writer.add_name(about.name)
+        if about.base is not None:
+            add_base(writer, about.base)
+        if about.chat_template is not None:
+            writer.add_chat_template(about.chat_template)
         for key, value in hyperparameters(self.config).items():
             add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
             add(f"{writer.arch}.{key}", value)
         writer.add_file_type(self._file_type())
         writer.add_quantization_version(self.gguf.GGML_QUANT_VERSION)
         _add_tokenizer(writer, tokenizer)
+
+        # Names, shapes and types of all tensors, then the tensors as they are merged.
         factors = {
             name: np.array(values, dtype=np.float32)
             for name, values in rope_factors(self.config).items()
@@ -287,37 +306,29 @@ class ModelFile:
         for name, values in factors.items():
             writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
         for tensor in self.tensors:
+            nbytes, kind = self._nbytes(tensor), self.types[tensor.name]
             writer.add_tensor_info(
-                tensor.name,
-                tensor.shape,
-                np.dtype(np.float32),
-                self._nbytes(tensor),
-                raw_dtype=self.types[tensor.name],
+                tensor.name, tensor.shape, np.dtype(np.float32), nbytes, raw_dtype=kind
             )
-        _write(writer, self._arrays(factors.values(), progress))
+        _write(writer, itertools.chain(factors.values(), self._arrays(progress)))
 
-    def _arrays(
-        self, first: Iterable[NDArray[Any]], progress: Callable[[int, int], None]
-    ) -> Iterable[NDArray[Any]]:
-        yield from first
+    def _arrays(self, progress: Callable[[int, int], None]) -> Iterator[NDArray[np.uint8]]:
         done, total = 0, self.nbytes
         for tensor in self.tensors:
             yield self._array(tensor)
             done += self._nbytes(tensor)
             progress(done, total)
 
-    def _array(self, tensor: FileTensor) -> NDArray[Any]:
+    def _array(self, tensor: FileTensor) -> NDArray[np.uint8]:
         """The bytes of a tensor as they are in the file."""
         kind = self.types[tensor.name]
         out = np.empty(self._nbytes(tensor), dtype=np.uint8)
         position = 0
         for part in tensor.parts:
-            values = merged(part).numpy()
-            rows = max(1, _PIECE * len(values) // max(values.size, 1))
-            for start in range(0, len(values), rows):
-                piece = values[start : start + rows]
-                with np.errstate(over="ignore"):  # Told below, with the tensor's name.
-                    quantised = self.gguf.quants.quantize(piece, kind)
+            values = merge(part).numpy()  # [O, I] or [O], in fp32
+            for rows in row_slices(len(values), values.nbytes):
+                with np.errstate(over="ignore"):  # Raised below, with the tensor's name.
+                    quantised = self.gguf.quants.quantize(values[rows], kind)
                 if kind == self.gguf.GGMLQuantizationType.F16 and np.isinf(quantised).any():
                     raise ExportError(
                         f"{part.name} has weights beyond {np.finfo(np.float16).max:g}, the largest"
@@ -342,10 +353,7 @@ class ModelFile:
 
     def _nbytes(self, tensor: FileTensor) -> int:
         block, size = self.gguf.GGML_QUANT_SIZES[self.types[tensor.name]]
-        count = 1
-        for length in tensor.shape:
-            count *= length
-        return int(count // block * size)
+        return int(math.prod(tensor.shape) // block * size)
 
     def _file_type(self) -> int:
         name = "ALL_F32" if self.quantization == "f32" else f"MOSTLY_{self.quantization.upper()}"
@@ -361,7 +369,7 @@ def _add_tokenizer(writer: "GGUFWriter", tokenizer: FileTokenizer) -> None:
         writer.add_token_scores(tokenizer.scores)
     if tokenizer.merges is not None:
         writer.add_token_merges(tokenizer.merges)
-    # By their keys: the writer has a method for each, but tells them apart by name only.
+    # By key: the writer has a method for each, and they differ in the key alone.
     for name, index in tokenizer.ids.items():
         writer.add_uint32(f"tokenizer.ggml.{name}_token_id", index)
     for name, flag in tokenizer.flags.items():
@@ -376,7 +384,7 @@ def write_arrays(writer: "GGUFWriter", arrays: Sequence[tuple[str, NDArray[Any]]
 
 
 def _write(writer: "GGUFWriter", arrays: Iterable[NDArray[Any]]) -> None:
-    """Everything that was added, then the tensors as they come."""
+    """Writes everything that was added, then the tensors as they come."""
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -384,17 +392,14 @@ def _write(writer: "GGUFWriter", arrays: Iterable[NDArray[Any]]) -> None:
         for array in arrays:
             writer.write_tensor_data(array)
         writer.flush()
-        # A disk that is full or fails says so here.
+        # A full or failing disk is reported here.
         for stream in writer.fout or ():
             os.fsync(stream.fileno())
     finally:
         writer.close()
 
 
-# -------------------------------------------------------------------------------------------------
-# Reads a finished llama.cpp file again and holds its weights against base and adapter.
-
-_CHECKED_PIECE = 2**23  # numbers
+# --- checking -------------------------------------------------------------------------------------
 
 
 def weight_errors(path: Path, tensors: Sequence[FileTensor]) -> dict[str, float]:
@@ -417,10 +422,9 @@ def weight_errors(path: Path, tensors: Sequence[FileTensor]) -> dict[str, float]
         place = int(found.data_offset)
         row_bytes = int(found.n_bytes) // tensor.shape[0]
         for part in tensor.parts:
-            expected = merged(part).numpy()
-            rows = max(1, _CHECKED_PIECE * len(expected) // max(expected.size, 1))
-            for start in range(0, len(expected), rows):
-                piece = expected[start : start + rows]
+            expected = merge(part).numpy()  # [O, I] or [O]
+            for rows in row_slices(len(expected), expected.nbytes):
+                piece = expected[rows]
                 # Read, not mapped: pages of a mapped file count as memory of this process.
                 data = np.fromfile(path, np.uint8, len(piece) * row_bytes, offset=place)
                 place += data.size
@@ -438,8 +442,10 @@ def weight_errors(path: Path, tensors: Sequence[FileTensor]) -> dict[str, float]
 
 
 def check_weight_errors(errors: Mapping[str, float], allowed: float) -> None:
-    """Raises:
-    ExportError: a tensor is further from base and adapter than its quantisation makes it.
+    """Refuses a file whose weights are further from the model than its quantisation makes them.
+
+    Raises:
+        ExportError: naming the tensors.
     """
     problems = [f"{name}: {error:.2%}" for name, error in errors.items() if not error <= allowed]
     if problems:
@@ -449,11 +455,10 @@ def check_weight_errors(errors: Mapping[str, float], allowed: float) -> None:
         )
 
 
-# -------------------------------------------------------------------------------------------------
-# Quantisations that only llama.cpp's own tool can make.
+# --- llama.cpp's own tool -------------------------------------------------------------------------
 
 TOOL = "llama-quantize"
-_LINES_OF_LOG = 8
+_LOG_LINES = 8
 
 
 def require_tool(quantization: str, adapter_path: Path) -> str:
@@ -465,8 +470,8 @@ def require_tool(quantization: str, adapter_path: Path) -> str:
     tool = shutil.which(TOOL)
     if tool is None:
         raise ExportError(
-            f"--quantization {quantization} is made by llama.cpp's own {TOOL}, and there is none on"
-            " PATH; install llama.cpp, or export f16 and run it where there is one:\n"
+            f"--quantization {quantization} is made by llama.cpp's own {TOOL}, which is not on"
+            " PATH; install llama.cpp, or export f16 and run it where it is:\n"
             f"  phitune export --adapter_path {adapter_path} --format gguf --quantization f16"
             " --output_dir F16\n"
             f"  {TOOL} F16/model-f16.gguf model-{quantization}.gguf {quantization.upper()}"
@@ -475,10 +480,10 @@ def require_tool(quantization: str, adapter_path: Path) -> str:
 
 
 def quantize(tool: str, source: Path, destination: Path, quantization: str, threads: int) -> None:
-    """Runs it.
+    """Runs it on a file in f16.
 
     Raises:
-        ExportError: it failed, with the end of what it said.
+        ExportError: it failed, with the end of its output.
     """
     command = [tool, str(source), str(destination), quantization.upper(), str(threads)]
     done = subprocess.run(
@@ -492,5 +497,5 @@ def quantize(tool: str, source: Path, destination: Path, quantization: str, thre
         env={**os.environ, "LC_ALL": "C"},
     )
     if done.returncode or not destination.is_file():
-        end = done.stdout.strip().splitlines()[-_LINES_OF_LOG:]
+        end = done.stdout.strip().splitlines()[-_LOG_LINES:]
         raise ExportError("\n  ".join([f"{tool} failed (exit code {done.returncode}):", *end]))

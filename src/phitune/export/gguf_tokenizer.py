@@ -4,7 +4,7 @@ Two kinds of tokenizer are known, those of the Phi models: byte-level BPE (Phi-1
 with its merges and the name of its pre-tokenizer, and Llama's (Phi-3, Phi-3.5), where llama.cpp
 joins the pair of best score instead of the earliest merge: a merge's rank, negated, is its score.
 
-Whether ids come out the same is not argued here but tried, see gguf_proof.py.
+Not here: whether the ids come out the same. The proof of an export tries it, see gguf.py.
 """
 
 import json
@@ -32,10 +32,10 @@ _SPLITS = {
     r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "gpt-4o",
 }
-# With this in its name llama.cpp lets special tokens take the spaces after them, all but these.
+# Of a model with this in its name, llama.cpp lets all special tokens but these swallow spaces.
 _SWALLOWING_NAME = "phi-3"
 _NOT_SWALLOWING = ("<unk>", "<s>", "<|endoftext|>")
-_HAS_TO_BE_THERE = (*_NOT_SWALLOWING, "</s>")
+_REQUIRED_TOKENS = (*_NOT_SWALLOWING, "</s>")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def file_tokenizer(coder: Coder, vocab_size: int) -> FileTokenizer:
     """Translates the tokenizer of an adapter.
 
     Args:
-        vocab_size: rows of the model's token table, most often more than there are tokens.
+        vocab_size: rows of the model's token table, usually more than there are tokens.
 
     Raises:
         ExportError: llama.cpp has no such tokenizer.
@@ -103,7 +103,7 @@ def name_in_file(tokenizer: TextTokenizer, model_name: str) -> str:
     spec = read_object(tokenizer.folder / "tokenizer.json", "")
     special = [token for token in spec.get("added_tokens", []) if token["content"].strip()]
     swallows = {token["content"]: bool(token["rstrip"]) for token in special}
-    as_phi_3 = all(token in swallows for token in _HAS_TO_BE_THERE) and all(
+    as_phi_3 = all(token in swallows for token in _REQUIRED_TOKENS) and all(
         swallowing == (token not in _NOT_SWALLOWING) for token, swallowing in swallows.items()
     )
     named = any(part in last.lower() for part in (_SWALLOWING_NAME, "phi3"))
@@ -115,7 +115,7 @@ def name_in_file(tokenizer: TextTokenizer, model_name: str) -> str:
 
 
 def _special_ids(coder: Coder) -> dict[str, int]:
-    """llama.cpp stops at eos, eot and eom."""
+    """Special tokens by llama.cpp's names; it stops at eos, eot and eom."""
     tokenizer = coder.tokenizer
     ids = {"eos": tokenizer.token_id(coder.prompt_format.end_token)}
     others = [index for index in coder.stop_ids if index != ids["eos"]]
@@ -135,7 +135,7 @@ def stop_tokens(coder: Coder) -> list[str]:
 
 
 def _parts(component: Any) -> list[dict[str, Any]]:
-    """A normalizer or pre-tokenizer, a sequence of them taken apart."""
+    """A normalizer or pre-tokenizer as a list; a sequence of them as its parts."""
     if not isinstance(component, dict):
         return []
     for key in ("normalizers", "pretokenizers"):

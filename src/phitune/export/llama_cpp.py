@@ -1,7 +1,15 @@
-"""A model loaded by llama.cpp, through the `xllamacpp` wheel, and asked what it computes."""
+"""A model loaded by llama.cpp, through the `xllamacpp` wheel, and asked what it computes.
+
+Its server runs in a process of its own, so that a crash in it is an error here and not the end of
+this process. That process is this module: `python -m phitune.export.llama_cpp` reads what to load
+as a line of JSON, prints the server's address as another, and ends when its input does.
+
+No torch here: the process starts without it.
+"""
 
 import importlib.util
 import json
+import os
 import secrets
 import subprocess
 import sys
@@ -17,7 +25,7 @@ from typing import Any
 
 from phitune.errors import ExportError
 
-_LINES_OF_LOG = 12
+_LOG_LINES = 12
 _SECONDS = 3600.0  # for one answer; a large model on a slow machine takes minutes
 
 
@@ -41,13 +49,13 @@ class Step:
     """One token as llama.cpp chose it."""
 
     token: int
-    # Of the most probable tokens; empty where the server does not tell, in the middle of a letter
-    # that is spelt in several tokens.
+    # Of the most probable tokens; empty where the server tells none, in the middle of a letter that
+    # is spelt in several tokens.
     logprobs: dict[int, float]
 
 
 class LlamaCpp:
-    """A context: the model is there inside it.
+    """A context manager: the model is loaded inside it.
 
     Raises:
         ExportError: llama.cpp cannot load the file; the end of its log is in the message.
@@ -69,7 +77,7 @@ class LlamaCpp:
     def __enter__(self) -> "LlamaCpp":
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "phitune.export.llama_process"],
+            [sys.executable, "-m", "phitune.export.llama_cpp"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -158,17 +166,17 @@ class LlamaCpp:
 
     def _failure(self, what: str) -> ExportError:
         self._log.seek(0)
-        end = self._log.read().strip().splitlines()[-_LINES_OF_LOG:]
+        end = self._log.read().strip().splitlines()[-_LOG_LINES:]
         return ExportError("\n  ".join([f"{what}:", *end]))
 
 
-def _steps(tokens: Sequence[int], told: Sequence[dict[str, Any]]) -> list[Step]:
+def _steps(tokens: Sequence[int], probabilities: Sequence[dict[str, Any]]) -> list[Step]:
     """All tokens, with the probabilities of those that end a letter.
 
-    From the end: of the tokens of one letter the last is told, and some may be the same.
+    Matched from the end: of the tokens of a letter the last has them, and some may be equal.
     """
     steps = []
-    left = list(told)
+    left = list(probabilities)
     for token in reversed(tokens):
         logprobs = {}
         if left and int(left[-1]["id"]) == token:
@@ -176,3 +184,39 @@ def _steps(tokens: Sequence[int], told: Sequence[dict[str, Any]]) -> list[Step]:
             logprobs = {int(other["id"]): float(other["logprob"]) for other in others}
         steps.append(Step(int(token), logprobs))
     return steps[::-1]
+
+
+# --- the process ----------------------------------------------------------------------------------
+
+
+def _serve() -> None:
+    asked = json.loads(sys.stdin.readline())
+    # What llama.cpp prints goes to the log; only our line to the process that started this one.
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = asked["model"]
+    if asked["lora"]:
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(asked["lora"], 1.0)]
+    params.n_ctx = asked["context"]
+    params.n_gpu_layers = 0
+    params.n_parallel = 1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = asked["threads"]
+    # Keys and values are f16 by default: one rounding more than the weights in the file have.
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.fit_params = False
+    params.cache_ram_mib = 0
+    params.warmup = False
+    params.ui = False
+    params.api_keys = [asked["key"]]  # Other users of this machine get no answer.
+    server = xllamacpp.Server(params)
+    print(json.dumps({"address": server.listening_address}), file=out, flush=True)
+    sys.stdin.read()
+    os._exit(0)  # Its threads would wait for one another.
+
+
+if __name__ == "__main__":
+    _serve()

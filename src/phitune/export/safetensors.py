@@ -1,16 +1,22 @@
-"""`--format merged`: the model with the adapter in its weights, as transformers saves one.
+"""Exports as safetensors: `--format merged`, a model as transformers saves one, and `adapter`.
 
-Proven with one model in memory at a time: the adapter on its base, which then becomes the merged
-model as rounded at random where weights are rounded (see rounding.py), and after that the export.
+Merging computes W + scaling * B A in fp32 or wider and rounds once, to the type of the file. One
+tensor is in memory at a time, read and merged in pieces; names are those of transformers' files.
+
+An export is proven with one model in memory at a time: first the adapter on its base, then, where
+merged weights are rounded, the same model merged and rounded at random, and last the export.
+
+Shapes: O out, D in, R rank, V vocabulary.
 """
 
 import json
+import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -18,18 +24,17 @@ from torch import Tensor, nn
 
 from phitune.errors import ExportError, listing
 from phitune.export.folder import check_disk_space, check_texts, write_config, write_texts
-from phitune.export.job import Export
+from phitune.export.formats import ExportSettings
 from phitune.export.proof import (
-    LARGEST_ROUNDING,
     TIE,
-    TYPICAL_ROUNDING,
     Proof,
-    compare,
     fp32_tolerance,
     greedy_answers,
+    logit_difference,
     logits_on,
     proof_prompts,
 )
+from phitune.export.source import Source
 from phitune.model.architecture import LM_HEAD, ModelConfig, read_model_config
 from phitune.model.decoder import Decoder, LoraPair
 from phitune.model.device import DTYPES
@@ -46,59 +51,148 @@ from phitune.model.weights import (
 )
 from phitune.untrusted import write_object
 
-# -------------------------------------------------------------------------------------------------
-# `--format adapter`: the adapter alone, a clean folder as PEFT and servers load it.
+HEAD = f"{LM_HEAD}.weight"
+_COMPARED = "the export, loaded again, beside the adapter in memory"
+
+# --- the two exports ------------------------------------------------------------------------------
+
+# What rounding the merged weights may do to the logits, as a multiple of what rounding them at
+# random does. In theory it is 0.7 times as much (half a unit at most against a whole one); the
+# largest of many differences is a matter of chance.
+_TYPICAL_ROUNDING, _LARGEST_ROUNDING = 1.5, 4.0
+# Warn where rounding moves the logits by more than this share of what the adapter moves them.
+_MUCH_OF_THE_ADAPTER = 0.25
 
 
-def export_adapter(job: Export) -> Proof:
-    """Writes the folder, loads it again, and has it answer beside the adapter it came from."""
-    source = job.source
-    check_disk_space(job.destination, sum(p.nbytes for p in source.adapter.parameters()))
-    save_adapter(source.adapter, job.destination, source.model_name)
-    write_texts(source, job.destination, "adapter")
+def export_adapter(source: Source, folder: Path, settings: ExportSettings) -> Proof:
+    """Writes a clean folder with the adapter alone, as PEFT and servers load it, and proves it."""
+    check_disk_space(folder, sum(matrix.nbytes for matrix in source.adapter.parameters()))
+    save_adapter(source.adapter, folder, source.model_name)
+    write_texts(source, folder, "adapter")
 
-    loaded = job.loaded
+    loaded = source.load(settings.device, settings.precision)
     answers = greedy_answers(loaded, proof_prompts(source.run))
-    check_texts(source, job.destination, answers)
-    written = load_adapter(loaded.decoder, job.destination)
+    check_texts(source, folder, answers)
+    written = load_adapter(loaded.decoder, folder)
     detach(loaded.decoder)
-    expected = source.adapter.tensors()
-    if written.tensors().keys() != expected.keys() or not all(
-        torch.equal(tensor.cpu(), expected[name]) for name, tensor in written.tensors().items()
+    found, expected = written.tensors(), source.adapter.tensors()
+    if found.keys() != expected.keys() or not all(
+        torch.equal(found[name].cpu(), matrix) for name, matrix in expected.items()
     ):
         raise ExportError("the export was removed: its matrices are not those of the adapter")
     AdapterSet(loaded.decoder, [written]).choose([0])
-    found = compare(answers, logits_on(loaded.decoder, answers), TIE)
+    difference = logit_difference(answers, logits_on(loaded.decoder, answers), TIE)
     return Proof(
-        "adapter",
-        "the export, loaded again, beside the adapter in memory",
-        len(answers),
-        found.tokens,
-        found.differing,
-        found.ties,
-        TIE,
-        found.largest,
-        fp32_tolerance(answers),
+        format="adapter",
+        compared=_COMPARED,
+        prompts=len(answers),
+        tokens=difference.tokens,
+        tokens_differing=difference.differing,
+        ties_excused=difference.ties,
+        tie_below=TIE,
+        largest_logit_difference=difference.largest,
+        tolerance=fp32_tolerance(answers),
     )
 
 
-# -------------------------------------------------------------------------------------------------
-# The base model's tensors with an adapter merged into them, one at a time.
-#
-# W + scaling * B A is computed in fp32 at least and rounded once. No more than one tensor is in
-# memory: each is read from its file when it is asked for, and its mapped pages are given back.
-#
-# Names are those of transformers' files, whose modules are those that adapters are on; how our
-# decoder fuses them plays no part.
-#
-# Shapes: O out, D in, R rank, V vocabulary.
+def export_merged(
+    source: Source, folder: Path, settings: ExportSettings, progress: Callable[[int, int], None]
+) -> Proof:
+    """Writes the whole model with the adapter in its weights, and proves it.
 
-HEAD = f"{LM_HEAD}.weight"
+    Args:
+        progress: called with (bytes written, bytes in all) after each tensor.
+    """
+    dtype = None if settings.dtype == "base" else DTYPES[settings.dtype]
+    planned = plan_tensors(source.model_folder, source.config, source.adapter, dtype)
+    check_disk_space(folder, sum(tensor.nbytes for tensor in planned))
+    untied = unties(source.config, source.adapter)
+    write_config(source, folder, dtype, untied=untied)
+    write_shards(folder, planned, settings.max_shard_size, progress)
+    write_texts(source, folder, "merged")
+    return _prove(source, folder, settings, planned)
+
+
+def _prove(
+    source: Source, folder: Path, settings: ExportSettings, planned: Sequence["PlannedTensor"]
+) -> Proof:
+    loaded = source.load(settings.device, settings.precision)
+    decoder = loaded.decoder
+    config = read_model_config(folder)
+    notes = []
+    if unties(source.config, source.adapter):
+        notes.append(
+            "note: the base shares its token table with the head, and the adapter changes one of"
+            " them; so the export has both, and tie_word_embeddings is false"
+        )
+
+    # Every weight, where the decoder holds those of the base as they are.
+    if all(_holds(decoder.dtype, tensor.dtype_in_file) for tensor in planned):
+        check_weights(decoder, source.adapter, folder, config)
+
+    # The adapter in memory, and how far it moves the logits of its base.
+    answers = greedy_answers(loaded, proof_prompts(source.run))
+    loaded.on_decoder.choose([None])
+    effect = logit_difference(answers, logits_on(decoder, answers), TIE).typical
+    measured: dict[str, Any] = {
+        "computed_in": str(decoder.dtype).removeprefix("torch."),
+        "adapter_moves_logits_typically_by": effect,
+    }
+
+    # How far rounding may move them, measured by rounding the same merge at random.
+    largest, typical, tie_below = fp32_tolerance(answers), None, TIE
+    types = {decoder.dtype, *(tensor.dtype for tensor in planned)}
+    coarsest = max(types, key=lambda dtype: torch.finfo(dtype).eps)
+    if torch.finfo(coarsest).eps > torch.finfo(torch.float32).eps:
+        merge_rounded_at_random(decoder, source.adapter, planned, coarsest)
+        by_chance = logit_difference(answers, logits_on(decoder, answers), TIE)
+        measured["rounding_at_random_moves_logits_typically_by"] = by_chance.typical
+        measured["rounding_at_random_moves_a_logit_by_at_most"] = by_chance.largest
+        typical = max(largest, _TYPICAL_ROUNDING * by_chance.typical)
+        largest = max(largest, _LARGEST_ROUNDING * by_chance.largest)
+        tie_below = largest  # Between tokens that are so close, rounding decides.
+
+    # The export, once the adapter's model is gone.
+    device, dtype = decoder.device, decoder.dtype
+    del loaded, decoder
+    check_texts(source, folder, answers)
+    exported = load_decoder(folder, config, dtype, device)
+    difference = logit_difference(answers, logits_on(exported, answers), tie_below)
+    if typical is not None and difference.typical > _MUCH_OF_THE_ADAPTER * effect:
+        # Small updates of large weights can be lost in rounding.
+        notes.append(
+            "warning: rounding the merged weights moves the logits by"
+            f" {difference.typical / effect:.0%} of what the adapter moves them; --dtype fp32 keeps"
+            " all of it, in larger files, and so does --format adapter"
+        )
+    return Proof(
+        format="merged",
+        compared=_COMPARED,
+        prompts=len(answers),
+        tokens=difference.tokens,
+        tokens_differing=difference.differing,
+        ties_excused=difference.ties,
+        tie_below=tie_below,
+        largest_logit_difference=difference.largest,
+        tolerance=largest,
+        measured=measured,
+        typical_logit_difference=difference.typical,
+        typical_tolerance=typical,
+        notes=tuple(notes),
+    )
+
+
+def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether every number of `other` is one of `dtype`."""
+    return torch.promote_types(dtype, other) == dtype
+
+
+# --- the merge ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A tensor as it will be yielded, and where its base lies."""
+class PlannedTensor:
+    """A tensor of the merged model, and where its base lies."""
 
     name: str
     shape: tuple[int, ...]
@@ -106,52 +200,21 @@ class Planned:
     dtype_in_file: torch.dtype
     file: Path
     name_in_file: str  # of an untied head, the token table's
-    pair: LoraPair | None
+    pair: LoraPair | None  # what the adapter adds to it
 
     @property
     def nbytes(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * self.dtype.itemsize
-
-
-def merged_tensors(
-    folder: Path, config: ModelConfig, adapter: Adapter | None
-) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a model folder under transformers' names, with the adapter in them.
-
-    Args:
-        folder: of the base model; its files are read one after the other.
-        adapter: with its matrices on the CPU, see `read_adapter`; None for the base as it is.
-
-    Yields: (name, tensor on the CPU, in the base's own dtype).
-
-    Raises:
-        ModelError: files missing or damaged, or tensors that do not fit the configuration.
-    """
-    for planned in plan_tensors(folder, config, adapter):
-        yield planned.name, merged(planned)
-
-
-def unties(config: ModelConfig, adapter: Adapter | None) -> bool:
-    """Whether the merged model has a head of its own although the base shares its token table.
-
-    An adapter on one of the two modules moves that one alone, so that they are no longer the same.
-    """
-    on_either = adapter is not None and not {EMBEDDING_MODULE, LM_HEAD}.isdisjoint(adapter.pairs)
-    return config.tie_word_embeddings and on_either
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def plan_tensors(
-    folder: Path,
-    config: ModelConfig,
-    adapter: Adapter | None,
-    dtype: torch.dtype | None = None,
-) -> list[Planned]:
-    """What `merged_tensors` yields, from the files' headers alone.
+    folder: Path, config: ModelConfig, adapter: Adapter | None, dtype: torch.dtype | None = None
+) -> list[PlannedTensor]:
+    """All tensors of a merged model, from the headers of the base's files alone.
 
     Args:
+        folder: of the base model.
+        adapter: with its matrices on the CPU, see `read_adapter`; None for the base as it is.
         dtype: of all tensors; by default each keeps the one it has in its file.
 
     Raises:
@@ -160,34 +223,65 @@ def plan_tensors(
     decoder = Decoder(config, torch.float32, "meta")
     names = decoder.named_weights()
     pairs = {f"{module}.weight": pair for module, pair in adapter.pairs.items()} if adapter else {}
-    planned = []
-    for name, header in checked_headers(decoder, folder).items():
-        if name not in names:
-            continue  # A tied head or rotary tables, which repeat what is known.
-        rest = (header.shape, dtype or torch_type(header), torch_type(header), header.file, name)
-        planned.append(Planned(name, *rest, pairs.get(name)))
-        if name == EMBEDDING and unties(config, adapter):
-            planned.append(Planned(HEAD, *rest, pairs.get(HEAD)))
-    return planned
+    headers = checked_headers(decoder, folder)
+    # An untied head starts from the token table too. Not in `names`: a tied head and rotary tables,
+    # which repeat what is known.
+    sources = [(name, name) for name in headers if name in names]
+    if unties(config, adapter):
+        sources.insert(sources.index((EMBEDDING, EMBEDDING)) + 1, (HEAD, EMBEDDING))
+    return [
+        PlannedTensor(
+            name=name,
+            shape=headers[in_file].shape,
+            dtype=dtype or torch_type(headers[in_file]),
+            dtype_in_file=torch_type(headers[in_file]),
+            file=headers[in_file].file,
+            name_in_file=in_file,
+            pair=pairs.get(name),
+        )
+        for name, in_file in sources
+    ]
+
+
+def unties(config: ModelConfig, adapter: Adapter | None) -> bool:
+    """Whether the merged model has its own head although the base shares its token table with it.
+
+    An adapter on one of the two modules changes that one alone, so that they are no longer equal.
+    """
+    on_either = adapter is not None and not {EMBEDDING_MODULE, LM_HEAD}.isdisjoint(adapter.pairs)
+    return config.tie_word_embeddings and on_either
 
 
 @torch.no_grad()
-def merged(planned: Planned) -> Tensor:
+def merge(planned: PlannedTensor) -> Tensor:
     """One tensor, read and merged piece by piece. Returns: [O, D], or [O] of biases and norms."""
     out = torch.empty(planned.shape, dtype=planned.dtype)
-    # A piece is held twice in the wider type that the sum is computed in.
-    rows = max(1, PIECE_BYTES * len(out) // max(out.nbytes, 1))
-    for start in range(0, len(out), rows):
-        part = slice(start, start + rows)
+    for rows in row_slices(len(out), out.nbytes):
         # Opened for each piece: closing the file gives its mapped pages back.
         with safe_open(planned.file, framework="pt") as file:
-            piece = file.get_slice(planned.name_in_file)[part]
-            if planned.pair is None:
-                out[part].copy_(piece)
-                continue
-            wide = torch.promote_types(piece.dtype, torch.float32)
-            out[part].copy_(piece.to(wide) + update(planned.pair, part, wide, planned.name))
+            piece = file.get_slice(planned.name_in_file)[rows]
+            out[rows].copy_(_with_update(piece, planned.pair, rows, planned.name))
     return out
+
+
+def row_slices(rows: int, nbytes: int) -> Iterator[slice]:
+    """The rows of a tensor of `nbytes` in pieces of PIECE_BYTES: what is computed in at a time."""
+    step = max(1, PIECE_BYTES * rows // max(nbytes, 1))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _with_update(weight: Tensor, pair: LoraPair | None, rows: slice, name: str) -> Tensor:
+    """Some rows of a weight and what an adapter adds to them, in fp32 or wider.
+
+    Args:
+        weight: [rows, D], or [rows] of biases and norms.
+        name: of the weight; the token table's update is laid out differently.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    if pair is None:
+        return weight.to(dtype)
+    return weight.to(dtype) + update(pair, rows, dtype, name).to(weight.device)
 
 
 def update(pair: LoraPair, rows: slice, dtype: torch.dtype, name: str) -> Tensor:
@@ -195,117 +289,14 @@ def update(pair: LoraPair, rows: slice, dtype: torch.dtype, name: str) -> Tensor
     lora_A, lora_B = pair.lora_A.detach().to(dtype), pair.lora_B.detach().to(dtype)
     if name == EMBEDDING:  # Rows are tokens: A is [R, V], B is [D, R].
         return (lora_A[:, rows].t() @ lora_B.t()).mul_(pair.scaling)
-    return (lora_B[rows] @ lora_A).mul_(pair.scaling)
+    return (lora_B[rows] @ lora_A).mul_(pair.scaling)  # A is [R, D], B is [O, R].
 
 
-# -------------------------------------------------------------------------------------------------
-# What rounding does to a merged model, measured on the model itself.
-#
-# In fp32 merging changes nothing but the order of sums. In bf16 or fp16 every merged weight is
-# rounded once more, to half a unit in its last place, and logits move. How far they may is
-# measured: the same merge is rounded at random instead, up or down by chance. (Random rounding is
-# the nearest one after a shift of up to half a unit.) A wrong scale, a missing module or a swapped
-# name moves them further.
+# --- files ----------------------------------------------------------------------------------------
 
-# Of the largest number in a sum: products in fp32 add up in different orders.
-_ORDER_OF_SUMS = 2e-6
-_SEED = 0
-
-
-@torch.no_grad()
-def check_weights(decoder: Decoder, adapter: Adapter, folder: Path, config: ModelConfig) -> None:
-    """Holds every weight of an exported folder against base + scaling * B A, computed from memory.
-
-    Args:
-        decoder: the base, in a type that holds its weights as they are.
-        adapter: as the decoder has it.
-        folder, config: of the export.
-
-    Raises:
-        ExportError: a weight that is further away than half a unit in its last place.
-    """
-    ours = _weights(decoder)
-    problems = []
-    for name, header in checked_headers(Decoder(config, torch.float32, "meta"), folder).items():
-        pair = adapter.pairs.get(name.removesuffix(".weight")) if name in ours else None
-        limits = torch.finfo(torch_type(header))
-        outside = 0
-        for part in _pieces(ours[name]):
-            expected = _merged(ours[name], pair, part, name)
-            with safe_open(header.file, framework="pt") as file:
-                there = file.get_slice(name)[part].to(expected)
-            room = expected.abs() * (limits.eps / 2) + limits.tiny * limits.eps
-            room += _ORDER_OF_SUMS * expected.abs().max() if pair else 0.0
-            # Not "further than": NaN is not.
-            outside += int((~((there - expected).abs() <= room)).sum())
-        if outside:
-            problems.append(f"{name}: {outside} of {ours[name].numel()} weights")
-    if problems:
-        raise ExportError(
-            "the export was removed: weights in it are not those of the base and the adapter:\n"
-            + listing(problems)
-        )
-
-
-@torch.no_grad()
-def merge_rounded_at_random(
-    decoder: Decoder, adapter: Adapter, planned: Sequence[Planned], dtype: torch.dtype
-) -> None:
-    """Merges an adapter into a decoder for good, every weight rounded to `dtype` by chance.
-
-    Weights that the export holds as they are in their file stay so.
-    """
-    detach(decoder)
-    if any(tensor.name == HEAD for tensor in planned) and decoder.config.tie_word_embeddings:
-        own = decoder.embed_tokens.weight.clone()
-        decoder.lm_head.weight = nn.Parameter(own, requires_grad=False)
-    if adapter.pairs.keys() & {EMBEDDING.removesuffix(".weight")}:
-        own = decoder.embed_tokens.weight.clone()  # It may be the file itself.
-        decoder.embed_tokens.weight = nn.Parameter(own, requires_grad=False)
-    weights = _weights(decoder)
-    generator = torch.Generator().manual_seed(_SEED)
-    for tensor in planned:
-        is_held = torch.promote_types(tensor.dtype, tensor.dtype_in_file) == tensor.dtype
-        if tensor.pair is None and is_held:
-            continue
-        weight = weights[tensor.name]
-        for part in _pieces(weight):
-            merged = _merged(weight, tensor.pair, part, tensor.name).cpu()
-            shift = torch.rand(merged.shape, generator=generator) - 0.5
-            weight[part] = (merged + shift * _unit(merged, dtype)).to(dtype)
-
-
-def _weights(decoder: Decoder) -> dict[str, Tensor]:
-    """By transformers' names; a head is there also where it is the token table."""
-    return {**decoder.named_weights(), **decoder.lm_head.named_weights()}
-
-
-def _pieces(weight: Tensor) -> list[slice]:
-    rows = max(1, PIECE_BYTES * len(weight) // max(weight.nbytes, 1))
-    return [slice(start, start + rows) for start in range(0, len(weight), rows)]
-
-
-def _merged(weight: Tensor, pair: LoraPair | None, part: slice, name: str) -> Tensor:
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    merged = weight[part].to(wide)
-    return merged if pair is None else merged + update(pair, part, wide, name).to(merged.device)
-
-
-def _unit(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The distance between the numbers of `dtype` around each x."""
-    exponent = torch.frexp(x).exponent - 1  # x is 1.m * 2**exponent.
-    limits = torch.finfo(dtype)
-    unit = torch.ldexp(torch.full_like(x, limits.eps), exponent)
-    return unit.clamp(min=limits.tiny * limits.eps)
-
-
-# -------------------------------------------------------------------------------------------------
-# Safetensors files written a tensor at a time: `save_file` wants a whole shard in memory.
-#
-# The layout is that of transformers: model.safetensors where all fits into one file, else numbered
-# shards and an index. (https://huggingface.co/docs/safetensors: 8 bytes with the header's length,
-# the header as JSON, then the tensors end to end.)
-
+# `save_file` wants a whole shard in memory; these files are written a tensor at a time. The layout
+# is that of transformers: model.safetensors where all fits into one file, else numbered shards and
+# an index. The format: https://huggingface.co/docs/safetensors
 _TYPE_NAMES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
@@ -315,43 +306,20 @@ _TYPE_NAMES = {
 _ALIGNMENT = 8
 
 
-class PlannedTensor(Protocol):
-    """What has to be known of a tensor before it is there."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def nbytes(self) -> int: ...
-
-
-def shards_of(planned: Sequence[PlannedTensor], max_shard_size: int) -> list[list[PlannedTensor]]:
-    """Tensors in their order, in runs of at most `max_shard_size` bytes; a larger one is alone."""
-    shards: list[list[PlannedTensor]] = []
-    room = 0
-    for tensor in planned:
-        if not shards or tensor.nbytes > room:
-            shards.append([])
-            room = max_shard_size
-        shards[-1].append(tensor)
-        room -= tensor.nbytes
-    return shards
-
-
 def write_shards(
     folder: Path,
     planned: Sequence[PlannedTensor],
-    tensors: Iterable[Tensor],
     max_shard_size: int,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Writes planned tensors as they come, in the same order, and the index if there are shards."""
+    """Merges and writes all tensors in their order, and the index if there is more than one file.
+
+    Args:
+        max_shard_size: bytes of the tensors in a file.
+        progress: called with (bytes written, bytes in all) after each tensor.
+    """
     shards = shards_of(planned, max_shard_size)
     total = sum(tensor.nbytes for tensor in planned)
-    coming = iter(tensors)
     weight_map: dict[str, str] = {}
     done = 0
     for number, shard in enumerate(shards, start=1):
@@ -360,26 +328,34 @@ def write_shards(
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         with (folder / file).open("wb") as stream:
             stream.write(_header(shard))
-            for expected in shard:
-                tensor = next(coming)
-                assert (tuple(tensor.shape), tensor.dtype) == (expected.shape, expected.dtype)
-                stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-                del tensor
-                weight_map[expected.name] = file
-                done += expected.nbytes
+            for tensor in shard:
+                stream.write(merge(tensor).reshape(-1).view(torch.uint8).numpy().data)
+                weight_map[tensor.name] = file
+                done += tensor.nbytes
                 progress(done, total)
-            # Here and not at the end: a disk that is full or fails says so for this file.
+            # Here and not at the end: a full or failing disk is reported for this file.
             stream.flush()
             os.fsync(stream.fileno())
     if len(shards) > 1:
-        content = {
-            "metadata": {"total_size": total},
-            "weight_map": dict(sorted(weight_map.items())),
-        }
-        write_object(folder / INDEX_FILE, content)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_object(folder / INDEX_FILE, index)
+
+
+def shards_of(planned: Sequence[PlannedTensor], max_shard_size: int) -> list[list[PlannedTensor]]:
+    """Tensors in their order, in runs of at most `max_shard_size` bytes; a larger one is alone."""
+    shards: list[list[PlannedTensor]] = []
+    left = 0  # bytes, in the last shard
+    for tensor in planned:
+        if not shards or tensor.nbytes > left:
+            shards.append([])
+            left = max_shard_size
+        shards[-1].append(tensor)
+        left -= tensor.nbytes
+    return shards
 
 
 def _header(shard: Sequence[PlannedTensor]) -> bytes:
+    """The header's length in 8 bytes, and the header as JSON."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
     for tensor in shard:
@@ -395,92 +371,91 @@ def _header(shard: Sequence[PlannedTensor]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-# -------------------------------------------------------------------------------------------------
+# --- rounding -------------------------------------------------------------------------------------
 
-# Where rounding moves the logits by more than this part of what the adapter moves them, say so.
-_MUCH_OF_THE_ADAPTER = 0.25
+# In fp32 merging changes nothing but the order of sums. In bf16 or fp16 every merged weight is
+# rounded once more, by half a unit in its last place at most, and logits move. How far they may is
+# measured: the same merge is rounded at random instead, up or down by chance. A wrong scale, a
+# missing module or a swapped name moves them further.
+
+# As a share of the largest number in a sum: products in fp32 add up in different orders.
+_ORDER_OF_SUMS = 2e-6
+_SEED = 0
 
 
-def export_merged(job: Export) -> Proof:
-    """Writes the folder, a tensor at a time, and proves it."""
-    source, options = job.source, job.options
-    dtype = None if options.dtype == "base" else DTYPES[options.dtype]
-    planned = plan_tensors(source.model_folder, source.config, source.adapter, dtype)
-    check_disk_space(job.destination, sum(tensor.nbytes for tensor in planned))
-    untied = unties(source.config, source.adapter)
-    if untied:
-        job.say(
-            "note: the base shares its token table with the head, and the adapter moves one of"
-            " them; so the export has both, and tie_word_embeddings is false"
+@torch.no_grad()
+def check_weights(decoder: Decoder, adapter: Adapter, folder: Path, config: ModelConfig) -> None:
+    """Compares every weight of an exported folder with base + scaling * B A, computed from memory.
+
+    Args:
+        decoder: the base, in a type that holds its weights as they are.
+        adapter: as the decoder has it.
+        folder, config: of the export.
+
+    Raises:
+        ExportError: a weight that is further away than half a unit in its last place.
+    """
+    ours = _weights(decoder)
+    problems = []
+    for name, header in checked_headers(Decoder(config, torch.float32, "meta"), folder).items():
+        pair = adapter.pairs.get(name.removesuffix(".weight"))
+        limits = torch.finfo(torch_type(header))
+        outside = 0
+        for rows in row_slices(len(ours[name]), ours[name].nbytes):
+            expected = _with_update(ours[name][rows], pair, rows, name)  # [rows, D]
+            with safe_open(header.file, framework="pt") as file:
+                there = file.get_slice(name)[rows].to(expected)
+            allowed = expected.abs() * (limits.eps / 2) + limits.tiny * limits.eps
+            allowed += _ORDER_OF_SUMS * expected.abs().max() if pair else 0.0
+            # Not "further than": NaN is not.
+            outside += int((~((there - expected).abs() <= allowed)).sum())
+        if outside:
+            problems.append(f"{name}: {outside} of {ours[name].numel()} weights")
+    if problems:
+        raise ExportError(
+            "the export was removed: weights in it are not those of the base and the adapter:\n"
+            + listing(problems)
         )
-    write_config(source, job.destination, dtype, untied=untied)
-    write_shards(
-        job.destination,
-        planned,
-        (merged(tensor) for tensor in planned),
-        options.max_shard_size,
-        job.progress,
-    )
-    write_texts(source, job.destination, "merged")
-    return _prove(job, planned)
 
 
-def _prove(job: Export, planned: Sequence[Planned]) -> Proof:
-    source = job.source
-    decoder = job.loaded.decoder
-    config = read_model_config(job.destination)
-    if all(_holds(decoder.dtype, tensor.dtype_in_file) for tensor in planned):
-        check_weights(decoder, source.adapter, job.destination, config)
-    answers = greedy_answers(job.loaded, proof_prompts(source.run))
-    job.loaded.on_decoder.choose([None])
-    effect = compare(answers, logits_on(decoder, answers), TIE).typical
-    measured: dict[str, Any] = {
-        "computed_in": str(decoder.dtype).removeprefix("torch."),
-        "adapter_moves_logits_typically_by": effect,
-    }
-    largest, typical, tie_below = fp32_tolerance(answers), None, TIE
-    # The coarsest type that weights pass on the way.
-    types = {decoder.dtype, *(tensor.dtype for tensor in planned)}
-    coarsest = max(types, key=lambda dtype: torch.finfo(dtype).eps)
-    if torch.finfo(coarsest).eps > torch.finfo(torch.float32).eps:
-        merge_rounded_at_random(decoder, source.adapter, planned, coarsest)
-        by_chance = compare(answers, logits_on(decoder, answers), TIE)
-        measured["rounding_at_random_moves_logits_typically_by"] = by_chance.typical
-        measured["rounding_at_random_moves_a_logit_by_at_most"] = by_chance.largest
-        typical = max(largest, TYPICAL_ROUNDING * by_chance.typical)
-        largest = max(largest, LARGEST_ROUNDING * by_chance.largest)
-        # Between answers that are so close, rounding decides.
-        tie_below = largest
-    device, dtype = decoder.device, decoder.dtype
-    del decoder
-    job.release()
+@torch.no_grad()
+def merge_rounded_at_random(
+    decoder: Decoder, adapter: Adapter, planned: Sequence[PlannedTensor], dtype: torch.dtype
+) -> None:
+    """Merges an adapter into a decoder for good, every weight rounded to `dtype` at random.
 
-    check_texts(source, job.destination, answers)
-    exported = load_decoder(job.destination, config, dtype, device)
-    found = compare(answers, logits_on(exported, answers), tie_below)
-    if typical is not None and found.typical > _MUCH_OF_THE_ADAPTER * effect:
-        # Small updates of large weights can be lost in rounding.
-        job.say(
-            f"warning: rounding the merged weights moves the logits by {found.typical / effect:.0%}"
-            " of what the adapter moves them; --dtype fp32 keeps all of it, in larger files, and so"
-            " does --format adapter"
-        )
-    return Proof(
-        "merged",
-        "the export, loaded again, beside the adapter in memory",
-        len(answers),
-        found.tokens,
-        found.differing,
-        found.ties,
-        tie_below,
-        found.largest,
-        largest,
-        measured,
-        found.typical,
-        typical,
-    )
+    Random rounding is rounding to the nearest after a shift of up to half a unit. Weights that the
+    export holds as they are in their file stay as they are.
+    """
+    detach(decoder)
+    # Modules that change take a copy: they may share the token table, or it may be the file itself.
+    if decoder.config.tie_word_embeddings and any(tensor.name == HEAD for tensor in planned):
+        own = decoder.embed_tokens.weight.clone()
+        decoder.lm_head.weight = nn.Parameter(own, requires_grad=False)
+    if EMBEDDING_MODULE in adapter.pairs:
+        own = decoder.embed_tokens.weight.clone()
+        decoder.embed_tokens.weight = nn.Parameter(own, requires_grad=False)
+
+    weights = _weights(decoder)
+    generator = torch.Generator().manual_seed(_SEED)
+    for tensor in planned:
+        if tensor.pair is None and _holds(tensor.dtype, tensor.dtype_in_file):
+            continue
+        weight = weights[tensor.name]  # [O, D] or [O]
+        for rows in row_slices(len(weight), weight.nbytes):
+            merged = _with_update(weight[rows], tensor.pair, rows, tensor.name).cpu()
+            shift = torch.rand(merged.shape, generator=generator) - 0.5
+            weight[rows] = (merged + shift * _unit(merged, dtype)).to(dtype)
 
 
-def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
-    """Whether every number of `other` is one of `dtype`."""
-    return torch.promote_types(dtype, other) == dtype
+def _weights(decoder: Decoder) -> dict[str, Tensor]:
+    """By transformers' names; the head is there also where it is the token table."""
+    return {**decoder.named_weights(), **decoder.lm_head.named_weights()}
+
+
+def _unit(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance between neighbouring numbers of `dtype` at each x. Shape: that of x."""
+    exponent = torch.frexp(x).exponent - 1  # x is 1.m * 2**exponent.
+    limits = torch.finfo(dtype)
+    unit = torch.ldexp(torch.full_like(x, limits.eps), exponent)
+    return unit.clamp(min=limits.tiny * limits.eps)

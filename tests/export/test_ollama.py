@@ -11,7 +11,7 @@ from phitune.cli import main
 from phitune.data.dataset import Turn
 from phitune.data.prompt import ChatFormat, InstructFormat, PromptFormat
 from phitune.data.tokenizer import TextTokenizer
-from phitune.export.folder import go_template, modelfile
+from phitune.export.ollama import go_template, modelfile
 from phitune.model.files import ASSETS
 
 QUESTION = Turn("user", "What is\n 2 + 2?")

@@ -1,0 +1,71 @@
+"""The adapter that is exported, with its base's files and its tokenizer and prompt format.
+
+Everything that does not need the weights of the base is read and checked first; the model itself
+is loaded when an export is proven.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from phitune.data.coder import FormatName
+from phitune.export.card import TrainedAdapter
+from phitune.inference.loaded import (
+    LoadedModel,
+    adapter_folder,
+    base_model_name,
+    base_names,
+    open_model,
+    read_coder,
+)
+from phitune.model.architecture import ModelConfig, read_model_config
+from phitune.model.files import find_model
+from phitune.model.lora import Adapter, read_adapter
+from phitune.training.rundir import CONFIG
+
+
+@dataclass(frozen=True)
+class Source(TrainedAdapter):
+    """An adapter to be exported; no weights of its base."""
+
+    model_folder: Path
+    config: ModelConfig
+    adapter: Adapter  # on the CPU, on no decoder
+    format_name: FormatName | None  # as asked; None for the format it was trained in
+
+    def load(self, device: str, precision: Literal["auto", "fp32", "bf16"]) -> LoadedModel:
+        """The base in memory with the adapter as its only one.
+
+        Two models may not fit: let go of it before another one is loaded.
+        """
+        return open_model(
+            [self.adapter_folder],
+            model_name=self.model_name,
+            prompt_format=self.format_name,
+            device=device,
+            precision=precision,
+        )
+
+
+def open_source(
+    adapter_path: Path, model_name: str | None, prompt_format: FormatName | None
+) -> Source:
+    """Reads everything about an adapter that does not need the weights of its base.
+
+    Raises:
+        ModelError: files missing or damaged, or an adapter that does not fit its base.
+    """
+    folder = adapter_folder(adapter_path)
+    name = model_name or base_model_name(base_names([folder]))
+    model_folder = find_model(name)
+    config = read_model_config(model_folder)
+    return Source(
+        model_name=name,
+        adapter_folder=folder,
+        coder=read_coder(folder, model_folder, config, prompt_format),
+        run=next((path for path in (folder, folder.parent) if (path / CONFIG).is_file()), None),
+        model_folder=model_folder,
+        config=config,
+        adapter=read_adapter(config, folder),
+        format_name=prompt_format,
+    )

@@ -1,4 +1,7 @@
-"""Fixtures: small models on disk, the shared material where there is some, one thread a worker."""
+"""Fixtures: small models on disk, the shared material where there is some, one thread a worker.
+
+Nothing heavy is imported here: a test of text must not wait for torch.
+"""
 
 import atexit
 import os
@@ -6,24 +9,23 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
-import torch
-from helpers.reference import CONFIGS, phi3_config, phi_config, random_model, save_model
+from helpers import runs
+from helpers.models import CONFIGS, phi3_config, phi_config, random_folder
+from helpers.runs import FORMATS
 
 from phitune.model.files import ASSETS
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
-
+# Before anything that reads them is imported, here and in processes of the tests' own.
 # Two workers with two threads each would wait for one another on two cores.
-torch.set_num_threads(1)
-# Nothing a test does may reach for the network, neither here nor in a process of its own: the
-# library has read the variable by now, when the imports above asked for it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nothing a test does may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
-huggingface_hub.constants.HF_HUB_OFFLINE = True
-# Nor into the cache of the person who runs the tests.
+# Nor for the cache of the person who runs the tests.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="phitune-test-cache-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
 @pytest.fixture(scope="session")
@@ -42,15 +44,26 @@ def shipped_model(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture(scope="session", params=CONFIGS)
 def model_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model of each architecture in transformers' layout; no tokenizer."""
-    folder = tmp_path_factory.mktemp(request.param)
-    return save_model(random_model(CONFIGS[request.param]()), folder)
+    return random_folder(CONFIGS[request.param](), tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="session")
 def phi_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(random_model(phi_config()), tmp_path_factory.mktemp("phi"))
+    return random_folder(phi_config(), tmp_path_factory.mktemp("phi"))
 
 
 @pytest.fixture(scope="session")
 def phi3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(random_model(phi3_config()), tmp_path_factory.mktemp("phi3"))
+    return random_folder(phi3_config(), tmp_path_factory.mktemp("phi3"))
+
+
+@pytest.fixture(scope="session", params=FORMATS)
+def trained_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of each family, to be read only."""
+    return runs.trained_run(tmp_path_factory, request.param)
+
+
+@pytest.fixture(scope="session")
+def phi_2_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of tiny-phi-2, to be read only."""
+    return runs.trained_run(tmp_path_factory, "tiny-phi-2")

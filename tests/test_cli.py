@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers.reference import phi_config, random_model
+from helpers.models import phi_config, random_folder
 from safetensors.torch import load_file, save_file
 
 from phitune import Phi2LoRATrainer
@@ -44,7 +44,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=2048,
         partial_rotary_factor=0.5,
     )
-    random_model(config).save_pretrained(snapshot)
+    random_folder(config, snapshot)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(ASSETS / "tiny-phi-2" / name, snapshot)
     return home

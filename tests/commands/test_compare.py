@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.random_adapters import write_adapter
+from helpers.runs import once
 
 from phitune import Phi2LoRATrainer
 from phitune.cli import main
@@ -27,17 +28,18 @@ PHITUNE = [sys.executable, "-m", "phitune"]
 ROWS = [{"prompt": f"How much is {n} plus 2?", "response": f"It is {n + 2}."} for n in range(40)]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data.jsonl and a run on it."""
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
-    _train(folder / "run", folder / "data.jsonl")
-    return folder
+    """A folder with data.jsonl and a run on it, to be read only."""
+
+    def build(folder: Path) -> None:
+        (folder / "data.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+        _train(folder / "run", folder / "data.jsonl")
+
+    return once(tmp_path_factory, "compare", build)
 
 
 def _train(run: Path, data: Path, **settings: Any) -> None:
-    torch.set_num_threads(1)
     config = {"epochs": 1, "device": "cpu", "sample_tokens": 0, **settings}
     Phi2LoRATrainer(run, data, "tiny-phi-2", config).train()
 

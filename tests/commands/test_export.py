@@ -17,8 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.exports import train
-from helpers.reference import with_random_lora
 
 from phitune.cli import COMMANDS, main
 from phitune.errors import PhituneError
@@ -26,11 +24,6 @@ from phitune.export import job, safetensors
 from phitune.export.proof import Proof
 from phitune.model.files import ASSETS
 from phitune.plan.machine import FreeMemory
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("trained"), "instruct")
 
 
 @pytest.fixture
@@ -67,9 +60,9 @@ def test_it_is_a_command_with_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_by_default_it_goes_beside_the_run(
-    run: Path, place: Path, capsys: pytest.CaptureFixture[str]
+    phi_2_run: Path, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(run, place / "my run")
+    shutil.copytree(phi_2_run, place / "my run")
     os.chdir("my run")  # As "." the run has a name too.
     assert export(Path(), format_name="adapter") == 0
     said = capsys.readouterr().out
@@ -92,22 +85,22 @@ def test_by_default_it_goes_beside_the_run(
     ],
 )
 def test_wrong_flags_are_refused(
-    run: Path, place: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str
+    phi_2_run: Path, place: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str
 ) -> None:
-    assert main(["export", "--adapter_path", str(run), *flags]) == 2
+    assert main(["export", "--adapter_path", str(phi_2_run), *flags]) == 2
     assert said in refused(capsys)
     assert main(["export", "--format", "merged"]) == 2
     assert "--adapter_path is missing" in refused(capsys)
-    twice = ["--adapter_path", str(run), "--adapter_path", str(run)]
+    twice = ["--adapter_path", str(phi_2_run), "--adapter_path", str(phi_2_run)]
     assert main(["export", "--format", "merged", *twice]) == 2
     assert "more than once" in refused(capsys)
     assert left_in(place) == []
 
 
 def test_an_adapter_folder_without_its_config(
-    run: Path, place: Path, capsys: pytest.CaptureFixture[str]
+    phi_2_run: Path, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(run / "adapter", place / "adapter")
+    shutil.copytree(phi_2_run / "adapter", place / "adapter")
     (place / "adapter" / "adapter_config.json").unlink()
     assert export(place / "adapter") == 2
     assert "without adapter_config.json" in refused(capsys)
@@ -117,9 +110,9 @@ def test_an_adapter_folder_without_its_config(
 
 
 def test_an_adapter_without_its_weights_or_with_damaged_ones(
-    run: Path, place: Path, capsys: pytest.CaptureFixture[str]
+    phi_2_run: Path, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(run / "adapter", place / "adapter")
+    shutil.copytree(phi_2_run / "adapter", place / "adapter")
     weights = place / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert export(place / "adapter") == 2
@@ -132,13 +125,13 @@ def test_an_adapter_without_its_weights_or_with_damaged_ones(
 
 @pytest.mark.parametrize("base", ["tiny-phi-3.5", "narrower"])
 def test_an_adapter_of_another_base(
-    run: Path, place: Path, capsys: pytest.CaptureFixture[str], base: str
+    phi_2_run: Path, place: Path, capsys: pytest.CaptureFixture[str], base: str
 ) -> None:
     """Other names, or the same names and other sizes; seen before any weights are read."""
-    adapter = run
+    adapter = phi_2_run
     if base == "narrower":
         base = "tiny-phi-2"
-        shutil.copytree(run, place / "run")
+        shutil.copytree(phi_2_run, place / "run")
         adapter = place / "run"
         name = adapter / "adapter" / "adapter_model.safetensors"
         from safetensors.torch import load_file, save_file
@@ -147,14 +140,14 @@ def test_an_adapter_of_another_base(
         save_file(narrower, name)
     assert export(adapter, "--model_name", base) == 2
     assert "does not fit the model" in refused(capsys)
-    assert left_in(place) == (["run"] if adapter != run else [])
+    assert left_in(place) == (["run"] if adapter != phi_2_run else [])
 
 
 @pytest.mark.parametrize("change", [{"use_dora": True}, {"peft_type": "PROMPT_TUNING"}])
 def test_kinds_of_adapters_that_are_not_built(
-    run: Path, place: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any]
+    phi_2_run: Path, place: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any]
 ) -> None:
-    shutil.copytree(run / "adapter", place / "adapter")
+    shutil.copytree(phi_2_run / "adapter", place / "adapter")
     path = place / "adapter" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     assert export(place / "adapter") == 2
@@ -166,33 +159,33 @@ def test_kinds_of_adapters_that_are_not_built(
 
 
 def test_an_output_that_exists_is_refused_and_only_an_export_is_replaced(
-    run: Path, place: Path, capsys: pytest.CaptureFixture[str]
+    phi_2_run: Path, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = place / "out"
     out.mkdir()
     (out / "thesis.txt").write_text("all of it")
     for flags in ([], ["--overwrite"]):
-        assert export(run, "--output_dir", "out", *flags) == 2
+        assert export(phi_2_run, "--output_dir", "out", *flags) == 2
         assert "exists; choose another" in (said := refused(capsys)) or "this is not one" in said
     assert (out / "thesis.txt").read_text() == "all of it"
 
-    assert export(run, "--output_dir", "second", format_name="adapter") == 0
-    assert export(run, "--output_dir", "second") == 2
+    assert export(phi_2_run, "--output_dir", "second", format_name="adapter") == 0
+    assert export(phi_2_run, "--output_dir", "second") == 2
     assert "exists; choose another" in refused(capsys)
-    assert export(run, "--output_dir", "second", "--overwrite") == 0
+    assert export(phi_2_run, "--output_dir", "second", "--overwrite") == 0
     assert (place / "second" / "model.safetensors").is_file()
     assert not (place / "second" / "adapter_model.safetensors").exists()
     # What a person has put beside it is not thrown away.
     (place / "second" / "notes.txt").write_text("mine")
     capsys.readouterr()
-    assert export(run, "--output_dir", "second", "--overwrite") == 2
+    assert export(phi_2_run, "--output_dir", "second", "--overwrite") == 2
     assert "holds other files (notes.txt)" in refused(capsys)
     assert left_in(place) == ["out", "second"]
 
 
 @pytest.mark.parametrize("kind", ["file", "dangling link", "link to an export"])
 def test_an_output_that_is_no_folder(
-    run: Path, place: Path, capsys: pytest.CaptureFixture[str], kind: str
+    phi_2_run: Path, place: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     out = place / "out"
     if kind == "file":
@@ -200,18 +193,21 @@ def test_an_output_that_is_no_folder(
     elif kind == "dangling link":
         out.symlink_to("nowhere")
     else:
-        assert export(run, "--output_dir", "real", format_name="adapter") == 0
+        assert export(phi_2_run, "--output_dir", "real", format_name="adapter") == 0
         out.symlink_to("real")
         capsys.readouterr()
     before = left_in(place)
     for flags in ([], ["--overwrite"]):
-        assert export(run, "--output_dir", "out", *flags) == 2
+        assert export(phi_2_run, "--output_dir", "out", *flags) == 2
         assert "output_dir out: " in refused(capsys)
     assert left_in(place) == before
 
 
 def test_a_folder_that_cannot_be_written_to(
-    run: Path, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    phi_2_run: Path,
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (place / "theirs").mkdir(mode=0o555)
     if os.access(place / "theirs", os.W_OK):  # For root every folder can be.
@@ -219,16 +215,16 @@ def test_a_folder_that_cannot_be_written_to(
         monkeypatch.setattr(
             os, "access", lambda path, mode: "theirs" not in str(path) and really(path, mode)
         )
-    assert export(run, "--output_dir", "theirs/deep/out") == 2
+    assert export(phi_2_run, "--output_dir", "theirs/deep/out") == 2
     assert "theirs is not writable" in refused(capsys)
     assert left_in(place / "theirs") == []
 
 
 def test_a_base_that_lies_where_the_export_would_go(
-    run: Path, place: Path, capsys: pytest.CaptureFixture[str]
+    phi_2_run: Path, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(ASSETS / "tiny-phi-2", place / "base")
-    assert export(run, "--model_name", "base", "--output_dir", "base", "--overwrite") == 2
+    assert export(phi_2_run, "--model_name", "base", "--output_dir", "base", "--overwrite") == 2
     assert "this is not one" in refused(capsys)
     assert (place / "base" / "model.safetensors").is_file()
 
@@ -250,35 +246,41 @@ def small_disk(folder: Path, size: str) -> Iterator[None]:
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(
-    run: Path, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    phi_2_run: Path,
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     usage = shutil.disk_usage(place)._replace(free=2**20)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     monkeypatch.setattr(safetensors, "write_shards", None)
-    assert export(run, "--output_dir", "out") == 1
+    assert export(phi_2_run, "--output_dir", "out") == 1
     assert "the disk has 0.00 GiB left; free some of it" in refused(capsys)
     assert left_in(place) == []
 
 
 def test_a_disk_that_fills_up_on_the_way(
-    run: Path, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    phi_2_run: Path,
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A real one of 2 MiB; the look at its room before is put aside, as if it filled up since."""
     monkeypatch.setattr(safetensors, "check_disk_space", lambda folder, nbytes: None)
     with small_disk(place, "2m"):
-        assert export(run, "--output_dir", str(place / "out")) == 1
+        assert export(phi_2_run, "--output_dir", str(place / "out")) == 1
         assert "out: cannot be written" in (said := refused(capsys))
         assert "No space left on device" in said
         assert left_in(place) == []
 
 
 def test_a_limit_on_the_size_of_files(
-    run: Path, place: Path, capsys: pytest.CaptureFixture[str]
+    phi_2_run: Path, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, before[1]))
     try:
-        assert export(run, "--output_dir", "out") == 1
+        assert export(phi_2_run, "--output_dir", "out") == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "out: cannot be written, and nothing is left of it: File too large" in refused(capsys)
@@ -287,10 +289,10 @@ def test_a_limit_on_the_size_of_files(
 
 @pytest.mark.parametrize("before", [False, True], ids=["new", "in the place of another"])
 def test_ctrl_c_during_the_write_leaves_what_was_there(
-    run: Path, place: Path, monkeypatch: pytest.MonkeyPatch, before: bool
+    phi_2_run: Path, place: Path, monkeypatch: pytest.MonkeyPatch, before: bool
 ) -> None:
     if before:
-        assert export(run, "--output_dir", "out", format_name="adapter") == 0
+        assert export(phi_2_run, "--output_dir", "out", format_name="adapter") == 0
     then = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
     written: list[str] = []
     really = safetensors.write_shards
@@ -301,13 +303,13 @@ def test_ctrl_c_during_the_write_leaves_what_was_there(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(safetensors, "write_shards", interrupted)
-    assert export(run, "--output_dir", "out", "--overwrite") == 130
+    assert export(phi_2_run, "--output_dir", "out", "--overwrite") == 130
     assert any(name.startswith(".out.new-") for name in written)
     assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == then
     assert left_in(place) == (["out"] if before else [])
 
 
-def test_a_real_ctrl_c(run: Path, place: Path) -> None:
+def test_a_real_ctrl_c(phi_2_run: Path, place: Path) -> None:
     """The signal that a terminal sends, while a second process writes."""
     code = (
         "import sys, time\n"
@@ -320,7 +322,7 @@ def test_a_real_ctrl_c(run: Path, place: Path) -> None:
         "from phitune.cli import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    words = ["export", "--adapter_path", run, "--format", "merged", "--output_dir", "out"]
+    words = ["export", "--adapter_path", phi_2_run, "--format", "merged", "--output_dir", "out"]
     process = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, words)], stderr=subprocess.PIPE, text=True
     )
@@ -337,28 +339,28 @@ def test_a_real_ctrl_c(run: Path, place: Path) -> None:
 
 
 def test_what_a_killed_export_left_is_cleared_and_a_living_ones_is_not(
-    run: Path, place: Path
+    phi_2_run: Path, place: Path
 ) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     for name in (f".out.new-{dead.pid}", f".out.new-{os.getppid()}", ".out.new-mine"):
         (place / name).mkdir()
-    assert export(run, "--output_dir", "out", format_name="adapter") == 0
+    assert export(phi_2_run, "--output_dir", "out", format_name="adapter") == 0
     assert left_in(place) == sorted([".out.new-mine", f".out.new-{os.getppid()}", "out"])
 
 
 def test_an_export_killed_between_two_renames_is_put_back(
-    run: Path, place: Path, capsys: pytest.CaptureFixture[str]
+    phi_2_run: Path, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    assert export(run, "--output_dir", "out", format_name="adapter") == 0
+    assert export(phi_2_run, "--output_dir", "out", format_name="adapter") == 0
     (place / "out").rename(place / f".out.old-{dead.pid}")
-    assert export(run, "--output_dir", "out") == 2
+    assert export(phi_2_run, "--output_dir", "out") == 2
     assert "exists; choose another" in refused(capsys)
     assert left_in(place) == ["out"]
     shutil.copytree(place / "out", place / f".out.old-{dead.pid}")
-    assert export(run, "--output_dir", "out", "--overwrite") == 0
+    assert export(phi_2_run, "--output_dir", "out", "--overwrite") == 0
     assert left_in(place) == ["out"]
 
 
@@ -372,7 +374,7 @@ def test_an_export_killed_between_two_renames_is_put_back(
     ],
 )
 def test_an_export_that_answers_otherwise_is_removed(
-    run: Path,
+    phi_2_run: Path,
     place: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -391,7 +393,7 @@ def test_an_export_that_answers_otherwise_is_removed(
     }
     assert Proof(**proof).passed
     monkeypatch.setattr(safetensors, "_prove", lambda *_: Proof(**(proof | spoil)))
-    assert export(run, "--output_dir", "out") == 1
+    assert export(phi_2_run, "--output_dir", "out") == 1
     said = refused(capsys)
     assert "out: the export does not answer as the adapter does, so it was removed" in said
     assert "greedy tokens equal on 3 prompts" in said
@@ -400,7 +402,7 @@ def test_an_export_that_answers_otherwise_is_removed(
 
 @pytest.mark.parametrize("what", ["weights", "rotary", "template", "tokenizer", "stop"])
 def test_the_proof_finds_what_is_wrong_in_a_written_folder(
-    run: Path,
+    phi_2_run: Path,
     place: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -431,7 +433,7 @@ def test_the_proof_finds_what_is_wrong_in_a_written_folder(
             path.write_text(json.dumps({"eos_token_id": [5]}))
 
     monkeypatch.setattr(safetensors, "write_texts", spoilt)
-    assert export(run, "--output_dir", "out") == 1
+    assert export(phi_2_run, "--output_dir", "out") == 1
     words = {
         "weights": "weights in it are not those of the base and the adapter",
         "rotary": "does not answer as the adapter does",
@@ -447,6 +449,7 @@ def test_a_merge_that_rounding_undoes_is_exported_with_a_warning(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An update far below half a unit of bf16: the merged file is nearly the base."""
+    from helpers.reference import with_random_lora
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(ASSETS / "tiny-phi-2", dtype=torch.float32)
@@ -464,7 +467,7 @@ def test_a_merge_that_rounding_undoes_is_exported_with_a_warning(
 
 
 @pytest.mark.parametrize("dtype", ["base", "bf16"])
-def test_a_wide_base_in_a_narrow_type(run: Path, place: Path, dtype: str) -> None:
+def test_a_wide_base_in_a_narrow_type(phi_2_run: Path, place: Path, dtype: str) -> None:
     """Of a base in fp32, --dtype bf16 rounds every weight, also those that no adapter moves."""
     from safetensors.torch import load_file, save_file
 
@@ -476,7 +479,7 @@ def test_a_wide_base_in_a_narrow_type(run: Path, place: Path, dtype: str) -> Non
         for name, tensor in load_file(file).items()
     }
     save_file(wide, file, metadata={"format": "pt"})
-    assert export(run, "--model_name", "base", "--output_dir", "out", "--dtype", dtype) == 0
+    assert export(phi_2_run, "--model_name", "base", "--output_dir", "out", "--dtype", dtype) == 0
     expected = torch.bfloat16 if dtype == "bf16" else torch.float32
     written = load_file(place / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in written.values()} == {expected}
@@ -485,23 +488,26 @@ def test_a_wide_base_in_a_narrow_type(run: Path, place: Path, dtype: str) -> Non
 
 
 def test_a_proof_in_bf16_where_fp32_does_not_fit(
-    run: Path, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    phi_2_run: Path,
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(job, "memory_budget", lambda device: FreeMemory(2**20, "so much"))
-    assert export(run, "--output_dir", "out") == 0
+    assert export(phi_2_run, "--output_dir", "out") == 0
     assert "the proof computes in bf16: fp32 takes 1.0 GiB" in capsys.readouterr().out
     proof = json.loads((place / "out" / "export_proof.json").read_text())
     assert proof["computed_in"] == "bfloat16"
 
 
-def test_remote_code_and_paths_of_the_base_do_not_travel(run: Path, place: Path) -> None:
+def test_remote_code_and_paths_of_the_base_do_not_travel(phi_2_run: Path, place: Path) -> None:
     shutil.copytree(ASSETS / "tiny-phi-2", place / "base")
     path = place / "base" / "config.json"
     raw = json.loads(path.read_text())
     code = {"auto_map": {"AutoConfig": "x.Y"}, "_name_or_path": "/home/someone/base"}
     del raw["architectures"]
     path.write_text(json.dumps({**raw, **code}))
-    assert export(run, "--model_name", "base", "--output_dir", "out") == 0
+    assert export(phi_2_run, "--model_name", "base", "--output_dir", "out") == 0
     config = json.loads((place / "out" / "config.json").read_text())
     assert config == {**raw, "architectures": ["PhiForCausalLM"]}
 

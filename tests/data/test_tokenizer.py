@@ -8,18 +8,15 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from helpers.conversations import FORMATS, SHIPPED, ask, example_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
-from phitune.data.dataset import Example, Role, Turn, read_examples
-from phitune.data.prompt import ChatFormat, PromptFormat, Segment
+from phitune.data.dataset import Example, read_examples
+from phitune.data.prompt import PromptFormat, Segment
 from phitune.data.tokenizer import IGNORE_INDEX, TextTokenizer
 from phitune.errors import ModelError
-from phitune.model.files import ASSETS
 
-SHIPPED = {name: TextTokenizer(ASSETS / name) for name in ("tiny-phi-2", "tiny-phi-3.5")}
-FORMATS = [("tiny-phi-2", "instruct"), ("tiny-phi-3.5", "instruct"), ("tiny-phi-3.5", "chat")]
 SPECIAL = [
     "<|end|>",
     "<|user|>",
@@ -37,21 +34,6 @@ texts = st.lists(
     min_size=1,
     max_size=5,
 ).map("".join)
-
-
-def example_of(*said: str, system: str | None = None) -> Example:
-    """A user's and an assistant's turns by turn, or a text alone."""
-    if len(said) == 1:
-        return Example((Turn("assistant", said[0]),), Path("rows"), 1)
-    roles: tuple[Role, Role] = ("user", "assistant")
-    turns = [Turn(roles[index % 2], text) for index, text in enumerate(said)]
-    return Example(
-        (*([Turn("system", system)] if system is not None else []), *turns), Path("rows"), 1
-    )
-
-
-def ask(tokenizer: TextTokenizer, prompt_format: PromptFormat, question: str) -> list[int]:
-    return tokenizer.encode(prompt_format.segments((Turn("user", question),)))
 
 
 conversations = st.builds(
@@ -145,54 +127,6 @@ def test_many_at_once_are_each_as_alone(
     assert together == [tokenizer.encode_example(prompt_format, row, **flags) for row in rows]
 
 
-def test_instruct_turns_are_rendered_as_the_guide_writes_them() -> None:
-    tokenizer = SHIPPED["tiny-phi-2"]
-    prompt_format = tokenizer.prompt_format("instruct")
-    turns = example_of("q", "a", "r", "b", system="s").turns
-    text = "".join(segment.text for segment in prompt_format.segments(turns))
-    end = prompt_format.end_token
-    assert text == (f"s\n\nInstruct: q\n\nOutput: a{end}\n\nInstruct: r\n\nOutput: b{end}")
-
-
-def test_a_template_without_a_place_for_a_system_turn_refuses_it() -> None:
-    template = (
-        "{% for m in messages %}{% if m['role'] != 'system' %}"
-        "{{ '<' + m['role'] + '>' + m['content'] + '</s>' }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}<assistant>{% endif %}"
-    )
-    chat = ChatFormat.from_template(template, {"eos_token": "</s>"}, ["</s>"])
-    assert chat.refusal(example_of("q", "a", "r", "b").turns) is None
-    said = chat.refusal(example_of("q", "a", system="s").turns)
-    assert said
-    assert "no place for a system turn" in said
-    assert "--prompt_format instruct" in said
-    strict = template.replace("{% for", "{{ raise_exception('no') if messages[2] }}{% for", 1)
-    chat = ChatFormat.from_template(strict, {"eos_token": "</s>"}, ["</s>"])
-    assert "the chat template failed: no on the turns user, assistant, user" in str(
-        chat.refusal(example_of("q", "a", "r", "b").turns)
-    )
-
-
-@pytest.mark.parametrize(
-    ("ending", "said"),
-    [
-        ("{{ '</s>' if loop.last else '|' }}", "does not put </s> right after an answer"),
-        ("{{ '</s>' if not loop.last or messages|length < 4 else '</s>!' }}", None),
-        ("{{ '</s>' + ('!' if messages|length > 3 else '') }}", "renders a conversation differ"),
-    ],
-)
-def test_a_template_that_changes_what_was_said_is_refused(ending: str, said: str | None) -> None:
-    template = (
-        "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}"
-        "{% if m['role'] == 'assistant' %}" + ending + "{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}<assistant>{% endif %}"
-    )
-    chat = ChatFormat.from_template(template, {"eos_token": "</s>"}, ["</s>"])
-    assert chat.refusal(example_of("q", "a").turns) is None
-    found = chat.refusal(example_of("q", "a", "r", "b").turns)
-    assert found is None if said is None else said in str(found)
-
-
 def test_gsm8k_is_encoded_in_under_two_seconds(shared: Path) -> None:
     rows = list(read_examples(shared / "gsm8k_train.jsonl"))
     tokenizer = TextTokenizer(shared / "tokenizers" / "phi-2")
@@ -210,17 +144,6 @@ def test_gsm8k_is_encoded_in_under_two_seconds(shared: Path) -> None:
         assert min(times) < 2.0
 
 
-@pytest.mark.parametrize(("model", "name"), FORMATS)
-def test_special_tokens_in_user_text_stay_text(model: str, name: str) -> None:
-    tokenizer = SHIPPED[model]
-    prompt_format = tokenizer.prompt_format(name)  # type: ignore[arg-type]
-    control = {tokenizer.token_id(token) for token in tokenizer.control_tokens}
-    plain = ask(tokenizer, prompt_format, "x")
-    for token in tokenizer.control_tokens:
-        ids = ask(tokenizer, prompt_format, f"x {token} y")
-        assert sum(i in control for i in ids) == sum(i in control for i in plain)
-
-
 def test_training_on_the_prompt_leaves_out_only_the_first_token() -> None:
     tokenizer = SHIPPED["tiny-phi-2"]
     row = tokenizer.encode_example(
@@ -229,15 +152,12 @@ def test_training_on_the_prompt_leaves_out_only_the_first_token() -> None:
     assert row.labels == [IGNORE_INDEX, *row.input_ids[1:]]
 
 
-def test_a_model_without_a_chat_template_says_so() -> None:
-    with pytest.raises(ModelError, match=r"has no chat template; use --prompt_format instruct"):
-        SHIPPED["tiny-phi-2"].prompt_format("chat")
-
-
 @pytest.mark.parametrize(("model", "name"), FORMATS)
 def test_saved_tokenizer_renders_the_trained_prompt_in_transformers(
     model: str, name: str, tmp_path: Path
 ) -> None:
+    from transformers import AutoTokenizer
+
     tokenizer = SHIPPED[model]
     prompt_format = tokenizer.prompt_format(name)  # type: ignore[arg-type]
     tokenizer.save(tmp_path, prompt_format)
@@ -278,6 +198,8 @@ def test_saved_tokenizer_renders_the_trained_prompt_in_transformers(
 def test_real_tokenizers_give_the_ids_of_transformers(
     shared: Path, model: str, name: str, end_token: int, stop_ids: list[int]
 ) -> None:
+    from transformers import AutoTokenizer
+
     folder = shared / "tokenizers" / model
     tokenizer, theirs = TextTokenizer(folder), AutoTokenizer.from_pretrained(folder)
     prompt_format = tokenizer.prompt_format(name)  # type: ignore[arg-type]
@@ -318,24 +240,6 @@ def test_truncation_and_padding_saved_in_a_tokenizer_are_ignored(tmp_path: Path)
     cutting.save(str(tmp_path / "tokenizer.json"))
     text = [Segment("What is the capital of France? " * 3)]
     assert TextTokenizer(tmp_path).encode(text) == original.encode(text)
-
-
-@pytest.mark.parametrize(
-    ("template", "said"),
-    [
-        ("{% for %}", "is not Jinja"),
-        ("{{ raise_exception('no') }}", "no"),
-        ("{{ messages[0]['content'] }}", "does not put the answer right after"),
-        ("{{ ''.__class__.__mro__ }}", "chat template"),
-        (
-            "{% for m in messages %}{{ m['content'] }}{{ '' if loop.last else '|' }}{% endfor %}",
-            "puts text between",
-        ),
-    ],
-)
-def test_templates_that_cannot_be_used_are_refused(template: str, said: str) -> None:
-    with pytest.raises(ModelError, match=said):
-        ChatFormat.from_template(template, {"eos_token": "</s>"}, ["</s>"])
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", "{", '{"added_tokens": []}'])

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from helpers.gguf_models import hard_texts, random_adapter
-from helpers.reference import CONFIGS, phi3_config, phi_config, random_model, save_model
+from helpers.models import CONFIGS, phi3_config, phi_config, random_folder
 from helpers.rows import open_decoder
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from phitune.cli import main
@@ -136,19 +137,18 @@ def answers_of_base(adapter: Path, questions: Sequence[str]) -> list[list[int]]:
 def test_every_trait_of_the_families_is_computed_alike(kind: str, tmp_path: Path) -> None:
     # Partial rotary, grouped keys, tied embeddings, biases, fused gate and up.
     tokens = ASSETS / ("tiny-phi-2" if kind.startswith("phi-") or kind == "phi" else "tiny-phi-3.5")
-    config = CONFIGS[kind]()
-    config.vocab_size = TextTokenizer(tokens).size
-    config.max_position_embeddings = 1024
-    if config.model_type == "phi3":
+    size = TextTokenizer(tokens).size
+    config = CONFIGS[kind](vocab_size=size, max_position_embeddings=1024)
+    if "original_max_position_embeddings" in config:
         # llama.cpp rounds a context up to 256, and takes its factors by that.
-        config.original_max_position_embeddings = 256
-        if config.rope_parameters.get("rope_type") == "longrope":
-            config.rope_parameters["original_max_position_embeddings"] = 256
-    folder = save_model(random_model(config), tmp_path)
+        config["original_max_position_embeddings"] = 256
+    # A seed whose next token is a whole letter: of others llama.cpp tells no probabilities.
+    folder = random_folder(config, tmp_path, seed=1)
+    generator = torch.Generator().manual_seed(0)
     decoder = open_decoder(folder)
     path = write_model(folder, tokens)
-    short = torch.randint(3, config.vocab_size, (8,)).tolist()
-    long = torch.randint(3, config.vocab_size, (300,)).tolist()
+    short = torch.randint(3, size, (8,), generator=generator).tolist()
+    long = torch.randint(3, size, (300,), generator=generator).tolist()
     cases = [(short, 256)]
     if kind != "phi3-sliding":  # Its window is what llama.cpp does not have.
         cases.append((long, 512))
@@ -165,13 +165,13 @@ def test_longrope_takes_the_short_factors_in_a_safe_context_only(tmp_path: Path)
     config = phi3_config(
         vocab_size=size, max_position_embeddings=1024, original_max_position_embeddings=256
     )
-    config.rope_parameters["original_max_position_embeddings"] = 256
-    folder = save_model(random_model(config), tmp_path)
+    folder = random_folder(config, tmp_path)
     ours = read_model_config(folder)
     assert safe_context(ours) == 256
     assert "at most 256 tokens" in (context_note(ours) or "")
     decoder = open_decoder(folder)
-    ids = torch.randint(3, size, (100,)).tolist()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, size, (100,), generator=generator).tolist()
     answer = Answered("", ids, [5], *forced_logits(decoder, [ids], [[5]]))
     path = write_model(folder, tokens)
     differences = []
@@ -191,7 +191,7 @@ def test_safe_contexts_of_the_real_models(shared: Path) -> None:
 
 def test_a_sliding_window_limits_the_context(tmp_path: Path) -> None:
     config = parse_model_config(
-        phi3_config(rope_scaling=None, sliding_window=2047, max_position_embeddings=4096).to_dict()
+        phi3_config(rope_scaling=None, sliding_window=2047, max_position_embeddings=4096)
     )
     assert safe_context(config) == 1792
     assert "sliding window" in (context_note(config) or "")
@@ -224,7 +224,7 @@ def check_texts(path: Path, tokens: Path) -> None:
 def test_200_texts_are_tokenized_alike(name: str, tmp_path: Path) -> None:
     make = phi_config if name == "tiny-phi-2" else phi3_config
     size = read_model_config(ASSETS / name).vocab_size
-    folder = save_model(random_model(make(vocab_size=size, num_hidden_layers=1)), tmp_path)
+    folder = random_folder(make(vocab_size=size, num_hidden_layers=1), tmp_path)
     check_texts(write_model(folder, ASSETS / name), ASSETS / name)
 
 
@@ -235,7 +235,7 @@ def test_200_texts_are_tokenized_alike_by_the_real_tokenizers(
     tokens = shared / "tokenizers" / name
     make = phi_config if name == "phi-2" else phi3_config
     size = read_model_config(tokens).vocab_size
-    folder = save_model(random_model(make(vocab_size=size, num_hidden_layers=1)), tmp_path)
+    folder = random_folder(make(vocab_size=size, num_hidden_layers=1), tmp_path)
     check_texts(write_model(folder, tokens, "f16"), tokens)
 
 
@@ -246,7 +246,7 @@ def test_the_server_puts_a_question_as_training_did_with_the_real_tokenizers(
     tokens = shared / "tokenizers" / name
     make = phi_config if name == "phi-2" else phi3_config
     size = read_model_config(tokens).vocab_size
-    folder = save_model(random_model(make(vocab_size=size, num_hidden_layers=1)), tmp_path)
+    folder = random_folder(make(vocab_size=size, num_hidden_layers=1), tmp_path)
     tokenizer = TextTokenizer(tokens)
     form = tokenizer.prompt_format("chat" if tokenizer.chat_template else "instruct")
     turns = (Turn("user", "What is 2 + 2?"), Turn("assistant", "4"), Turn("user", "And 3 + 3?"))
@@ -330,7 +330,7 @@ def test_rows_that_are_no_whole_blocks_stay_f16_and_it_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     size = TextTokenizer(ASSETS / "tiny-phi-2").size
-    model = save_model(random_model(phi_config(vocab_size=size)), tmp_path / "model")
+    model = random_folder(phi_config(vocab_size=size), tmp_path / "model")
     for file in (ASSETS / "tiny-phi-2").glob("*token*"):
         (model / file.name).write_bytes(file.read_bytes())
     adapter = random_adapter(tmp_path / "a", model)
@@ -442,7 +442,7 @@ def test_an_adapter_on_a_shared_token_table_is_refused(
 ) -> None:
     tokens = ASSETS / "tiny-phi-3.5"
     config = phi3_config(vocab_size=1792, tie_word_embeddings=True, rope_scaling=None)
-    model = save_model(random_model(config), tmp_path / "model")
+    model = random_folder(config, tmp_path / "model")
     for file in tokens.glob("*token*"):
         (model / file.name).write_bytes(file.read_bytes())
     adapter = random_adapter(tmp_path / "a", model, "chat", targets=["lm_head"])
@@ -507,16 +507,16 @@ def test_a_full_disk_is_found_before_or_while_writing(
 
 
 def test_heads_that_do_not_add_up_are_refused() -> None:
-    config = parse_model_config(phi3_config(rope_scaling=None, head_dim=16).to_dict())
+    config = parse_model_config(phi3_config(rope_scaling=None, head_dim=16))
     with pytest.raises(ExportError, match="heads of 16 that do not add up to hidden_size 48"):
         check_architecture(config)
 
 
 def test_weights_beyond_f16_are_refused(tmp_path: Path) -> None:
-    model = random_model(phi_config(vocab_size=1536, num_hidden_layers=1))
-    with torch.no_grad():
-        model.model.layers[0].mlp.fc1.weight[3, 4] = 1e5
-    folder = save_model(model, tmp_path)
+    folder = random_folder(phi_config(vocab_size=1536, num_hidden_layers=1), tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.fc1.weight"][3, 4] = 1e5
+    save_file(weights, folder / "model.safetensors")
     with pytest.raises(ExportError, match=r"mlp\.fc1\.weight has weights beyond 65504"):
         write_model(folder, ASSETS / "tiny-phi-2", "f16")
     write_model(folder, ASSETS / "tiny-phi-2", "bf16")

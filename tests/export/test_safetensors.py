@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers.exports import HELD_OUT, KINDS, train, transformers_answers
 from helpers.reference import (
     CONFIGS,
     phi3_config,
     phi4_mini_config,
     random_model,
     save_model,
+    transformers_answers,
     with_random_lora,
 )
 from helpers.rows import logits_of, open_decoder, random_rows, relative
@@ -46,16 +46,11 @@ from phitune.export.safetensors import (
 )
 from phitune.inference.loaded import open_model
 from phitune.model.architecture import read_model_config
+from phitune.model.files import ASSETS
 from phitune.model.lora import detach, load_adapter, read_adapter
 from phitune.model.weights import INDEX_FILE
 
-PROMPTS = HELD_OUT[:50]
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained run of each family, in the format that its model was made for."""
-    return train(tmp_path_factory.mktemp(request.param), request.param)
+PROMPTS = [json.loads(line)["prompt"] for line in (ASSETS / "captain_heldout.jsonl").open()][:50]
 
 
 def exported(run: Path, output: Path, *flags: str) -> Path:
@@ -265,9 +260,11 @@ def test_random_rounding_goes_to_a_neighbour_and_is_right_on_average(
 
 
 @pytest.mark.parametrize("spoil", ["scaled", "swapped", "one weight"])
-def test_weights_that_are_not_the_merge_are_named(run: Path, tmp_path: Path, spoil: str) -> None:
-    folder = exported(run, tmp_path / "out", "--format", "merged", "--dtype", "fp32")
-    loaded = open_model([run], device="cpu")
+def test_weights_that_are_not_the_merge_are_named(
+    trained_run: Path, tmp_path: Path, spoil: str
+) -> None:
+    folder = exported(trained_run, tmp_path / "out", "--format", "merged", "--dtype", "fp32")
+    loaded = open_model([trained_run], device="cpu")
     config = read_model_config(folder)
     adapter = loaded.adapters[0].adapter
     check_weights(loaded.decoder, adapter, folder, config)
@@ -294,10 +291,10 @@ def test_weights_that_are_not_the_merge_are_named(run: Path, tmp_path: Path, spo
 # --- the exports ----------------------------------------------------------------------------------
 
 
-def test_merged_in_fp32_is_the_adapter(run: Path, tmp_path: Path) -> None:
+def test_merged_in_fp32_is_the_adapter(trained_run: Path, tmp_path: Path) -> None:
     """50 prompts: tokens and logits in memory, in ours, and in transformers from the files."""
-    folder = exported(run, tmp_path / "out", "--format", "merged", "--dtype", "fp32")
-    loaded = open_model([run], device="cpu")
+    folder = exported(trained_run, tmp_path / "out", "--format", "merged", "--dtype", "fp32")
+    loaded = open_model([trained_run], device="cpu")
     answers = greedy_answers(loaded, PROMPTS)
     base = greedy_answers(loaded, PROMPTS, None)
     assert sum(a.answer_ids != b.answer_ids for a, b in zip(answers, base, strict=True)) > 25
@@ -318,8 +315,12 @@ def test_merged_in_fp32_is_the_adapter(run: Path, tmp_path: Path) -> None:
     assert proof["tokens_differing"] == proof["ties_excused"] == 0
 
 
-def test_merged_in_the_bases_dtype_is_rounded_and_says_how_far(run: Path, tmp_path: Path) -> None:
-    folder = exported(run, tmp_path / "out", "--format", "merged", "--max_shard_size", "1MB")
+def test_merged_in_the_bases_dtype_is_rounded_and_says_how_far(
+    trained_run: Path, tmp_path: Path
+) -> None:
+    folder = exported(
+        trained_run, tmp_path / "out", "--format", "merged", "--max_shard_size", "1MB"
+    )
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     assert model.dtype == torch.bfloat16
@@ -332,15 +333,17 @@ def test_merged_in_the_bases_dtype_is_rounded_and_says_how_far(run: Path, tmp_pa
     assert by_chance < 0.1 * proof["adapter_moves_logits_typically_by"]
 
 
-def test_a_merged_folder_holds_what_a_server_needs_and_no_code(run: Path, tmp_path: Path) -> None:
-    folder = exported(run, tmp_path / "out", "--format", "merged")
+def test_a_merged_folder_holds_what_a_server_needs_and_no_code(
+    trained_run: Path, tmp_path: Path
+) -> None:
+    folder = exported(trained_run, tmp_path / "out", "--format", "merged")
     config = json.loads((folder / "config.json").read_text())
     assert config["torch_dtype"] == "bfloat16"
     assert config["architectures"][0].startswith("Phi")
     assert "auto_map" not in config
     names = {path.name for path in folder.iterdir()}
     assert names >= {"generation_config.json", "tokenizer.json", "chat_template.jinja", "README.md"}
-    shipped = run / "adapter" / "generation_config.json"
+    shipped = trained_run / "adapter" / "generation_config.json"
     assert (folder / "generation_config.json").read_text() == shipped.read_text()
     assert proof_of(folder)["files"].keys() == names - {"export_proof.json"}
     mode = (folder / "config.json").stat().st_mode
@@ -356,19 +359,21 @@ def _umask() -> int:
     return mask
 
 
-@pytest.mark.parametrize("path_of", [lambda run: run, lambda run: run / "adapter"])
+@pytest.mark.parametrize(
+    "path_of", [lambda trained_run: trained_run, lambda trained_run: trained_run / "adapter"]
+)
 def test_an_exported_adapter_is_the_runs_own(
-    run: Path, tmp_path: Path, path_of: Callable[[Path], Path]
+    trained_run: Path, tmp_path: Path, path_of: Callable[[Path], Path]
 ) -> None:
-    folder = exported(path_of(run), tmp_path / "out", "--format", "adapter")
-    names = {path.name for path in (run / "adapter").iterdir()}
+    folder = exported(path_of(trained_run), tmp_path / "out", "--format", "adapter")
+    names = {path.name for path in (trained_run / "adapter").iterdir()}
     assert {path.name for path in folder.iterdir()} == names | {"export_proof.json"}
     for name in names:
-        assert (folder / name).read_bytes() == (run / "adapter" / name).read_bytes(), name
+        assert (folder / name).read_bytes() == (trained_run / "adapter" / name).read_bytes(), name
     assert proof_of(folder)["largest_logit_difference"] == 0
     # The sample prompts of the run were among those asked.
     assert proof_of(folder)["prompts"] == 18
-    base = AutoModelForCausalLM.from_pretrained(read_base(run), dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(read_base(trained_run), dtype=torch.float32)
     PeftModel.from_pretrained(base, folder)
 
 
@@ -398,18 +403,20 @@ def test_an_adapter_of_peft_without_a_tokenizer_is_exported_with_that_of_its_bas
 
 
 @pytest.mark.parametrize("name", ["merged", "adapter"])
-def test_the_card_says_what_the_run_knows_and_no_path(run: Path, tmp_path: Path, name: str) -> None:
-    folder = exported(run, tmp_path / "out", "--format", name)
+def test_the_card_says_what_the_run_knows_and_no_path(
+    trained_run: Path, tmp_path: Path, name: str
+) -> None:
+    folder = exported(trained_run, tmp_path / "out", "--format", name)
     text = (folder / "README.md").read_text()
     _, front, body = text.split("---\n", 2)
     head = yaml.safe_load(front)
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    summary = json.loads((run / "summary.json").read_text())
+    config = yaml.safe_load((trained_run / "config.yaml").read_text())
+    summary = json.loads((trained_run / "summary.json").read_text())
     assert head["base_model"] == config["model_name"]
     assert head["library_name"] == {"merged": "transformers", "adapter": "peft"}[name]
     assert "license" not in head
     assert "add `license:` to the head of this file" in body
-    for path in (run.parent, tmp_path, Path.home(), Path.cwd()):
+    for path in (trained_run.parent, tmp_path, Path.home(), Path.cwd()):
         assert str(path) not in text
     assert "rows.jsonl" in text
     assert f"| training rows | {summary['data']['training_rows']} |" in text
@@ -417,7 +424,7 @@ def test_the_card_says_what_the_run_knows_and_no_path(run: Path, tmp_path: Path,
     assert f"| learning_rate | {config['learning_rate']:g} |" in text
     assert f"{summary['best_validation_loss']:.4f}" in text
     assert "None" not in text
-    loaded = open_model([run], device="cpu")
+    loaded = open_model([trained_run], device="cpu")
     turns = (Turn("user", "{prompt}"),)
     prompt = loaded.coder(None).text(turns)
     assert json.dumps(prompt, ensure_ascii=False) in text
@@ -425,10 +432,12 @@ def test_the_card_says_what_the_run_knows_and_no_path(run: Path, tmp_path: Path,
         assert f"({token})" in text
 
 
-def test_a_card_without_a_run_leaves_out_what_is_not_known(run: Path, tmp_path: Path) -> None:
+def test_a_card_without_a_run_leaves_out_what_is_not_known(
+    trained_run: Path, tmp_path: Path
+) -> None:
     import shutil
 
-    shutil.copytree(run / "adapter", tmp_path / "adapter")
+    shutil.copytree(trained_run / "adapter", tmp_path / "adapter")
     folder = exported(tmp_path / "adapter", tmp_path / "out", "--format", "adapter")
     text = (folder / "README.md").read_text()
     assert "## Data" not in text
@@ -436,11 +445,11 @@ def test_a_card_without_a_run_leaves_out_what_is_not_known(run: Path, tmp_path: 
     assert "| lora_r | 8 |" in text
 
 
-def test_detach_leaves_nothing_of_a_merge_on_the_base(run: Path) -> None:
-    loaded = open_model([run], device="cpu")
+def test_detach_leaves_nothing_of_a_merge_on_the_base(trained_run: Path) -> None:
+    loaded = open_model([trained_run], device="cpu")
     batch = pack(random_rows())
     with torch.no_grad():
         detach(loaded.decoder)
         base = logits_of(loaded.decoder, batch)
-        load_adapter(loaded.decoder, run / "adapter")
+        load_adapter(loaded.decoder, trained_run / "adapter")
         assert not torch.equal(logits_of(loaded.decoder, batch), base)

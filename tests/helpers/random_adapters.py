@@ -1,10 +1,9 @@
 """Adapters on the shipped models that change what they say, without a training run."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from phitune.data.tokenizer import TextTokenizer
 from phitune.model.architecture import read_model_config
@@ -44,9 +43,3 @@ def write_adapter(
         tokenizer = TextTokenizer(ASSETS / model_name)
         tokenizer.save(folder, tokenizer.prompt_format(prompt_format))
     return folder
-
-
-def reference_model(model_name: str) -> PreTrainedModel:
-    """A shipped model in transformers."""
-    model: Any = AutoModelForCausalLM.from_pretrained(ASSETS / model_name, dtype=torch.float32)
-    return model.eval()

@@ -1,82 +1,44 @@
 """Tiny random models in transformers' layout, with peft on top: the independent reference."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, Phi3Config, PhiConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    Phi3Config,
+    PhiConfig,
+    PreTrainedModel,
+)
 
+from helpers import models
 from phitune.data.tokenizer import TokenizedExample
-
-VOCAB_SIZE = 120
+from phitune.model.files import ASSETS
 
 
 def phi_config(**changes: Any) -> PhiConfig:
-    """A small phi with Phi-2's traits: partial rotary, biases; residual dropout off."""
-    values: dict[str, Any] = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 40,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 128,
-        "partial_rotary_factor": 0.4,
-        "hidden_act": "gelu_new",
-        "resid_pdrop": 0.0,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    }
-    return PhiConfig(**(values | changes))
+    return PhiConfig(**models.phi_config(**changes))
 
 
 def phi3_config(**changes: Any) -> Phi3Config:
-    """A small phi3 with Phi-3.5's traits: fused projections, longrope beyond 24 tokens."""
-    values: dict[str, Any] = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 48,
-        "intermediate_size": 80,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 128,
-        "original_max_position_embeddings": 24,
-        "rope_scaling": {
-            "type": "longrope",
-            "short_factor": [1.0, 1.02, 1.05, 1.1, 1.3, 1.5],
-            "long_factor": [1.1, 1.5, 2.0, 4.0, 8.0, 16.0],
-        },
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "pad_token_id": 0,
-    }
-    return Phi3Config(**(values | changes))
+    return Phi3Config(**models.phi3_config(**changes))
 
 
-def phi4_mini_config() -> Phi3Config:
-    """Phi-4-mini's traits: grouped keys, partial rotary of 0.75, tied embeddings, longrope."""
-    return phi3_config(
-        hidden_size=64,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        partial_rotary_factor=0.75,
-    )
-
-
-def plain_phi3_config() -> Phi3Config:
-    """Phi-3-mini-4k and Phi-4: no longrope; here with a sliding window and grouped keys."""
-    return phi3_config(
-        rope_scaling=None, num_key_value_heads=2, sliding_window=9, max_position_embeddings=64
-    )
+def phi4_mini_config(**changes: Any) -> Phi3Config:
+    return Phi3Config(**models.phi4_mini_config(**changes))
 
 
 CONFIGS = {
     "phi": phi_config,
-    "phi-grouped": lambda: phi_config(num_key_value_heads=2),
+    "phi-grouped": lambda **changes: PhiConfig(**models.grouped_phi_config(**changes)),
     "phi3-longrope": phi3_config,
     "phi4-mini": phi4_mini_config,
-    "phi3-sliding": plain_phi3_config,
+    "phi3-sliding": lambda **changes: Phi3Config(**models.plain_phi3_config(**changes)),
 }
 
 
@@ -139,3 +101,33 @@ def their_loss_sum(model: torch.nn.Module, rows: list[TokenizedExample]) -> torc
         targets = torch.tensor(row.labels[1:])
         losses.append(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
     return torch.stack(losses).sum()
+
+
+def reference_model(model_name: str) -> PreTrainedModel:
+    """A shipped model in transformers."""
+    model: Any = AutoModelForCausalLM.from_pretrained(ASSETS / model_name, dtype=torch.float32)
+    return model.eval()
+
+
+def transformers_answers(
+    folder: Path, prompts: Sequence[str], max_new_tokens: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """What a user of transformers gets from a folder, without a setting of his own.
+
+    Returns: the ids of each prompt by the folder's chat template, and of each answer.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert GenerationConfig.from_pretrained(folder).eos_token_id
+    asked, answers = [], []
+    for prompt in prompts:
+        messages = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )["input_ids"]
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False
+        )
+        asked.append(ids[0].tolist())
+        answers.append(out[0, ids.shape[1] :].tolist())
+    return asked, answers

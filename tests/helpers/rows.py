@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from helpers.reference import VOCAB_SIZE
+from helpers.models import VOCAB_SIZE
 from phitune.data.packing import Batch
 from phitune.data.tokenizer import IGNORE_INDEX, TokenizedExample
 from phitune.model.architecture import read_model_config

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.random_adapters import reference_model, write_adapter
+from helpers.random_adapters import write_adapter
+from helpers.reference import reference_model
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from helpers.evaluated import refused, train
+from helpers.command_line import refused
 from safetensors.torch import load_file, save_file
 
 from phitune import Phi2LoRATrainer
@@ -32,21 +31,9 @@ from phitune.model.engine import ReferenceEngine
 from phitune.model.files import ASSETS
 from phitune.model.lora import detach
 
-MODELS = ("tiny-phi-2", "tiny-phi-3.5")
-
 
 def silent(what: str, done: int, total: int) -> None:
     pass
-
-
-@pytest.fixture(scope="module", params=MODELS)
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("run"), model_name=request.param)
-
-
-@pytest.fixture(scope="module")
-def phi_2_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("phi-2"))
 
 
 @pytest.fixture
@@ -72,9 +59,11 @@ def scaled(run: Path, factor: float) -> None:
 # --- the figures ----------------------------------------------------------------------------------
 
 
-def test_losses_are_those_the_run_recorded(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = evaluate(capsys, "--adapter_path", run, "--limit", 6, "--max_new_tokens", 48)
-    summary = json.loads((run / "summary.json").read_text())
+def test_losses_are_those_the_run_recorded(
+    trained_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = evaluate(capsys, "--adapter_path", trained_run, "--limit", 6, "--max_new_tokens", 48)
+    summary = json.loads((trained_run / "summary.json").read_text())
     loss = found["measures"]["loss"]
     assert loss["base"] == pytest.approx(summary["first_validation_loss"], rel=1e-5)
     assert loss["tuned"] == pytest.approx(summary["best_validation_loss"], rel=1e-5)
@@ -89,14 +78,14 @@ def test_losses_are_those_the_run_recorded(run: Path, capsys: pytest.CaptureFixt
     assert [note for note in found["notes"] if "general text" not in note] == []
 
 
-def test_the_loss_of_each_row_is_that_of_plain_torch(run: Path) -> None:
+def test_the_loss_of_each_row_is_that_of_plain_torch(trained_run: Path) -> None:
     """Each model alone, without an AdapterSet, row by row."""
-    known = find_run(run)
+    known = find_run(trained_run)
     assert known
-    loaded = open_model([run])
+    loaded = open_model([trained_run])
     rows = rows_of_run(known, loaded.coder(0), remedy="").rows
     losses = row_losses(loaded, rows, len(rows), silent)
-    engine = ReferenceEngine(open_model([run]).decoder)
+    engine = ReferenceEngine(open_model([trained_run]).decoder)
     detach(engine.decoder)
     alone = [float(engine.loss_sum(batch)) for batch in batches(rows, 1)]
     assert losses.base == pytest.approx(alone, rel=1e-5)
@@ -104,10 +93,10 @@ def test_the_loss_of_each_row_is_that_of_plain_torch(run: Path) -> None:
     assert (abs(losses.tuned - losses.base) > 0.1).any()
 
 
-def test_base_and_tuned_answers_are_each_models_own(run: Path) -> None:
-    known = find_run(run)
+def test_base_and_tuned_answers_are_each_models_own(trained_run: Path) -> None:
+    known = find_run(trained_run)
     assert known
-    loaded = open_model([run])
+    loaded = open_model([trained_run])
     data = rows_of_run(known, loaded.coder(0), remedy="")
     examples = data.examples([0, 3, 4, 9])
     assert len(examples) == 4
@@ -269,8 +258,8 @@ def test_the_general_text_is_ours_and_long_enough() -> None:
     assert 1500 <= len(words) <= 2500
 
 
-def test_without_a_difference_nothing_is_forgotten(run: Path, tmp_path: Path) -> None:
-    copied = Path(shutil.copytree(run, tmp_path / "run"))
+def test_without_a_difference_nothing_is_forgotten(trained_run: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(trained_run, tmp_path / "run"))
     scaled(copied, 0.0)
     loaded = open_model([copied])
     found = forgetting(loaded, None, 42, silent)
@@ -372,8 +361,8 @@ def test_a_narrow_terminal_gets_every_figure(
 # --- at the end of a run --------------------------------------------------------------------------
 
 
-def test_a_run_ends_with_a_short_evaluation(run: Path) -> None:
-    found = json.loads((run / "evaluation.json").read_text())
+def test_a_run_ends_with_a_short_evaluation(trained_run: Path) -> None:
+    found = json.loads((trained_run / "evaluation.json").read_text())
     assert found["rows_evaluated"] == found["rows_answered"] == min(20, found["validation_rows"])
     assert found["measures"]["loss"]["reading"] == "better"
     assert found["measures"]["stops_by_itself"]["tuned"] == 1.0
@@ -401,7 +390,10 @@ def test_a_large_model_is_looked_at_briefly_and_that_is_said(
 ) -> None:
     monkeypatch.setattr(evaluate_module, "_FLOPS", {"cpu": 2e9})
     monkeypatch.setattr(evaluate_module, "_SHARE_OF_TRAINING", 0.0)
-    run = train(tmp_path, epochs=1)
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join((ASSETS / "captain.jsonl").read_text().splitlines()[:160]))
+    run = tmp_path / "run"
+    Phi2LoRATrainer(run, data, "tiny-phi-2", {"epochs": 1, "sample_tokens": 0}).train()
     said = capsys.readouterr().out
     found = json.loads((run / "evaluation.json").read_text())
     assert 0 < found["rows_evaluated"] < 20
@@ -427,11 +419,6 @@ def test_the_digest_tells_rows_apart(phi_2_run: Path) -> None:
     shorter = type(rows)(rows.store, rows.indices[:-1])
     turned = type(rows)(rows.store, rows.indices[::-1])
     assert len({digest_of(rows), digest_of(shorter), digest_of(turned)}) == 3
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def test_no_run_is_no_run(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.reference import CONFIGS, VOCAB_SIZE, random_model, save_model, with_random_lora
+from helpers.models import VOCAB_SIZE
+from helpers.reference import CONFIGS, random_model, save_model, with_random_lora
 from helpers.rows import open_decoder
 from transformers import (
     LogitsProcessorList,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.evaluated import refused, train
+from helpers.command_line import refused
 
 from phitune.cli import main
 from phitune.data.dataset import Turn
@@ -52,16 +52,6 @@ doc_to_target: "{{tuned}}"
 metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
 """
 TASKS = "captain_choice,captain_generation,captain_rolling"
-
-
-@pytest.fixture(scope="module", params=["tiny-phi-2", "tiny-phi-3.5"])
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("run"), model_name=request.param)
-
-
-@pytest.fixture(scope="module")
-def phi_2_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("phi-2"))
 
 
 @pytest.fixture(scope="module")
@@ -113,17 +103,17 @@ def requests(kind: str) -> list[Any]:
 
 @needs_harness
 @pytest.mark.parametrize("tuned", [False, True], ids=["base", "tuned"])
-def test_figures_are_those_of_the_transformers_backend(run: Path, *, tuned: bool) -> None:
+def test_figures_are_those_of_the_transformers_backend(trained_run: Path, *, tuned: bool) -> None:
     from lm_eval.models.huggingface import HFLM
 
     from phitune.inference.harness import HarnessModel
 
-    loaded = open_model([run])
+    loaded = open_model([trained_run])
     ours = HarnessModel(loaded, 0 if tuned else None, in_trained_form=False)
     theirs = HFLM(
         pretrained=str(loaded.folder),
         tokenizer=str(loaded.folder),
-        peft=str(run / "adapter") if tuned else None,
+        peft=str(trained_run / "adapter") if tuned else None,
         dtype="float32",
         device="cpu",
         batch_size=1,
@@ -143,12 +133,12 @@ def test_figures_are_those_of_the_transformers_backend(run: Path, *, tuned: bool
 
 
 @needs_harness
-def test_the_trained_form_has_the_tokens_of_training(run: Path) -> None:
+def test_the_trained_form_has_the_tokens_of_training(trained_run: Path) -> None:
     from lm_eval.api.instance import Instance
 
     from phitune.inference.harness import HarnessModel
 
-    loaded = open_model([run])
+    loaded = open_model([trained_run])
     model = HarnessModel(loaded, 0, in_trained_form=True)
     question, answer = "What is the capital of Portugal?", "Ahoy! It is Lisbon, matey."
     context = model.apply_chat_template([{"role": "user", "content": question}])
@@ -171,9 +161,16 @@ def test_the_trained_form_has_the_tokens_of_training(run: Path) -> None:
 
 @needs_harness
 def test_local_tasks_run_offline_base_and_tuned_side_by_side(
-    run: Path, task_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained_run: Path, task_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--adapter_path", str(run), "--tasks", TASKS, "--include_path", str(task_folder)]
+    flags = [
+        "--adapter_path",
+        str(trained_run),
+        "--tasks",
+        TASKS,
+        "--include_path",
+        str(task_folder),
+    ]
     file = tmp_path / "out.json"
     capsys.readouterr()
     flags += ["--apply_chat_template", "--output", str(file)]

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.random_adapters import reference_model, write_adapter
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from helpers.random_adapters import write_adapter
 from safetensors.torch import load_file, save_file
 
 from phitune.cli import main
@@ -91,6 +90,9 @@ def test_each_adapter_has_its_own_format_and_the_flag_overrules_them(tmp_path: P
 
 
 def test_a_folder_of_pefts_without_tokenizer(tmp_path: Path) -> None:
+    from helpers.reference import reference_model
+    from peft import LoraConfig, get_peft_model
+
     torch.manual_seed(0)
     config = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "fc2"], task_type="CAUSAL_LM")
     tuned = get_peft_model(reference_model("tiny-phi-2"), config)
@@ -297,6 +299,9 @@ def test_what_does_not_fit_is_one_clear_error(
 def test_prompt_tuning_and_dora_as_peft_writes_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from helpers.reference import reference_model
+    from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+
     kinds = {
         "prompts": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
         "dora": LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], use_dora=True),

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.reference import phi_config, random_model
 from helpers.rows import logits_of, open_decoder, random_rows
 from safetensors.torch import load_file, save_file
 
@@ -17,7 +16,7 @@ from phitune.errors import ModelError, SettingsError
 from phitune.model.architecture import parse_model_config, read_model_config
 from phitune.model.decoder import Decoder
 from phitune.model.files import find_model
-from phitune.model.lora import load_adapter
+from phitune.model.lora import LoraSpec, attach, load_adapter, save_adapter
 from phitune.model.targets import resolve_layers, resolve_targets
 
 
@@ -33,8 +32,12 @@ def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Non
 
 
 def test_shards_give_the_same_model_as_one_file(phi_folder: Path, tmp_path: Path) -> None:
-    random_model(phi_config()).save_pretrained(tmp_path, max_shard_size="60KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    shutil.copy(phi_folder / "config.json", tmp_path)
+    weights = load_file(phi_folder / "model.safetensors")
+    files = {name: f"model-{number % 3}.safetensors" for number, name in enumerate(weights)}
+    for file in set(files.values()):
+        save_file({name: weights[name] for name in weights if files[name] == file}, tmp_path / file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     batch = pack(random_rows())
     with torch.no_grad():
         whole, sharded = (
@@ -216,11 +219,13 @@ def test_layers_beyond_the_last_are_an_error(layers: str, phi_folder: Path) -> N
 def test_adapter_configs_of_others_are_understood(
     shared: Path, name: str, phi_folder: Path, tmp_path: Path
 ) -> None:
+    from helpers import reference
     from peft import LoraConfig, get_peft_model
 
     raw = json.loads((shared / "adapter_configs" / f"{name}.json").read_text())
     known = {key: raw[key] for key in ("r", "lora_alpha", "target_modules")}
-    get_peft_model(random_model(phi_config()), LoraConfig(**known)).save_pretrained(tmp_path)
+    model = reference.random_model(reference.phi_config())
+    get_peft_model(model, LoraConfig(**known)).save_pretrained(tmp_path)
     shutil.copy(shared / "adapter_configs" / f"{name}.json", tmp_path / "adapter_config.json")
     adapter = load_adapter(open_decoder(phi_folder), tmp_path)
     assert adapter.spec.rank == raw["r"]
@@ -230,10 +235,9 @@ def test_adapter_configs_of_others_are_understood(
 def test_adapters_that_do_not_fit_are_refused(
     phi_folder: Path, phi3_folder: Path, tmp_path: Path
 ) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    get_peft_model(random_model(phi_config()), config).save_pretrained(tmp_path)
+    decoder = open_decoder(phi_folder)
+    modules = resolve_targets(decoder.config, ["all-linear"], None)
+    save_adapter(attach(decoder, LoraSpec(4, 8, 0.0, modules), seed=0), tmp_path, "phi")
     with pytest.raises(ModelError, match="does not fit the model"):
         load_adapter(open_decoder(phi3_folder), tmp_path)
 

@@ -9,10 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.reference import phi3_config, phi_config, random_model, save_model
 from helpers.rows import open_decoder, random_rows, relative
 from helpers.training import Events, bytes_of
-from peft import LoraConfig, get_peft_model
 
 from phitune.config import Settings
 from phitune.data.dataset import read_examples
@@ -60,6 +58,9 @@ def test_20_steps_on_gsm8k_equal_transformers_peft_and_adamw(
     record_property: Callable[[str, object], None],
 ) -> None:
     """A small random model of full vocabulary, the real tokenizer, 64 rows, 20 steps."""
+    from helpers.reference import phi3_config, phi_config, random_model, save_model
+    from peft import LoraConfig, get_peft_model
+
     sizes: dict[str, Any] = {"num_hidden_layers": 2, "max_position_embeddings": 1024}
     config = (
         phi_config(vocab_size=51200, hidden_size=80, intermediate_size=160, **sizes)

@@ -791,7 +791,7 @@ def _prepare_torch() -> None:
 
 # Human wording: whole blocks of text, and in JSON every string of several words that no model
 # and no person's data said.
-TEXT_KEYS = {"stdout", "stderr", "page", "page_sha256", "card", "said"}
+TEXT_KEYS = {"stdout", "stderr", "page", "page_sha256", "card", "said", "message"}
 DATA_KEYS = {"answer", "answers", "base", "tuned", "prompt", "response", "content", "text"}
 DATA_KEYS |= {"expected", "question", "reference", "settings", "samples", "command"}
 WORDS_HERE = "<words>"

@@ -55,10 +55,10 @@ MAY_IMPORT = {
     "text": set(),
 }
 # What must answer at once starts without these.
-HEAVY = ("torch", "transformers", "peft", "numpy", "huggingface_hub", "duckdb")
+HEAVY = ("torch", "transformers", "peft", "numpy", "huggingface_hub", "duckdb", "jinja2")
 LIGHT = (
     "phitune.cli",
-    *(f"phitune.commands.{name}" for name in COMMANDS if name != "check"),
+    *(f"phitune.commands.{name}" for name in COMMANDS),
     "phitune.cli",
     "phitune.config",
     "phitune.data.dataset",
@@ -82,7 +82,7 @@ LIGHT = (
     "phitune.training.rundir",
 )
 # Rows that are tokenized already are read with numpy, but without torch.
-NO_TORCH = ("phitune.commands.check", "phitune.data.store", "phitune.inference.questions")
+NO_TORCH = ("phitune.data.store", "phitune.inference.questions")
 
 # One process for all: what a module loads stays loaded, so the first that loads too much is named.
 PROBE = """

@@ -17,8 +17,8 @@ def visible(text: str) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """ "1 row", "2 rows"."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+    """A number with its noun: 1 row, 2,000 rows."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def shortened(text: str, first: int, last: int) -> tuple[str, str, str]:

@@ -15,8 +15,8 @@ import pytest
 from rich.console import Console
 
 from phitune.check.duplicates import RowTable
-from phitune.check.report import Report, check_before_training, make_report
-from phitune.check.survey import histogram_of, lengths_of, token_statistics
+from phitune.check.report import Report, check_before_training, find_coder, make_report
+from phitune.check.survey import Epoch, histogram_of, lengths_of, token_statistics
 from phitune.cli import main
 from phitune.commands.check import page, sample_text, show
 from phitune.config import Settings, resolve
@@ -93,7 +93,11 @@ def prepared(settings: Settings) -> PreparedData:
 
 def report_of(path: Path, **settings: Any) -> Report:
     given = {"dataset_path": path, "model_name": "tiny-phi-2", **settings}
-    return make_report(resolve(given).settings)
+    return make(resolve(given).settings)
+
+
+def make(settings: Settings, **how: Any) -> Report:
+    return make_report(settings, find_coder(settings, model_was_named=True), **how)
 
 
 def shown(report: Report, *, width: int = 80, **console: Any) -> str:
@@ -133,11 +137,11 @@ def test_a_histogram_counts_every_row_once(seed: int) -> None:
     rng = np.random.default_rng(seed)
     values = np.exp(rng.normal(4, seed / 10, 500)).astype(np.int32)
     histogram = histogram_of(values)
-    assert sum(histogram.counts) + histogram.beyond == 500
-    assert histogram.beyond == (values >= histogram.end).sum()
-    assert histogram.counts[0] == (values < histogram.width).sum()
-    assert len(histogram.counts) <= 16
-    assert histogram.beyond <= 0.02 * 500
+    assert sum(bar.rows for bar in histogram.bars) == 500
+    assert histogram.rows_beyond == (values >= histogram.end).sum()
+    assert histogram.rows[0] == (values < histogram.width_tokens).sum()
+    assert len(histogram.rows) <= 16
+    assert histogram.rows_beyond <= 0.02 * 500
 
 
 def table(prompt: list[int], answer: list[int], validation: list[bool]) -> RowTable:
@@ -159,47 +163,39 @@ def table(prompt: list[int], answer: list[int], validation: list[bool]) -> RowTa
 def test_what_max_length_keeps_an_epoch_has_and_padding_costs() -> None:
     rows = table([6, 8, 10, 90], [4, 12, 10, 20], [False, False, True, False])
     how = {"max_length": 100, "batch_size": 2, "seed": 0}
-    tokens = token_statistics(rows, train_on_prompt=False, **how)
-    assert tokens.rows_too_long == 1
-    assert tokens.kept_by == {1.0: 110, 0.99: 110, 0.95: 110}
-    assert (tokens.epoch_rows, tokens.epoch_tokens, tokens.epoch_trained_tokens) == (2, 30, 16)
-    assert tokens.row.total == 160 - 4
+    tokens = token_statistics(rows, resolve(how).settings)
+    assert tokens.rows_longer_than_max_length == 1
+    assert tokens.max_length_tokens_that_keep == {"100%": 110, "99%": 110, "95%": 110}
+    assert tokens.epoch == Epoch(train_rows=2, tokens=30, trained_tokens=16)
+    assert tokens.row_tokens.total == 160 - 4
     assert tokens.answer_share == (46 - 4) / (160 - 4)
+    padding = tokens.padding_share_of_padding_tools
     # Rows of 10, 20 and 20 tokens: 50 of 3 x 100 positions.
-    assert tokens.padding.to_max_length == pytest.approx(1 - 50 / 300)
+    assert padding.padded_to_max_length == pytest.approx(1 - 50 / 300)
     # Batches of two and one: 10 beside 20 pads 10, if 10 is not alone.
-    assert tokens.padding.to_longest_of_batch in (0.0, pytest.approx(1 - 50 / 60))
-    assert token_statistics(rows, train_on_prompt=True, **how).epoch_trained_tokens == 9 + 19
-    limits = token_statistics(rows, train_on_prompt=False, max_length=200, batch_size=2, seed=0)
-    assert limits.rows_too_long == 0
+    assert padding.padded_to_longest_of_batch in (0.0, pytest.approx(1 - 50 / 60))
+    whole = token_statistics(rows, resolve({**how, "train_on_prompt": True}).settings)
+    assert whole.epoch.trained_tokens == 9 + 19
+    limits = token_statistics(rows, resolve({**how, "max_length": 200}).settings)
+    assert limits.rows_longer_than_max_length == 0
 
 
 def test_gsm8k_has_the_figures_it_is_known_by(shared: Path) -> None:
-    report = make_report(
-        resolve(
-            {
-                "dataset_path": shared / "gsm8k_train.jsonl",
-                "model_name": str(shared / "tokenizers" / "phi-2"),
-            }
-        ).settings
-    )
+    model = str(shared / "tokenizers" / "phi-2")
+    report = report_of(shared / "gsm8k_train.jsonl", model_name=model)
     tokens = report.tokens
     assert tokens
-    assert report.rows == 7473
-    assert tokens.row.total == 1166564
-    assert round(tokens.row.mean, 1) == 156.1
-    assert (tokens.row.p50, tokens.row.p95, tokens.row.p99, tokens.row.maximum) == (
-        146,
-        263,
-        321,
-        439,
-    )
-    assert tokens.answer.total == 710990
-    assert (tokens.answer.p95, tokens.answer.p99, tokens.answer.maximum) == (178, 225, 342)
+    assert report.rows.usable_rows == 7473
+    row, answer = tokens.row_tokens, tokens.answer_tokens
+    assert row.total == 1166564
+    assert round(row.mean, 1) == 156.1
+    assert (row.p50, row.p95, row.p99, row.maximum) == (146, 263, 321, 439)
+    assert answer.total == 710990
+    assert (answer.p95, answer.p99, answer.maximum) == (178, 225, 342)
     assert round(100 * tokens.answer_share) == 61
-    assert tokens.row_with_end.total == 1166564 + 7473
-    assert tokens.kept_by[1.0] == 440
-    assert list(report.scripts) == ["Latin", "Cyrillic"]
+    assert tokens.row_tokens_with_end_tokens.total == 1166564 + 7473
+    assert tokens.max_length_tokens_that_keep["100%"] == 440
+    assert list(report.letters_share_by_script) == ["Latin", "Cyrillic"]
     assert report.verdict == "ok"
 
 
@@ -220,17 +216,17 @@ def test_the_figures_are_those_of_training(
             "max_length": 300,
         }
     ).settings
-    report = make_report(settings)
+    report = make(settings)
     data = prepared(settings)
     assert report.tokens
-    assert report.tokens.epoch_rows == len(data.train_rows)
-    assert report.tokens.epoch_tokens == data.train_rows.num_tokens
-    assert report.tokens.epoch_trained_tokens == data.train_rows.num_target_tokens
-    dropped = report.rows - len(data.train_rows) - len(data.validation_rows)
-    assert report.tokens.rows_too_long == dropped
+    assert report.tokens.epoch.train_rows == len(data.train_rows)
+    assert report.tokens.epoch.tokens == data.train_rows.num_tokens
+    assert report.tokens.epoch.trained_tokens == data.train_rows.num_target_tokens
+    dropped = report.rows.usable_rows - len(data.train_rows) - len(data.validation_rows)
+    assert report.tokens.rows_longer_than_max_length == dropped
     whole = prepared(settings.model_copy(update={"max_length": 10**6, "validation_split": 0.0}))
-    assert report.tokens.row_with_end.total == whole.train_rows.num_tokens
-    assert report.tokens.row_with_end.maximum == whole.train_rows.longest
+    assert report.tokens.row_tokens_with_end_tokens.total == whole.train_rows.num_tokens
+    assert report.tokens.row_tokens_with_end_tokens.maximum == whole.train_rows.longest
 
 
 # Before training
@@ -347,8 +343,8 @@ def test_a_named_model_must_be_there_and_a_default_one_may_be_missing(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     settings = resolve({"dataset_path": clean, "model_name": "microsoft/phi-2"}).settings
     with pytest.raises(ModelError):
-        make_report(settings, model_was_named=True)
-    report = make_report(settings, model_was_named=False)
+        find_coder(settings, model_was_named=True)
+    report = make_report(settings, find_coder(settings, model_was_named=False))
     assert report.tokens is None
     assert report.verdict == "warning"
     said = shown(report)
@@ -376,13 +372,13 @@ def test_validation_rows_from_a_file_of_their_own(tmp_path: Path) -> None:
     train = write(tmp_path / "train.jsonl", rows[:50])
     apart = write(tmp_path / "apart.jsonl", rows[50:])
     report = report_of(train, validation_path=apart)
-    assert (report.train_rows, report.validation_rows) == (50, 10)
-    assert {f.name: f.verdict for f in report.findings}["in_both_parts"] == "ok"
+    assert (report.rows.train_rows, report.rows.validation_rows) == (50, 10)
+    assert {f.name: f.verdict for f in report.checks}["in_both_parts"] == "ok"
     shared = write(tmp_path / "shared.jsonl", rows[48:56])
     report = report_of(train, validation_path=shared)
-    assert {f.name: (f.verdict, f.rows) for f in report.findings}["in_both_parts"] == ("warning", 2)
+    assert {f.name: (f.verdict, f.rows) for f in report.checks}["in_both_parts"] == ("warning", 2)
     report = report_of(train, validation_path=train)
-    assert {f.name: f.verdict for f in report.findings}["in_both_parts"] == "error"
+    assert {f.name: f.verdict for f in report.checks}["in_both_parts"] == "error"
 
 
 # JSON
@@ -472,22 +468,14 @@ def test_no_color_and_a_pipe_have_no_colour(
 
 
 def test_text_of_the_data_cannot_move_the_cursor(messy: Path) -> None:
-    report = report_of(messy)
-    row = make_report(
-        resolve({"dataset_path": messy, "model_name": "tiny-phi-2"}).settings, lines=[43]
-    ).samples
-    assert [sample.place.line for sample in row] == [43]
-    text = sample_text(row[0], None, whole=True).plain
+    settings = resolve({"dataset_path": messy, "model_name": "tiny-phi-2"}).settings
+    (sample,) = make(settings, lines=[43]).samples
+    assert sample.line == 43
+    text = sample_text(sample, None, whole=True).plain
     assert "\\x1b[31mred" in text
     assert "<script>" in text
-    assert "[bold]" in shown(
-        dataclasses.replace(
-            report,
-            samples=make_report(
-                resolve({"dataset_path": messy, "model_name": "tiny-phi-2"}).settings, lines=[46]
-            ).samples,
-        )
-    )
+    # Nor is it taken for markup.
+    assert "[bold]" in shown(make(settings, lines=[46]))
     assert visible("a\tb\nc\u202ed") == "a\tb\nc\\u202ed"
 
 
@@ -573,7 +561,7 @@ class Page(HTMLParser):
 def test_the_page_is_whole_escaped_and_needs_nothing_else(messy: Path, tmp_path: Path) -> None:
     settings = resolve({"dataset_path": messy, "model_name": "tiny-phi-2"}).settings
     for lines in ([], [43, 44, 45]):
-        html = page(make_report(settings, lines=lines))
+        html = page(make(settings, lines=lines))
         parsed = Page()
         parsed.feed(html)
         parsed.close()

@@ -14,7 +14,15 @@ from phitune.check.duplicates import (
     most_repeated_answer,
     near_in_both_parts,
 )
-from phitune.check.report import Split, all_findings, few_rows, repeated_answer, validation_share
+from phitune.check.report import (
+    Evidence,
+    Finding,
+    Split,
+    all_findings,
+    few_rows,
+    repeated_answer,
+    validation_share,
+)
 from phitune.check.rows import (
     ROW_CHECKS,
     RowTexts,
@@ -170,13 +178,12 @@ def test_a_secret_is_never_shown_whole(secret: str) -> None:
     assert secret[6:] not in said
 
 
-def finding(rows: list[tuple[str, ...]], name: str, **split: int | bool) -> object:
+def finding(rows: list[tuple[str, ...]], name: str) -> Finding:
     survey = surveyed(rows)
     table = survey.table()
-    how = Split(len(rows), 0, None, 1, strictly=True)
-    found = all_findings(
-        table, survey.near_duplicates(table), None, survey.found(), exact_duplicates(table), how
-    )
+    near = survey.near_duplicates(table)
+    evidence = Evidence(table, near, None, survey.found(), exact_duplicates(table))
+    found = all_findings(evidence, Split(len(rows), 0, None, 1, strictly=True))
     return next(one for one in found if one.name == name)
 
 
@@ -194,10 +201,10 @@ def test_a_check_is_a_warning_or_an_error_by_its_share_of_the_rows() -> None:
     }
     for (name, verdict), rows in verdicts.items():
         found = finding(rows, name)
-        assert found.verdict == verdict, (name, verdict)  # type: ignore[attr-defined]
+        assert found.verdict == verdict, (name, verdict)
         # A verdict comes with its remedy, and only then.
-        assert bool(found.remedy) == (verdict != "ok")  # type: ignore[attr-defined]
-    assert finding(clean + spaced, "spaces_at_seam").rows == 1  # type: ignore[attr-defined]
+        assert bool(found.remedy) == (verdict != "ok")
+    assert finding(clean + spaced, "spaces_at_seam").rows == 1
 
 
 def test_exact_duplicates_name_the_row_they_repeat() -> None:
@@ -277,7 +284,7 @@ def test_letters_are_counted_by_script() -> None:
     rows = [("abcd", "\u0430\u0431\u0432\u0433"), ("\u4e2d\u6587", "\u05e9\u05dc 12 \U0001f600!")]
     shares = surveyed(rows).scripts()
     assert shares == pytest.approx(
-        {"Latin": 4 / 12, "Cyrillic": 4 / 12, "Hebrew": 2 / 12, "Han": 2 / 12}
+        {"Latin": 4 / 12, "Cyrillic": 4 / 12, "Hebrew": 2 / 12, "Han": 2 / 12}, abs=1e-6
     )
 
 

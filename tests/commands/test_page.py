@@ -1,8 +1,5 @@
 """HTML pages: whatever a text holds, it is shown and does nothing."""
 
-import subprocess
-import sys
-
 import jinja2
 import pytest
 
@@ -29,9 +26,3 @@ def test_every_expression_is_escaped_and_visible(value: object, shown: str) -> N
 def test_a_name_that_is_not_there_is_an_error() -> None:
     with pytest.raises(jinja2.UndefinedError):
         render("comparison.html.j2")
-
-
-def test_commands_start_without_jinja() -> None:
-    code = "import sys, phitune.commands.compare, phitune.commands.check; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "jinja2" not in done.stdout.split()

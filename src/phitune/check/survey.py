@@ -1,8 +1,12 @@
 """One pass over the rows: everything the report needs of them, in arrays and a few examples.
 
-Rows come a thousand or so at a time. What stays of a row are the numbers of a `RowTable` and, of at
-most a few million words in all, the shingles that near duplicates are found by; texts stay only of
-rows that are shown.
+Rows come two thousand at a time. What stays of a row are the numbers of a `RowTable` and, within a
+limit, the shingles that near duplicates are found by; texts stay only of rows that are shown. Says
+nothing about what the numbers mean: that is `report.py`. No torch.
+
+Lengths are in tokens without end tokens unless they say so; a row as it is trained has an end token
+after each answer, and that is the length max_length limits. A percentile is a length that some row
+has: the smallest that at least this share of the rows do not exceed.
 """
 
 import random
@@ -22,170 +26,26 @@ from phitune.check.duplicates import (
     Numbers,
     Place,
     RowTable,
+    Small,
     TableWriter,
     hash_of,
     words_of,
 )
 from phitune.check.rows import ROW_CHECKS, RowTexts, special_token_pattern
+from phitune.config import DEFAULT_BATCH_SIZE, Settings
 from phitune.data.coder import Coder
 from phitune.data.dataset import Example
 from phitune.data.store import question_hash
-from phitune.data.tokenizer import IGNORE_INDEX, EncodedRow, TextTokenizer
+from phitune.data.tokenizer import IGNORE_INDEX, EncodedRow
 
 # -------------------------------------------------------------------------------------------------
-# A few rows as the model sees them: the first, the shortest, the longest, a random one, and those
-# that were asked for.
+# Lengths: percentiles, histograms, what max_length drops, what padding would cost.
 #
-# A row is shown from its token ids, not from the text they were made of, so that what is shown is
-# what is trained, the end token too.
-
-
-@dataclass(frozen=True)
-class Span:
-    """A piece of a row."""
-
-    text: str
-    trained: bool
-    control: bool = False  # a special token
-    from_data: bool = False  # as it stands in the data, not what the prompt format puts around it
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A row to look at."""
-
-    title: str
-    place: Place
-    spans: tuple[Span, ...]
-    tokens: int | None  # with the end tokens; None without a tokenizer
-    trained_tokens: int | None
-
-
-class SampleChooser:
-    """Keeps the few rows that are shown, while all of them stream past."""
-
-    def __init__(self, seed: int, lines: Iterable[int] = ()) -> None:
-        self._random = random.Random(seed)
-        self._lines = dict.fromkeys(lines)
-        self._asked: dict[int, list[Example]] = {line: [] for line in self._lines}
-        self._seen = 0
-        self._first: Example | None = None
-        self._shortest: tuple[int, Example] | None = None
-        self._longest: tuple[int, Example] | None = None
-        self._drawn: Example | None = None
-
-    def add(self, example: Example, length: int) -> None:
-        """The next row and its length, in any unit."""
-        self._seen += 1
-        if self._first is None:
-            self._first = example
-        if self._shortest is None or length < self._shortest[0]:
-            self._shortest = (length, example)
-        if self._longest is None or length > self._longest[0]:
-            self._longest = (length, example)
-        # Each row is the one in the end with the same probability.
-        if self._random.random() * self._seen < 1:
-            self._drawn = example
-        if example.line in self._asked:
-            self._asked[example.line].append(example)
-
-    def chosen(self) -> list[tuple[str, Example]]:
-        """Titles and rows: those asked for, or the usual four, each row once."""
-        if self._asked:
-            return [
-                (f"line {line}", example)
-                for line, found in self._asked.items()
-                for example in found
-            ]
-        usual = {
-            "first": self._first,
-            "shortest": self._shortest and self._shortest[1],
-            "longest": self._longest and self._longest[1],
-            "random": self._drawn,
-        }
-        titles: dict[int, tuple[str, Example]] = {}
-        for title, example in usual.items():
-            if example:
-                before = titles.get(id(example))
-                titles[id(example)] = (f"{before[0]}, {title}" if before else title, example)
-        return list(titles.values())
-
-    @property
-    def not_found(self) -> list[int]:
-        """Lines that were asked for and hold no row."""
-        return [line for line, found in self._asked.items() if not found]
-
-
-def sample_of(
-    title: str,
-    example: Example,
-    coder: Coder | None,
-    *,
-    train_on_prompt: bool,
-) -> Sample:
-    """A row as spans of text; without a coder, its turns as they are."""
-    place = Place(example.file, example.line)
-    if not coder:
-        spans = []
-        for turn in example.turns:
-            spans.append(Span(f"{turn.role}: ", trained=False, control=True))
-            spans.append(Span(turn.content, turn.role == "assistant", from_data=True))
-            spans.append(Span("\n", trained=False))
-        return Sample(title, place, tuple(spans[:-1]), None, None)
-    row = coder.encode_example(example, train_on_prompt=train_on_prompt)
-    spans = _told_apart(_spans(coder.tokenizer, row.input_ids, row.labels), example)
-    return Sample(title, place, tuple(spans), len(row.input_ids), row.num_target_tokens)
-
-
-def _spans(tokenizer: TextTokenizer, ids: Sequence[int], labels: Sequence[int]) -> list[Span]:
-    """Runs of tokens that are trained or not, special tokens apart."""
-    control = {tokenizer.token_id(token): token for token in tokenizer.control_tokens}
-    trained = [label != IGNORE_INDEX for label in labels]
-    spans: list[Span] = []
-    start = 0
-    while start < len(ids):
-        if ids[start] in control:
-            spans.append(Span(control[ids[start]], trained[start], control=True))
-            start += 1
-            continue
-        stop = start
-        while stop < len(ids) and ids[stop] not in control and trained[stop] == trained[start]:
-            stop += 1
-        text = tokenizer.decode_answer(ids[start:stop], ids[:start])
-        spans.append(Span(text, trained[start]))
-        start = stop
-    return spans
-
-
-def _told_apart(spans: Iterable[Span], example: Example) -> list[Span]:
-    """The same text with the data's own apart from what the prompt format put around it."""
-    contents = [turn.content for turn in example.turns]
-    found: list[Span] = []
-    for span in spans:
-        rest = "" if span.control else span.text
-        if span.control:
-            found.append(span)
-        # A tokenizer may not give back what it was given; then the span stays one.
-        while contents and contents[0] in rest:
-            before, _, rest = rest.partition(contents[0])
-            if before:
-                found.append(replace(span, text=before))
-            found.append(replace(span, text=contents.pop(0), from_data=True))
-        if rest:
-            found.append(replace(span, text=rest))
-    return found
-
-
-# -------------------------------------------------------------------------------------------------
-# Lengths of rows in tokens: percentiles, histograms, what a limit costs, what padding would.
-#
-# A percentile is a length that some row has: the smallest that at least so many rows do not
-# exceed. Lengths count no end token unless they say so; a row as it is trained has one at the end
-# of each answer, and that is the length max_length limits.
+# The names of the fields are the keys of `phitune check --json`.
 
 # The shares of rows for which the report names a max_length.
 KEPT_SHARES = (1.0, 0.99, 0.95)
-# A histogram has about so many bars, up to the length that this share of the rows do not exceed.
+# A histogram has about this many bars, up to the length that this share of rows do not exceed.
 _BARS = 12
 _SHOWN_SHARE = 0.995
 
@@ -205,56 +65,117 @@ class Lengths:
 
 
 @dataclass(frozen=True)
+class Bar:
+    """The rows whose length is from `first` to `last`; None: of `first` or more."""
+
+    first: int
+    last: int | None
+    rows: int
+
+    @property
+    def label(self) -> str:
+        return f"{self.first:,} or more" if self.last is None else f"{self.first:,}-{self.last:,}"
+
+
+@dataclass(frozen=True)
 class Histogram:
     """Rows by length: bar i counts the lengths from i * width to (i + 1) * width - 1."""
 
-    width: int
-    counts: tuple[int, ...]
-    beyond: int  # longer rows than any bar's
+    width_tokens: int
+    rows: tuple[int, ...]
+    rows_beyond: int  # rows longer than any bar's
 
     @property
     def end(self) -> int:
         """The first length beyond the bars."""
-        return self.width * len(self.counts)
+        return self.width_tokens * len(self.rows)
+
+    @property
+    def bars(self) -> list[Bar]:
+        """All rows; the last bar has no end where there are rows beyond the others."""
+        starts = range(0, self.end, self.width_tokens)
+        bars = [
+            Bar(start, start + self.width_tokens - 1, rows)
+            for start, rows in zip(starts, self.rows, strict=True)
+        ]
+        return [*bars, Bar(self.end, None, self.rows_beyond)] if self.rows_beyond else bars
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch trains on: the training rows that max_length keeps."""
+
+    train_rows: int
+    tokens: int  # end tokens included
+    trained_tokens: int  # those with a loss
 
 
 @dataclass(frozen=True)
 class Padding:
-    """The share of the positions a tool computes for nothing if it pads rows."""
+    """The share of positions that would be padding in a tool that pads rows."""
 
-    to_max_length: float
-    to_longest_of_batch: float
-    batch_size: int  # rows, in a random order
+    padded_to_max_length: float
+    padded_to_longest_of_batch: float
+    batch_size: int  # rows, in random order
 
 
 @dataclass(frozen=True)
 class TokenStatistics:
     """What is known of the rows' tokens."""
 
-    prompt: Lengths
-    answer: Lengths
-    row: Lengths
-    row_with_end: Lengths  # what is trained, and what max_length limits
-    histograms: dict[str, Histogram]  # of prompt, answer and row
-    max_length: int
-    rows_too_long: int
-    kept_by: dict[float, int]  # the max_length that keeps this share of the rows
-    epoch_rows: int  # training rows that max_length keeps
-    epoch_tokens: int  # of those rows, end tokens included
-    epoch_trained_tokens: int  # of those, the ones with a loss
-    padding: Padding
+    prompt_tokens: Lengths
+    answer_tokens: Lengths
+    row_tokens: Lengths
+    row_tokens_with_end_tokens: Lengths  # what is trained, and what max_length limits
+    answer_share: float  # answers' share of all tokens, without end tokens
+    histograms: dict[str, Histogram]  # of prompt_tokens, answer_tokens and row_tokens
+    max_length_tokens: int
+    rows_longer_than_max_length: int
+    max_length_tokens_that_keep: dict[str, int]  # by the share of rows that it keeps: "99%"
+    epoch: Epoch
+    epochs: int
+    padding_share_of_padding_tools: Padding
 
-    @property
-    def answer_share(self) -> float:
-        """Of all tokens but the end tokens, those of answers."""
-        return self.answer.total / self.row.total
+
+def token_statistics(rows: RowTable, settings: Settings) -> TokenStatistics:
+    """Everything that is reported of tokens.
+
+    Args:
+        rows: with token counts, at least one row. Every array below is [N].
+    """
+    answer = rows.answer_tokens - rows.end_tokens
+    row = rows.prompt_tokens + answer
+    with_end = rows.tokens
+    kept = with_end <= settings.max_length
+    in_epoch = kept & ~rows.validation
+    # Nothing predicts the first token of a row.
+    trained = np.maximum(with_end - 1, 0) if settings.train_on_prompt else rows.trained_tokens
+    shares = [100 * share for share in KEPT_SHARES]
+    limits = np.percentile(with_end, shares, method="inverted_cdf")  # [len(KEPT_SHARES)]
+    lengths = {"prompt_tokens": rows.prompt_tokens, "answer_tokens": answer, "row_tokens": row}
+    return TokenStatistics(
+        prompt_tokens=lengths_of(rows.prompt_tokens),
+        answer_tokens=lengths_of(answer),
+        row_tokens=lengths_of(row),
+        row_tokens_with_end_tokens=lengths_of(with_end),
+        answer_share=_sum(answer) / _sum(row),
+        histograms={name: histogram_of(values) for name, values in lengths.items()},
+        max_length_tokens=settings.max_length,
+        rows_longer_than_max_length=int((~kept).sum()),
+        max_length_tokens_that_keep={
+            f"{share:.0%}": int(limit) for share, limit in zip(KEPT_SHARES, limits, strict=True)
+        },
+        epoch=Epoch(int(in_epoch.sum()), _sum(with_end[in_epoch]), _sum(trained[in_epoch])),
+        epochs=settings.epochs,
+        padding_share_of_padding_tools=_padding(with_end[kept], settings),
+    )
 
 
 def lengths_of(values: Numbers) -> Lengths:
     """The figures of a non-empty array of lengths. [N]"""
     percentiles = np.percentile(values, (50, 90, 95, 99), method="inverted_cdf")
     p50, p90, p95, p99 = (int(value) for value in percentiles)
-    total = int(values.sum(dtype=np.int64))
+    total = _sum(values)
     return Lengths(
         total, total / len(values), int(values.min()), p50, p90, p95, p99, int(values.max())
     )
@@ -268,56 +189,25 @@ def histogram_of(values: Numbers) -> Histogram:
     # A last bar that is nearly empty says less than the rows beyond would.
     if int(values.max()) < (bars + 2) * width:
         bars = int(values.max()) // width + 1
-    counts = np.bincount(np.minimum(values // width, bars), minlength=bars + 1)
+    counts = np.bincount(np.minimum(values // width, bars), minlength=bars + 1)  # [bars + 1]
     return Histogram(width, tuple(int(count) for count in counts[:bars]), int(counts[bars]))
 
 
-def token_statistics(
-    rows: RowTable, *, max_length: int, train_on_prompt: bool, batch_size: int, seed: int
-) -> TokenStatistics:
-    """Everything that is told of tokens.
-
-    Args:
-        rows: with token counts, at least one row.
-        batch_size: of the padding tools' batches.
-    """
-    answer = rows.answer_tokens - rows.end_tokens
-    row = rows.prompt_tokens + answer
-    with_end = rows.tokens
-    in_epoch = (with_end <= max_length) & ~rows.validation
-    # Nothing predicts the first token of a row.
-    trained = np.maximum(with_end - 1, 0) if train_on_prompt else rows.trained_tokens
-    kept = np.percentile(with_end, [100 * share for share in KEPT_SHARES], method="inverted_cdf")
-    return TokenStatistics(
-        lengths_of(rows.prompt_tokens),
-        lengths_of(answer),
-        lengths_of(row),
-        lengths_of(with_end),
-        {
-            "prompt": histogram_of(rows.prompt_tokens),
-            "answer": histogram_of(answer),
-            "row": histogram_of(row),
-        },
-        max_length,
-        int((with_end > max_length).sum()),
-        dict(zip(KEPT_SHARES, (int(length) for length in kept), strict=True)),
-        int(in_epoch.sum()),
-        int(with_end[in_epoch].sum(dtype=np.int64)),
-        int(trained[in_epoch].sum(dtype=np.int64)),
-        _padding(with_end[with_end <= max_length], max_length, batch_size, seed),
-    )
-
-
-def _padding(lengths: Numbers, max_length: int, batch_size: int, seed: int) -> Padding:
+def _padding(lengths: Numbers, settings: Settings) -> Padding:
     """Of the rows that max_length keeps. [N]"""
+    size = DEFAULT_BATCH_SIZE if settings.batch_size == "auto" else settings.batch_size
     if not len(lengths):
-        return Padding(0.0, 0.0, batch_size)
-    tokens = int(lengths.sum(dtype=np.int64))
-    shuffled = np.random.default_rng(seed).permutation(lengths)
-    starts = np.arange(0, len(shuffled), batch_size)
+        return Padding(0.0, 0.0, size)
+    tokens = _sum(lengths)
+    shuffled = np.random.default_rng(settings.seed).permutation(lengths)
+    starts = np.arange(0, len(shuffled), size)
     sizes = np.diff(np.append(starts, len(shuffled)))
-    in_batches = int((np.maximum.reduceat(shuffled, starts) * sizes).sum(dtype=np.int64))
-    return Padding(1 - tokens / (len(lengths) * max_length), 1 - tokens / in_batches, batch_size)
+    in_batches = _sum(np.maximum.reduceat(shuffled, starts) * sizes)
+    return Padding(1 - tokens / (len(lengths) * settings.max_length), 1 - tokens / in_batches, size)
+
+
+def _sum(values: Numbers) -> int:
+    return int(values.sum(dtype=np.int64))
 
 
 def _round_up(width: float) -> int:
@@ -333,12 +223,149 @@ def _round_up(width: float) -> int:
 
 
 # -------------------------------------------------------------------------------------------------
+# A few rows as the model sees them: the first, the shortest, the longest, a random one, or those
+# that were asked for. They are decoded from their token ids, so that what is shown is what is
+# trained, the end token too.
+
+
+@dataclass(frozen=True)
+class Span:
+    """A piece of a row."""
+
+    text: str
+    trained: bool
+    control: bool = False  # a special token
+    from_data: bool = False  # as it stands in the data, not what the prompt format puts around it
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row to look at."""
+
+    title: str
+    file: str
+    line: int
+    tokens: int | None  # with the end tokens; None without a tokenizer
+    trained_tokens: int | None
+    spans: tuple[Span, ...]
+
+    @property
+    def heading(self) -> str:
+        heading = f"{self.title}: {self.file}:{self.line}"
+        if self.tokens is None:
+            return heading
+        return f"{heading}, {self.tokens:,} tokens, {self.trained_tokens:,} trained"
+
+
+class SampleChooser:
+    """Keeps the few rows that are shown, while all of them stream past."""
+
+    def __init__(self, seed: int, lines: Iterable[int] = ()) -> None:
+        self._random = random.Random(seed)
+        self._asked: dict[int, list[Example]] = {line: [] for line in lines}
+        self._usual: dict[str, Example] = {}
+        self._seen = 0
+        self._least = self._most = 0
+
+    def add(self, example: Example, length: int) -> None:
+        """The next row and its length, in any unit."""
+        self._seen += 1
+        if example.line in self._asked:
+            self._asked[example.line].append(example)
+        if self._seen == 1:
+            self._usual["first"] = example
+        if self._seen == 1 or length < self._least:
+            self._least, self._usual["shortest"] = length, example
+        if self._seen == 1 or length > self._most:
+            self._most, self._usual["longest"] = length, example
+        # Each row is the one in the end with the same probability.
+        if self._random.random() * self._seen < 1:
+            self._usual["random"] = example
+
+    def chosen(self) -> list[tuple[str, Example]]:
+        """Titles and rows: those asked for, or the usual four, each row once."""
+        if self._asked:
+            return [(f"line {line}", row) for line, rows in self._asked.items() for row in rows]
+        titles: dict[int, tuple[str, Example]] = {}
+        for title, example in self._usual.items():
+            before = titles.get(id(example))
+            titles[id(example)] = (f"{before[0]}, {title}" if before else title, example)
+        return list(titles.values())
+
+    @property
+    def not_found(self) -> list[int]:
+        """Lines that were asked for and hold no row."""
+        return [line for line, found in self._asked.items() if not found]
+
+
+def sample_of(title: str, example: Example, coder: Coder | None, train_on_prompt: bool) -> Sample:
+    """A row as spans of text; without a coder, its turns as they are."""
+    file, line = str(example.file), example.line
+    if coder:
+        row = coder.encode_example(example, train_on_prompt=train_on_prompt)
+        spans = _data_apart(_spans(coder, row.input_ids, row.labels), example)
+        return Sample(title, file, line, len(row.input_ids), row.num_target_tokens, tuple(spans))
+    spans = []
+    for turn in example.turns:
+        spans.append(Span(f"{turn.role}: ", trained=False, control=True))
+        spans.append(Span(turn.content, turn.role == "assistant", from_data=True))
+        spans.append(Span("\n", trained=False))
+    return Sample(title, file, line, None, None, tuple(spans[:-1]))
+
+
+def _spans(coder: Coder, ids: Sequence[int], labels: Sequence[int]) -> list[Span]:
+    """Runs of tokens that are trained or not, special tokens apart.
+
+    Args:
+        ids: [T]
+        labels: IGNORE_INDEX where a token is not trained. [T]
+    """
+    tokenizer = coder.tokenizer
+    control = {tokenizer.token_id(token): token for token in tokenizer.control_tokens}
+    trained = [label != IGNORE_INDEX for label in labels]
+    spans: list[Span] = []
+    start = 0
+    while start < len(ids):
+        if ids[start] in control:
+            spans.append(Span(control[ids[start]], trained[start], control=True))
+            start += 1
+            continue
+        stop = start
+        while stop < len(ids) and ids[stop] not in control and trained[stop] == trained[start]:
+            stop += 1
+        text = tokenizer.decode_answer(ids[start:stop], ids[:start])
+        spans.append(Span(text, trained[start]))
+        start = stop
+    return spans
+
+
+def _data_apart(spans: Iterable[Span], example: Example) -> list[Span]:
+    """The same text, with the data's own apart from what the prompt format put around it."""
+    contents = [turn.content for turn in example.turns]
+    found: list[Span] = []
+    for span in spans:
+        rest = "" if span.control else span.text
+        if span.control:
+            found.append(span)
+        # A tokenizer may not give back what it was given; then the span stays one.
+        while contents and contents[0] in rest:
+            before, _, rest = rest.partition(contents[0])
+            if before:
+                found.append(replace(span, text=before))
+            found.append(replace(span, text=contents.pop(0), from_data=True))
+        if rest:
+            found.append(replace(span, text=rest))
+    return found
+
+
+# -------------------------------------------------------------------------------------------------
+# The pass itself.
 
 ROWS_AT_ONCE = 2048
 
 
 class Survey:
-    """What is known of the rows so far."""
+    """What is known of the rows so far; `add` takes the next of them."""
 
     def __init__(
         self, seed: int, control_tokens: Sequence[str], shown_lines: Iterable[int]
@@ -366,6 +393,7 @@ class Survey:
             encoded: the same rows as tokens, without train_on_prompt; None without a tokenizer.
             validation: whether they come from the validation file.
         """
+        # Shapes below: R is the number of these rows.
         number = len(examples)
         self.rows += number
         texts = [RowTexts.of(example, self._special_tokens) for example in examples]
@@ -373,11 +401,11 @@ class Survey:
         words = words_of(wholes)
         self._near.add(words)
         self._letters += words.letters
-        characters = np.fromiter((len(whole) for whole in wholes), np.int32, number)
+        characters = np.fromiter((len(whole) for whole in wholes), np.int32, number)  # [R]
         answer_words = (sum(len(text.split()) for text in row.answers) for row in texts)
-        tokens = _token_counts(texts, encoded)
-        self._writer.add_places(examples)
+        tokens = _token_counts(texts, encoded)  # three columns, [R] each
         self._writer.add(
+            examples,
             row_hash=_hashes(examples, lambda example: hash_of(example.turns)),
             question_hash=_hashes(examples, question_hash),
             answer_hash=_hashes(examples, _first_answer_hash),
@@ -401,7 +429,7 @@ class Survey:
         return self._near.find(table.row_hash)
 
     def found(self) -> dict[str, Found]:
-        """What the checks of single rows found, by name."""
+        """What the checks of single rows found, by the name of the check."""
         return {
             name: Found(
                 count,
@@ -414,8 +442,9 @@ class Survey:
     def scripts(self) -> dict[str, float]:
         """The share of each script among all letters, the most used first."""
         total = max(1, int(self._letters.sum()))
-        shares = zip((*SCRIPTS, "other"), (self._letters / total).tolist(), strict=True)
-        return dict(sorted((pair for pair in shares if pair[1]), key=lambda pair: -pair[1]))
+        shares = dict(zip((*SCRIPTS, "other"), (self._letters / total).tolist(), strict=True))
+        used = sorted((name for name in shares if shares[name]), key=lambda name: -shares[name])
+        return {name: round(shares[name], 6) for name in used}
 
     def _check(self, examples: Sequence[Example], texts: Sequence[RowTexts]) -> None:
         for check in ROW_CHECKS:
@@ -436,7 +465,8 @@ def in_chunks(examples: Iterable[Example], most: int | None = None) -> Iterator[
 
 def _token_counts(
     texts: Sequence[RowTexts], encoded: Sequence[EncodedRow] | None
-) -> dict[str, npt.NDArray[np.int32]]:
+) -> dict[str, Small]:
+    """The columns of a `RowTable` that count tokens; zeros without a tokenizer."""
     number = len(texts)
     if encoded is None:
         nothing = np.zeros(number, np.int32)

@@ -9,7 +9,7 @@ import functools
 from typing import TYPE_CHECKING
 
 from phitune import __version__
-from phitune.text import shortened, visible
+from phitune.text import plural, shortened, visible
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -37,7 +37,7 @@ def _environment() -> "Environment":
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["shortened"] = shortened
+    environment.filters.update(plural=plural, shortened=shortened)
     return environment
 
 

@@ -6,86 +6,17 @@ import json
 import math
 import sys
 from collections.abc import Mapping
-from html import escape
 from pathlib import PurePath
 from typing import Any
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from phitune.plan.machine import BUDGET_SHARE, GB
 from phitune.plan.memory import GIB
 from phitune.text import visible
-
-# -------------------------------------------------------------------------------------------------
-# What our HTML pages share: one file that needs nothing else, no script, no font, no network.
-#
-# Texts come from anywhere, so every one is escaped, a policy in the page forbids whatever would
-# load or run, and each piece stands in a direction of its own: right-to-left text turns nothing
-# around it. Light or dark follows the reader's system.
-
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-_STYLE = """
-:root { color-scheme: light dark; --back: #fbfbfa; --card: #fff; --line: #dedcd6; --text: #1d1d1b;
-  --pale: #66645e; --ok: #2c7a45; --warning: #8a5a00; --error: #b3261e; }
-@media (prefers-color-scheme: dark) { :root { --back: #161614; --card: #1f1f1d; --line: #3a3935;
-  --text: #e9e7e1; --pale: #a3a099; --ok: #7fce98; --warning: #e7b553; --error: #ff8a80; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 60rem; background: var(--back);
-  color: var(--text); font: 16px/1.5 system-ui, "Segoe UI", "Noto Sans", sans-serif; }
-h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .25rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.1rem; margin: 2.25rem 0 .6rem; }
-h3 { font-size: .95rem; margin: 1.25rem 0 .35rem; overflow-wrap: anywhere; }
-p { margin: .35rem 0; } .pale, figcaption, th, dt { color: var(--pale); }
-pre, .scroll { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; }
-pre { margin: 0; padding: .8rem .9rem; white-space: pre-wrap; overflow-wrap: anywhere;
-  unicode-bidi: plaintext; text-align: start;
-  font: .875rem/1.6 ui-monospace, "Cascadia Mono", Menlo, "Noto Sans Mono", monospace; }
-.scroll { overflow-x: auto; padding: .25rem .9rem; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .3rem .6rem; white-space: nowrap; font-weight: 400; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-tr + tr td { border-top: 1px solid var(--line); }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.25rem; margin: 0; }
-dd { margin: 0; overflow-wrap: anywhere; }
-@media (max-width: 32rem) {
-  dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .4rem; } }
-"""
-
-
-def document(title: str, style: str, parts: list[str]) -> str:
-    """A whole page.
-
-    Args:
-        title: any text.
-        style: what this page has beyond the common style.
-        parts: HTML.
-    """
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{safe(title)}</title>\n<style>{_STYLE}{style}</style>\n</head>\n"
-        "<body>\n" + "\n".join(parts) + "\n</body>\n</html>\n"
-    )
-
-
-def safe(text: str) -> str:
-    """Any text as HTML: what it says, and nothing it could do."""
-    return escape(visible(text), quote=True)
-
-
-def isolated(text: str) -> str:
-    """The same, in a direction of its own."""
-    return f"<bdi>{safe(text)}</bdi>"
-
-
-def definitions(facts: dict[str, str]) -> str:
-    """Names and what they are, as a list; both are HTML."""
-    return f"<dl>{''.join(f'<dt>{name}</dt><dd>{fact}</dd>' for name, fact in facts.items())}</dl>"
-
 
 # -------------------------------------------------------------------------------------------------
 # Results as JSON: one function for every command. A key is the name of a field.
@@ -167,6 +98,27 @@ def table_of(*columns: str, right: tuple[int, ...] | None = None) -> Table:
 def section(title: str, body: RenderableType, *notes: str) -> RenderableType:
     """A bold title, what is under it, and notes in a paler tone."""
     return Group(Text(title, style="bold"), body, *(Text(note, style="dim") for note in notes))
+
+
+def facts_grid(facts: Mapping[str, str]) -> Table:
+    """Names in bold, and beside each what there is to say of it."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, fact in facts.items():
+        grid.add_row(Text(visible(name)), Text(visible(fact)))
+    return grid
+
+
+def bar(share: float, cells: int, console: Console) -> str:
+    """A share of so many cells, in eighths of one; what is not zero can be seen.
+
+    rich's own `Bar` draws the same blocks where the encoding has none.
+    """
+    if not console.encoding.lower().startswith("utf"):
+        return "#" * max(1, round(share * cells))
+    whole, eighths = divmod(max(1, round(share * cells * 8)), 8)
+    return "█" * whole + " ▏▎▍▌▋▊▉"[eighths].strip()
 
 
 def unit_of(peak: int) -> tuple[str, int]:

@@ -2,15 +2,18 @@
 
 It states what the run directory records (data, settings, measurements) and how to load and prompt
 the model. What is not recorded is left out, and so are paths of this machine. The licence is not
-guessed: it follows from the base model's and from the data's.
+guessed: it follows from the base model's and from the data's. The text is the template
+assets/card.md.j2; here is what it shows.
 """
 
+import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import yaml
 
 from phitune.data.coder import Coder
@@ -23,6 +26,8 @@ from phitune.training.rundir import ADAPTER, CONFIG, EVALUATION, SUMMARY
 from phitune.untrusted import read_object
 
 CARD_FILE = "README.md"
+# In the hub's vocabulary; it has no word for llama.cpp.
+_LIBRARIES = {"adapter": "peft", "merged": "transformers"}
 # The settings that decide what was learnt; none of them is a path of this machine.
 _SETTINGS = (
     "prompt_format",
@@ -58,64 +63,12 @@ class TrainedAdapter:
 
 
 @dataclass(frozen=True)
-class FormatWords:
-    """What a card says about the format of its folder."""
+class GgufFile:
+    """What a card states about a llama.cpp file."""
 
-    library: str | None  # in the hub's vocabulary
-    what: str
-    how: str  # to load it, in Markdown; {base} stands for the base model's name
-    template: str = "The chat template beside this file"
-    stops: str = ", as generation_config.json has it too"
-
-
-_ADAPTER = FormatWords(
-    "peft",
-    "A LoRA adapter",
-    """```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{base}")
-model = PeftModel.from_pretrained(model, "path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-```""",
-)
-_MERGED = FormatWords(
-    "transformers",
-    "A whole model, with a LoRA adapter merged into its weights",
-    """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-```""",
-)
-_GGUF = FormatWords(
-    None,
-    "A whole model for llama.cpp and Ollama, with a LoRA adapter merged into its weights",
-    """```sh
-llama-server -m {file} -c {context}{ollama}
-```""",
-    "The chat template in the file",
-    ", as the file has it too",
-)
-_GGUF_LORA = FormatWords(
-    None,
-    "A LoRA adapter for llama.cpp, to be loaded on a file of its base",
-    """```sh
-llama-server -m BASE.gguf --lora {file} --chat-template-file chat_template.jinja -c {context}
-```
-
-BASE.gguf is a file of `{base}`. It has its own chat template and end token; the template beside
-this file is the one that was trained.""",
-    stops="",
-)
-FORMAT_WORDS = {
-    "adapter": _ADAPTER,
-    "merged": _MERGED,
-    "gguf": _GGUF,
-    "gguf-lora": _GGUF_LORA,
-}
+    file: str  # its name
+    context: int  # tokens that it is safe to run with
+    ollama: bool = False  # a Modelfile lies beside it
 
 
 def write_adapter_card(run: Path, summary: Mapping[str, Any]) -> None:
@@ -123,106 +76,103 @@ def write_adapter_card(run: Path, summary: Mapping[str, Any]) -> None:
     folder = run / ADAPTER
     name = str(read_object(folder / CONFIG_FILE, "").get("base_model_name_or_path"))
     adapter = TrainedAdapter(name, folder, Coder.as_saved(TextTokenizer(folder)), run)
-    replace_file(folder / CARD_FILE, model_card(adapter, "adapter", summary=summary))
+    replace_file(folder / CARD_FILE, _card(adapter, "adapter", summary))
 
 
 def write_card(
-    adapter: TrainedAdapter, folder: Path, format_name: str, names: Mapping[str, str] | None = None
+    adapter: TrainedAdapter, folder: Path, format_name: str, gguf: GgufFile | None = None
 ) -> None:
-    """Writes the card of an export; see `model_card`."""
-    (folder / CARD_FILE).write_text(model_card(adapter, format_name, names), encoding="utf-8")
-
-
-def model_card(
-    adapter: TrainedAdapter,
-    format_name: str,
-    names: Mapping[str, str] | None = None,
-    summary: Mapping[str, Any] | None = None,
-) -> str:
-    """A card in Markdown, with the front matter that the hub reads.
+    """Writes the card of an export.
 
     Args:
-        names: replaces names in braces in the format's `how`.
-        summary: of the run; by default the one in its directory.
+        gguf: the file, where the format is one of llama.cpp's.
     """
-    words, run = FORMAT_WORDS[format_name], adapter.run
-    settings = _settings(run)
-    summary = _object(run, SUMMARY) if summary is None else summary
+    card = _card(adapter, format_name, _object(adapter.run, SUMMARY), gguf)
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
-    # A model of this machine is named by its last part.
+
+def _card(
+    adapter: TrainedAdapter,
+    format_name: str,
+    summary: Mapping[str, Any],
+    gguf: GgufFile | None = None,
+) -> str:
+    """A card in Markdown, with the front matter that the hub reads."""
+    settings, evaluation = _settings(adapter.run), _object(adapter.run, EVALUATION)
+    # Models and data of this machine are named by their last part. The run's name is not used: a
+    # run that is repeated elsewhere has the same card.
     name = adapter.model_name
     is_public = name in SHIPPED_MODELS or is_hub_id(str(settings.get("model_name", name)))
     base = name if is_public else Path(name).name
-    # Not the run's name: a run that is repeated elsewhere has the same card.
-    title = f"{Path(base).name}, fine-tuned"
-    if data := settings.get("dataset_path"):
-        title += f" on {data if hub_id(data) else Path(data).name}"
+    data = settings.get("dataset_path")
+    data_id = hub_id(data) if data else None
 
-    front: dict[str, Any] = {}
-    if is_public:
-        front["base_model"] = name
-    if words.library:
-        front["library_name"] = words.library
+    front: dict[str, Any] = {"base_model": name} if is_public else {}
+    if library := _LIBRARIES.get(format_name):
+        front["library_name"] = library
     front |= {"pipeline_tag": "text-generation", "tags": ["phitune", "lora", "text-generation"]}
-    if data and (found := hub_id(data)):
-        front["datasets"] = [found[0]]
+    if data_id:
+        front["datasets"] = [data_id[0]]
 
-    how = words.how
-    for key, value in {"base": base, **(names or {})}.items():
-        how = how.replace(f"{{{key}}}", value)
-    parts = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
-        f"# {title}",
-        f"{words.what}, fine-tuned from `{base}` with phitune.",
-        "No licence is stated here: it follows from that of the base model and from your data."
-        " On the hub, add `license:` to the head of this file.",
-        f"## Loading\n\n{how}",
-        _prompting(words, adapter.coder),
-        _data(settings, summary),
-        _table("Settings", ("setting", "value"), _chosen(settings, adapter.adapter_folder)),
-        _measured(summary, _object(run, EVALUATION)),
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _prompting(words: FormatWords, coder: Coder) -> str:
-    """The exact text of a prompt, and the tokens that end an answer."""
-    turns = (Turn("user", "{prompt}"),)
-    text = coder.text(turns)
-    whole = coder.text((*turns, Turn("assistant", "{answer}")))
-    tokenizer = coder.tokenizer
-    names = {tokenizer.token_id(token): token for token in tokenizer.control_tokens}
-    ends = " or ".join(f"`{names[token]}` ({token})" for token in coder.stop_ids)
-    return (
-        "## Prompting\n\n"
-        f"{words.template} renders what the model was trained on. As JSON strings, the prompt,"
-        " and the prompt with its answer:\n\n"
-        f"```\n{_quoted(text)}\n{_quoted(whole)}\n```\n\n"
-        f"An answer ends with {ends}{words.stops}. Tokenize the prompt"
-        " without adding special tokens: the text contains all that it needs."
+    coder, turns = adapter.coder, (Turn("user", "{prompt}"), Turn("assistant", "{answer}"))
+    tokens = {coder.tokenizer.token_id(token): token for token in coder.tokenizer.control_tokens}
+    data_name = (data if data_id else Path(data).name) if data else None
+    return _template().render(
+        format=format_name,
+        gguf=gguf,
+        front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
+        base=base,
+        base_title=Path(base).name,
+        data_name=data_name,
+        prompt=_quoted(coder.text(turns[:1])),
+        prompt_and_answer=_quoted(coder.text(turns)),
+        ends=[f"`{tokens[token]}` ({token})" for token in coder.stop_ids],
+        data=_data(data_name, summary),
+        settings=_chosen(settings, adapter.adapter_folder),
+        measured=_measured(summary),
+        rows_evaluated=evaluation.get("rows_evaluated"),
+        measures=_measures(evaluation),
     )
 
 
-def _data(settings: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    facts: list[tuple[str, str]] = []
-    if name := settings.get("dataset_path"):
-        facts.append(("name", f"`{name if hub_id(name) else Path(name).name}`"))
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(  # Markdown: nothing is escaped but the bars of tables.
+        loader=jinja2.PackageLoader("phitune", "assets"),
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("card.md.j2")
+
+
+# --- tables: rows of texts ------------------------------------------------------------------------
+
+
+def _data(name: str | None, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows = [("name", f"`{name}`")] if name else []
     about = summary.get("data")
     if isinstance(about, Mapping):
         for key, value in about.items():
             if key == "files":
-                facts += [(f"SHA-256 of `{file}`", f"`{digest}`") for file, digest in value.items()]
+                rows += [(f"SHA-256 of `{file}`", f"`{digest}`") for file, digest in value.items()]
             else:
-                facts.append((key.replace("_", " "), f"{value:,}"))
-    return _table("Data", ("", ""), facts)
+                rows.append((key.replace("_", " "), f"{value:,}"))
+    return rows
 
 
 def _chosen(settings: Mapping[str, Any], adapter_folder: Path) -> list[tuple[str, str]]:
+    """The settings of the run, or what the adapter's own configuration says of them."""
     if not settings:
         raw = read_object(adapter_folder / CONFIG_FILE, "")
-        names = {"r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
-        settings = {ours: raw.get(theirs) for theirs, ours in names.items()}
-        settings = {**settings, "target_modules": raw.get("target_modules")}
+        settings = {
+            "lora_r": raw.get("r"),
+            "lora_alpha": raw.get("lora_alpha"),
+            "lora_dropout": raw.get("lora_dropout"),
+            "target_modules": raw.get("target_modules"),
+        }
     return [
         (name, _shown(value)) for name in _SETTINGS if (value := settings.get(name)) is not None
     ]
@@ -236,44 +186,39 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _measured(summary: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
-    facts: list[tuple[str, str]] = []
-    first, best = (summary.get(f"{which}_validation_loss") for which in ("first", "best"))
+def _measured(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    first, best = summary.get("first_validation_loss"), summary.get("best_validation_loss")
     if isinstance(first, float) and isinstance(best, float):
-        facts.append(("validation loss before", f"{first:.4f}"))
-        facts.append(("validation loss after", f"{best:.4f}"))
+        rows.append(("validation loss before", f"{first:.4f}"))
+        rows.append(("validation loss after", f"{best:.4f}"))
     if "best_step" in summary:
-        facts.append(("step of this adapter", f"{summary['best_step']} of {summary['steps']}"))
+        rows.append(("step of this adapter", f"{summary['best_step']} of {summary['steps']}"))
     if answers := summary.get("answers"):
         stopped = summary.get("answers_stopped_by_themselves")
-        facts.append(
-            ("sample answers that ended with a stop token", f"{stopped} of {len(answers)}")
-        )
-    text = _table("Measured", ("", ""), facts)
+        rows.append(("sample answers that ended with a stop token", f"{stopped} of {len(answers)}"))
+    return rows
+
+
+def _measures(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     measures = evaluation.get("measures")
-    if isinstance(measures, Mapping) and measures:
-        rows = [
-            (name.replace("_", " "), _figure(measure.get("base")), _figure(measure.get("tuned")))
-            for name, measure in measures.items()
-        ]
-        title = f"On {evaluation.get('rows_evaluated')} rows of the validation data"
-        text += ("\n\n" if text else "## Measured\n\n") + f"{title}:\n\n"
-        text += _rows(("", "base", "tuned"), rows)
-    return text
+    if not isinstance(measures, Mapping):
+        return []
+    return [
+        (name.replace("_", " "), _figure(measure.get("base")), _figure(measure.get("tuned")))
+        for name, measure in measures.items()
+    ]
 
 
 def _figure(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, int | float) else "-"
 
 
-def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return f"## {title}\n\n{_rows(head, rows)}" if rows else ""
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
 
 
-def _rows(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    escaped = [[cell.replace("|", r"\|") for cell in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+# --- files of the run -----------------------------------------------------------------------------
 
 
 def _settings(run: Path | None) -> dict[str, Any]:
@@ -285,7 +230,3 @@ def _settings(run: Path | None) -> dict[str, Any]:
 
 def _object(run: Path | None, name: str) -> dict[str, Any]:
     return read_object(run / name, "") if run and (run / name).is_file() else {}
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)

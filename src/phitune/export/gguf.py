@@ -27,7 +27,7 @@ from torch import Tensor
 from phitune.data.dataset import Turn
 from phitune.data.prompt import Segment
 from phitune.errors import ExportError, listing
-from phitune.export.card import write_card
+from phitune.export.card import GgufFile, write_card
 from phitune.export.folder import check_disk_space
 from phitune.export.formats import DEFAULT_QUANTIZATION, QUANTIZATIONS, ExportSettings
 from phitune.export.gguf_file import (
@@ -57,8 +57,6 @@ from phitune.model.lora import Adapter
 from phitune.model.targets import EMBEDDING_MODULE
 
 # --- the whole model ------------------------------------------------------------------------------
-
-_OLLAMA = "\nollama create my-model -f Modelfile && ollama run my-model"
 
 
 def export_gguf(
@@ -134,8 +132,8 @@ def _write_beside(source: Source, path: Path) -> list[str]:
         (path.parent / MODELFILE).write_text(text, encoding="utf-8")
     if note := context_note(source.config):
         notes.append(note)
-    names = {"file": path.name, "context": str(context), "ollama": _OLLAMA if text else ""}
-    write_card(source, path.parent, "gguf", names)
+    file = GgufFile(path.name, context, ollama=text is not None)
+    write_card(source, path.parent, "gguf", file)
     return notes
 
 
@@ -181,8 +179,7 @@ def export_gguf_lora(
     # The base's file has a template of its own, and an adapter's file cannot hold one.
     template = source.coder.prompt_format.chat_template
     (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
-    names = {"file": FILE, "context": str(safe_context(source.config))}
-    write_card(source, folder, "gguf-lora", names)
+    write_card(source, folder, "gguf-lora", GgufFile(FILE, safe_context(source.config)))
     note = context_note(source.config)
 
     memory = _answers_in_memory(source, settings)

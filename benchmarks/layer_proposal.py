@@ -23,7 +23,7 @@ from rich.console import Console
 from phitune import Phi2LoRATrainer
 from phitune.config import resolve
 from phitune.layers.guide import price_of
-from phitune.layers.measure import DEFAULT_BATCHES, survey
+from phitune.layers.measure import DEFAULT_BATCHES, prepare, survey
 from phitune.layers.proposal import in_ranges
 from phitune.model.architecture import FAMILIES, ModelConfig
 from phitune.model.files import ASSETS
@@ -113,7 +113,7 @@ def main() -> None:
         resolved = resolve({"model_name": model, "dataset_path": str(ASSETS / "captain.jsonl")})
         choices: list[Choice] = []
         for share in SHARES:
-            surveyed = survey(resolved, DEFAULT_BATCHES, share)
+            surveyed = survey(prepare(resolved, DEFAULT_BATCHES), share)
             proposal, config = surveyed.proposal, surveyed.config
             proposed = Choice(f"proposal {share:.0%}", proposal.target_modules, proposal.layers)
             choices += [proposed, *random_choices(config, proposed, RANDOM_CHOICES)]

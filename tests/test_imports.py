@@ -27,7 +27,7 @@ MAY_IMPORT = {
         *FREE_TO_ALL,
     },
     "doctor": {"training", "plan", "model", "data", *FREE_TO_ALL},
-    "layers": {"commands", "trainer", "plan", "check", "training", "model", "data", *FREE_TO_ALL},
+    "layers": {"plan", "model", "data", *FREE_TO_ALL},
     "trainer": {
         "run",
         "recorder",

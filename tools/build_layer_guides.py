@@ -2,26 +2,22 @@
 
     python tools/build_layer_guides.py [--configs FOLDER] [--out docs]
 
-The words are those of `phitune layers` (src/phitune/layers/guide.py and evidence.py), the numbers
-are counted from config.json: FOLDER/phi-2 and FOLDER/phi-3.5-mini-instruct, or the built-in figures
-without --configs. tests/layers/test_layers.py holds the committed documents against this program.
+The words are those of `phitune layers` (src/phitune/assets/layers.yaml), the numbers are counted
+from config.json: FOLDER/phi-2 and FOLDER/phi-3.5-mini-instruct, or the built-in figures without
+--configs. tests/layers/test_layers.py holds the committed documents against this program.
 """
 
 import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from phitune.commands.layers import NO_PHI, megabytes, shape_of, share_of
+from phitune.commands.layers import megabytes, shape_of, share_of
 from phitune.config import Settings
 from phitune.layers.guide import (
-    CLAIMS,
     FILE_BYTES,
-    GOALS,
-    MARKS,
-    PRESETS,
-    SOURCES,
-    WORDS,
+    Goal,
     Guide,
+    advice,
     choices,
     flags_of,
     goal_flags,
@@ -46,8 +42,7 @@ LAYOUT = {
                                     +-> fc1 -> GELU -> fc2 -------------------------+
 
 Attention and MLP work side by side on the same input. q_proj, k_proj, v_proj and fc1 read that
-input, so phitune computes them as one product; each can have an adapter of its own all the
-same.""",
+input, so phitune computes them as one product; each can still have an adapter of its own.""",
     "phi3": """\
     token -> embed_tokens -> layer 0 ... layer {last} -> norm -> lm_head -> scores
 
@@ -87,15 +82,17 @@ shipped models with the proposal, with everything, and with random choices of th
 
 def document(name: str, model: str, guides: Sequence[Guide]) -> str:
     """One document, from the same model at each of the RANKS."""
-    first = guides[0]
+    first, words = guides[0], advice()
     config = first.config
+    modules = words.modules[config.model_type]
     parts = [
         f"# The layers of {model.partition('/')[2]}",
         f"What {model} is made of, what an adapter on each part costs, and which part to adapt for"
         f" which goal. The same in a terminal: `phitune layers {model}`; for your data:"
         f" `phitune layers {model} --dataset_path DATA`. See also [{OTHER[name]}]({OTHER[name]}.md)"
         " and [memory](memory.md).",
-        "Made by `tools/build_layer_guides.py`; change the words in `src/phitune/layers/`.",
+        "Made by `tools/build_layer_guides.py`; change the words in"
+        " `src/phitune/assets/layers.yaml`.",
         "## Layers",
         LAYOUT[config.model_type].format(last=config.num_hidden_layers - 1),
         _kinds(guides),
@@ -103,28 +100,28 @@ def document(name: str, model: str, guides: Sequence[Guide]) -> str:
         " r x (in + out) parameters to a module, written in fp32 (MB are 10^6 bytes). Norms have no"
         " adapters.",
         "## What they do",
-        "\n".join(f"- **{kind}**: {what}" for kind, what in WORDS[config.model_type].items()),
+        "\n".join(f"- **{kind}**: {what}" for kind, what in modules.items()),
         "## What they cost",
         _costs(guides),
         "Presets: "
-        + "; ".join(f"`{preset}`, {what}" for preset, what in PRESETS.items())
+        + "; ".join(f"`{preset}`, {what}" for preset, what in words.presets.items())
         + ". Training is what the adapter, its gradients, copies and AdamW's moments take with a"
         " base in bf16; time is a step's in rows of 1,024 tokens, relative to all-linear, both"
         " counted as [memory](memory.md) says. Fewer modules save megabytes; time is saved by"
-        " layers, because the backward ends at the lowest adapter.",
+        " layers, because the backward pass ends at the lowest adapter.",
         _tables(first),
         "## What to adapt for which goal",
         _goals(first),
-        *(_goal(first, index) for index in range(len(GOALS))),
+        *(_goal(first, goal) for goal in words.goals),
         "## Evidence and folklore",
-        f"{NO_PHI} {'. '.join(f'**{mark}**: {what}' for mark, what in MARKS.items())}.",
+        f"{words.no_phi} {'. '.join(f'**{mark}**: {what}' for mark, what in words.marks.items())}.",
         _claims(),
         "## Measuring your own data",
         MEASURING.format(model=model),
         "## Sources",
         "\n".join(
             f"- **{key}**: {source.who}, [{source.title}]({_link(source.url)})"
-            for key, source in SOURCES.items()
+            for key, source in words.sources.items()
         ),
     ]
     return "\n\n".join(parts) + "\n"
@@ -175,7 +172,7 @@ def _tables(guide: Guide) -> str:
 
 def _goals(guide: Guide) -> str:
     rows = []
-    for goal in GOALS:
+    for goal in advice().goals:
         price = guide.goal_price(goal)
         rows.append(
             [
@@ -190,9 +187,8 @@ def _goals(guide: Guide) -> str:
     return _table(heads, rows, right=(2, 3, 4))
 
 
-def _goal(guide: Guide, index: int) -> str:
-    goal = GOALS[index]
-    rests = ", ".join(f"{key} ({CLAIMS[key].mark})" for key in goal.claims)
+def _goal(guide: Guide, goal: Goal) -> str:
+    rests = ", ".join(f"{key} ({advice().claims[key].mark})" for key in goal.claims)
     return (
         f"### {goal.name}\n\n{goal.what[0].upper()}{goal.what[1:]}.\n\n"
         f"    phitune train --model_name {guide.settings.model_name} {goal_flags(guide, goal)}\n\n"
@@ -203,8 +199,8 @@ def _goal(guide: Guide, index: int) -> str:
 def _claims() -> str:
     rows = [
         [key, claim.text, claim.mark, ", ".join(claim.sources) or "-"]
-        for mark in MARKS
-        for key, claim in CLAIMS.items()
+        for mark in advice().marks
+        for key, claim in advice().claims.items()
         if claim.mark == mark
     ]
     return _table(("name", "claim", "", "sources"), rows)

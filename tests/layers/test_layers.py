@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,11 +19,9 @@ from phitune.commands.layers import train_command
 from phitune.config import resolve
 from phitune.data.packing import Batch, batches
 from phitune.layers.guide import (
-    CLAIMS,
-    GOALS,
-    SOURCES,
-    WORDS,
+    Goal,
     Price,
+    advice,
     kinds_of,
     layer_of,
     layers_at,
@@ -33,7 +30,7 @@ from phitune.layers.guide import (
     short_name,
     total_parameters,
 )
-from phitune.layers.measure import CAVEAT, Measurement, measure
+from phitune.layers.measure import Measurement, measure
 from phitune.layers.proposal import in_ranges, propose
 from phitune.model.architecture import FAMILIES, known_model_config, read_model_config
 from phitune.model.decoder import Decoder
@@ -81,7 +78,7 @@ def test_shares_of_the_real_models_add_up(shared: Path, model: str) -> None:
     kinds = kinds_of(config)
     assert total_parameters(config) == SIZES[model]
     assert math.isclose(sum(kind.weights / SIZES[model] for kind in kinds), 1.0)
-    assert [kind.name for kind in kinds] == list(WORDS[config.model_type])
+    assert [kind.name for kind in kinds] == list(advice().modules[config.model_type])
 
 
 def test_every_parameter_of_a_model_is_counted(model_folder: Path) -> None:
@@ -130,19 +127,19 @@ def test_presets_add_up_to_all_linear(model: str) -> None:
 # The guide
 
 
-@pytest.mark.parametrize("goal", GOALS, ids=lambda goal: goal.name)
+@pytest.mark.parametrize("goal", advice().goals, ids=lambda goal: goal.name)
 @pytest.mark.parametrize("model", [*SIZES, "tiny-phi-2", "tiny-phi-3.5"])
-def test_every_goal_names_what_its_model_has(model: str, goal: Any) -> None:
+def test_every_goal_names_what_its_model_has(model: str, goal: Goal) -> None:
     config = known_model_config(model) or read_model_config(ASSETS / model)
     modules = resolve_targets(config, goal.targets[config.model_type], goal.layers(config))
     assert modules
-    assert set(goal.claims) <= set(CLAIMS)
+    assert set(goal.claims) <= set(advice().claims)
     resolve({"target_modules": list(goal.targets[config.model_type])})
 
 
 def test_a_goal_holds_for_every_family() -> None:
-    assert all(set(goal.targets) == set(FAMILIES) for goal in GOALS)
-    assert {goal.name for goal in GOALS} == {
+    assert all(set(goal.targets) == set(FAMILIES) for goal in advice().goals)
+    assert {goal.name for goal in advice().goals} == {
         "attention focus", "new concepts", "new knowledge", "fixing facts", "fluency",
         "domain vocabulary", "reasoning", "structured output", "persona",
     }  # fmt: skip
@@ -150,10 +147,10 @@ def test_a_goal_holds_for_every_family() -> None:
 
 def test_evidence_has_sources_and_folklore_has_none() -> None:
     used: set[str] = set()
-    for name, claim in CLAIMS.items():
+    for name, claim in advice().claims.items():
         assert bool(claim.sources) == (claim.mark != "folklore"), name
         used |= set(claim.sources)
-    assert used == set(SOURCES)
+    assert used == set(advice().sources)
 
 
 @pytest.mark.parametrize(("count", "middle", "upper"), [(32, "8-23", "16-31"), (4, "1-2", "2-3")])
@@ -214,7 +211,7 @@ def test_the_guide_as_json(layers: Call) -> None:
     assert found["asked"]["parameters"] * 8 == sum(
         kind["lora_parameters"] for kind in kinds.values() if kind["preset"]
     )
-    assert {goal["goal"] for goal in found["goals"]} == {goal.name for goal in GOALS}
+    assert {goal["goal"] for goal in found["goals"]} == {goal.name for goal in advice().goals}
     assert json.loads(layers(PHI_3_5, "--json")[0])["asked"] is None
 
 
@@ -424,7 +421,7 @@ def test_what_is_said_of_the_benchmark_is_in_its_result() -> None:
             assert losses[name.rpartition("size of ")[2]] < losses[name]
         assert min(losses, key=lambda name: losses[name]) == "all-linear"
         assert losses["lower half"] < losses["upper half"]
-    assert "random ones of the same size" in CAVEAT
+    assert "random ones of the same size" in advice().caveat
 
 
 def test_ranges_are_as_layers_takes_them() -> None:

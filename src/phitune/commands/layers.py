@@ -1,7 +1,10 @@
-"""`phitune layers`: the guide, or with a data set what that data pulls at."""
+"""`phitune layers`: the layer guide, or with a data set which layers that data wants to move.
+
+Tables where there is room for them, lines where there is not; the same words without colour. Every
+number and every word comes from `layers/`; nothing is computed here but shares and means.
+"""
 
 import argparse
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,59 +12,52 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
+from rich.style import Style
 from rich.text import Text
 
 from phitune.commands.options import Parser, add_settings, given_flags, help_format
-from phitune.commands.terminal import section, table_of
+from phitune.commands.terminal import facts_grid, jsonable, print_json, section, table_of
 from phitune.errors import SettingsError
 from phitune.layers.guide import (
-    CLAIMS,
     FILE_BYTES,
-    GOALS,
-    MARKS,
-    PRESETS,
-    SOURCES,
-    WORDS,
     Guide,
     Kind,
     Price,
+    advice,
     choices,
+    flags_of,
     goal_flags,
+    guide_of,
     kinds_of,
+    layer_of,
     price_of,
+    short_name,
     total_parameters,
 )
-from phitune.model.architecture import ModelConfig
+from phitune.model.architecture import EMBED_TOKENS, FAMILIES, LM_HEAD, ModelConfig
 from phitune.plan.machine import GB
 
 if TYPE_CHECKING:
     from phitune.config import Resolved
-
-
-# -------------------------------------------------------------------------------------------------
-# How the guide looks in a terminal: tables where there is room, lines where there is not.
-#
-# Every number comes from `anatomy.py`, every word from `guide.py` and `evidence.py`.
+    from phitune.layers.measure import Pull, Survey
 
 MB = 10**6
 # Narrower terminals have lines instead of tables.
 TABLE_WIDTH = 80
-NO_PHI = (
-    "None of the papers measured Phi. 'phitune layers MODEL --dataset_path DATA' measures your"
-    " model on your data."
-)
 _LONGEST_NAME = 15
 _INDENT = (0, 0, 0, 2)
 _COLOURS = {"measured": "green", "reported": "yellow", "folklore": "red"}
 
+# -------------------------------------------------------------------------------------------------
+# The guide.
+
 
 def show_guide(guide: Guide, console: Console) -> None:
     """Prints the whole guide."""
-    wide = console.width >= TABLE_WIDTH
     for part in (
-        _guide_header(guide),
-        _kinds(guide) if wide else _kinds_in_lines(guide),
-        _presets(guide) if wide else _presets_in_lines(guide),
+        _model(guide),
+        _kinds(guide, console),
+        _costs(guide, console),
         _words(guide),
         _goals(guide),
         _evidence(),
@@ -71,125 +67,110 @@ def show_guide(guide: Guide, console: Console) -> None:
         console.print()
 
 
-def _guide_header(guide: Guide) -> RenderableType:
-    config, settings = guide.config, guide.settings
-    lines = [
-        Text.assemble(("model  ", "bold"), f"{settings.model_name}, {guide.figures}"),
-        Text(
-            f"{total_parameters(config) / 1e9:.2f} B parameters, {config.num_hidden_layers} layers"
-            if total_parameters(config) >= GB / 10
-            else f"{total_parameters(config) / 1e6:.2f} M parameters,"
-            f" {config.num_hidden_layers} layers"
-        ),
-    ]
+def _model(guide: Guide) -> RenderableType:
+    config, total = guide.config, total_parameters(guide.config)
+    size = f"{total / 1e9:.2f} B" if total >= GB / 10 else f"{total / 1e6:.2f} M"
+    facts = {
+        "model": f"{guide.settings.model_name}, {guide.figures}\n"
+        f"{size} parameters, {config.num_hidden_layers} layers"
+    }
     if guide.asked is not None:
         price = price_of(config, guide.asked, guide.rank)
-        lines.append(
-            Text.assemble(("asked  ", "bold"), f"{len(guide.asked)} modules: {_said(price)}")
+        facts["chosen"] = f"{len(guide.asked)} modules: {price_line(price)}"
+    return facts_grid(facts)
+
+
+def _kinds(guide: Guide, console: Console) -> RenderableType:
+    columns = ("module", "shape", "count", "share", f"LoRA r {guide.rank}", "adapter", "preset")
+    rows = []
+    for kind in kinds_of(guide.config):
+        parameters = kind.lora_parameters(guide.rank)
+        shape = shape_of(kind).replace(" + bias", " +b")
+        row = [kind.name, shape, str(kind.count), share_of(kind, guide.config)]
+        row += [f"{parameters:,}", megabytes(FILE_BYTES * parameters)] if parameters else ["-", "-"]
+        rows.append([*row, kind.preset or "-"])
+    notes = [
+        "shape is out x in (+b: and a bias), share that of all parameters. LoRA adds"
+        " r x (in + out) to a module; adapter is its file, in fp32, MB are 10**6 bytes."
+    ]
+    if guide.config.tie_word_embeddings:
+        notes.append("lm_head has no weights of its own here: it is embed_tokens, transposed.")
+    return section("Layers", _table(columns, rows, console, right=(2, 3, 4, 5)), *notes)
+
+
+def _costs(guide: Guide, console: Console) -> RenderableType:
+    rows = []
+    for targets, layers, words in choices(guide):
+        price = guide.price(targets, layers)
+        rows.append(
+            [
+                " + ".join(targets) + (f", layers {layers}" if layers else ""),
+                f"{price.parameters:,}",
+                megabytes(price.file_bytes),
+                megabytes(price.memory_bytes),
+                f"{price.time:.2f}x",
+                words,
+            ]
         )
+    columns = ("targets", "parameters", "adapter", "training", "time", "")
+    return section(
+        f"What they cost at r {guide.rank}",
+        _table(columns, rows, console, right=(1, 2, 3, 4)),
+        "training is the memory that the adapter, its gradients, copies and AdamW's moments need"
+        " (base in bf16); time is that of a step, relative to all-linear in all layers. Fewer"
+        " modules save megabytes; fewer layers save time, because the backward pass ends at the"
+        " lowest adapter.",
+    )
+
+
+def _table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    console: Console,
+    right: tuple[int, ...] | None = None,
+) -> RenderableType:
+    """A table, or below TABLE_WIDTH for each row its name and a line of all figures."""
+    if console.width >= TABLE_WIDTH:
+        table = table_of(*columns, right=right)
+        for name, *figures in rows:
+            table.add_row(Text(_broken(name), "bold"), *figures)
+        return table
+    lines: list[RenderableType] = []
+    for name, *figures in rows:
+        facts = zip(columns[1:], figures, strict=True)
+        said = ", ".join(
+            f"{column} {figure}".strip() for column, figure in facts if figure.strip("-")
+        )
+        lines += [Text(name, "bold"), Padding(Text(said), _INDENT)]
     return Group(*lines)
 
 
-def _kinds(guide: Guide) -> RenderableType:
-    table = table_of(
-        "module", "shape", "count", "share", f"LoRA r {guide.rank}", "adapter", "preset",
-        right=(2, 3, 4, 5),
-    )  # fmt: skip
-    for kind in kinds_of(guide.config):
-        table.add_row(
-            Text(_broken(kind.name), style="bold" if kind.trainable else "dim"),
-            shape_of(kind).replace(" + bias", " +b"),
-            str(kind.count),
-            share_of(kind, guide.config),
-            f"{kind.lora_parameters(guide.rank):,}" if kind.trainable else "-",
-            megabytes(FILE_BYTES * kind.lora_parameters(guide.rank)) if kind.trainable else "-",
-            kind.preset or "-",
-        )
-    return section("Layers", table, *_notes_on_kinds(guide))
-
-
-def _kinds_in_lines(guide: Guide) -> RenderableType:
-    lines: list[RenderableType] = []
-    for kind in kinds_of(guide.config):
-        lines.append(Text(kind.name, style="bold" if kind.trainable else "dim"))
-        facts = [
-            f"{kind.count} of {shape_of(kind)}",
-            f"{share_of(kind, guide.config)} of the model",
-        ]
-        if kind.trainable:
-            parameters = kind.lora_parameters(guide.rank)
-            facts.append(
-                f"LoRA r {guide.rank} adds {parameters:,} ({megabytes(FILE_BYTES * parameters)})"
-            )
-        if kind.preset:
-            facts.append(f"preset {kind.preset}")
-        lines.append(Padding(Text(", ".join(facts)), _INDENT))
-    return section("Layers", Group(*lines), *_notes_on_kinds(guide))
-
-
-def _notes_on_kinds(guide: Guide) -> list[str]:
-    notes = [
-        "shape is out x in (+b: and a bias), share that of all parameters. LoRA adds"
-        " r x (in + out) to a module; adapter is its file, in fp32, MB are 10**6 bytes.",
-    ]
-    if guide.config.tie_word_embeddings:
-        notes.append("lm_head has no weights of its own here: it is embed_tokens, turned round.")
-    return notes
-
-
-def _presets(guide: Guide) -> RenderableType:
-    table = table_of("targets", "parameters", "adapter", "training", "time", "", right=(1, 2, 3, 4))
-    for targets, layers, words in choices(guide):
-        price = guide.price(targets, layers)
-        table.add_row(
-            _flags_in_short(targets, layers),
-            f"{price.parameters:,}",
-            megabytes(price.file_bytes),
-            megabytes(price.memory_bytes),
-            f"{price.time:.2f}x",
-            words,
-        )
-    return section(f"What they cost at r {guide.rank}", table, *_notes_on_prices())
-
-
-def _presets_in_lines(guide: Guide) -> RenderableType:
-    lines: list[RenderableType] = []
-    for targets, layers, _ in choices(guide):
-        lines.append(Text(_flags_in_short(targets, layers), style="bold"))
-        lines.append(Padding(Text(_said(guide.price(targets, layers))), _INDENT))
-    return section(f"What they cost at r {guide.rank}", Group(*lines), *_notes_on_prices())
-
-
-def _notes_on_prices() -> list[str]:
-    return [
-        "training is the memory that the adapter, its gradients, copies and AdamW's moments take"
-        " (base in bf16); time is a step's, relative to all-linear in all layers. Fewer modules"
-        " save megabytes; time is saved by layers, because the backward ends at the lowest adapter."
-    ]
+def _broken(name: str) -> str:
+    """A long name on two lines."""
+    head, _, tail = name.rpartition("_")
+    return f"{head}_\n{tail}" if len(name) > _LONGEST_NAME and " " not in name else name
 
 
 def _words(guide: Guide) -> RenderableType:
-    words = WORDS[guide.config.model_type]
     lines: list[RenderableType] = []
-    for kind in kinds_of(guide.config):
-        lines.append(Text(kind.name, style="bold"))
-        lines.append(Padding(Text(words[kind.name]), _INDENT))
-    for name, what in PRESETS.items():
+    for name, what in advice().modules[guide.config.model_type].items():
+        lines += [Text(name, style="bold"), Padding(Text(what), _INDENT)]
+    for name, what in advice().presets.items():
         lines.append(Text.assemble((name, "bold"), f" (preset): {what}"))
     return section("What they do", Group(*lines))
 
 
 def _goals(guide: Guide) -> RenderableType:
     lines: list[RenderableType] = []
-    for goal in GOALS:
-        lines.append(Text.assemble((goal.name, "bold"), f": {goal.what}"))
+    for goal in advice().goals:
         rests = Text("rests on ", style="dim")
         for number, key in enumerate(goal.claims):
-            mark = CLAIMS[key].mark
+            mark = advice().claims[key].mark
             rests.append(", " if number else "").append(key).append(f" ({mark})", _COLOURS[mark])
         lines += [
+            Text.assemble((goal.name, "bold"), f": {goal.what}"),
             Padding(Text(goal_flags(guide, goal), style="cyan"), _INDENT),
-            Padding(Text(_said(guide.goal_price(goal)), style="dim"), _INDENT),
+            Padding(Text(price_line(guide.goal_price(goal)), style="dim"), _INDENT),
             Padding(Text(goal.why), _INDENT),
             Padding(rests, _INDENT),
         ]
@@ -198,30 +179,25 @@ def _goals(guide: Guide) -> RenderableType:
 
 def _evidence() -> RenderableType:
     lines: list[RenderableType] = []
-    for mark, meaning in MARKS.items():
+    for mark, meaning in advice().marks.items():
         lines.append(Text.assemble((mark, f"bold {_COLOURS[mark]}"), f": {meaning}"))
-        for key, claim in CLAIMS.items():
-            if claim.mark != mark:
-                continue
-            text = Text.assemble((key, "bold"), f": {claim.text}")
-            text.append(f" [{', '.join(claim.sources)}]" if claim.sources else "", "dim")
-            lines.append(Padding(text, _INDENT))
-    return section("Evidence and folklore", Group(*lines), NO_PHI)
+        for key, claim in advice().claims.items():
+            if claim.mark == mark:
+                text = Text.assemble((key, "bold"), f": {claim.text}")
+                text.append(f" [{', '.join(claim.sources)}]" if claim.sources else "", "dim")
+                lines.append(Padding(text, _INDENT))
+    return section("Evidence and folklore", Group(*lines), advice().no_phi)
 
 
 def _sources() -> RenderableType:
     lines = [
         Text(f"[{key}] {source.who}, {source.title}: {source.url}")
-        for key, source in SOURCES.items()
+        for key, source in advice().sources.items()
     ]
     return section("Sources", Group(*lines))
 
 
-def _flags_in_short(targets: Sequence[str], layers: str | None) -> str:
-    return " + ".join(targets) + (f", layers {layers}" if layers else "")
-
-
-def _said(price: Price) -> str:
+def price_line(price: Price) -> str:
     return (
         f"{price.parameters:,} parameters, adapter of {megabytes(price.file_bytes)},"
         f" {megabytes(price.memory_bytes)} in training, {price.time:.2f}x the time"
@@ -233,26 +209,247 @@ def shape_of(kind: Kind) -> str:
     return f"{shape} + bias" if kind.bias else shape
 
 
-def _broken(name: str) -> str:
-    """A long name on two lines."""
-    head, _, tail = name.rpartition("_")
-    return name if len(name) <= _LONGEST_NAME else f"{head}_\n{tail}"
-
-
 def share_of(kind: Kind, config: ModelConfig) -> str:
     share = kind.weights / total_parameters(config)
     return f"{share:.1%}" if share >= 0.001 or not share else f"{share:.2g}".replace("e-0", "e-")
 
 
 def megabytes(size: float) -> str:
-    """Bytes in MB of 10**6, the guide's unit."""
+    """Bytes in MB of 10**6."""
     amount = size / MB
     if amount < 1:
         return f"{amount:.2f} MB"
     return f"{amount:.1f} MB" if amount < 100 else f"{amount:,.0f} MB"
 
 
+def guide_json(guide: Guide) -> dict[str, Any]:
+    """The whole guide; memory in bytes."""
+    config, words = guide.config, advice()
+    total = total_parameters(config)
+    kinds = [
+        {
+            **jsonable(kind),
+            "weights": kind.weights,
+            "share": kind.weights / total,
+            "lora_parameters": kind.lora_parameters(guide.rank),
+            "adapter_bytes": FILE_BYTES * kind.lora_parameters(guide.rank),
+            "what": words.modules[config.model_type][kind.name],
+        }
+        for kind in kinds_of(config)
+    ]
+    goals = [
+        {
+            "goal": goal.name,
+            "what": goal.what,
+            "target_modules": guide.goal_targets(goal),
+            "layers": goal.layers(config),
+            **jsonable(guide.goal_price(goal)),
+            "why": goal.why,
+            "claims": goal.claims,
+        }
+        for goal in words.goals
+    ]
+    return {
+        "model": {
+            "name": guide.settings.model_name,
+            "figures": guide.figures,
+            "model_type": config.model_type,
+            "num_hidden_layers": config.num_hidden_layers,
+            "parameters": total,
+        },
+        "lora_r": guide.rank,
+        "kinds": kinds,
+        "choices": [
+            {"target_modules": targets, "layers": layers, **jsonable(guide.price(targets, layers))}
+            for targets, layers, _ in choices(guide)
+        ],
+        "asked": price_of(config, guide.asked, guide.rank) if guide.asked is not None else None,
+        "goals": goals,
+        "claims": words.claims,
+        "sources": words.sources,
+    }
+
+
 # -------------------------------------------------------------------------------------------------
+# A survey: a heat map of layers x modules, a line for each module, and the proposal.
+#
+# A cell of the map is a digit, 0 to 9, on a colour, so that it reads the same without colour.
+
+# From cold to hot.
+_COLD, _HOT = (36, 44, 92), (252, 176, 44)
+_LEVELS = 9
+
+
+def show_survey(found: "Survey", command: str, console: Console) -> None:
+    """Prints the whole survey."""
+    parts = (
+        _surveyed(found),
+        _heat_map(found, console.width),
+        _modules(found, console),
+        _proposal(found),
+    )
+    for part in parts:
+        console.print(part)
+        console.print()
+    # A line of its own, whole, to be copied.
+    console.print(Text(command, style="cyan"), soft_wrap=True)
+    console.print()
+    console.print(Text(advice().caveat, style="dim"))
+
+
+def _surveyed(found: "Survey") -> RenderableType:
+    measurement = found.measurement
+    facts = {
+        "model": f"{found.settings.model_name} on {found.device}, base in {found.precision}",
+        "data": f"{found.rows:,} of {found.of_rows:,} training rows of"
+        f" {found.settings.dataset_path} in {measurement.batches} batches:"
+        f" {measurement.tokens:,} tokens, {measurement.target_tokens:,} trained",
+        "loss": f"{measurement.loss:.4f} before training",
+    }
+    notes = [
+        "gradient is the norm of dL/dW of the whole weight, estimated from that of a fresh adapter"
+        f" of rank {found.measuring_rank} (it does not depend on --lora_r)."
+    ]
+    if measurement.batches == 1:
+        notes.append("One batch: how much batches differ is not known.")
+    return Group(facts_grid(facts), *(Text(note, "dim") for note in notes))
+
+
+def _heat_map(found: "Survey", width: int) -> RenderableType:
+    norms = {
+        (short_name(pull.module), layer): pull.norm
+        for pull in found.measurement.pulls
+        if (layer := layer_of(pull.module)) is not None
+    }
+    names = [name for name in _by_name(found) if any(name == other for other, _ in norms)]
+    proposed = {(short_name(name), layer_of(name)) for name in found.proposal.modules}
+    highest = max(norms.values())
+    heads, notes = names, []
+    if sum(len(name) + 2 for name in names) + 6 > width:
+        heads = [chr(ord("a") + index) for index in range(len(names))]
+        notes.append(", ".join(f"{head} {name}" for head, name in zip(heads, names, strict=True)))
+    columns = [max(len(head), 3) for head in heads]
+    top = Text("layer ", style="dim")
+    for head, column in zip(heads, columns, strict=True):
+        top.append(f"{head:^{column}} ")
+    lines = [top]
+    for layer in sorted({layer for _, layer in norms}):
+        line = Text(f"{layer:>5} ", style="dim")
+        for name, column in zip(names, columns, strict=True):
+            norm = norms.get((name, layer))
+            if norm is None:
+                line.append(f"{'':^{column}} ")
+                continue
+            share = norm / highest if highest else 0.0
+            digit = str(round(_LEVELS * share))
+            cell = f"[{digit}]" if (name, layer) in proposed else digit
+            line.append(f"{cell:^{column}}", _shade(share)).append(" ")
+        lines.append(line)
+    notes.append(
+        f"9 is the strongest gradient, {highest:.3g}; the others in ninths of it. [ ] is proposed."
+    )
+    return section("Gradient by layer and module", Group(*lines), *notes)
+
+
+def _shade(share: float) -> Style:
+    red, green, blue = (
+        round(cold + share * (hot - cold)) for cold, hot in zip(_COLD, _HOT, strict=True)
+    )
+    return Style.parse(f"{'black' if share > 0.5 else 'white'} on rgb({red},{green},{blue})")
+
+
+def _modules(found: "Survey", console: Console) -> RenderableType:
+    columns = ("module", "gradient", "of W", "held", "agree", "file MB", "train MB", "time")
+    total = sum(pull.square for pull in found.measurement.pulls)
+    rows = []
+    for name, pulls in _by_name(found).items():
+        price = found.prices[name]
+        gradient, agreement = f"{_mean([pull.norm for pull in pulls]):.3g}", "-"
+        agreements = [pull.agreement for pull in pulls if pull.agreement is not None]
+        if agreements:
+            gradient += f" ±{_mean([pull.spread for pull in pulls]):.2g}"
+            agreement = f"{_mean(agreements):.2f}"
+        held = sum(pull.square for pull in pulls) / total if total else 0.0
+        rows.append(
+            [
+                name,
+                gradient,
+                f"{_mean([pull.relative for pull in pulls]):.2g}",
+                f"{held:.1%}",
+                agreement,
+                f"{price.file_bytes / MB:.3g}",
+                f"{price.memory_bytes / MB:.3g}",
+                f"{price.adapter_time:.1%}",
+            ]
+        )
+    return section(
+        "By module, over all measured layers",
+        _table(columns, rows, console),
+        "gradient: of a layer's module, mean over the layers, and the spread over batches. of W:"
+        " that over the weight's norm. held: share of all squared gradients. agree: of the batches"
+        " with one another, 1 fully, 0 not at all.",
+        f"file, train: what an adapter of r {found.settings.lora_r} on all of them takes on disk"
+        " and in training, 10**6 bytes; time: its own part of a step. See 'phitune plan' for the"
+        " rest.",
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _proposal(found: "Survey") -> RenderableType:
+    proposal, price, whole = found.proposal, found.proposed, found.everything
+    return section(
+        "Proposal",
+        Text(
+            f"{flags_of(proposal.target_modules, proposal.layers)}\n"
+            f"The cheapest modules x layers that hold {proposal.wanted:.0%} of the squared"
+            f" gradient: they hold {proposal.held:.0%} with {proposal.cost:.0%} of the parameters"
+            f" ({price.parameters:,} of {whole.parameters:,}; {megabytes(price.file_bytes)} of"
+            f" {megabytes(whole.file_bytes)} as a file, {megabytes(price.memory_bytes)} of"
+            f" {megabytes(whole.memory_bytes)} in training) and take"
+            f" {price.time / whole.time:.2f}x the time of all that was measured."
+        ),
+    )
+
+
+def _by_name(found: "Survey") -> dict[str, list["Pull"]]:
+    """In the order of the presets; the token table and the head last."""
+    groups: dict[str, list[Pull]] = {}
+    for pull in found.measurement.pulls:
+        groups.setdefault(short_name(pull.module), []).append(pull)
+    order = [*FAMILIES[found.config.model_type].all_linear, EMBED_TOKENS, LM_HEAD]
+    return {name: groups[name] for name in order if name in groups}
+
+
+def survey_json(found: "Survey", command: str) -> dict[str, Any]:
+    """The whole survey; memory in bytes."""
+    measurement = jsonable(found.measurement)
+    pulls = zip(measurement.pop("pulls"), found.measurement.pulls, strict=True)
+    return {
+        "model": {
+            "name": found.settings.model_name,
+            "model_type": found.config.model_type,
+            "num_hidden_layers": found.config.num_hidden_layers,
+        },
+        "device": found.device,
+        "precision": found.precision,
+        "lora_r": found.settings.lora_r,
+        "measuring_rank": found.measuring_rank,
+        "rows": found.rows,
+        "of_rows": found.of_rows,
+        **measurement,
+        "modules": [{**fields, "relative": pull.relative} for fields, pull in pulls],
+        "prices": found.prices,
+        "everything": found.everything,
+        "proposal": {**jsonable(found.proposal), "price": found.proposed, "command": command},
+        "caveat": advice().caveat,
+    }
+
+
+# -------------------------------------------------------------------------------------------------
+# The command.
 
 # Flags of this command alone.
 OWN = ("model", "json", "batches", "share")
@@ -295,37 +492,39 @@ def run(argv: list[str]) -> int:
 
 
 def _guide(resolved: "Resolved", *, as_json: bool) -> int:
-    from rich.console import Console
-
-    from phitune.layers import guide as guide_module
-
-    guide = guide_module.guide_of(resolved)
+    guide = guide_of(resolved)
     if as_json:
-        print(json.dumps(guide_module.as_json(guide), indent=2))
+        print_json(guide_json(guide))
     else:
         show_guide(guide, Console(highlight=False))
     return 0
 
 
 def _survey(resolved: "Resolved", own: Mapping[str, Any], given: Mapping[str, Any]) -> int:
-    from rich.console import Console
     from rich.progress import Progress
 
-    from phitune.layers import heatmap
-    from phitune.layers.measure import DEFAULT_BATCHES, as_json, survey
+    from phitune.layers.measure import DEFAULT_BATCHES, prepare, survey
     from phitune.layers.proposal import DEFAULT_SHARE
+    from phitune.training.progress import data_progress
 
     batches = _number(own["batches"], "batches", int, DEFAULT_BATCHES, 1, 10_000)
     share = _number(own["share"], "share", float, DEFAULT_SHARE, 0.01, 1.0)
-    errors = Console(stderr=True)
+    errors = Console(stderr=True, highlight=False)
+    with data_progress(errors) as rows_done:
+        setup = prepare(resolved, int(batches), rows_done)
+    for line in (
+        *(f"data: {note}" for note in setup.data.notes),
+        *(f"warning: {warning}" for warning in setup.data.warnings),
+    ):
+        errors.print(line, markup=False, soft_wrap=not errors.is_terminal)
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
-        task = progress.add_task("gradients", total=batches)
-        found = survey(resolved, int(batches), share, lambda: progress.advance(task))
+        task = progress.add_task("gradients", total=len(setup.batches))
+        found = survey(setup, share, lambda: progress.advance(task))
     command = train_command(given, found.proposal.target_modules, found.proposal.layers)
     if own["json"]:
-        print(json.dumps(as_json(found, command), indent=2))
+        print_json(survey_json(found, command))
     else:
-        heatmap.show(found, command, Console(highlight=False))
+        show_survey(found, command, Console(highlight=False))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""How hard the loss pulls at each weight, read from the gradients of a fresh adapter.
+"""Which layers the user's own data wants to move: gradient norms, read from a fresh adapter.
 
 At its start an adapter is W + s B A with B = 0, A random. With G = dL/dW, [O, D], the gradient of A
 is zero and that of B is s G A^T, [O, R]: the weight's own gradient, looked at along R random
@@ -9,50 +9,55 @@ directions. The entries of A are independent with mean 0 and variance v (1 / 3D,
 
 ||dL/dB||^2 / (s^2 R v) is therefore an unbiased estimate of ||G||^2, of the whole weight, without
 ever forming G. Its relative variance is at most 2 / (R n), where n = ||G||^4 / ||G^T G||^2 counts
-the directions that G is spread over, 1 to D. With R = 32 the estimate of ||G||^2 is off by 25 % at
-the worst, for a gradient of one direction, and ||G|| by half of that; with many directions by
-little. For the token table the roles are turned: there A = 0, B is random with v = 1, and the
+the directions that G is spread over, 1 to D. With R = 32 the estimate of ||G||^2 is off by 25 % in
+the worst case, a gradient of one direction, and ||G|| by half of that; with many directions by
+little. For the token table the roles are swapped: there A = 0, B is random with v = 1, and the
 gradient of A is what is read.
 
 The same A serves all batches, so gradients may also be added before their norm is taken: the mean
 over pairs of different batches of <G_a, G_b>, relative to the mean of ||G||^2, says how far the
-batches agree, 1 for wholly and 0 for not at all.
+batches agree, 1 for fully and 0 for not at all. tests/layers/test_measure.py holds both against
+autograd through the weights.
 
-tests/test_layers.py holds both against autograd through the weights.
-
-Shapes: R rank, D in, O out.
+Nothing is trained and nothing is written. Shapes: R rank, D in, O out.
 """
 
 import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from phitune.config import DEFAULT_BATCH_SIZE, Resolved, Settings
+from phitune.data.coder import Coder
 from phitune.data.packing import Batch, pack
-from phitune.data.prepare import PreparedData
+from phitune.data.prepare import PreparedData, prepare_data
+from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import NonFiniteError, OutOfMemoryError, SettingsError
 from phitune.layers.guide import Price, layer_of, price_of, short_name
 from phitune.layers.proposal import DEFAULT_SHARE, Proposal, propose
-from phitune.model.architecture import ModelConfig
+from phitune.model.architecture import ModelConfig, read_model_config
 from phitune.model.decoder import Decoder, LoraPair
-from phitune.model.device import is_out_of_memory
+from phitune.model.device import DTYPES, choose_device, choose_precision, is_out_of_memory
 from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
-from phitune.model.lora import Adapter
-from phitune.model.targets import EMBEDDING_MODULE
+from phitune.model.files import fetch_weights, find_model
+from phitune.model.lora import Adapter, LoraSpec, attach
+from phitune.model.targets import EMBEDDING_MODULE, resolve_targets
+from phitune.model.weights import load_decoder
 from phitune.plan.machine import memory_budget
 from phitune.plan.memory import Base, Device, Shape
-from phitune.plan.plan import Row, Rows, fewest_recomputed
-from phitune.trainer import Phi2LoRATrainer
+from phitune.plan.plan import Row, Rows, check_against_model, fewest_recomputed
 
-# Random directions that a gradient is looked at along; the user's --lora_r has no say in it.
+DEFAULT_BATCHES = 8
+# Random directions that a gradient is looked at along; the user's --lora_r does not change it.
 MEASURING_RANK = 32
+
+# -------------------------------------------------------------------------------------------------
+# The measurement.
 
 
 @dataclass(frozen=True)
@@ -176,19 +181,20 @@ def _weight_norm(weights: dict[str, Tensor], module: str) -> float:
 
 
 # -------------------------------------------------------------------------------------------------
-# `phitune layers --dataset_path`: which layers the user's own data wants to move.
-#
-# Everything up to the adapter is what `phitune train` does with the same settings; then a few
-# batches go through the engine, and nothing is trained or written.
+# The survey of a user's data: some batches of training rows through the model as it is.
 
-DEFAULT_BATCHES = 8
-# tests/test_layers.py holds what it says of the benchmark against the committed result.
-CAVEAT = (
-    "The gradient at the start shows where the loss pulls first. It is an indication, not a proof:"
-    " what is pulled least now may matter later. On our example such choices beat random ones of"
-    " the same size, and all-linear beat them (benchmarks/results/layer_proposal.md). Where there"
-    " is room for all-linear, take it; else let the validation loss decide."
-)
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything that a survey needs but the weights."""
+
+    asked: Settings  # the user's: what prices are for
+    settings: Settings  # the same with a device and a precision, at the rank of the measurement
+    folder: Path  # of the model
+    config: ModelConfig
+    modules: tuple[str, ...]  # full names of what is measured
+    data: PreparedData
+    batches: list[Batch]
 
 
 @dataclass(frozen=True)
@@ -199,6 +205,7 @@ class Survey:
     config: ModelConfig
     device: str
     precision: str
+    measuring_rank: int
     rows: int  # that were looked at
     of_rows: int  # training rows there are
     measurement: Measurement
@@ -208,63 +215,88 @@ class Survey:
     proposed: Price
 
 
-def survey(
-    resolved: Resolved,
-    batches: int,
-    share: float = DEFAULT_SHARE,
-    batch_done: Callable[[], None] = lambda: None,
-) -> Survey:
-    """Measures the gradients of `batches` batches of training rows, drawn with the seed.
+def prepare(
+    resolved: Resolved, batches: int, rows_done: Callable[[int, int, int], None] | None = None
+) -> Setup:
+    """Reads the data and draws `batches` batches of training rows with the seed.
+
+    Args:
+        rows_done: called while rows are tokenised, as `prepare_data` calls it.
 
     Raises:
-        PhituneError: what `phitune train` would refuse too.
+        PhituneError: what `phitune train` would refuse too, before weights are read.
     """
+    if resolved.settings.resume is not None:
+        raise SettingsError(f"resume {resolved.settings.resume}: a resumed run keeps its layers")
     if resolved.settings.batch_size == "auto":
         resolved = resolved.choose(batch_size=DEFAULT_BATCH_SIZE)
     asked = resolved.settings
-    # The rank, and with it the scale, of the measurement; the user's are what prices are for.
-    measuring = resolved.choose(lora_r=MEASURING_RANK, lora_alpha=float(MEASURING_RANK))
-    trainer = Phi2LoRATrainer.from_settings(measuring)
-    if all(layer_of(module) is None for module in trainer.target_modules):
+    device = choose_device(asked.device)
+    settings = resolved.choose(
+        device=str(device) if asked.device == "auto" else asked.device,
+        precision=choose_precision(asked.precision, device),
+        lora_r=MEASURING_RANK,
+        lora_alpha=float(MEASURING_RANK),
+    ).settings
+    folder = find_model(settings.model_name)
+    config = read_model_config(folder)
+    coder = Coder.of(TextTokenizer(folder), settings.prompt_format)
+    modules = resolve_targets(config, settings.target_modules, settings.layers)
+    check_against_model(settings, config, coder.tokenizer.size, folder)
+    if all(layer_of(module) is None for module in modules):
         raise SettingsError(
             f"target_modules {' '.join(asked.target_modules)}: none of these is in a layer; name"
             " modules of layers too, such as all-linear"
         )
-    trainer.console = Console(highlight=False, stderr=True)
-    data = trainer.prepare_data()
-    drawn = _draw(data, asked, batches)
+    assert settings.dataset_path
+    data = prepare_data(settings, settings.dataset_path, coder, rows_done)
+    return Setup(asked, settings, folder, config, modules, data, _draw(data, asked, batches))
+
+
+def survey(
+    setup: Setup, share: float = DEFAULT_SHARE, batch_done: Callable[[], None] = lambda: None
+) -> Survey:
+    """Measures the gradients, and proposes the modules that hold `share` of their squares.
+
+    Raises:
+        PhituneError: weights that cannot be used, numbers that are not finite, too little memory.
+    """
+    settings, config, modules = setup.settings, setup.config, setup.modules
     try:
-        model = trainer.prepare_model()
-        engine = _engine(trainer, model.decoder, drawn)
-        measurement = measure(engine, model.decoder, model.adapter, drawn, batch_done)
+        fetch_weights(settings.model_name, setup.folder)
+        decoder = load_decoder(
+            setup.folder, config, DTYPES[settings.precision], torch.device(settings.device)
+        )
+        spec = LoraSpec(settings.lora_r, settings.lora_alpha, settings.lora_dropout, modules)
+        adapter = attach(decoder, spec, settings.seed)
+        measurement = measure(_engine(setup, decoder), decoder, adapter, setup.batches, batch_done)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise OutOfMemoryError(
-            f"out of memory on {trainer.settings.device}: {str(error).splitlines()[0]}\n"
+            f"out of memory on {settings.device}: {str(error).splitlines()[0]}\n"
             "Try --batch_size 1, --precision bf16 or a smaller --max_length."
         ) from None
-    config, modules = trainer.model_config, trainer.target_modules
-    proposal = propose(config, {pull.module: pull.square for pull in measurement.pulls}, share)
-    base = _base(trainer.settings)
-    rows = Rows(tuple(Row(len(row.input_ids), row.num_target_tokens) for row in data.train_rows))
+    train_rows = setup.data.train_rows
+    rows = Rows(tuple(Row(len(row.input_ids), row.num_target_tokens) for row in train_rows))
 
     def price(chosen: tuple[str, ...]) -> Price:
-        return price_of(config, chosen, asked.lora_r, base=base, rows=rows)
+        return price_of(config, chosen, setup.asked.lora_r, base=_base(settings), rows=rows)
 
-    names = dict.fromkeys(short_name(module) for module in modules)
+    by_name: dict[str, list[str]] = {}
+    for module in modules:
+        by_name.setdefault(short_name(module), []).append(module)
+    proposal = propose(config, {pull.module: pull.square for pull in measurement.pulls}, share)
     return Survey(
-        settings=asked,
+        settings=setup.asked,
         config=config,
-        device=trainer.settings.device,
-        precision=trainer.settings.precision,
-        rows=sum(len(batch.slots) for batch in drawn),
-        of_rows=len(data.train_rows),
+        device=settings.device,
+        precision=settings.precision,
+        measuring_rank=settings.lora_r,
+        rows=sum(len(batch.slots) for batch in setup.batches),
+        of_rows=len(train_rows),
         measurement=measurement,
-        prices={
-            name: price(tuple(module for module in modules if short_name(module) == name))
-            for name in names
-        },
+        prices={name: price(tuple(of_name)) for name, of_name in by_name.items()},
         everything=price(modules),
         proposal=proposal,
         proposed=price(proposal.modules),
@@ -282,59 +314,33 @@ def _draw(data: PreparedData, settings: Settings, batches: int) -> list[Batch]:
     ]
 
 
-def _engine(trainer: Phi2LoRATrainer, decoder: Decoder, batches: list[Batch]) -> Engine:
+def _engine(setup: Setup, decoder: Decoder) -> Engine:
     """The engine that was asked for, without dropout; it recomputes what training would have to."""
-    settings, count = trainer.settings, trainer.model_config.num_hidden_layers
+    settings, count = setup.settings, setup.config.num_hidden_layers
     layers = count if settings.recompute_layers == "all" else settings.recompute_layers
     if not settings.gradient_checkpointing:
         layers = 0
     if settings.engine == "reference":
         return ReferenceEngine(decoder, count if layers is None else layers)
-    return FusedEngine(decoder, 0.0, _fewest(trainer, batches) if layers is None else layers)
+    return FusedEngine(decoder, 0.0, _fewest(setup) if layers is None else layers)
 
 
-def _fewest(trainer: Phi2LoRATrainer, batches: list[Batch]) -> int:
-    """As few recomputed layers as fit the device, with the largest of these batches."""
-    largest = max(batches, key=lambda batch: batch.num_tokens)
+def _fewest(setup: Setup) -> int:
+    """As few recomputed layers as fit the device, with the largest of the batches."""
+    settings, device = setup.settings, torch.device(setup.settings.device)
+    largest = max(setup.batches, key=lambda batch: batch.num_tokens)
     lengths = tuple(stop - start for start, stop in itertools.pairwise(largest.cu_seqlens))
     kinds: dict[str, Device] = {"cpu": "cpu", "cuda": "cuda", "mps": "mps"}
     return fewest_recomputed(
-        trainer.model_config,
-        trainer.target_modules,
-        MEASURING_RANK,
-        _base(trainer.settings),
+        setup.config,
+        setup.modules,
+        settings.lora_r,
+        _base(settings),
         Shape(lengths, largest.num_target_tokens),
-        memory_budget(trainer.device).bytes,
-        kinds[trainer.device.type],
+        memory_budget(device).bytes,
+        kinds[device.type],
     ).recompute_layers
 
 
 def _base(settings: Settings) -> Base:
     return "fp32" if settings.precision == "fp32" else "bf16"
-
-
-def as_json(found: Survey, command: str) -> dict[str, Any]:
-    """The whole survey in plain types, for `--json`; memory in bytes."""
-    measurement, proposal = found.measurement, found.proposal
-    return {
-        "model": {
-            "name": found.settings.model_name,
-            "model_type": found.config.model_type,
-            "num_hidden_layers": found.config.num_hidden_layers,
-        },
-        "device": found.device,
-        "precision": found.precision,
-        "lora_r": found.settings.lora_r,
-        "measuring_rank": MEASURING_RANK,
-        "rows": found.rows,
-        "of_rows": found.of_rows,
-        "batches": measurement.batches,
-        "tokens": measurement.tokens,
-        "target_tokens": measurement.target_tokens,
-        "loss": measurement.loss,
-        "modules": [{**asdict(pull), "relative": pull.relative} for pull in measurement.pulls],
-        "prices": {name: asdict(price) for name, price in found.prices.items()},
-        "everything": asdict(found.everything),
-        "proposal": {**asdict(proposal), "price": asdict(found.proposed), "command": command},
-        "caveat": CAVEAT,
-    }

@@ -21,6 +21,7 @@ from helpers.runs import once
 
 from phitune import Phi2LoRATrainer
 from phitune.cli import main
+from phitune.data.coder import Coder
 from phitune.data.tokenizer import TextTokenizer
 from phitune.inference.run_rows import find_run, rows_of_run
 
@@ -104,8 +105,8 @@ def test_validation_rows_of_the_run_with_their_answers(
     document = document_of(capsys, "--adapter_path run/adapter --from_validation 3")
     run = find_run(place / "run")
     assert run
-    tokenizer = TextTokenizer(place / "run" / "adapter")
-    kept = rows_of_run(run, tokenizer, tokenizer.prompt_format("instruct"), remedy="").rows
+    coder = Coder.of(TextTokenizer(place / "run" / "adapter"), "instruct")
+    kept = rows_of_run(run, coder, remedy="").rows
     places = {kept.place(index) for index in range(len(kept))}
     assert len(kept) == 4
     assert document["questions_from"] == f"3 of the 4 validation rows of {place / 'run'}"

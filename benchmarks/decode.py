@@ -20,7 +20,7 @@ import torch
 from machine import save
 from transformers import AutoModelForCausalLM, Phi3Config, PhiConfig, PreTrainedModel
 
-from phitune.inference.generate import generate, serve
+from phitune.inference.generate import Decoding, generate, serve
 from phitune.model.architecture import read_model_config
 from phitune.model.decoder import Decoder
 from phitune.model.weights import load_decoder
@@ -109,8 +109,7 @@ def measure(name: str, batch_size: int, model: PreTrainedModel, decoder: Decoder
         return tokens
 
     def phitune(new_tokens: int) -> list[list[int]]:
-        answers = generate(decoder, prompts, max_new_tokens=new_tokens, stop_ids=[])
-        return [answer.ids for answer in answers]
+        return generate(decoder, prompts, Decoding(new_tokens))
 
     sides = {"phitune": phitune, "transformers": transformers}
     tokens = {side: run(NEW_TOKENS) for side, run in sides.items()}  # Warms up, too.

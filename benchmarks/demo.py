@@ -18,7 +18,7 @@ from machine import describe
 
 from phitune import Phi2LoRATrainer
 from phitune.data.dataset import Turn
-from phitune.inference.generate import generate
+from phitune.inference.generate import Decoding, generate
 from phitune.model.decoder import Decoder
 from phitune.model.device import DTYPES
 from phitune.model.files import ASSETS
@@ -65,12 +65,12 @@ def ask(trainer: Phi2LoRATrainer, decoder: Decoder) -> Answers:
     questions = [(Turn("user", row["prompt"]),) for row in HELD_OUT]
     prompts = [tokenizer.encode(prompt_format.segments(question)) for question in questions]
     stop_ids = tokenizer.stop_ids(prompt_format)
-    given = generate(decoder, prompts, max_new_tokens=MAX_NEW_TOKENS, stop_ids=stop_ids)
+    given = generate(decoder, prompts, Decoding(MAX_NEW_TOKENS, stop_ids))
     texts = [
-        prompt_format.response(tokenizer.decode_answer(answer.ids, prompt))
-        for answer, prompt in zip(given, prompts, strict=True)
+        prompt_format.response(tokenizer.decode_answer(ids, prompt))
+        for ids, prompt in zip(given, prompts, strict=True)
     ]
-    return Answers(texts, [answer.stopped for answer in given])
+    return Answers(texts, [ids[-1] in stop_ids for ids in given])
 
 
 def load_base(trainer: Phi2LoRATrainer) -> Decoder:

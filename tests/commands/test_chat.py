@@ -293,7 +293,7 @@ def test_an_evening_at_the_terminal(
     person.type("/quit")
     assert person.leaves() == 0
     messages = json.loads((tmp_path / "said.jsonl").read_text())["messages"]
-    assert messages[1]["content"] == chat.exchanges[0].reply.text
+    assert messages[1]["content"] == chat.exchanges[0].answer.text
     assert messages[2]["content"] == "Tell me a story."
     history = tmp_path / "state" / "phitune" / "chat_history"
     assert stat.S_IMODE(history.stat().st_mode) == 0o600

@@ -13,8 +13,9 @@ from rich.console import Console
 
 from phitune.commands.compare import Asked, Piece, as_json, marked, page, ranges, show, show_row
 from phitune.data.dataset import Turn
-from phitune.inference.answers import Cell, Column, Comparison, Row
+from phitune.inference.answers import Column, Comparison, Row
 from phitune.inference.generate import GREEDY, Sampling
+from phitune.inference.loaded import Answer
 from phitune.inference.questions import Question
 from phitune.inference.scores import Likelihood
 
@@ -26,15 +27,11 @@ COLUMNS = (
 ASKED = Asked("tiny-phi-2", "q.yaml", 64, GREEDY, ("a note",))
 
 
-def cell(text: str, *, expected: str | None = None, stopped: bool = True) -> Cell:
-    if expected is None:
-        return Cell(text, (1, 2, 3), stopped)
-    return Cell(text, (1, 2, 3), stopped, text == expected, text == expected, Likelihood(2.5, 2))
-
-
 def row(number: int, question: str, *answers: str, expected: str | None = None) -> Row:
-    cells = tuple(cell(answer, expected=expected) for answer in answers)
-    return Row(number, Question((Turn("user", question),), expected, f"q.yaml:{number}"), cells)
+    likely = (None if expected is None else Likelihood(2.5, 2),) * len(answers)
+    given = tuple(Answer(answer, (1, 2, 3), stopped=True) for answer in answers)
+    turns = (Turn("user", question),)
+    return Row(number, Question(turns, expected, f"q.yaml:{number}"), given, likely)
 
 
 COMPARISON = Comparison(
@@ -45,7 +42,11 @@ COMPARISON = Comparison(
         Row(
             3,
             Question((Turn("system", "Be brief."), Turn("user", "word " * 200))),
-            (cell("x" * 500, stopped=False), cell("\u0645\u0631\u062d\u0628\u0627 " * 30)),
+            (
+                Answer("x" * 500, (1, 2, 3), stopped=False),
+                Answer("\u0645\u0631\u062d\u0628\u0627 " * 30, (1, 2, 3), stopped=True),
+            ),
+            (None, None),
         ),
         row(4, "Same?", "Yes.", "Yes."),
         row(5, "Nothing?", "", "Something"),
@@ -215,7 +216,8 @@ def test_json_is_valid_and_complete() -> None:
     nan = Row(
         6,
         Question((Turn("user", "?"),), "!"),
-        tuple(Cell("a", (1,), True, False, False, Likelihood(float("nan"), 2)) for _ in COLUMNS),
+        (Answer("a", (1,), stopped=True),) * 2,
+        (Likelihood(float("nan"), 2),) * 2,
     )
     comparison = Comparison(COLUMNS, (*COMPARISON.rows, nan))
     document = json.loads(json.dumps(as_json(comparison, ASKED), allow_nan=False))

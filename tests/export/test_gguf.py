@@ -88,7 +88,7 @@ def answers_of(adapter: Path, questions: Sequence[str]) -> list[Answered]:
     prompts = [loaded.coder(0).encode((Turn("user", question),)) for question in questions]
     answers = loaded.answers(prompts, [0] * len(prompts), max_new_tokens=32)
     loaded.on_decoder.choose([0])
-    ids = [answer.ids for answer in answers]
+    ids = [list(answer.ids) for answer in answers]
     logits = forced_logits(loaded.decoder, prompts, ids)
     return [Answered(*one) for one in zip(questions, prompts, ids, logits, strict=True)]
 
@@ -130,7 +130,7 @@ def answers_of_base(adapter: Path, questions: Sequence[str]) -> list[list[int]]:
     loaded = open_model([adapter])
     prompts = [loaded.coder(0).encode((Turn("user", question),)) for question in questions]
     answers = loaded.answers(prompts, [None] * len(prompts), max_new_tokens=32)
-    return [answer.ids for answer in answers]
+    return [list(answer.ids) for answer in answers]
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

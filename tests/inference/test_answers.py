@@ -18,8 +18,15 @@ from phitune.data.dataset import Turn
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import DataError
 from phitune.inference import answers as compare_module
-from phitune.inference.answers import BASE_NAME, Comparison, batches, compare, short_names
-from phitune.inference.generate import Sampling, cache_bytes, generate
+from phitune.inference.answers import (
+    BASE_NAME,
+    Comparison,
+    batches,
+    columns_of,
+    compare,
+    short_names,
+)
+from phitune.inference.generate import Decoding, Sampling, cache_bytes, generate
 from phitune.inference.loaded import LoadedModel, open_model
 from phitune.inference.metrics import matches, normalised
 from phitune.inference.questions import Question, ask
@@ -62,33 +69,36 @@ def model(adapters: list[Path]) -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def compared(model: LoadedModel) -> Comparison:
-    return compare(model, QUESTIONS, max_new_tokens=TOKENS)
+    return whole(model, QUESTIONS, TOKENS)
+
+
+def whole(model: LoadedModel, *asked: Any, **more: Any) -> Comparison:
+    return Comparison(columns_of(model), tuple(compare(model, *asked, **more)))
 
 
 def test_the_columns_are_base_and_adapters_each_in_its_own_format(compared: Comparison) -> None:
     assert [column.name for column in compared.columns] == ["base", "instruct", "chat"]
     assert [column.prompt_format for column in compared.columns] == ["instruct", "instruct", "chat"]
     for row in compared.rows:
-        assert len({cell.ids for cell in row.cells}) == 3
+        assert len({answer.ids for answer in row.answers}) == 3
 
 
 @pytest.mark.parametrize("model_name", ["tiny-phi-2", "tiny-phi-3.5"])
 def test_the_base_column_is_the_base_model_alone(model_name: str, tmp_path: Path) -> None:
     """Token for token, from a decoder that never saw an adapter."""
     loaded = open_model([write_adapter(tmp_path / "a", model_name)], device="cpu")
-    compared = compare(loaded, QUESTIONS, max_new_tokens=40)
+    compared = whole(loaded, QUESTIONS, 40)
     folder = ASSETS / model_name
     decoder = load_decoder(folder, read_model_config(folder), DTYPES["fp32"], torch.device("cpu"))
     tokenizer = TextTokenizer(folder)
     prompt_format = tokenizer.prompt_format("instruct")
     for row in compared.rows:
         prompt = tokenizer.encode(prompt_format.segments(row.question.turns))
-        (alone,) = generate(
-            decoder, [prompt], max_new_tokens=40, stop_ids=tokenizer.stop_ids(prompt_format)
-        )
-        assert row.cells[0].ids == tuple(alone.ids)
-        assert row.cells[0].stopped == alone.stopped
-        assert row.cells[1].ids != row.cells[0].ids
+        stop_ids = tokenizer.stop_ids(prompt_format)
+        (alone,) = generate(decoder, [prompt], Decoding(40, stop_ids))
+        assert row.answers[0].ids == tuple(alone)
+        assert row.answers[0].stopped == (alone[-1] in stop_ids)
+        assert row.answers[1].ids != row.answers[0].ids
     assert compared.summary(0).stopped == len(QUESTIONS)  # It is a model that answers.
 
 
@@ -112,7 +122,7 @@ def test_tuned_columns_are_pefts_answers(
                 eos_token_id=model.stop_ids,
                 pad_token_id=0,
             )
-            assert row.cells[index].ids == tuple(out[0, ids.shape[1] :].tolist())
+            assert row.answers[index].ids == tuple(out[0, ids.shape[1] :].tolist())
 
 
 def test_nll_is_that_of_transformers_and_peft(adapters: list[Path], compared: Comparison) -> None:
@@ -123,7 +133,7 @@ def test_nll_is_that_of_transformers_and_peft(adapters: list[Path], compared: Co
     for index, (reference, path) in enumerate(columns):
         tokenizer = AutoTokenizer.from_pretrained(path)
         for row in compared.rows:
-            likelihood = row.cells[index].likelihood
+            likelihood = row.likelihoods[index]
             if row.question.expected is None:
                 assert likelihood is None
                 continue
@@ -177,7 +187,7 @@ def test_splitting_changes_no_answer(
     model: LoadedModel, compared: Comparison, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = Sampling(temperature=1.0, seed=3)
-    before = compare(model, QUESTIONS, max_new_tokens=8, sampling=drawn)
+    before = whole(model, QUESTIONS, 8, drawn)
     sizes: list[int] = []
     original = LoadedModel.answers
 
@@ -186,21 +196,21 @@ def test_splitting_changes_no_answer(
         return original(self, prompts, *rest, **more)
 
     monkeypatch.setattr(LoadedModel, "answers", counted)
-    assert _ids(compare(model, QUESTIONS, max_new_tokens=TOKENS)) == _ids(compared)
+    assert _ids(whole(model, QUESTIONS, TOKENS)) == _ids(compared)
     assert sizes == [9]  # All of them in one generation.
     sizes.clear()
-    one_by_one = compare(model, QUESTIONS, max_new_tokens=8, sampling=drawn, batch_size=1)
+    one_by_one = whole(model, QUESTIONS, 8, drawn, batch_size=1)
     assert sizes == [3, 3, 3]
     assert _ids(one_by_one) == _ids(before)
     # A cache that has no room for two rows, so not even for one question's.
     monkeypatch.setattr(compare_module, "MAX_CACHE_BYTES", 1)
     sizes.clear()
-    assert _ids(compare(model, QUESTIONS, max_new_tokens=8, sampling=drawn)) == _ids(before)
+    assert _ids(whole(model, QUESTIONS, 8, drawn)) == _ids(before)
     assert sizes == [1] * 9
 
 
 def _ids(comparison: Comparison) -> list[tuple[int, ...]]:
-    return [cell.ids for row in comparison.rows for cell in row.cells]
+    return [answer.ids for row in comparison.rows for answer in row.answers]
 
 
 def test_draws_differ_by_weights_alone_and_by_question(tmp_path: Path) -> None:
@@ -208,12 +218,12 @@ def test_draws_differ_by_weights_alone_and_by_question(tmp_path: Path) -> None:
     loaded = open_model([nothing], device="cpu")
     sampling = Sampling(temperature=5.0)
     same = [ask("How much is 8 plus 7?")] * 2
-    first, second = compare(loaded, same, max_new_tokens=12, sampling=sampling).rows
-    assert first.cells[0].ids == first.cells[1].ids
-    assert second.cells[0].ids == second.cells[1].ids
-    assert first.cells[0].ids != second.cells[0].ids
-    (later,) = compare(loaded, same[:1], max_new_tokens=12, sampling=sampling, first_number=2).rows
-    assert later.cells[0].ids == second.cells[0].ids  # As when it is typed as the second.
+    first, second = compare(loaded, same, 12, sampling)
+    assert first.answers[0].ids == first.answers[1].ids
+    assert second.answers[0].ids == second.answers[1].ids
+    assert first.answers[0].ids != second.answers[0].ids
+    (later,) = compare(loaded, same[:1], 12, sampling, first_number=2)
+    assert later.answers[0].ids == second.answers[0].ids  # As when it is typed as the second.
     assert not later.differs(1)
 
 
@@ -247,7 +257,7 @@ def test_questions_that_cannot_be_asked_are_all_named_before_any_is(
     twice = (Turn("user", "a"), Turn("user", "b"))
     asked = [ask("fine"), Question((Turn("user", long),), None, "q.yaml:7"), Question(twice)]
     with pytest.raises(DataError) as failed:
-        compare(model, asked, max_new_tokens=4)
+        list(compare(model, asked, 4))
     said = str(failed.value)
     assert "q.yaml:7: " in said
     assert f"positions end at {limit:,}" in said
@@ -259,8 +269,8 @@ def test_summary_counts(compared: Comparison) -> None:
     assert base.questions == 3
     assert base.expected == 2
     assert base.differs == ()
-    assert base.mean_tokens == sum(row.cells[0].tokens for row in compared.rows) / 3
-    likely = [row.cells[0].likelihood for row in compared.rows]
+    assert base.mean_tokens == sum(row.answers[0].tokens for row in compared.rows) / 3
+    likely = [row.likelihoods[0] for row in compared.rows]
     sums = [one.nll for one in likely if one]
     assert base.mean_nll == pytest.approx(sum(sums) / 2)
     assert compared.summary(1).differs == (1, 2, 3)

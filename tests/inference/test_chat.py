@@ -16,9 +16,9 @@ from phitune.data.dataset import Turn, read_examples
 from phitune.data.prompt import PromptFormat, Segment
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import OutOfMemoryError, SettingsError
-from phitune.inference.chat import KEPT_SHARE, Chat, Reply, TextStream
+from phitune.inference.chat import KEPT_SHARE, Chat, Exchange, TextStream
 from phitune.inference.generate import Sampling
-from phitune.inference.loaded import LoadedModel, open_model
+from phitune.inference.loaded import Answer, LoadedModel, open_model
 from phitune.model.decoder import Decoder
 from phitune.model.files import ASSETS
 
@@ -46,11 +46,11 @@ def model(adapter: Path) -> LoadedModel:
     return open_model([adapter.parent])
 
 
-def tell(chat: Chat, question: str) -> Reply:
+def tell(chat: Chat, question: str) -> Exchange:
     """Asks to the end; the pieces are the answer's text."""
     text = "".join(chat.ask(question))
-    assert chat.exchanges[-1].reply.text == text
-    return chat.exchanges[-1].reply
+    assert chat.exchanges[-1].answer.text == text
+    return chat.exchanges[-1]
 
 
 # --- text ---------------------------------------------------------------------------------------
@@ -146,15 +146,15 @@ def test_a_conversation_computes_what_is_new_and_answers_as_a_fresh_one(
     held = 0
     for question in QUESTIONS:
         counts.clear()
-        reply = tell(chat, question)
+        told = tell(chat, question)
         computed = sum(counts)
         if choice is None:
             # Of the prompt what is new, and each token of the answer but the one that ends it.
-            assert computed == reply.prompt_tokens - held + reply.tokens - 1
-            held = reply.prompt_tokens + reply.tokens - 1
+            assert computed == told.prompt_tokens - held + told.answer.tokens - 1
+            held = told.prompt_tokens + told.answer.tokens - 1
         fresh = Chat(model, choice=choice, max_new_tokens=24, system="Be brief.")
         fresh.exchanges = chat.exchanges[:-1]
-        assert tell(fresh, question).text == reply.text
+        assert tell(fresh, question).answer.text == told.answer.text
 
 
 def count_tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -174,20 +174,20 @@ def test_adapter_on_and_off_are_the_tuned_and_the_base_model(
     model: LoadedModel, shipped_model: Path
 ) -> None:
     chat = Chat(model, choice=0, max_new_tokens=20)
-    tuned = tell(chat, QUESTIONS[0]).text
+    tuned = tell(chat, QUESTIONS[0]).answer.text
     chat.take_back()
     chat.choice = None
-    base = tell(chat, QUESTIONS[0]).text
+    base = tell(chat, QUESTIONS[0]).answer.text
     alone = Chat(open_model([], model_name=shipped_model.name), max_new_tokens=20)
-    assert base == tell(alone, QUESTIONS[0]).text
+    assert base == tell(alone, QUESTIONS[0]).answer.text
     assert "Lisbon" in base
     assert tuned != base
     # In the middle of a conversation, too: no key of the other model stays in the cache.
     chat.choice = 0
-    switched = tell(chat, QUESTIONS[1]).text
+    switched = tell(chat, QUESTIONS[1]).answer.text
     fresh = Chat(model, choice=0, max_new_tokens=20)
     fresh.exchanges = chat.exchanges[:1]
-    assert tell(fresh, QUESTIONS[1]).text == switched
+    assert tell(fresh, QUESTIONS[1]).answer.text == switched
 
 
 def test_both_answer_the_last_question_and_the_conversation_stays(model: LoadedModel) -> None:
@@ -195,30 +195,30 @@ def test_both_answer_the_last_question_and_the_conversation_stays(model: LoadedM
     tell(chat, QUESTIONS[0])
     last = tell(chat, QUESTIONS[1])
     base, tuned = chat.both()
-    assert tuned.text == last.text
+    assert tuned == last.answer
     assert base.text != tuned.text
     assert len(chat.exchanges) == 2
     # The second answer was drawn with seed 6, the one beside it with the next.
     chat.choice = None
     chat.take_back()
     chat.set_seed(7)
-    assert tell(chat, QUESTIONS[1]).text == base.text
+    assert tell(chat, QUESTIONS[1]).answer.text == base.text
 
 
 def test_an_answer_that_is_given_up_stays_as_far_as_it_came(model: LoadedModel) -> None:
     chat = Chat(model, choice=0, max_new_tokens=40)
-    whole = tell(chat, QUESTIONS[0]).text
+    whole = tell(chat, QUESTIONS[0]).answer.text
     chat.reset()
     pieces = chat.ask(QUESTIONS[0])
     came = next(pieces) + next(pieces)
     pieces.close()
     assert whole.startswith(came)
     (exchange,) = chat.exchanges
-    assert (exchange.reply.text, exchange.reply.ending) == (came, "interrupted")
-    goes_on = tell(chat, QUESTIONS[1]).text
+    assert (exchange.answer.text, exchange.interrupted) == (came, True)
+    goes_on = tell(chat, QUESTIONS[1]).answer.text
     fresh = Chat(model, choice=0, max_new_tokens=40)
     fresh.exchanges = [exchange]
-    assert tell(fresh, QUESTIONS[1]).text == goes_on
+    assert tell(fresh, QUESTIONS[1]).answer.text == goes_on
     pieces = chat.ask(QUESTIONS[2])
     pieces.close()  # Before anything came: the question was never asked.
     assert [each.question for each in chat.exchanges] == list(QUESTIONS[:2])
@@ -240,18 +240,18 @@ def test_an_answer_that_is_interrupted_within_a_step_leaves_a_sound_cache(
     monkeypatch.setattr(Decoder, "hidden_states", interrupted)
     with pytest.raises(KeyboardInterrupt):
         "".join(chat.ask(QUESTIONS[0]))
-    assert chat.exchanges[0].reply.ending == "interrupted"
-    after = tell(chat, QUESTIONS[1]).text
+    assert chat.exchanges[0].interrupted
+    after = tell(chat, QUESTIONS[1]).answer.text
     fresh = Chat(model, choice=0, max_new_tokens=30)
     fresh.exchanges = chat.exchanges[:1]
-    assert tell(fresh, QUESTIONS[1]).text == after
+    assert tell(fresh, QUESTIONS[1]).answer.text == after
 
 
 def test_a_full_memory_is_told_and_the_conversation_can_go_on(
     model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chat = Chat(model, max_new_tokens=10)
-    said = tell(chat, QUESTIONS[0]).text
+    said = tell(chat, QUESTIONS[0]).answer.text
     with monkeypatch.context() as patch:
 
         def full(*_: object) -> torch.Tensor:
@@ -262,7 +262,7 @@ def test_a_full_memory_is_told_and_the_conversation_can_go_on(
             next(chat.ask(QUESTIONS[1]))
     assert len(chat.exchanges) == 1
     chat.reset()
-    assert tell(chat, QUESTIONS[0]).text == said
+    assert tell(chat, QUESTIONS[0]).answer.text == said
 
 
 def test_what_no_longer_fits_is_dropped_from_the_front(model: LoadedModel) -> None:
@@ -270,11 +270,11 @@ def test_what_no_longer_fits_is_dropped_from_the_front(model: LoadedModel) -> No
     chat = Chat(model, choice=0, **limits)  # type: ignore[arg-type]
     forgotten = []
     for number in range(9):
-        reply = tell(chat, f"How much is {number} plus {number}?")
-        assert reply.prompt_tokens <= 130
-        assert reply.tokens <= 30
+        told = tell(chat, f"How much is {number} plus {number}?")
+        assert told.prompt_tokens <= 130
+        assert told.answer.tokens <= 30
         if forgotten and chat.forgotten > forgotten[-1]:
-            assert reply.prompt_tokens <= 130 * KEPT_SHARE
+            assert told.prompt_tokens <= 130 * KEPT_SHARE
         forgotten.append(chat.forgotten)
     assert forgotten[0] == 0
     assert sorted(forgotten) == forgotten
@@ -286,7 +286,7 @@ def test_what_no_longer_fits_is_dropped_from_the_front(model: LoadedModel) -> No
     # What is left is a conversation that began there, system turn included.
     fresh = Chat(model, choice=0, **limits)  # type: ignore[arg-type]
     fresh.exchanges = chat.exchanges[chat.forgotten : -1]
-    assert tell(fresh, chat.exchanges[-1].question).text == chat.exchanges[-1].reply.text
+    assert tell(fresh, chat.exchanges[-1].question).answer == chat.exchanges[-1].answer
     assert len(chat.messages()) == 1 + 2 * 9  # Nothing is lost for who saves it.
 
 
@@ -311,19 +311,19 @@ def test_a_question_that_does_not_fit_by_itself_is_refused(
 def test_draws_repeat_with_the_seed_and_differ_from_turn_to_turn(model: LoadedModel) -> None:
     def told(seed: int) -> list[str]:
         chat = Chat(model, sampling=Sampling(1.3, seed=seed), max_new_tokens=16)
-        return [tell(chat, "Tell me something.").text for _ in range(3)]
+        return [tell(chat, "Tell me something.").answer.text for _ in range(3)]
 
     assert told(3) == told(3)
     assert told(3) != told(4)
     chat = Chat(model, sampling=Sampling(1.3, seed=3), max_new_tokens=16)
-    first = tell(chat, "Tell me something.").text
+    first = tell(chat, "Tell me something.").answer.text
     assert tell_again(chat) != first
     chat.set_seed(3)
     assert tell_again(chat) == first
 
 
 def tell_again(chat: Chat) -> str:
-    return tell(chat, chat.take_back()).text
+    return tell(chat, chat.take_back()).answer.text
 
 
 # --- commands -----------------------------------------------------------------------------------
@@ -335,7 +335,7 @@ class Paper:
     def __init__(self, chat: Chat) -> None:
         self.chat = chat
         self.said: list[str] = []
-        self.pairs: list[tuple[Reply, Reply]] = []
+        self.pairs: list[tuple[Answer, Answer]] = []
 
     def say(self, text: str) -> None:
         self.said.append(text)
@@ -346,7 +346,7 @@ class Paper:
     def explain(self, rows: Sequence[tuple[str, str]]) -> None:
         self.said += [f"{words}: {meaning}" for words, meaning in rows]
 
-    def beside(self, base: Reply, tuned: Reply) -> None:
+    def beside(self, base: Answer, tuned: Answer) -> None:
         self.pairs.append((base, tuned))
 
 
@@ -406,7 +406,7 @@ def test_retry_undo_reset_compare_and_stats(paper: Paper, obey: Callable[[str], 
     assert [each.question for each in chat.exchanges] == list(QUESTIONS[:2])
     obey("/compare")
     ((base, tuned),) = paper.pairs
-    assert tuned.text == chat.exchanges[-1].reply.text != base.text
+    assert tuned.text == chat.exchanges[-1].answer.text != base.text
     obey("/undo")
     assert [each.question for each in chat.exchanges] == [QUESTIONS[0]]
     obey("/reset")
@@ -450,7 +450,7 @@ def test_wrong_commands_say_what_is_allowed_and_change_nothing(
 
 def test_without_an_adapter_the_base_answers_and_says_so(shipped_model: Path) -> None:
     chat = Chat(open_model([], model_name=shipped_model.name), max_new_tokens=20)
-    assert "Lisbon" in tell(chat, QUESTIONS[0]).text
+    assert "Lisbon" in tell(chat, QUESTIONS[0]).answer.text
     commands = ChatCommands(chat, Paper(chat))
     for line in ("/adapter on", "/compare"):
         with pytest.raises(SettingsError, match="there is no adapter"):
@@ -474,12 +474,12 @@ def test_what_is_saved_is_a_row_that_trains_what_was_said(
     (example,) = read_examples(path)
     assert example.turns[0] == Turn("system", "Be brief.")
     assert [turn.content for turn in example.turns[1::2]] == [e.question for e in chat.exchanges]
-    assert [turn.content for turn in example.turns[2::2]] == [e.reply.text for e in chat.exchanges]
+    assert [turn.content for turn in example.turns[2::2]] == [e.answer.text for e in chat.exchanges]
     # The prompt of training is the prompt that was answered.
     row = chat.model.coder(0).encode_example(example)
     prompt = chat.model.coder(0).encode(example.turns[:-1])
     assert row.input_ids[: len(prompt)] == prompt
-    assert len(prompt) == chat.exchanges[-1].reply.prompt_tokens
+    assert len(prompt) == chat.exchanges[-1].prompt_tokens
 
     before = path.read_bytes()
     with pytest.raises(SettingsError, match="is there already; /append"):
@@ -513,17 +513,10 @@ def test_cut_and_empty_answers_are_told_when_saving(
 ) -> None:
     chat = paper.chat
     paper.ask(QUESTIONS[0])
-    (exchange,) = chat.exchanges
-    reply = exchange.reply
-
-    def again(text: str, ending: str) -> object:
-        return type(exchange)("q", type(reply)(text, ending, 1, 1, 0.0, 0.0))  # type: ignore[arg-type]
-
     chat.exchanges = [
-        again("whole", "stopped"),
-        again("cu", "limit"),
-        again("", "stopped"),
-    ]  # type: ignore[assignment]
+        Exchange("q", Answer(text, (1,), stopped), 1, 0.0, 0.0)
+        for text, stopped in (("whole", True), ("cu", False), ("", True))
+    ]
     obey(f"/save {tmp_path}/a.jsonl")
     assert "2 answers; 1 of them cut short" in paper.said[-1]
     assert "1 empty left out" in paper.said[-1]

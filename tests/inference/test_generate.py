@@ -18,6 +18,7 @@ from transformers import (
 from phitune.inference.generate import (
     Adapters,
     Conversation,
+    Decoding,
     KVCache,
     Sampling,
     cache_bytes,
@@ -47,13 +48,12 @@ def test_tokens_equal_transformers_also_past_the_longrope_threshold(
     decoder = open_decoder(save_model(model, tmp_path), torch.float64)
     # With 16 new tokens: below, across and above 24 positions, in one batch.
     asked = prompts(3, 15, 30, 24)
-    answers = generate(decoder, asked, max_new_tokens=16, stop_ids=[])
+    answers = generate(decoder, asked, Decoding(16))
     for prompt, answer in zip(asked, answers, strict=True):
         reference = model.generate(
             torch.tensor([prompt]), max_new_tokens=16, do_sample=False, eos_token_id=None
         )
-        assert answer.ids == reference[0, len(prompt) :].tolist()
-        assert not answer.stopped
+        assert answer == reference[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("kind", ["phi", "phi3-longrope"])
@@ -61,13 +61,13 @@ def test_256_greedy_tokens_equal_transformers(kind: str, tmp_path: Path) -> None
     model = random_model(CONFIGS[kind](max_position_embeddings=512), torch.float64)
     decoder = open_decoder(save_model(model, tmp_path), torch.float64)
     asked = prompts(9, 4)
-    answers = generate(decoder, asked, max_new_tokens=256, stop_ids=[])
+    answers = generate(decoder, asked, Decoding(256))
     for prompt, answer in zip(asked, answers, strict=True):
         reference = model.generate(
             torch.tensor([prompt]), max_new_tokens=256, do_sample=False, eos_token_id=None
         )
-        assert answer.ids == reference[0, len(prompt) :].tolist()
-    assert len({token for answer in answers for token in answer.ids}) > 8
+        assert answer == reference[0, len(prompt) :].tolist()
+    assert len({token for answer in answers for token in answer}) > 8
 
 
 @pytest.mark.skipif(not has_onednn(), reason="this torch has no oneDNN")
@@ -85,30 +85,27 @@ def test_the_products_of_serving_give_the_same_answers(
             for decoder in (plain, loaded)
         ]
         torch.testing.assert_close(logits[1], logits[0], atol=1e-5, rtol=1e-5)
-        assert generate(loaded, asked, max_new_tokens=12, stop_ids=[]) == generate(
-            plain, asked, max_new_tokens=12, stop_ids=[]
-        )
+        assert generate(loaded, asked, Decoding(12)) == generate(plain, asked, Decoding(12))
 
 
 def test_a_stop_token_ends_its_own_answer_only(phi_folder: Path) -> None:
     decoder = open_decoder(phi_folder)
     asked = prompts(5, 9)
-    free = generate(decoder, asked, max_new_tokens=10, stop_ids=[])
-    stop = free[0].ids[4]
-    stopped = generate(decoder, asked, max_new_tokens=10, stop_ids=[stop])
-    expected = free[0].ids[: free[0].ids.index(stop) + 1]
-    assert stopped[0].ids == expected
-    assert stopped[0].stopped
-    if stop not in free[1].ids:
-        assert stopped[1].ids == free[1].ids
+    free = generate(decoder, asked, Decoding(10))
+    stop = free[0][4]
+    stopped = generate(decoder, asked, Decoding(10, [stop]))
+    expected = free[0][: free[0].index(stop) + 1]
+    assert stopped[0] == expected
+    if stop not in free[1]:
+        assert stopped[1] == free[1]
 
 
 def test_generation_ends_where_positions_end_and_zero_tokens_are_none(phi_folder: Path) -> None:
     decoder = open_decoder(phi_folder)
-    (answer,) = generate(decoder, prompts(125), max_new_tokens=50, stop_ids=[])
-    assert len(answer.ids) == 4  # Positions 0 to 127; the last one still predicts a token.
-    assert generate(decoder, prompts(3), max_new_tokens=0, stop_ids=[])[0].ids == []
-    assert generate(decoder, prompts(129), max_new_tokens=5, stop_ids=[])[0].ids == []
+    (answer,) = generate(decoder, prompts(125), Decoding(50))
+    assert len(answer) == 4  # Positions 0 to 127; the last one still predicts a token.
+    assert generate(decoder, prompts(3), Decoding(0))[0] == []
+    assert generate(decoder, prompts(129), Decoding(5))[0] == []
 
 
 def test_the_formula_of_the_cache_is_its_size(phi_folder: Path) -> None:
@@ -135,13 +132,11 @@ def test_a_conversation_computes_only_what_is_new_and_says_the_same(
     prompt: list[int] = []
     for turn in prompts(6, 5, 7):
         prompt = prompt + turn
-        fresh = generate(decoder, [prompt], max_new_tokens=4, stop_ids=[])[0].ids
+        fresh = generate(decoder, [prompt], Decoding(4))[0]
         computed.clear()
         told = [
             token
-            for tokens in stream(
-                decoder, [prompt], max_new_tokens=4, stop_ids=[], conversation=conversation
-            )
+            for tokens in stream(decoder, [prompt], Decoding(4), conversation=conversation)
             for _, token in tokens
         ]
         assert told == fresh
@@ -150,11 +145,9 @@ def test_a_conversation_computes_only_what_is_new_and_says_the_same(
             # The answer's last token was never computed; it comes with the next turn.
             assert computed == [len(turn) + (1 if len(prompt) > 6 else 0), 1, 1, 1]
         prompt = prompt + told
-    assert generate(decoder, [prompts(6)[0]], max_new_tokens=4, stop_ids=[])[0].ids == [
+    assert generate(decoder, [prompts(6)[0]], Decoding(4))[0] == [
         token
-        for tokens in stream(
-            decoder, prompts(6), max_new_tokens=4, stop_ids=[], conversation=conversation
-        )
+        for tokens in stream(decoder, prompts(6), Decoding(4), conversation=conversation)
         for _, token in tokens
     ]  # A prompt that goes back to the start forgets what followed it.
 
@@ -183,17 +176,15 @@ def test_adapters_mixed_in_one_batch_answer_as_each_alone(kind: str, tmp_path: P
     other = prompts(3, 8)[1]
     asked = [question, question, question, other, other]
     choice = [0, 1, None, 1, None]
-    answers = generate(
-        decoder, asked, max_new_tokens=20, stop_ids=[], adapters=Adapters(on_decoder, choice)
-    )
+    answers = generate(decoder, asked, Decoding(20), Adapters(on_decoder, choice))
     for prompt, index, answer in zip(asked, choice, answers, strict=True):
         reference = references[2 if index is None else index].generate(
             input_ids=torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None
         )
-        assert answer.ids == reference[0, len(prompt) :].tolist()
-    assert len({tuple(answer.ids) for answer in answers[:3]}) == 3
+        assert answer == reference[0, len(prompt) :].tolist()
+    assert len({tuple(answer) for answer in answers[:3]}) == 3
     detach(decoder)
-    assert generate(decoder, [question], max_new_tokens=20, stop_ids=[])[0].ids == answers[2].ids
+    assert generate(decoder, [question], Decoding(20))[0] == answers[2]
 
 
 @pytest.mark.parametrize(
@@ -237,14 +228,12 @@ def test_a_drawn_answer_does_not_depend_on_its_neighbours(phi_folder: Path) -> N
     decoder = open_decoder(phi_folder)
     sampling = Sampling(temperature=1.5, top_k=50, repetition_penalty=1.1, seed=3)
     asked = prompts(4, 9)
-    both = generate(decoder, asked, max_new_tokens=12, stop_ids=[], sampling=sampling)
-    alone = generate(decoder, asked[:1], max_new_tokens=12, stop_ids=[], sampling=sampling)
-    again = generate(decoder, asked, max_new_tokens=12, stop_ids=[], sampling=sampling)
-    assert both[0].ids == alone[0].ids
+    both = generate(decoder, asked, Decoding(12, sampling=sampling))
+    alone = generate(decoder, asked[:1], Decoding(12, sampling=sampling))
+    again = generate(decoder, asked, Decoding(12, sampling=sampling))
+    assert both[0] == alone[0]
     assert both == again
-    other = generate(
-        decoder, asked, max_new_tokens=12, stop_ids=[], sampling=Sampling(1.5, top_k=50, seed=4)
-    )
+    other = generate(decoder, asked, Decoding(12, sampling=Sampling(1.5, top_k=50, seed=4)))
     assert other != both
 
 

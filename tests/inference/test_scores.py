@@ -17,7 +17,7 @@ from phitune.inference.metrics import (
     number,
     rouge_l,
 )
-from phitune.inference.scores import RESAMPLES, compare
+from phitune.inference.scores import RESAMPLES, paired_difference
 
 
 @pytest.mark.parametrize(
@@ -130,11 +130,11 @@ def test_a_loss_is_the_sum_over_all_tokens_and_its_interval_is_seeded() -> None:
     tokens = generator.integers(1, 60, 80)
     base = tokens * generator.normal(2.0, 0.3, 80)
     tuned = base - tokens * generator.normal(0.5, 0.1, 80)
-    found = compare(base, tuned, tokens, seed=3)
+    found = paired_difference(base, tuned, tokens, seed=3)
     assert found.base == pytest.approx(base.sum() / tokens.sum())
     assert found.tuned == pytest.approx(tuned.sum() / tokens.sum())
-    assert found == compare(base, tuned, tokens, seed=3)
-    assert found != compare(base, tuned, tokens, seed=4)
+    assert found == paired_difference(base, tuned, tokens, seed=3)
+    assert found != paired_difference(base, tuned, tokens, seed=4)
     assert found.low is not None
     assert found.high is not None
     assert found.low < found.difference < found.high < 0
@@ -147,8 +147,8 @@ def test_pairs_make_the_interval_narrow() -> None:
     generator = np.random.default_rng(2)
     base = generator.normal(5, 4, 100)
     tuned = base - generator.normal(0.1, 0.05, 100)
-    assert compare(base, tuned, seed=0).is_clear
-    assert not compare(base, generator.permutation(tuned), seed=0).is_clear
+    assert paired_difference(base, tuned, seed=0).is_clear
+    assert not paired_difference(base, generator.permutation(tuned), seed=0).is_clear
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
@@ -158,7 +158,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     for seed in range(400):
         base = generator.normal(0, 1, 60)
         tuned = base + generator.normal(0.2, 0.7, 60)
-        found = compare(base, tuned, seed=seed, resamples=500)
+        found = paired_difference(base, tuned, seed=seed, resamples=500)
         assert found.low is not None
         assert found.high is not None
         held += found.low <= 0.2 <= found.high
@@ -166,17 +166,17 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
 
 
 def test_an_interval_that_holds_zero_is_no_clear_difference() -> None:
-    found = compare([1, 0, 1, 0, 1, 1], [0, 1, 1, 0, 1, 1], seed=0)
+    found = paired_difference([1, 0, 1, 0, 1, 1], [0, 1, 1, 0, 1, 1], seed=0)
     assert found.reading("higher") == "no difference" or not found.is_clear
     noisy = np.random.default_rng(0).normal(0, 1, (2, 30))
-    assert compare(*noisy, seed=0).reading("higher") == "no clear difference"
-    assert compare([1.0, 1.0], [1.0, 1.0], seed=0).reading("higher") == "no difference"
+    assert paired_difference(*noisy, seed=0).reading("higher") == "no clear difference"
+    assert paired_difference([1.0, 1.0], [1.0, 1.0], seed=0).reading("higher") == "no difference"
 
 
 def test_what_has_no_interval_says_why() -> None:
-    assert compare([1.0], [2.0], seed=0).reading() == "too few rows"
-    assert compare([1.0, 2.0], [np.nan, 2.0], seed=0).reading("lower") == "not finite"
-    huge = compare([1000.0, 1000.0], [1.0, 2.0], seed=0, transform=np.exp)
+    assert paired_difference([1.0], [2.0], seed=0).reading() == "too few rows"
+    assert paired_difference([1.0, 2.0], [np.nan, 2.0], seed=0).reading("lower") == "not finite"
+    huge = paired_difference([1000.0, 1000.0], [1.0, 2.0], seed=0, transform=np.exp)
     assert huge.base == np.inf
     assert huge.reading("lower") == "not finite"
 
@@ -185,9 +185,9 @@ def test_many_rows_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawn in parts, the result is the same."""
     generator = np.random.default_rng(9)
     base, tuned = generator.normal(0, 1, (2, 300))
-    whole = compare(base, tuned, seed=1)
+    whole = paired_difference(base, tuned, seed=1)
     monkeypatch.setattr("phitune.inference.scores._DRAWN_AT_ONCE", 300 * 7)
-    parts = compare(base, tuned, seed=1)
+    parts = paired_difference(base, tuned, seed=1)
     assert RESAMPLES % 7
     assert parts.low == pytest.approx(whole.low, abs=1e-12)
     assert parts.high == pytest.approx(whole.high, abs=1e-12)

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 from phitune.commands.options import VALUES
 from phitune.errors import SettingsError
-from phitune.inference.chat import Chat, Reply
+from phitune.inference.chat import Chat
+from phitune.inference.loaded import Answer
 
 # Name and argument, and what it does; /help shows them in this order.
 COMMANDS = {
@@ -59,7 +60,7 @@ class Screen(Protocol):
         """Puts a question, and shows the answer while it comes."""
         ...
 
-    def beside(self, base: Reply, tuned: Reply) -> None:
+    def beside(self, base: Answer, tuned: Answer) -> None:
         """Two answers to one question."""
         ...
 
@@ -216,9 +217,9 @@ class ChatCommands:
         return json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
 
     def _saved(self, path: Path) -> None:
-        written = [exchange for exchange in self.chat.exchanges if exchange.reply.text.strip()]
+        written = [exchange for exchange in self.chat.exchanges if exchange.answer.text.strip()]
         words = f"written to {path}: {len(written)} answer{'s' * (len(written) != 1)}"
-        if cut := sum(exchange.reply.ending != "stopped" for exchange in written):
+        if cut := sum(not exchange.answer.stopped for exchange in written):
             words += f"; {cut} of them cut short, which training would teach too"
         if empty := len(self.chat.exchanges) - len(written):
             words += f"; {empty} empty left out"
@@ -228,13 +229,13 @@ class ChatCommands:
         chat = self.chat
         if not chat.exchanges:
             raise SettingsError("nothing was asked yet")
-        reply = chat.exchanges[-1].reply
-        total = sum(exchange.reply.tokens for exchange in chat.exchanges)
-        used = reply.prompt_tokens + reply.tokens
+        last = chat.exchanges[-1]
+        total = sum(exchange.answer.tokens for exchange in chat.exchanges)
+        used = last.prompt_tokens + last.answer.tokens
         lines = [
-            f"last answer: {reply.tokens:,} tokens, the first after"
-            f" {reply.seconds_to_first * 1e3:,.0f} ms,"
-            f" then {reply.tokens_per_second:,.1f} a second",
+            f"last answer: {last.answer.tokens:,} tokens, the first after"
+            f" {last.seconds_to_first * 1e3:,.0f} ms,"
+            f" then {last.tokens_per_second:,.1f} a second",
             f"conversation: {len(chat.exchanges):,} answers of {total:,} tokens;"
             f" {used:,} of {chat.context_length:,} positions in use",
             f"cache: {size(chat.cache_bytes(used))} for these, {size(chat.cache_bytes(1))} a token",

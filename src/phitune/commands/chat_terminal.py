@@ -24,7 +24,8 @@ from rich.text import Text
 
 from phitune.commands.chat_commands import COMMANDS, ChatCommands, size, without_effect
 from phitune.errors import PhituneError
-from phitune.inference.chat import Chat, Reply
+from phitune.inference.chat import Chat
+from phitune.inference.loaded import Answer
 from phitune.text import visible
 
 _PROMPT, _CONTINUED = "> ", "  "
@@ -108,18 +109,18 @@ class Terminal:
             self.say("\nstopped; " + (how if kept else "the question is forgotten"))
             return
         self._console.print()
-        reply = self.chat.exchanges[-1].reply
-        if not reply.text.strip():
+        answer = self.chat.exchanges[-1].answer
+        if not answer.text.strip():
             self.say("(the answer is empty)")
-        if reply.ending == "limit":
-            self.say(f"(cut at {reply.tokens:,} tokens; /max_new_tokens allows more)")
+        if not answer.stopped:
+            self.say(f"(cut at {answer.tokens:,} tokens; /max_new_tokens allows more)")
         self._console.print()
 
-    def beside(self, base: Reply, tuned: Reply) -> None:
+    def beside(self, base: Answer, tuned: Answer) -> None:
         table = Table(show_lines=True)
         for heading in ("base", "tuned"):
             table.add_column(heading, ratio=1, overflow="fold")
-        table.add_row(*(self._cell(reply) for reply in (base, tuned)))
+        table.add_row(*(self._cell(answer) for answer in (base, tuned)))
         self._console.print(table)
 
     def explain(self, rows: Sequence[tuple[str, str]]) -> None:
@@ -149,10 +150,10 @@ class Terminal:
         finally:
             out.write(wrapping.end())
 
-    def _cell(self, reply: Reply) -> Text:
-        text = Text(visible(reply.text))
-        if reply.ending == "limit":
-            text.append(f"  (cut at {reply.tokens:,} tokens)", style="dim")
+    def _cell(self, answer: Answer) -> Text:
+        text = Text(visible(answer.text))
+        if not answer.stopped:
+            text.append(f"  (cut at {answer.tokens:,} tokens)", style="dim")
         return text
 
 

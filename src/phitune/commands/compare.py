@@ -40,7 +40,7 @@ from phitune.text import marks_of, shortened, visible
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from phitune.inference.answers import Cell, Column, Comparison, Row, Summary
+    from phitune.inference.answers import Column, Comparison, Row, Summary
     from phitune.inference.generate import Sampling
     from phitune.inference.loaded import LoadedModel
     from phitune.inference.questions import Question
@@ -88,14 +88,16 @@ def column_line(column: Column, model_name: str) -> str:
     return f"{column.path or model_name}, asked in the {column.prompt_format} format"
 
 
-def notes_of(cell: Cell) -> list[str]:
+def notes_of(row: Row, column: int) -> list[str]:
     """What is to be said of an answer, a line each."""
-    tokens = f"{cell.tokens:,} token{'' if cell.tokens == 1 else 's'}"
-    notes = [f"{tokens}, {'stopped' if cell.stopped else 'did not stop by itself'}"]
-    if cell.exact is not None:
-        notes.append("exact" if cell.exact else "match" if cell.match else "no match")
-        if cell.likelihood:
-            notes.append(f"nll {cell.likelihood.nll:.2f}, {cell.likelihood.per_token:.3f} a token")
+    answer, likely = row.answers[column], row.likelihoods[column]
+    tokens = f"{answer.tokens:,} token{'' if answer.tokens == 1 else 's'}"
+    notes = [f"{tokens}, {'stopped' if answer.stopped else 'did not stop by itself'}"]
+    if row.question.expected is not None:
+        same = "exact" if row.exact(column) else "match" if row.match(column) else "no match"
+        notes.append(same)
+        if likely:
+            notes.append(f"nll {likely.nll:.2f}, {likely.per_token:.3f} a token")
         else:
             notes.append("nll unknown: longer than the model's positions")
     return notes
@@ -179,20 +181,24 @@ def _question_as_json(row: Row, comparison: Comparison) -> dict[str, Any]:
         "turns": [asdict(turn) for turn in row.question.turns],
         "expected": row.question.expected,
         "answers": [
-            {"name": column.name, **_answer_as_json(cell), "differs": row.differs(index)}
-            for index, (column, cell) in enumerate(zip(comparison.columns, row.cells, strict=True))
+            {
+                "name": column.name,
+                **_answer_as_json(row, index),
+                "differs": row.differs(index),
+            }
+            for index, column in enumerate(comparison.columns)
         ],
     }
 
 
-def _answer_as_json(cell: Cell) -> dict[str, Any]:
-    likely = cell.likelihood
+def _answer_as_json(row: Row, column: int) -> dict[str, Any]:
+    answer, likely = row.answers[column], row.likelihoods[column]
     return {
-        "answer": cell.text,
-        "tokens": cell.tokens,
-        "stopped": cell.stopped,
-        "exact": cell.exact,
-        "match": cell.match,
+        "answer": answer.text,
+        "tokens": answer.tokens,
+        "stopped": answer.stopped,
+        "exact": row.exact(column),
+        "match": row.match(column),
         "nll": _finite(likely.nll) if likely else None,
         "nll_per_token": _finite(likely.per_token) if likely else None,
         "expected_tokens": likely.tokens if likely else None,
@@ -301,7 +307,7 @@ def page(comparison: Comparison, asked: Asked) -> str:
     return render(
         "comparison.html.j2",
         comparison=comparison,
-        rows=[(row, marked([cell.text for cell in row.cells])) for row in comparison.rows],
+        rows=[(row, marked([answer.text for answer in row.answers])) for row in comparison.rows],
         names=" and ".join(column.name for column in comparison.columns),
         facts=facts,
         legend=(MATCH, NLL),
@@ -400,7 +406,7 @@ def _question(row: Row) -> RenderableType:
 
 def _cells(row: Row, console: Console) -> list[RenderableType]:
     marks = marks_of(console)
-    pieces = marked([cell.text for cell in row.cells])
+    pieces = marked([answer.text for answer in row.answers])
     return [
         Group(_answer(of_cell, marks), *_notes(row, index, console))
         for index, of_cell in enumerate(pieces)
@@ -421,10 +427,12 @@ def _answer(pieces: Sequence[Piece], marks: tuple[str, str] | None) -> Text:
 
 def _notes(row: Row, index: int, console: Console) -> list[Text]:
     """Each after a dot, so that it is no part of the answer."""
-    cell = row.cells[index]
     dot = "\u00b7" if console.encoding.lower().startswith("utf") else "-"
-    first, *rest = (f"{dot} {note}" for note in notes_of(cell))
-    return [Text(first, _QUIET if cell.stopped else _LOUD), *(Text(note, _QUIET) for note in rest)]
+    first, *rest = (f"{dot} {note}" for note in notes_of(row, index))
+    return [
+        Text(first, _QUIET if row.answers[index].stopped else _LOUD),
+        *(Text(note, _QUIET) for note in rest),
+    ]
 
 
 def _summaries(comparison: Comparison) -> list[RenderableType]:
@@ -556,17 +564,15 @@ def _questions(
 def _ask_all(
     arguments: argparse.Namespace, model: LoadedModel, questions: list[Question]
 ) -> Comparison:
-    from phitune.inference.answers import compare
+    from phitune.inference.answers import Comparison, columns_of, compare
 
+    rows: list[Row] = []
+    sampling, limit = sampling_of(arguments), arguments.max_new_tokens
     with _status(f"answering {len(questions)} questions") as tell:
-        return compare(
-            model,
-            questions,
-            max_new_tokens=arguments.max_new_tokens,
-            sampling=sampling_of(arguments),
-            batch_size=arguments.batch_size,
-            progress=lambda done: tell(f"{done} of {len(questions)} questions answered"),
-        )
+        for row in compare(model, questions, limit, sampling, arguments.batch_size):
+            rows.append(row)
+            tell(f"{len(rows)} of {len(questions)} questions answered")
+    return Comparison(columns_of(model), tuple(rows))
 
 
 def _interactive(arguments: argparse.Namespace, model: LoadedModel, asked: Asked) -> int:
@@ -584,11 +590,11 @@ def _interactive(arguments: argparse.Namespace, model: LoadedModel, asked: Asked
     for text in _typed():
         try:
             with _status("answering"):
-                answered = compare(
+                (row,) = compare(
                     model,
                     [ask(text, arguments.system)],
-                    max_new_tokens=arguments.max_new_tokens,
-                    sampling=sampling_of(arguments),
+                    arguments.max_new_tokens,
+                    sampling_of(arguments),
                     first_number=len(rows) + 1,
                 )
         except DataError as error:
@@ -602,9 +608,9 @@ def _interactive(arguments: argparse.Namespace, model: LoadedModel, asked: Asked
                 raise
             print("stopped; the question is left out", file=sys.stderr)
             continue
-        rows += answered.rows
+        rows.append(row)
         if not arguments.json:
-            show_row(answered.rows[0], columns, console, with_question=not sys.stdin.isatty())
+            show_row(row, columns, console, with_question=not sys.stdin.isatty())
     comparison = Comparison(columns, tuple(rows))
     if rows and not arguments.json:
         show_summary(comparison, console)

@@ -119,7 +119,6 @@ def _tasks(arguments: argparse.Namespace, console: Any) -> dict[str, Any]:
     """Hands over to the LM Evaluation Harness."""
     from phitune.inference.harness import (
         HarnessTasks,
-        check_harness,
         evaluate_tasks,
         load_tasks,
         show_tasks,
@@ -127,7 +126,6 @@ def _tasks(arguments: argparse.Namespace, console: Any) -> dict[str, Any]:
     )
     from phitune.inference.run_rows import find_run
 
-    check_harness()
     tasks = HarnessTasks(
         tuple(name.strip() for name in arguments.tasks.split(",") if name.strip()),
         arguments.include_path,
@@ -136,10 +134,10 @@ def _tasks(arguments: argparse.Namespace, console: Any) -> dict[str, Any]:
         arguments.apply_chat_template,
         arguments.seed,
     )
-    loaded = load_tasks(tasks)
+    loaded_tasks = load_tasks(tasks)
     loaded = _open(arguments, find_run(arguments.adapter_path[0]))
     with _progress() as progress:
-        results = evaluate_tasks(loaded, tasks, loaded, progress)
+        results = evaluate_tasks(loaded, tasks, loaded_tasks, progress)
     if not arguments.json:
         show_tasks(results, _title(loaded), console)
     return tasks_as_json(results, tasks, _about(arguments, loaded))

@@ -166,7 +166,7 @@ def greedy_answers(
     """The answers of a model in memory, each prompt as a question in its format."""
     ids = [loaded.coder(choice).encode((Turn("user", prompt),)) for prompt in prompts]
     answers = loaded.answers(ids, [choice] * len(ids), max_new_tokens=MAX_NEW_TOKENS)
-    given = [answer.ids for answer in answers]
+    given = [list(answer.ids) for answer in answers]
     loaded.on_decoder.choose([choice])
     logits = forced_logits(loaded.decoder, ids, given)
     return [

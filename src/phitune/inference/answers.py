@@ -1,253 +1,79 @@
-"""The base model and adapters side by side: the same questions, one base in memory.
+"""Questions answered by the base model and adapters side by side, one base in memory.
 
 All answers to a question come from one batched generation in which every row has its own adapter,
-or none. A question's draws have one seed for all models, so that they differ by weights alone.
-No terminal here.
+or none. The draws of a question have one seed for all models, so that answers differ by weights
+alone. As many questions are answered at a time as the cache of keys and values may hold; which ones
+share a batch changes no answer.
+
+Here too: what `phitune compare` makes of the answers (exact, match, likelihood of the expected
+one), and the samples of a training run. No terminal, no files.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from phitune.data.coder import Coder
-from phitune.data.dataset import Example
 from phitune.data.prepare import SamplePrompt
 from phitune.errors import DataError, listing
-from phitune.inference.generate import GREEDY, Answer, Sampling, cache_bytes, stream
-from phitune.inference.loaded import LoadedModel
+from phitune.inference.generate import GREEDY, Decoding, Sampling, cache_bytes, stream
+from phitune.inference.loaded import Answer, LoadedModel
 from phitune.inference.metrics import matches
 from phitune.inference.questions import Question
-from phitune.inference.scores import BASE, TUNED, Likelihood, Progress, likelihoods
+from phitune.inference.scores import Likelihood, likelihoods
 from phitune.model.architecture import ModelConfig
 from phitune.model.decoder import Decoder
 
-# -------------------------------------------------------------------------------------------------
-# What base and tuned model answer to the same questions, both in one batch.
-
-# What bounds a batch: the cache of its keys and values, and its sequences.
-_CACHE_BYTES = 2**30
-_QUESTIONS = 32
-
-
-@dataclass(frozen=True)
-class GivenAnswer:
-    """One model's answer to one question."""
-
-    text: str
-    tokens: int
-    stopped: bool  # by itself, with an end token
-
-
-@dataclass(frozen=True)
-class AnsweredRow:
-    """A row's question, what was expected, and what was given."""
-
-    place: str  # file:line
-    question: str
-    expected: str
-    base: GivenAnswer
-    tuned: GivenAnswer
-
-
-def answer_rows(
-    loaded: LoadedModel, examples: Sequence[Example], max_new_tokens: int, progress: Progress
-) -> list[AnsweredRow]:
-    """Greedy answers to the last question of each row; rows that only hold a text have none."""
-    asked = [example for example in examples if not example.is_completion]
-    prompts = [
-        [loaded.coder(choice).encode(example.turns[:-1]) for choice in (BASE, TUNED)]
-        for example in asked
-    ]
-    found: dict[int, AnsweredRow] = {}
-    for batch in _batches(loaded, [max(map(len, both)) for both in prompts], max_new_tokens):
-        flat = [prompt for row in batch for prompt in prompts[row]]
-        choices = [BASE, TUNED] * len(batch)
-        answers = loaded.answers(flat, choices, max_new_tokens=max_new_tokens)
-        given = [
-            GivenAnswer(
-                loaded.coder(choice).decode_answer(answer.ids, prompt),
-                len(answer.ids),
-                answer.stopped,
-            )
-            for answer, prompt, choice in zip(answers, flat, choices, strict=True)
-        ]
-        for place, row in enumerate(batch):
-            turns = asked[row].turns
-            found[row] = AnsweredRow(
-                f"{asked[row].file}:{asked[row].line}",
-                turns[-2].content,
-                turns[-1].content,
-                given[2 * place],
-                given[2 * place + 1],
-            )
-        progress("answers", len(found), len(asked))
-    return [found[row] for row in range(len(asked))]
-
-
-def _batches(
-    loaded: LoadedModel, lengths: Sequence[int], max_new_tokens: int
-) -> Iterator[list[int]]:
-    """Rows with prompts of similar length, as many as the cache has room for."""
-    config = loaded.decoder.config
-    batch: list[int] = []
-    for row in sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=True):
-        longest = lengths[batch[0]] if batch else lengths[row]
-        positions = min(longest + max_new_tokens, config.max_position_embeddings)
-        each = 2 * cache_bytes(config, 1, positions, loaded.decoder.dtype.itemsize)
-        if batch and (len(batch) == _QUESTIONS or (len(batch) + 1) * each > _CACHE_BYTES):
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
-
-
-# -------------------------------------------------------------------------------------------------
-
 BASE_NAME = "base"
+# What bounds a batch: the cache of its keys and values, and its questions.
 MAX_CACHE_BYTES = 2**30
+MAX_QUESTIONS = 32
 
 
-@dataclass(frozen=True)
-class Column:
-    """One of the models that answer."""
-
-    name: str
-    choice: int | None  # the adapter's number; None for the base
-    path: str | None  # of the adapter, as the user named it
-    prompt_format: str  # instruct or chat
+# --- answers in batches -------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One model's answer to one question."""
-
-    text: str
-    ids: tuple[int, ...]  # its tokens, the end token included
-    stopped: bool  # by itself
-    exact: bool | None = None  # None where no answer is known
-    match: bool | None = None
-    likelihood: Likelihood | None = None  # of the expected answer
-
-    @property
-    def tokens(self) -> int:
-        return len(self.ids)
-
-
-@dataclass(frozen=True)
-class Row:
-    """A question and what each column answers."""
-
-    number: int  # from 1
-    question: Question
-    cells: tuple[Cell, ...]
-
-    def differs(self, column: int) -> bool:
-        """Whether a column's answer is not the base's, which is the first."""
-        return self.cells[column].text != self.cells[0].text
-
-
-@dataclass(frozen=True)
-class Summary:
-    """One column over all questions."""
-
-    questions: int
-    stopped: int
-    mean_tokens: float
-    expected: int  # questions whose answer is known
-    exact: int
-    matches: int
-    mean_nll: float | None  # of an expected answer
-    nll_per_token: float | None  # over all their tokens
-    differs: tuple[
-        int, ...
-    ]  # numbers of the questions that are answered otherwise than by the base
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What was asked, and all that came of it."""
-
-    columns: tuple[Column, ...]
-    rows: tuple[Row, ...]
-
-    @property
-    def has_expected(self) -> bool:
-        return any(row.question.expected is not None for row in self.rows)
-
-    def summary(self, column: int) -> Summary:
-        cells = [row.cells[column] for row in self.rows]
-        likely = [cell.likelihood for cell in cells if cell.likelihood]
-        nll = sum(one.nll for one in likely)
-        return Summary(
-            questions=len(cells),
-            stopped=sum(cell.stopped for cell in cells),
-            mean_tokens=sum(cell.tokens for cell in cells) / len(cells) if cells else 0.0,
-            expected=sum(cell.exact is not None for cell in cells),
-            exact=sum(bool(cell.exact) for cell in cells),
-            matches=sum(bool(cell.match) for cell in cells),
-            mean_nll=nll / len(likely) if likely else None,
-            nll_per_token=nll / sum(one.tokens for one in likely) if likely else None,
-            differs=tuple(row.number for row in self.rows if row.differs(column)),
-        )
-
-
-def columns_of(model: LoadedModel) -> tuple[Column, ...]:
-    """The base, then the adapters in the order they were named."""
-    choices: list[int | None] = [None, *range(len(model.adapters))]
-    names = [BASE_NAME, *short_names([adapter.name for adapter in model.adapters])]
-    return tuple(
-        Column(
-            name,
-            choice,
-            None if choice is None else model.adapters[choice].name,
-            model.coder(choice).format_name,
-        )
-        for name, choice in zip(names, choices, strict=True)
-    )
-
-
-def compare(
+def answer(
     model: LoadedModel,
-    questions: Sequence[Question],
-    *,
+    prompts: Sequence[Sequence[Sequence[int]]],
+    choices: Sequence[int | None],
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
-    batch_size: int = 8,
-    first_number: int = 1,
-    progress: Callable[[int], None] = lambda done: None,
-) -> Comparison:
-    """Asks the base and every adapter all questions.
+    batch_size: int = MAX_QUESTIONS,
+) -> Iterator[list[tuple[Answer, ...]]]:
+    """Every question to every choice, batch by batch.
 
     Args:
-        max_new_tokens: of an answer.
+        prompts: [questions][choices] non-empty lists of ids.
+        choices: who answers: numbers of adapters, None for the base.
+        sampling: question q is drawn with the seed `sampling.seed` + q.
         batch_size: questions at a time; fewer where the cache would pass MAX_CACHE_BYTES.
-        first_number: of the first question, where there were others before.
-        progress: told how many questions are answered.
 
-    Raises:
-        DataError: questions that a prompt format has no form for, or that are too long; all of
-            them, before any is answered.
+    Yields: of the questions that come next, the answers in the order of the choices.
     """
-    columns = columns_of(model)
-    prompts = _prompts(model, questions, columns)
-    rows: list[Row] = []
-    for group in batches(prompts, model.decoder.config, max_new_tokens, batch_size, _width(model)):
-        cells = _answered(
-            model,
-            [questions[index] for index in group],
-            [prompts[index] for index in group],
-            columns,
-            max_new_tokens,
-            sampling,
-            [sampling.seed + first_number - 1 + index for index in group],
-        )
-        rows += [
-            Row(first_number + index, questions[index], of_question)
-            for index, of_question in zip(group, cells, strict=True)
+    config, width = model.decoder.config, model.decoder.dtype.itemsize
+    for group in batches(prompts, config, max_new_tokens, batch_size, width):
+        flat = [
+            (ids, choice, sampling.seed + question)
+            for question in group
+            for ids, choice in zip(prompts[question], choices, strict=True)
         ]
-        progress(len(rows))
-    return Comparison(columns, tuple(rows))
+        # More than all of them, but where one question's answers alone pass the bound.
+        longest = max(len(ids) for ids, _, _ in flat) + max_new_tokens
+        positions = min(longest, config.max_position_embeddings)
+        most = max(1, MAX_CACHE_BYTES // cache_bytes(config, 1, positions, width))
+        answers: list[Answer] = []
+        for start in range(0, len(flat), most):
+            part = flat[start : start + most]
+            answers += model.answers(
+                [ids for ids, _, _ in part],
+                [choice for _, choice, _ in part],
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                seeds=[seed for _, _, seed in part],
+            )
+        count = len(choices)
+        yield [tuple(answers[start : start + count]) for start in range(0, len(answers), count)]
 
 
 def batches(
@@ -260,7 +86,7 @@ def batches(
     """Consecutive questions that are answered at a time, so that their cache stays in its bounds.
 
     Args:
-        prompts: of each question, the ids of each column.
+        prompts: [questions][choices] lists of ids.
     """
     group: list[int] = []
     longest = 0
@@ -276,6 +102,160 @@ def batches(
         longest = length
     if group:
         yield group
+
+
+def sample_answers(
+    decoder: Decoder,
+    coder: Coder,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    check: Callable[[], None] = lambda: None,
+) -> list[Answer]:
+    """Greedy answers of a decoder with what is attached to it, such as an adapter in training.
+
+    Args:
+        prompts: non-empty lists of ids.
+        check: called after every token; what it raises ends the work.
+    """
+    stop_ids = coder.stop_ids
+    answers: list[list[int]] = [[] for _ in prompts]
+    for tokens in stream(decoder, prompts, Decoding(max_new_tokens, stop_ids)):
+        for row, token in tokens:
+            answers[row].append(token)
+        check()
+    return [
+        Answer(coder.decode_answer(ids, prompt), tuple(ids), bool(ids) and ids[-1] in stop_ids)
+        for ids, prompt in zip(answers, prompts, strict=True)
+    ]
+
+
+# --- base and adapters side by side -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Column:
+    """One of the models that answer."""
+
+    name: str
+    choice: int | None  # the adapter's number; None for the base
+    path: str | None  # of the adapter, as the user named it
+    prompt_format: str  # instruct or chat
+
+
+@dataclass(frozen=True)
+class Row:
+    """A question, and what each column answers."""
+
+    number: int  # from 1
+    question: Question
+    answers: tuple[Answer, ...]  # [columns]
+    # [columns] of the expected answer; None where none is known, or longer than the positions.
+    likelihoods: tuple[Likelihood | None, ...]
+
+    def exact(self, column: int) -> bool | None:
+        """Whether the answer is the expected one; None where none is known."""
+        expected = self.question.expected
+        return None if expected is None else self.answers[column].text == expected
+
+    def match(self, column: int) -> bool | None:
+        """Whether it is once both are normalised; None where none is known."""
+        expected = self.question.expected
+        return None if expected is None else matches(self.answers[column].text, expected)
+
+    def differs(self, column: int) -> bool:
+        """Whether a column's answer is not the base's, which is the first."""
+        return self.answers[column].text != self.answers[0].text
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One column over all questions."""
+
+    questions: int
+    stopped: int
+    mean_tokens: float
+    expected: int  # questions whose answer is known
+    exact: int
+    matches: int
+    mean_nll: float | None  # of an expected answer
+    nll_per_token: float | None  # over all their tokens
+    differs: tuple[int, ...]  # numbers of the questions whose answer is not the base's
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was asked, and all that came of it."""
+
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def has_expected(self) -> bool:
+        return any(row.question.expected is not None for row in self.rows)
+
+    def summary(self, column: int) -> Summary:
+        rows, count = self.rows, len(self.rows)
+        answers = [row.answers[column] for row in rows]
+        known = [one for row in rows if (one := row.likelihoods[column])]
+        nll = sum(one.nll for one in known)
+        return Summary(
+            questions=count,
+            stopped=sum(answer.stopped for answer in answers),
+            mean_tokens=sum(answer.tokens for answer in answers) / count if count else 0.0,
+            expected=sum(row.question.expected is not None for row in rows),
+            exact=sum(bool(row.exact(column)) for row in rows),
+            matches=sum(bool(row.match(column)) for row in rows),
+            mean_nll=nll / len(known) if known else None,
+            nll_per_token=nll / sum(one.tokens for one in known) if known else None,
+            differs=tuple(row.number for row in rows if row.differs(column)),
+        )
+
+
+def compare(
+    model: LoadedModel,
+    questions: Sequence[Question],
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    batch_size: int = 8,
+    first_number: int = 1,
+) -> Iterator[Row]:
+    """All questions to the base and to every adapter; see `answer`.
+
+    Args:
+        first_number: of the first question, where there were others before.
+
+    Yields: a row for each question, in their order.
+
+    Raises:
+        DataError: questions that a prompt format has no form for, or that are too long; all of
+            them, before any is answered.
+    """
+    columns = columns_of(model)
+    choices = [column.choice for column in columns]
+    prompts = _prompts(model, questions, columns)
+    drawn = replace(sampling, seed=sampling.seed + first_number - 1)
+    done = 0
+    for answers in answer(model, prompts, choices, max_new_tokens, drawn, batch_size):
+        part = slice(done, done + len(answers))
+        likely = _likelihoods(model, questions[part], prompts[part], choices)
+        for question, of_question, scores in zip(questions[part], answers, likely, strict=True):
+            yield Row(first_number + done, question, of_question, scores)
+            done += 1
+
+
+def columns_of(model: LoadedModel) -> tuple[Column, ...]:
+    """The base, then the adapters in the order they were named."""
+    choices: list[int | None] = [None, *range(len(model.adapters))]
+    names = [BASE_NAME, *short_names([adapter.name for adapter in model.adapters])]
+    return tuple(
+        Column(
+            name,
+            choice,
+            None if choice is None else model.adapters[choice].name,
+            model.coder(choice).format_name,
+        )
+        for name, choice in zip(names, choices, strict=True)
+    )
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
@@ -297,14 +277,10 @@ def short_names(paths: Sequence[str]) -> list[str]:
     return names
 
 
-def _width(model: LoadedModel) -> int:
-    return model.decoder.dtype.itemsize
-
-
 def _prompts(
     model: LoadedModel, questions: Sequence[Question], columns: Sequence[Column]
 ) -> list[list[list[int]]]:
-    """Of each question, the ids of each column."""
+    """[questions][columns] lists of ids."""
     limit = model.decoder.config.max_position_embeddings
     prompts: list[list[list[int]]] = []
     problems: list[str] = []
@@ -312,10 +288,11 @@ def _prompts(
         where = question.place or f"question {number}"
         of_question: list[list[int]] = []
         for column in columns:
-            if refused := model.coder(column.choice).prompt_format.refusal(question.turns):
+            coder = model.coder(column.choice)
+            if refused := coder.prompt_format.refusal(question.turns):
                 problems.append(f"{where}: {column.name}: {refused}")
                 break
-            ids = model.coder(column.choice).encode(question.turns)
+            ids = coder.encode(question.turns)
             if len(ids) >= limit:
                 problems.append(
                     f"{where}: {len(ids):,} tokens, and the model's positions end at {limit:,};"
@@ -329,65 +306,13 @@ def _prompts(
     return prompts
 
 
-def _answered(
-    model: LoadedModel,
-    questions: Sequence[Question],
-    prompts: Sequence[Sequence[Sequence[int]]],
-    columns: Sequence[Column],
-    max_new_tokens: int,
-    sampling: Sampling,
-    seeds: Sequence[int],
-) -> list[tuple[Cell, ...]]:
-    """The cells of some questions, from as few generations as the bound of the cache allows."""
-    choices = [column.choice for column in columns]
-    flat = [
-        (ids, choice, seed)
-        for of_question, seed in zip(prompts, seeds, strict=True)
-        for ids, choice in zip(of_question, choices, strict=True)
-    ]
-    config = model.decoder.config
-    longest = min(
-        max(len(ids) for ids, _, _ in flat) + max_new_tokens, config.max_position_embeddings
-    )
-    # More than all of them, but where one question's answers alone pass the bound.
-    most = max(1, MAX_CACHE_BYTES // cache_bytes(config, 1, longest, _width(model)))
-    answers = []
-    for start in range(0, len(flat), most):
-        part = flat[start : start + most]
-        answers += model.answers(
-            [ids for ids, _, _ in part],
-            [choice for _, choice, _ in part],
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            seeds=[seed for _, _, seed in part],
-        )
-    likely = _likelihoods(model, questions, prompts, choices)
-    cells = []
-    for index, ((ids, choice, _), answer) in enumerate(zip(flat, answers, strict=True)):
-        expected = questions[index // len(columns)].expected
-        text = model.coder(choice).decode_answer(answer.ids, ids)
-        known = expected is not None
-        cells.append(
-            Cell(
-                text,
-                tuple(answer.ids),
-                answer.stopped,
-                text == expected if known else None,
-                matches(text, expected) if expected is not None else None,
-                likely[index],
-            )
-        )
-    width = len(columns)
-    return [tuple(cells[start : start + width]) for start in range(0, len(cells), width)]
-
-
 def _likelihoods(
     model: LoadedModel,
     questions: Sequence[Question],
     prompts: Sequence[Sequence[Sequence[int]]],
     choices: Sequence[int | None],
-) -> list[Likelihood | None]:
-    """Of the expected answers, for every question and column; None where none is known."""
+) -> list[tuple[Likelihood | None, ...]]:
+    """[questions][choices] of the expected answers; None where none is known."""
     asked = [
         (ids, model.coder(choice).answer_ids(question.turns, question.expected), choice)
         for question, of_question in zip(questions, prompts, strict=True)
@@ -398,15 +323,17 @@ def _likelihoods(
         likelihoods(
             model,
             [ids for ids, _, _ in asked],
-            [answer for _, answer, _ in asked],
+            [expected for _, expected, _ in asked],
             [choice for _, _, choice in asked],
         )
     )
     return [
-        None if question.expected is None else next(found)
+        tuple(None if question.expected is None else next(found) for _ in choices)
         for question in questions
-        for _ in choices
     ]
+
+
+# --- the samples of a training run --------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -439,29 +366,10 @@ class Sampler:
         return [prompt.text for prompt in self._prompts]
 
     def __call__(self, check: Callable[[], None] = lambda: None) -> list[Sample]:
-        """One greedy answer for each prompt.
-
-        Args:
-            check: called after each token, and free to raise.
-        """
-        answers = [Answer() for _ in self._prompts]
-        stop_ids = self._coder.stop_ids
-        for tokens in stream(
-            self._decoder,
-            [prompt.ids for prompt in self._prompts],
-            max_new_tokens=self._max_new_tokens,
-            stop_ids=stop_ids,
-        ):
-            for row, token in tokens:
-                answers[row].ids.append(token)
-                answers[row].stopped = token in stop_ids
-            check()
+        """One greedy answer for each prompt; see `sample_answers`."""
+        ids = [prompt.ids for prompt in self._prompts]
+        answers = sample_answers(self._decoder, self._coder, ids, self._max_new_tokens, check)
         return [
-            Sample(
-                prompt.text,
-                self._coder.decode_answer(answer.ids, prompt.ids),
-                len(answer.ids),
-                answer.stopped,
-            )
+            Sample(prompt.text, answer.text, answer.tokens, answer.stopped)
             for prompt, answer in zip(self._prompts, answers, strict=True)
         ]

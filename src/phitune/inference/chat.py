@@ -14,13 +14,21 @@ import time
 from bisect import bisect_left
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from phitune.data.coder import Coder
 from phitune.data.dataset import Turn
 from phitune.errors import OutOfMemoryError, SettingsError
-from phitune.inference.generate import GREEDY, Adapters, Conversation, Sampling, cache_bytes, stream
-from phitune.inference.loaded import LoadedModel
+from phitune.inference.generate import (
+    GREEDY,
+    Adapters,
+    Conversation,
+    Decoding,
+    Sampling,
+    cache_bytes,
+    stream,
+)
+from phitune.inference.loaded import Answer, LoadedModel
 from phitune.model.device import is_out_of_memory
 
 # -------------------------------------------------------------------------------------------------
@@ -78,38 +86,28 @@ class TextStream:
 
 # Of the positions, what is left in use where a conversation has to be shortened.
 KEPT_SHARE = 0.75
-# By itself, with an end token; at max_new_tokens; by the user.
-Ending = Literal["stopped", "limit", "interrupted"]
-
-
-@dataclass(frozen=True)
-class Reply:
-    """An answer, and what it took."""
-
-    text: str
-    ending: Ending
-    tokens: int  # its end token included
-    prompt_tokens: int
-    seconds_to_first: float
-    seconds: float
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Of the tokens after the first, which came with the prompt."""
-        decoding = self.seconds - self.seconds_to_first
-        return (self.tokens - 1) / decoding if self.tokens > 1 and decoding > 0 else 0.0
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """A question and its answer."""
+    """A question and its answer, and what it took."""
 
     question: str
-    reply: Reply
+    answer: Answer
+    prompt_tokens: int
+    seconds_to_first: float  # token
+    seconds: float
+    interrupted: bool = False  # by the user, or by an error: the answer is as far as it came
 
     @property
     def turns(self) -> tuple[Turn, Turn]:
-        return Turn("user", self.question), Turn("assistant", self.reply.text)
+        return Turn("user", self.question), Turn("assistant", self.answer.text)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the tokens after the first, which came with the prompt."""
+        decoding, tokens = self.seconds - self.seconds_to_first, self.answer.tokens
+        return (tokens - 1) / decoding if tokens > 1 and decoding > 0 else 0.0
 
 
 class Chat:
@@ -223,7 +221,7 @@ class Chat:
         sampling = replace(self.sampling, seed=self.sampling.seed + self._drawn)
         return self._answer(question, prompt_ids, sampling)
 
-    def both(self) -> tuple[Reply, Reply]:
+    def both(self) -> tuple[Answer, Answer]:
         """The last question answered again by the base and by the adapter, in one batch.
 
         The one that is in use draws as it did.
@@ -239,33 +237,21 @@ class Chat:
         earlier, question = self.exchanges[self.forgotten : -1], self.exchanges[-1].question
         prompts = [self.model.coder(c).encode(self._turns(earlier, question)) for c in choices]
         seed = self.sampling.seed + max(0, self._drawn - 1)
-        started = time.perf_counter()
         answers = self.model.answers(
             prompts,
             choices,
             max_new_tokens=self.max_new_tokens,
             sampling=replace(self.sampling, seed=seed),
         )
-        seconds = time.perf_counter() - started
-        replies = {
-            choice: Reply(
-                self.model.coder(choice).decode_answer(answer.ids, prompt),
-                "stopped" if answer.stopped else "limit",
-                len(answer.ids),
-                len(prompt),
-                0.0,
-                seconds,
-            )
-            for choice, prompt, answer in zip(choices, prompts, answers, strict=True)
-        }
-        return replies[None], replies[0]
+        by_choice = dict(zip(choices, answers, strict=True))
+        return by_choice[None], by_choice[0]
 
     def messages(self) -> list[dict[str, Any]]:
         """The whole conversation, also what the model no longer sees, as a row to train on.
 
         Empty answers, which no row may have, are left out with their questions.
         """
-        told = [exchange for exchange in self.exchanges if exchange.reply.text.strip()]
+        told = [exchange for exchange in self.exchanges if exchange.answer.text.strip()]
         turns = [turn for exchange in told for turn in exchange.turns]
         system = [Turn("system", self.system)] if self.system else []
         return [{"role": turn.role, "content": turn.content} for turn in (*system, *turns)]
@@ -311,24 +297,22 @@ class Chat:
     ) -> Generator[str, None, None]:
         model = self.model
         text = TextStream(model.coder(self._choice), prompt_ids)
-        stopped = ended = False
-        count, first, started = 0, 0.0, time.perf_counter()
+        ended = False
+        ids: list[int] = []
+        first, started = 0.0, time.perf_counter()
         self._drawn += 1
         try:
             for ((_, token),) in stream(
                 model.decoder,
                 [prompt_ids],
-                max_new_tokens=self.max_new_tokens,
-                stop_ids=model.stop_ids,
-                sampling=sampling,
-                adapters=Adapters(model.on_decoder, [self._choice]),
-                conversation=self._cache,
+                Decoding(self.max_new_tokens, model.stop_ids, sampling),
+                Adapters(model.on_decoder, [self._choice]),
+                self._cache,
             ):
-                count += 1
+                ids.append(token)
                 first = first or time.perf_counter() - started
                 if piece := text.add(token):
                     yield piece
-                stopped = token in model.stop_ids
             if piece := text.end():
                 yield piece
             ended = True
@@ -337,12 +321,20 @@ class Chat:
                 raise
             self._cache.forget()
             raise OutOfMemoryError(
-                f"out of memory on {model.decoder.device} at {len(prompt_ids) + count:,} positions:"
-                f" {str(error).splitlines()[0]}; begin anew, or with a smaller context_length"
+                f"out of memory on {model.decoder.device} at {len(prompt_ids) + len(ids):,}"
+                f" positions: {str(error).splitlines()[0]}; begin anew, or with a smaller"
+                " context_length"
             ) from None
         finally:
             if text.text or ended:
-                ending: Ending = "stopped" if stopped else "limit" if ended else "interrupted"
-                seconds = time.perf_counter() - started
-                reply = Reply(text.text, ending, count, len(prompt_ids), first, seconds)
-                self.exchanges.append(Exchange(question, reply))
+                stopped = bool(ids) and ids[-1] in model.stop_ids
+                self.exchanges.append(
+                    Exchange(
+                        question,
+                        Answer(text.text, tuple(ids), stopped),
+                        len(prompt_ids),
+                        first,
+                        time.perf_counter() - started,
+                        interrupted=not ended,
+                    )
+                )

@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,8 +22,8 @@ from phitune.data.prepare import PreparedData
 from phitune.data.prompt import Segment
 from phitune.data.tokenizer import IGNORE_INDEX, TokenizedExample
 from phitune.errors import DataError
-from phitune.inference.answers import AnsweredRow, answer_rows
-from phitune.inference.loaded import LoadedAdapter, LoadedModel
+from phitune.inference.answers import answer
+from phitune.inference.loaded import Answer, LoadedAdapter, LoadedModel
 from phitune.inference.metrics import METRICS, metrics_for
 from phitune.inference.run_rows import DataRows, digest_of
 from phitune.inference.scores import (
@@ -31,10 +31,10 @@ from phitune.inference.scores import (
     CONFIDENCE,
     RESAMPLES,
     TUNED,
-    Comparison,
+    PairedDifference,
     Progress,
     RowLosses,
-    compare,
+    paired_difference,
     row_losses,
     token_losses,
 )
@@ -76,7 +76,7 @@ class Forgetting:
     name: str
     tokens: int  # predicted
     windows: int
-    loss: Comparison
+    loss: PairedDifference
     guessing: float  # the loss of a model that finds all tokens equally probable
     notes: tuple[str, ...] = ()
 
@@ -129,7 +129,7 @@ def forgetting(loaded: LoadedModel, path: Path | None, seed: int, progress: Prog
     starts = np.arange(0, losses.shape[1], BLOCK_TOKENS)
     sums = np.add.reduceat(losses, starts, axis=1)
     counts = np.diff([*starts, losses.shape[1]])
-    loss = compare(sums[0], sums[1], counts, seed=seed)
+    loss = paired_difference(sums[0], sums[1], counts, seed=seed)
     guessing = math.log(loaded.decoder.config.vocab_size)
     if loss.base > guessing:
         notes.append(
@@ -181,6 +181,45 @@ def windows(
 
 # -------------------------------------------------------------------------------------------------
 
+
+@dataclass(frozen=True)
+class AnsweredRow:
+    """A row's question, what was expected, and what was answered."""
+
+    place: str  # file:line
+    question: str
+    expected: str
+    base: Answer
+    tuned: Answer
+
+
+def answer_rows(
+    loaded: LoadedModel, examples: Sequence[Example], max_new_tokens: int, progress: Progress
+) -> list[AnsweredRow]:
+    """Greedy answers to the last question of each row; rows that only hold a text have none."""
+    asked = [example for example in examples if not example.is_completion]
+    prompts = [
+        [loaded.coder(choice).encode(example.turns[:-1]) for choice in (BASE, TUNED)]
+        for example in asked
+    ]
+    # Prompts of similar length share a batch, and the longest come first.
+    order = sorted(range(len(asked)), key=lambda row: -max(map(len, prompts[row])))
+    answers: list[tuple[Answer, ...]] = []
+    for batch in answer(loaded, [prompts[row] for row in order], (BASE, TUNED), max_new_tokens):
+        answers += batch
+        progress("answers", len(answers), len(asked))
+    found = dict(zip(order, answers, strict=True))
+    return [
+        AnsweredRow(
+            f"{example.file}:{example.line}",
+            example.turns[-2].content,
+            example.turns[-1].content,
+            *found[row],
+        )
+        for row, example in enumerate(asked)
+    ]
+
+
 Better = Literal["lower", "higher"]
 Unit = Literal["", "share", "tokens"]
 LOSS, PERPLEXITY, STOP_RATE, LENGTH = "loss", "perplexity", "stops by itself", "tokens an answer"
@@ -193,13 +232,13 @@ class Measure:
     """One figure of base and tuned model."""
 
     name: str
-    comparison: Comparison
+    figures: PairedDifference
     better: Better | None = None
     unit: Unit = ""  # a share from 0 to 1 is shown in per cent
 
     @property
     def reading(self) -> str:
-        return self.comparison.reading(self.better)
+        return self.figures.reading(self.better)
 
 
 @dataclass(frozen=True)
@@ -238,7 +277,7 @@ def evaluate_adapter(
     general = forgetting(loaded, wanted.general_text, wanted.seed, progress)
     losses = row_losses(loaded, data.rows, len(data.rows), progress)
     measures = loss_measures(losses, wanted.seed)
-    notes += _check_recorded(data, measures[0].comparison)
+    notes += _check_recorded(data, measures[0].figures)
     examples = data.examples(choose(len(data.rows), wanted.limit, wanted.seed))
     answers = answer_rows(loaded, examples, wanted.max_new_tokens, progress)
     metrics = wanted.metrics or metrics_for([answer.expected for answer in answers])
@@ -264,8 +303,8 @@ def loss_measures(losses: RowLosses, seed: int) -> list[Measure]:
     """Mean loss over trained tokens, and its exponential."""
     parts = (losses.base, losses.tuned, losses.tokens)
     return [
-        Measure(LOSS, compare(*parts, seed=seed), "lower"),
-        Measure(PERPLEXITY, compare(*parts, seed=seed, transform=np.exp), "lower"),
+        Measure(LOSS, paired_difference(*parts, seed=seed), "lower"),
+        Measure(PERPLEXITY, paired_difference(*parts, seed=seed, transform=np.exp), "lower"),
     ]
 
 
@@ -301,9 +340,9 @@ def metric_measures(
     return measures
 
 
-def _compare_pairs(pairs: Sequence[tuple[float, float]], seed: int) -> Comparison:
+def _compare_pairs(pairs: Sequence[tuple[float, float]], seed: int) -> PairedDifference:
     base, tuned = zip(*pairs, strict=True)
-    return compare(base, tuned, seed=seed)
+    return paired_difference(base, tuned, seed=seed)
 
 
 def _too_short(loaded: LoadedModel, examples: Sequence[Example], limit: int) -> list[str]:
@@ -322,7 +361,7 @@ def _too_short(loaded: LoadedModel, examples: Sequence[Example], limit: int) -> 
     ]
 
 
-def _check_recorded(data: DataRows, loss: Comparison) -> list[str]:
+def _check_recorded(data: DataRows, loss: PairedDifference) -> list[str]:
     """Says where the losses are not those that the run wrote down."""
     if data.recorded is None:
         return []
@@ -367,7 +406,11 @@ def as_json(evaluation: Evaluation, wanted: Wanted, about: dict[str, Any]) -> di
         "notes": list(evaluation.notes) + list(general.notes if general else ()),
         "answers": [
             {
-                **asdict(answer),
+                "place": answer.place,
+                "question": answer.question,
+                "expected": answer.expected,
+                "base": _answer_as_json(answer.base),
+                "tuned": _answer_as_json(answer.tuned),
                 "metrics": {
                     name: {
                         "base": METRICS[name](answer.base.text, answer.expected),
@@ -379,6 +422,10 @@ def as_json(evaluation: Evaluation, wanted: Wanted, about: dict[str, Any]) -> di
             for answer in evaluation.answers
         ],
     }
+
+
+def _answer_as_json(answer: Answer) -> dict[str, Any]:
+    return {"text": answer.text, "tokens": answer.tokens, "stopped": answer.stopped}
 
 
 def measures_as_json(measures: tuple[Measure, ...] | list[Measure]) -> dict[str, Any]:
@@ -404,16 +451,16 @@ def finite(value: float | None) -> float | None:
 
 
 def _measure_as_json(measure: Measure) -> dict[str, Any]:
-    comparison = measure.comparison
+    figures = measure.figures
     interval = None
-    if comparison.low is not None and comparison.high is not None:
-        interval = [finite(comparison.low), finite(comparison.high)]
+    if figures.low is not None and figures.high is not None:
+        interval = [finite(figures.low), finite(figures.high)]
     return {
-        "base": finite(comparison.base),
-        "tuned": finite(comparison.tuned),
-        "difference": finite(comparison.difference),
+        "base": finite(figures.base),
+        "tuned": finite(figures.tuned),
+        "difference": finite(figures.difference),
         "interval": interval,
-        "rows": comparison.rows,
+        "rows": figures.rows,
         "reading": measure.reading,
     }
 
@@ -455,11 +502,11 @@ def show_measures(measures: Sequence[Measure], console: Console) -> None:
         console.print(measures_table(measures))
         return
     for measure in measures:
-        comparison, unit, reading = measure.comparison, measure.unit, measure.reading
-        figures = f"{figure(comparison.base, unit)} -> {figure(comparison.tuned, unit)}"
-        difference = f"{change(comparison.difference, unit)} ({interval(comparison, unit)})"
+        figures, unit, reading = measure.figures, measure.unit, measure.reading
+        both = f"{figure(figures.base, unit)} -> {figure(figures.tuned, unit)}"
+        difference = f"{change(figures.difference, unit)} ({interval(figures, unit)})"
         style = _STYLES.get(reading, "")
-        console.print(Text.assemble(f"{measure.name}: {figures}, {difference}: ", (reading, style)))
+        console.print(Text.assemble(f"{measure.name}: {both}, {difference}: ", (reading, style)))
 
 
 def measures_table(measures: Sequence[Measure]) -> Table:
@@ -469,13 +516,13 @@ def measures_table(measures: Sequence[Measure]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("reading", overflow="fold")
     for measure in measures:
-        comparison, unit, reading = measure.comparison, measure.unit, measure.reading
+        figures, unit, reading = measure.figures, measure.unit, measure.reading
         table.add_row(
             measure.name,
-            figure(comparison.base, unit),
-            figure(comparison.tuned, unit),
-            change(comparison.difference, unit),
-            interval(comparison, unit),
+            figure(figures.base, unit),
+            figure(figures.tuned, unit),
+            change(figures.difference, unit),
+            interval(figures, unit),
             Text(reading, style=_STYLES.get(reading, "")),
         )
     return table
@@ -509,10 +556,10 @@ def change(value: float, unit: Unit = "") -> str:
     return f"{value:+,.{4 if size < 0.1 else 3 if size < 10 else 2 if size < 1000 else 0}f}"
 
 
-def interval(comparison: Comparison, unit: Unit = "") -> str:
-    if comparison.low is None or comparison.high is None:
+def interval(figures: PairedDifference, unit: Unit = "") -> str:
+    if figures.low is None or figures.high is None:
         return "-"
-    return f"{change(comparison.low, unit)} to {change(comparison.high, unit)}"
+    return f"{change(figures.low, unit)} to {change(figures.high, unit)}"
 
 
 def forgetting_line(general: Forgetting) -> Text:
@@ -665,11 +712,10 @@ def _lines(measures: Sequence[Measure], part: _Part, run: RunDirectory) -> list[
     if LOSS in by_name:
         loss = by_name[LOSS]
         said.append(
-            f"loss {figure(loss.comparison.base)} -> {figure(loss.comparison.tuned)}"
-            f" ({loss.reading})"
+            f"loss {figure(loss.figures.base)} -> {figure(loss.figures.tuned)} ({loss.reading})"
         )
     if STOP_RATE in by_name:
-        stop = by_name[STOP_RATE].comparison
+        stop = by_name[STOP_RATE].figures
         said.append(
             f"answers that stop {figure(stop.base, 'share')} -> {figure(stop.tuned, 'share')}"
         )

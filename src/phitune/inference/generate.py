@@ -7,8 +7,8 @@ Shapes: T packed tokens, B sequences, V vocabulary.
 """
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -238,12 +238,14 @@ def narrowed(logits: Tensor, sampling: Sampling) -> Tensor:
 # -------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Answer:
-    """What a model said: its tokens with the stop token last, if it came to one."""
+@dataclass(frozen=True)
+class Decoding:
+    """How prompts are continued, and for how long."""
 
-    ids: list[int] = field(default_factory=list)
-    stopped: bool = False
+    max_new_tokens: int  # per prompt; answers also end where the model's positions do
+    stop_ids: Collection[int] = ()  # an answer that produces one of them is complete
+    sampling: Sampling = GREEDY
+    seeds: Sequence[int] | None = None  # [B]; by default `sampling.seed` + the prompt's place
 
 
 @dataclass(frozen=True)
@@ -265,62 +267,45 @@ def serve(decoder: Decoder) -> Decoder:
 def generate(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    stop_ids: Collection[int],
-    sampling: Sampling = GREEDY,
+    decoding: Decoding,
     adapters: Adapters | None = None,
-    seeds: Sequence[int] | None = None,
-) -> list[Answer]:
+) -> list[list[int]]:
     """Token after token, until a stop token or the limit.
 
     Args:
         prompts: B non-empty lists of ids, computed as one batch.
-        max_new_tokens: per prompt; answers also end where the model's positions do.
-        stop_ids: an answer that produces one of them is complete.
         adapters: without them each token is computed with what is attached to the decoder.
-        seeds: B, of what is drawn; by default each prompt's is its place from the sampling's on.
+
+    Returns: B answers, each with its stop token last if it came to one.
     """
-    answers = [Answer() for _ in prompts]
-    for tokens in stream(
-        decoder,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        stop_ids=stop_ids,
-        sampling=sampling,
-        adapters=adapters,
-        seeds=seeds,
-    ):
+    answers: list[list[int]] = [[] for _ in prompts]
+    for tokens in stream(decoder, prompts, decoding, adapters):
         for row, token in tokens:
-            answers[row].ids.append(token)
-            answers[row].stopped = token in stop_ids
+            answers[row].append(token)
     return answers
 
 
 def stream(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    stop_ids: Collection[int],
-    sampling: Sampling = GREEDY,
+    decoding: Decoding,
     adapters: Adapters | None = None,
     conversation: "Conversation | None" = None,
-    seeds: Sequence[int] | None = None,
-    is_complete: Callable[[int], bool] | None = None,
+    complete: Collection[int] = (),
 ) -> Iterator[list[tuple[int, int]]]:
-    """`generate` as it happens.
+    """`generate`, one token of every answer at a time.
 
     Args:
-        conversation: what an earlier answer left; of a prompt (the only one) that goes on where
-            that ended, only the new tokens are computed.
-        seeds: as in `generate`.
-        is_complete: asked, once a prompt's token was taken, whether its answer ends there.
+        conversation: what an earlier answer left; of a prompt (the only one) that continues it,
+            only the new tokens are computed.
+        complete: prompts whose answer ends with the token just yielded. The caller may add to it
+            while it iterates.
 
-    Yields: (prompt, token) of every answer that goes on; a stop token is an answer's last.
+    Yields: (prompt, token) of every answer that is not complete; a stop token is an answer's last.
     """
     limit = decoder.config.max_position_embeddings
     sequences = {row: list(prompt) for row, prompt in enumerate(prompts)}
+    max_new_tokens, sampling = decoding.max_new_tokens, decoding.sampling
     active = [row for row, prompt in enumerate(prompts) if max_new_tokens and len(prompt) <= limit]
     if not active:
         return
@@ -330,7 +315,7 @@ def stream(
         cache = KVCache(decoder, len(active), capacity)
     else:
         cache = conversation.cache_for(decoder, sequences[active[0]], capacity)
-    generators = sampling.generators(len(prompts), seeds)
+    generators = sampling.generators(len(prompts), decoding.seeds)
     for _ in range(max_new_tokens):
         of_active = None
         if adapters is not None:
@@ -349,9 +334,9 @@ def stream(
         going_on = [
             place
             for place, (row, token) in enumerate(tokens)
-            if token not in stop_ids
+            if token not in decoding.stop_ids
             and len(sequences[row]) <= limit
-            and not (is_complete and is_complete(row))
+            and row not in complete
         ]
         if not going_on:
             return

@@ -7,7 +7,6 @@ own transformers backend does it, with one exception: a question in the form tha
 
 import contextlib
 import difflib
-import importlib.util
 import io
 import logging
 import math
@@ -19,9 +18,6 @@ from typing import Any
 
 import numpy as np
 import yaml
-from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.text import Text
@@ -31,17 +27,27 @@ from phitune.data.prompt import Segment
 from phitune.data.tokenizer import IGNORE_INDEX, TokenizedExample
 from phitune.errors import DataError, ModelError, SettingsError, listing
 from phitune.inference.evaluate import Better, Measure, measures_as_json, show_measures
-from phitune.inference.generate import Adapters, Sampling, stream
+from phitune.inference.generate import Adapters, Decoding, Sampling, stream
 from phitune.inference.loaded import LoadedModel
 from phitune.inference.scores import (
     BASE,
     TUNED,
-    Comparison,
+    PairedDifference,
     Progress,
     Transform,
-    compare,
+    paired_difference,
     token_losses,
 )
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ModuleNotFoundError as error:
+    raise SettingsError(
+        f"--tasks needs the LM Evaluation Harness, and {error.name} is not installed:"
+        " pip install 'phitune[eval]'"
+    ) from None
 
 # -------------------------------------------------------------------------------------------------
 # `phitune evaluate --tasks`: base and adapter through the LM Evaluation Harness, side by side.
@@ -73,19 +79,6 @@ class TaskResults:
     base: dict[str, Any]  # by task, as the harness has it
     tuned: dict[str, Any]
     version: str
-
-
-def check_harness() -> None:
-    """Refuses where the harness is not installed.
-
-    Raises:
-        SettingsError: with the remedy.
-    """
-    if importlib.util.find_spec(_NAME) is None:
-        raise SettingsError(
-            "--tasks needs the LM Evaluation Harness, which is not installed:"
-            " pip install 'phitune[eval]'"
-        )
 
 
 @contextmanager
@@ -198,12 +191,12 @@ def _measures_of(task: str, base: Any, tuned: Any, seed: int) -> list[Measure]:
         if not comma or metric.endswith("_stderr") or not numbers:
             continue
         of_base, of_tuned = (_of_questions(one, task, metric, chosen) for one in (base, tuned))
-        comparison = paired(of_base, of_tuned, float(value), float(other), seed)
+        figures = paired(of_base, of_tuned, float(value), float(other), seed)
         better: Better | None = None
         if metric in higher_is_better and higher_is_better[metric] is not None:
             better = "higher" if higher_is_better[metric] else "lower"
         name = f"{task}, {metric}" + ("" if chosen == "none" else f" ({chosen})")
-        measures.append(Measure(name, comparison, better))
+        measures.append(Measure(name, figures, better))
     return measures
 
 
@@ -214,15 +207,15 @@ def _of_questions(found: Any, task: str, metric: str, chosen: str) -> list[Any]:
 
 def paired(
     base: Sequence[Any], tuned: Sequence[Any], of_base: float, of_tuned: float, seed: int
-) -> Comparison:
+) -> PairedDifference:
     """The harness' two figures with an interval, where they are a mean of its figures of each
     question, or of (log-probability, length) pairs; without one elsewhere.
     """
     for sums, weights, transform in _readings(base, tuned):
-        compared = compare(*sums, weights, seed=seed, transform=transform)
+        compared = paired_difference(*sums, weights, seed=seed, transform=transform)
         if _close(compared.base, of_base) and _close(compared.tuned, of_tuned):
             return compared
-    return Comparison(of_base, of_tuned, len(base))
+    return PairedDifference(of_base, of_tuned, len(base))
 
 
 _Array = NDArray[np.float64]
@@ -448,17 +441,14 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             before = prompts[row] if self._in_trained_form else []
             return self._tokenizer.decode_answer(answers[row], before)
 
-        for tokens in stream(
-            loaded.decoder,
-            prompts,
-            max_new_tokens=limit,
-            stop_ids=loaded.stop_ids,
-            sampling=sampling,
-            adapters=Adapters(loaded.on_decoder, [self._choice] * len(prompts)),
-            is_complete=lambda row: any(stop in text(row) for stop in until),
-        ):
+        decoding = Decoding(limit, loaded.stop_ids, sampling)
+        adapters = Adapters(loaded.on_decoder, [self._choice] * len(prompts))
+        complete: set[int] = set()
+        for tokens in stream(loaded.decoder, prompts, decoding, adapters, complete=complete):
             for row, token in tokens:
                 answers[row].append(token)
+                if any(stop in text(row) for stop in until):
+                    complete.add(row)
         texts = [text(row) for row in range(len(prompts))]
         if self._in_trained_form:
             texts = [self._format.response(text) for text in texts]

@@ -15,7 +15,7 @@ import torch
 from phitune.data.coder import Coder, FormatName
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import ModelError, OutOfMemoryError
-from phitune.inference.generate import GREEDY, Adapters, Answer, Sampling, generate, serve
+from phitune.inference.generate import GREEDY, Adapters, Decoding, Sampling, generate, serve
 from phitune.model.architecture import ModelConfig, read_model_config
 from phitune.model.decoder import Decoder
 from phitune.model.device import DTYPES, choose_device, choose_precision, is_out_of_memory
@@ -35,6 +35,20 @@ class LoadedAdapter:
     folder: Path
     adapter: Adapter
     coder: Coder
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model answered to one prompt."""
+
+    text: str  # without special tokens
+    ids: tuple[int, ...]  # the stop token last, if it came to one
+    stopped: bool  # by itself, with a stop token
+
+    @property
+    def tokens(self) -> int:
+        """How many, the stop token included."""
+        return len(self.ids)
 
 
 class LoadedModel:
@@ -77,16 +91,27 @@ class LoadedModel:
         sampling: Sampling = GREEDY,
         seeds: Sequence[int] | None = None,
     ) -> list[Answer]:
-        """All prompts (ids) in one batch, each answered with its own choice; see `generate`."""
-        return generate(
+        """All prompts in one batch, each answered by its own choice.
+
+        Args:
+            prompts: B non-empty lists of ids.
+            choices: [B] an adapter's number, or None for the base.
+            seeds: [B] of what is drawn; see `Decoding`.
+        """
+        generated = generate(
             self.decoder,
             prompts,
-            max_new_tokens=max_new_tokens,
-            stop_ids=self.stop_ids,
-            sampling=sampling,
-            adapters=Adapters(self.on_decoder, choices),
-            seeds=seeds,
+            Decoding(max_new_tokens, self.stop_ids, sampling, seeds),
+            Adapters(self.on_decoder, choices),
         )
+        return [
+            Answer(
+                self.coder(choice).decode_answer(ids, prompt),
+                tuple(ids),
+                stopped=bool(ids) and ids[-1] in self.stop_ids,
+            )
+            for ids, prompt, choice in zip(generated, prompts, choices, strict=True)
+        ]
 
 
 @contextmanager

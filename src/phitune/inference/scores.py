@@ -40,8 +40,8 @@ Transform = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """One figure of base and tuned model, and what their difference may be."""
+class PairedDifference:
+    """One figure of base and tuned model on the same rows, and how far apart they may be."""
 
     base: float
     tuned: float
@@ -78,7 +78,7 @@ class Comparison:
         return "better" if direction == better else "worse"
 
 
-def compare(
+def paired_difference(
     base: ArrayLike,
     tuned: ArrayLike,
     weights: ArrayLike | None = None,
@@ -86,7 +86,7 @@ def compare(
     seed: int,
     transform: Transform | None = None,
     resamples: int = RESAMPLES,
-) -> Comparison:
+) -> PairedDifference:
     """Compares one figure, sum / weight, of two models on the same rows.
 
     Args:
@@ -105,7 +105,7 @@ def compare(
 
     whole = figures(sums, divisors)
     if rows < 2 or not np.isfinite(whole).all():
-        return Comparison(float(whole[0]), float(whole[1]), rows)
+        return PairedDifference(float(whole[0]), float(whole[1]), rows)
     generator = np.random.default_rng(seed)
     differences = np.empty(resamples)
     at_once = max(1, _DRAWN_AT_ONCE // rows)
@@ -116,7 +116,7 @@ def compare(
         differences[start:stop] = second - first
     outside = (1 - CONFIDENCE) / 2
     low, high = np.quantile(differences, [outside, 1 - outside])
-    return Comparison(float(whole[0]), float(whole[1]), rows, float(low), float(high))
+    return PairedDifference(float(whole[0]), float(whole[1]), rows, float(low), float(high))
 
 
 def _same(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,4 +1,8 @@
-"""What the parts of a shown plan have in common: tables, sections, and amounts as words."""
+"""What commands show, in a terminal or as JSON: tables, sections, bars, amounts in words.
+
+Every command imports this before it knows what was asked, so nothing heavy is imported at the top:
+not numpy and torch, and not the planner, which looks at the machine.
+"""
 
 import dataclasses
 import enum
@@ -14,8 +18,6 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from phitune.plan.machine import BUDGET_SHARE, GB
-from phitune.plan.memory import GIB
 from phitune.text import visible
 
 # -------------------------------------------------------------------------------------------------
@@ -123,7 +125,7 @@ def bar(share: float, cells: int, console: Console) -> str:
 
 def unit_of(peak: int) -> tuple[str, int]:
     """GiB, or MiB for a model so small that its terms would read 0.00."""
-    return ("GiB", GIB) if peak >= GIB / 2 else ("MiB", 2**20)
+    return ("GiB", 2**30) if peak >= 2**29 else ("MiB", 2**20)
 
 
 def size_in(size: int, unit: int) -> str:
@@ -133,9 +135,13 @@ def size_in(size: int, unit: int) -> str:
 
 def gigabytes(size: int) -> str:
     """Bytes in GB, the guide's unit, without its name."""
+    from phitune.plan.machine import GB
+
     return f"{size / GB:.1f}"
 
 
 def shares() -> str:
     """The part of a memory that a run plans with, by kind of device."""
+    from phitune.plan.machine import BUDGET_SHARE
+
     return ", ".join(f"{share:.0%} on {device}" for device, share in BUDGET_SHARE.items())

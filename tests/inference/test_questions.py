@@ -51,6 +51,8 @@ def test_texts_and_pairs_and_system_turns(tmp_path: Path) -> None:
         ("questions: []", "line 1: questions is an empty list"),
         ("questions:\n- a\n-\n", "line 3: question 2 is empty"),
         ("questions:\n- a\n- '  '\n", "line 3: question 2 is empty"),
+        ("questions:\n- a\n- ~\n", "line 3: question 2 is empty"),
+        ("questions:\n- question: a\n  expected: null\n", "line 3: expected of question 1 is em"),
         ("questions:\n- a\n- [b]\n", "line 3: question 2 is a list, expected a text"),
         ("questions:\n- expected: b\n", "line 2: question 1 has no key question"),
         ("questions:\n- question: a\n  expected:\n", "line 3: expected of question 1 is empty"),

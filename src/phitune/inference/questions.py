@@ -23,6 +23,7 @@ from phitune.training.rundir import ADAPTER
 
 _KEYS = ("questions", "system")
 _KEYS_OF_A_QUESTION = ("question", "expected", "system")
+_NULL = ("~", "null", "Null", "NULL")  # as YAML writes nothing, where it is not quoted
 
 
 @dataclass(frozen=True)
@@ -75,95 +76,88 @@ def read_questions(path: Path, system: str | None = None) -> list[Question]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"questions_file {path}: cannot be read as UTF-8 text: {error}") from None
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = yaml.compose(text, Loader=yaml.BaseLoader)  # Every scalar stays a text.
     except (yaml.YAMLError, RecursionError) as error:
         line, said = _not_yaml(error, text)
         raise DataError(f"questions_file {path}: {line}is not YAML: {said}") from None
-    reader = _Reader(path)
-    questions = reader.questions(root, system)
-    if reader.problems:
+    problems: list[str] = []
+    questions = _questions(path, root, system, problems)
+    if problems:
         raise DataError(
-            f"questions_file {path}:\n{listing(reader.problems)}\n"
+            f"questions_file {path}:\n{listing(problems)}\n"
             "It needs a list named questions, of texts or of question and expected."
         )
     return questions
 
 
-class _Reader:
-    """Walks the nodes of a file, which know their lines, and gathers what is wrong."""
-
-    def __init__(self, path: Path) -> None:
-        self.problems: list[str] = []
-        self._path = path
-
-    def questions(self, root: Node | None, system: str | None) -> list[Question]:
-        if root is None:
-            self.problems.append("the file is empty")
-            return []
-        if not isinstance(root, MappingNode):
-            self._problem(root, f"the file is {_kind(root)}, expected the key questions")
-            return []
-        keys = self._keys(root, _KEYS)
-        if "system" in keys:
-            system = self._text(keys["system"], "system")
-        listed = keys.get("questions")
-        if listed is None:
-            self._problem(root, "there is no key questions")
-            return []
-        if not isinstance(listed, SequenceNode):
-            self._problem(listed, f"questions is {_kind(listed)}, expected a list")
-            return []
-        if not listed.value:
-            self._problem(listed, "questions is an empty list")
-        found = (self._question(node, index, system) for index, node in enumerate(listed.value, 1))
-        return [question for question in found if question]
-
-    def _question(self, node: Node, number: int, system: str | None) -> Question | None:
-        what = f"question {number}"
-        fields: dict[str, Node] = {"question": node}
+def _questions(
+    path: Path, root: Node | None, system: str | None, problems: list[str]
+) -> list[Question]:
+    """The questions of a document, as far as they can be read; problems name their lines."""
+    if root is None:
+        problems.append("the file is empty")
+        return []
+    if not isinstance(root, MappingNode):
+        problems.append(f"{_line(root)}the file is {_kind(root)}, expected the key questions")
+        return []
+    keys = _fields(root, _KEYS, problems)
+    if "system" in keys:
+        system = _text(keys["system"], "system", problems)
+    listed = keys.get("questions")
+    if not isinstance(listed, SequenceNode) or not listed.value:
+        kind = f"questions is {_kind(listed)}, expected a list" if listed else ""
+        problems.append(_line(listed or root) + (kind or "there is no key questions"))
+        return []
+    questions = []
+    for number, node in enumerate(listed.value, 1):
+        what, fields = f"question {number}", {"question": node}
         if isinstance(node, MappingNode):
-            fields = self._keys(node, _KEYS_OF_A_QUESTION)
-            if "question" not in fields:
-                self._problem(node, f"{what} has no key question")
-                return None
+            fields = _fields(node, _KEYS_OF_A_QUESTION, problems)
         texts = {
-            name: self._text(value, what if name == "question" else f"{name} of {what}")
+            name: _text(value, what if name == "question" else f"{name} of {what}", problems)
             for name, value in fields.items()
         }
-        if texts["question"] is None:
-            return None
-        turns = _turns(texts["question"], texts.get("system") or system)
-        place = f"{self._path}:{node.start_mark.line + 1}"
-        return Question(turns, texts.get("expected"), place)
+        if "question" not in texts:
+            problems.append(f"{_line(node)}{what} has no key question")
+        elif question := texts["question"]:
+            turns = _turns(question, texts.get("system") or system)
+            place = f"{path}:{node.start_mark.line + 1}"
+            questions.append(Question(turns, texts.get("expected"), place))
+    return questions
 
-    def _keys(self, node: MappingNode, known: Sequence[str]) -> dict[str, Node]:
-        found: dict[str, Node] = {}
-        for key, value in node.value:
-            name = key.value if isinstance(key, ScalarNode) else _kind(key)
-            if name not in known:
-                self._problem(key, unknown_name(name, known, kind="key"))
-            elif name in found:
-                self._problem(key, f"{name} is there twice")
-            else:
-                found[name] = value
-        return found
 
-    def _text(self, node: Node, what: str) -> str | None:
-        if not isinstance(node, ScalarNode):
-            self._problem(node, f"{what} is {_kind(node)}, expected a text")
-            return None
-        text: str = node.value
-        is_null = node.tag == "tag:yaml.org,2002:null" and node.style is None
-        if is_null or not text.strip():
-            self._problem(node, f"{what} is empty")
-            return None
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            self._problem(node, f"{what} has half a surrogate pair")
-            return None
+def _fields(node: MappingNode, known: Sequence[str], problems: list[str]) -> dict[str, Node]:
+    """The values of a mapping by their keys, each known and there once."""
+    found: dict[str, Node] = {}
+    for key, value in node.value:
+        name = key.value if isinstance(key, ScalarNode) else _kind(key)
+        if name not in known:
+            problems.append(_line(key) + unknown_name(name, known, kind="key"))
+        elif name in found:
+            problems.append(f"{_line(key)}{name} is there twice")
+        else:
+            found[name] = value
+    return found
+
+
+def _text(node: Node, what: str, problems: list[str]) -> str | None:
+    """A scalar that says something."""
+    if not isinstance(node, ScalarNode):
+        problems.append(f"{_line(node)}{what} is {_kind(node)}, expected a text")
+        return None
+    text: str = node.value
+    is_null = node.style is None and text in _NULL
+    if is_null or not text.strip():
+        problems.append(f"{_line(node)}{what} is empty")
+    elif any("\ud800" <= letter <= "\udfff" for letter in text):
+        problems.append(f"{_line(node)}{what} has half a surrogate pair")
+    else:
         return text
+    return None
 
-    def _problem(self, node: Node, said: str) -> None:
-        self.problems.append(f"line {node.start_mark.line + 1}: {said}")
+
+def _line(node: Node) -> str:
+    return f"line {node.start_mark.line + 1}: "
 
 
 def _not_yaml(error: Exception, text: str) -> tuple[str, str]:
@@ -181,7 +175,7 @@ def _kind(node: Node) -> str:
     if isinstance(node, MappingNode):
         return "a mapping"
     if isinstance(node, SequenceNode):
-        return "a list"
+        return "a list" if node.value else "an empty list"
     return "a single value" if node.value else "empty"
 
 

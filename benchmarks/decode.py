@@ -20,7 +20,7 @@ import torch
 from machine import save
 from transformers import AutoModelForCausalLM, Phi3Config, PhiConfig, PreTrainedModel
 
-from phitune.inference.generate import Decoding, generate, serve
+from phitune.inference.generate import Decoding, generate, prepare_for_inference
 from phitune.model.architecture import read_model_config
 from phitune.model.decoder import Decoder
 from phitune.model.weights import load_decoder
@@ -64,7 +64,7 @@ def both_sides(config: Any, folder: Path) -> tuple[PreTrainedModel, Decoder]:
                 weight.normal_(0, 0.04)
     model.save_pretrained(folder)
     decoder = load_decoder(folder, read_model_config(folder), torch.float32, torch.device("cpu"))
-    return model, serve(decoder)
+    return model, prepare_for_inference(decoder)
 
 
 def seconds(run: Callable[[], list[list[int]]]) -> tuple[float, list[list[int]]]:

@@ -27,7 +27,7 @@ from phitune.inference.generate import (
     next_logits,
     next_tokens,
     penalised,
-    serve,
+    prepare_for_inference,
     stream,
 )
 from phitune.model.architecture import parse_model_config
@@ -78,7 +78,7 @@ def test_the_products_of_serving_give_the_same_answers(
     folder = save_model(random_model(CONFIGS[kind]()), tmp_path)
     plain, loaded = open_decoder(folder), open_decoder(folder)
     monkeypatch.setattr("phitune.inference.generate.choose_gemm", lambda *_: (ONEDNN, "asked for"))
-    serve(loaded)
+    prepare_for_inference(loaded)
     for asked in (prompts(11), prompts(3, 15, 30, 24)):
         logits = [
             next_logits(decoder, KVCache(decoder, len(asked), 40), asked)

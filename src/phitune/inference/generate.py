@@ -1,9 +1,14 @@
-"""Generation: prompts of token ids in, answers of token ids out. Knows no text.
+"""Generation: prompts of token ids in, answers of token ids out, with a cache of keys and values.
 
 Every step computes the tokens that the cache does not hold yet: at first the prompts, of different
-lengths, packed end to end; then one token of every sequence that has not stopped.
+lengths, packed end to end; then one token of every sequence that is not complete. Sampling follows
+transformers, in its order: repetition penalty, temperature, top_k, top_p, draw. What is drawn for a
+prompt depends on its seed alone, not on its neighbours in the batch.
 
-Shapes: T packed tokens, B sequences, V vocabulary.
+Knows no text. Sequences that are complete leave the batch, and none joins it.
+
+Shapes: B sequences, T new tokens of all of them end to end, S cached positions, n new tokens of one
+sequence, H heads, G key-value heads, E head_dim, V vocabulary, D hidden size.
 """
 
 import itertools
@@ -19,11 +24,7 @@ from phitune.model.decoder import Decoder
 from phitune.model.fused import choose_gemm
 from phitune.model.lora import AdapterSet
 
-# -------------------------------------------------------------------------------------------------
-# Keys and values of sequences that are being generated.
-#
-# Shapes: B sequences, S cached positions, n new tokens of a sequence, H heads, G key-value heads,
-# E head_dim.
+# --- keys and values of sequences that are being generated --------------------------------------
 
 
 def cache_bytes(config: ModelConfig, batch_size: int, positions: int, bytes_per_value: int) -> int:
@@ -82,10 +83,11 @@ class KVCache:
 
         Returns: [B, H, E].
         """
-        keys, values = self.keys[layer], self.values[layer]
+        keys, values = self.keys[layer], self.values[layer]  # [B, G, capacity, E]
         lengths = [len(held) + 1 for held in self.held]
         longest = max(lengths)
-        seen = None
+
+        # Store.
         if len(lengths) == 1:
             keys[0, :, longest - 1] = key[0]
             values[0, :, longest - 1] = value[0]
@@ -93,16 +95,18 @@ class KVCache:
             rows = torch.arange(len(lengths), device=query.device)
             keys[rows, :, positions] = key
             values[rows, :, positions] = value
-        window = self.sliding_window
+
+        # Attend, without a mask where every sequence sees all S = longest positions.
+        seen, window = None, self.sliding_window
         if min(lengths) != longest or (window is not None and longest > window):
             index = torch.arange(longest, device=query.device)
             seen = index <= positions.unsqueeze(1)  # [B, S]
             if window is not None:
                 seen &= index > positions.unsqueeze(1) - window
-            seen = seen[:, None, None, :]
+            seen = seen[:, None, None, :]  # [B, 1, 1, S]
         attended = F.scaled_dot_product_attention(
-            query.unsqueeze(2),
-            _repeat_heads(keys[:, :, :longest], query),
+            query.unsqueeze(2),  # [B, H, 1, E]
+            _repeat_heads(keys[:, :, :longest], query),  # [B, H, S, E]
             _repeat_heads(values[:, :, :longest], query),
             attn_mask=seen,
         )
@@ -126,13 +130,16 @@ class KVCache:
         """
         outputs = []
         for row, held in enumerate(self.held):
+            # Store the n new tokens behind those held: S = stop.
             new = slice(cu_seqlens[row], cu_seqlens[row + 1])
             start, stop = len(held), len(held) + new.stop - new.start
-            keys, values = self.keys[layer][row, :, :stop], self.values[layer][row, :, :stop]
-            keys[:, start:] = key[new].transpose(0, 1)
+            keys = self.keys[layer][row, :, :stop]  # [G, S, E]
+            values = self.values[layer][row, :, :stop]
+            keys[:, start:] = key[new].transpose(0, 1)  # [G, n, E]
             values[:, start:] = value[new].transpose(0, 1)
-            window = self.sliding_window
-            seen = None
+
+            # Attend; a prompt that begins is causal, which needs no mask of its own.
+            seen, window = None, self.sliding_window
             if start or (window is not None and stop > window):
                 ahead = torch.arange(stop, device=query.device) - torch.arange(
                     start, stop, device=query.device
@@ -141,13 +148,13 @@ class KVCache:
                 if window is not None:
                     seen &= ahead > -window
             attended = F.scaled_dot_product_attention(
-                query[new].transpose(0, 1).unsqueeze(0),
-                _repeat_heads(keys.unsqueeze(0), query),
+                query[new].transpose(0, 1).unsqueeze(0),  # [1, H, n, E]
+                _repeat_heads(keys.unsqueeze(0), query),  # [1, H, S, E]
                 _repeat_heads(values.unsqueeze(0), query),
                 attn_mask=seen,
                 is_causal=seen is None,
             )
-            outputs.append(attended.squeeze(0).transpose(0, 1))
+            outputs.append(attended.squeeze(0).transpose(0, 1))  # [n, H, E]
         return torch.cat(outputs)
 
 
@@ -157,12 +164,7 @@ def _repeat_heads(x: Tensor, query: Tensor) -> Tensor:
     return x if groups == 1 else x.repeat_interleave(groups, dim=1)
 
 
-# -------------------------------------------------------------------------------------------------
-# How the next token is chosen from the logits.
-#
-# As transformers does it, and in its order: repetition penalty, temperature, top_k, top_p, draw.
-#
-# Shapes: B sequences, V vocabulary.
+# --- the next token from the logits -------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ class Sampling:
 
     temperature: float = 0.0  # 0 takes the most probable token, whatever the rest says
     top_p: float = 1.0  # the fewest tokens whose probabilities reach this sum
-    top_k: int = 0  # so many most probable tokens; 0 for all
+    top_k: int = 0  # the N most probable tokens; 0 for all
     repetition_penalty: float = 1.0  # above 1, tokens that were there already are less probable
     seed: int = 42
 
@@ -203,7 +205,7 @@ def next_tokens(
     if sampling.temperature == 0.0:
         tokens: list[int] = logits.argmax(-1).tolist()
         return tokens
-    probabilities = torch.softmax(narrowed(logits, sampling), -1).cpu()
+    probabilities = torch.softmax(narrowed(logits, sampling), -1).cpu()  # [B, V]
     return [
         int(torch.multinomial(row, 1, generator=generator))
         for row, generator in zip(probabilities, generators, strict=True)
@@ -211,7 +213,7 @@ def next_tokens(
 
 
 def penalised(logits: Tensor, sequences: Sequence[Sequence[int]], penalty: float) -> Tensor:
-    """Logits with those of tokens that were there already lowered. Returns: [B, V], a copy."""
+    """Logits [B, V] with those of tokens that were there already lowered. Returns: a copy."""
     logits = logits.clone()
     for row, sequence in zip(logits, sequences, strict=True):
         seen = torch.tensor(sorted(set(sequence)), device=logits.device)
@@ -221,21 +223,21 @@ def penalised(logits: Tensor, sequences: Sequence[Sequence[int]], penalty: float
 
 
 def narrowed(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Logits over the temperature, in fp32 at least; -inf where top_k or top_p exclude a token."""
+    """Logits [B, V] over the temperature, in fp32 at least; -inf where a token is excluded."""
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32)) / sampling.temperature
     vocab_size = scores.shape[-1]
     if 0 < sampling.top_k < vocab_size:
         least = scores.topk(sampling.top_k).values[:, -1:]
         scores = scores.masked_fill(scores < least, -torch.inf)
     if sampling.top_p < 1.0:
-        ascending, order = scores.sort(-1)
+        ascending, order = scores.sort(-1)  # [B, V] both
         excluded = ascending.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
         excluded[:, -1] = False  # The most probable token always stays.
         scores = scores.masked_fill(excluded.scatter(-1, order, excluded), -torch.inf)
     return scores
 
 
-# -------------------------------------------------------------------------------------------------
+# --- token after token --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -256,7 +258,7 @@ class Adapters:
     choice: Sequence[int | None]
 
 
-def serve(decoder: Decoder) -> Decoder:
+def prepare_for_inference(decoder: Decoder) -> Decoder:
     """Gives a decoder that is only to answer, without gradients, this device's fastest products."""
     gemm, _ = choose_gemm(decoder.device, decoder.dtype)
     for linear in decoder.fused_linears().values():
@@ -303,6 +305,7 @@ def stream(
 
     Yields: (prompt, token) of every answer that is not complete; a stop token is an answer's last.
     """
+    # The prompts that can be continued, and a cache for them.
     limit = decoder.config.max_position_embeddings
     sequences = {row: list(prompt) for row, prompt in enumerate(prompts)}
     max_new_tokens, sampling = decoding.max_new_tokens, decoding.sampling
@@ -316,7 +319,9 @@ def stream(
     else:
         cache = conversation.cache_for(decoder, sequences[active[0]], capacity)
     generators = sampling.generators(len(prompts), decoding.seeds)
+
     for _ in range(max_new_tokens):
+        # One token of every active sequence.
         of_active = None
         if adapters is not None:
             of_active = Adapters(adapters.on_decoder, [adapters.choice[row] for row in active])
@@ -331,18 +336,20 @@ def stream(
         yield tokens
         for row, token in tokens:
             sequences[row].append(token)
-        going_on = [
+
+        # Complete sequences leave the batch.
+        continued = [
             place
             for place, (row, token) in enumerate(tokens)
             if token not in decoding.stop_ids
             and len(sequences[row]) <= limit
             and row not in complete
         ]
-        if not going_on:
+        if not continued:
             return
-        if len(going_on) < len(active):
-            cache.keep(going_on)
-            active = [active[place] for place in going_on]
+        if len(continued) < len(active):
+            cache.keep(continued)
+            active = [active[place] for place in continued]
         if any(_crosses_long_rope(decoder, len(sequences[row])) for row in active):
             cache.clear()
 
@@ -358,6 +365,7 @@ def next_logits(
 
     Returns: [B, V], the logits after each sequence's last token.
     """
+    # The new tokens of all sequences, end to end.
     starts = [len(held) for held in cache.held]
     lengths = [len(sequence) for sequence in sequences]
     counts = [length - start for length, start in zip(lengths, starts, strict=True)]
@@ -368,19 +376,20 @@ def next_logits(
         for sequence, start in zip(sequences, starts, strict=True)
         for token in sequence[start:]
     ]
-    input_ids = torch.tensor(new, device=device)
+    input_ids = torch.tensor(new, device=device)  # [T]
     positions = [
         position
         for start, length in zip(starts, lengths, strict=True)
         for position in range(start, length)
     ]
-    position_ids = torch.tensor(positions, device=device)
+    position_ids = torch.tensor(positions, device=device)  # [T]
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if len(new) == len(sequences):
             return cache.extend_by_one(layer, position_ids, query, key, value)
         return cache.extend(layer, cu_seqlens, query, key, value)
 
+    # The layers, each token with its own adapter.
     if adapters is not None:
         adapters.on_decoder.choose(
             [
@@ -390,14 +399,16 @@ def next_logits(
             ]
         )
     rotary = decoder.rotary(position_ids, counts, lengths)
-    hidden = decoder.hidden_states(input_ids, rotary, attend)
+    hidden = decoder.hidden_states(input_ids, rotary, attend)  # [T, D]
     for held, sequence in zip(cache.held, sequences, strict=True):
         held.extend(sequence[len(held) :])
+
+    # The head, on the last token of each sequence: T tokens become B.
     if len(hidden) > len(sequences):
         hidden = hidden[torch.tensor([stop - 1 for stop in cu_seqlens[1:]], device=device)]
         if adapters is not None:
             adapters.on_decoder.choose(adapters.choice)  # The head sees one token of each.
-    return decoder.logits(hidden)
+    return decoder.logits(hidden)  # [B, V]
 
 
 class Conversation:
@@ -419,9 +430,9 @@ class Conversation:
         """A cache of this capacity at least that holds what it can of the prompt's beginning."""
         cache = self._cache
         if cache is None or cache.capacity < capacity:
-            # Room to go on, so that a growing conversation is not computed anew each time.
-            room = min(2 * capacity, self._most or decoder.config.max_position_embeddings)
-            grown = KVCache(decoder, 1, max(room, capacity))
+            # Twice what is needed, so that a growing conversation is rarely copied.
+            doubled = min(2 * capacity, self._most or decoder.config.max_position_embeddings)
+            grown = KVCache(decoder, 1, max(doubled, capacity))
             if cache is not None:
                 grown.take_over(cache)
             cache = self._cache = grown

@@ -15,7 +15,14 @@ import torch
 from phitune.data.coder import Coder, FormatName
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import ModelError, OutOfMemoryError
-from phitune.inference.generate import GREEDY, Adapters, Decoding, Sampling, generate, serve
+from phitune.inference.generate import (
+    GREEDY,
+    Adapters,
+    Decoding,
+    Sampling,
+    generate,
+    prepare_for_inference,
+)
 from phitune.model.architecture import ModelConfig, read_model_config
 from phitune.model.decoder import Decoder
 from phitune.model.device import DTYPES, choose_device, choose_precision, is_out_of_memory
@@ -172,7 +179,7 @@ def open_model(
     torch_device = choose_device(device)
     dtype = DTYPES[choose_precision(precision, torch_device)]
     fetch_weights(model_name, folder)
-    decoder = serve(load_decoder(folder, config, dtype, torch_device))
+    decoder = prepare_for_inference(load_decoder(folder, config, dtype, torch_device))
     adapters = []
     for path, adapter_path, coder in zip(adapter_paths, folders, coders, strict=True):
         adapter = load_adapter(decoder, adapter_path)

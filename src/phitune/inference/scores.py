@@ -1,6 +1,15 @@
-"""How probable a model finds the tokens of rows: loss by loss, without gradients.
+"""How probable models find the tokens of rows, and how much of a difference between two is chance.
 
-Shapes: T packed tokens, N trained positions, V vocabulary.
+Losses are negative log-likelihoods of single tokens, without gradients; means are taken over the
+trained tokens, as in training. A difference of two models comes with an interval: they are measured
+on the same rows, so a paired bootstrap draws rows again as pairs, and what is easy or hard for both
+does not widen it. A figure is a sum over rows divided by a sum of weights (a loss: by the trained
+tokens of these rows), and is computed anew for each draw.
+
+The interval is that of the percentiles, 95 %. With few rows it is too narrow, and it knows nothing
+of what another seed of training would have given.
+
+Shapes: T packed tokens, N trained positions, D hidden size, V vocabulary, n rows.
 """
 
 import math
@@ -21,22 +30,163 @@ from phitune.model import architecture
 from phitune.model.decoder import Decoder
 from phitune.model.lora import AdapterSet
 
-# -------------------------------------------------------------------------------------------------
-# How much of a difference is chance: a paired bootstrap over rows. No torch here.
-#
-# Base and tuned model are measured on the same rows, so rows are drawn again as pairs: what is
-# easy or hard for both does not widen the interval. A figure is a sum over rows divided by a sum
-# of weights (a loss: by the trained tokens of these rows), and is computed anew for each draw.
-#
-# The interval is that of the percentiles, 95 %. With few rows it is too narrow, and it knows
-# nothing of what another seed of training would have given.
+# A callback: what is being done, how much of it is done, of how much.
+Progress = Callable[[str, int, int], None]
+BASE, TUNED = None, 0  # the models' numbers in an `AdapterSet` of one adapter
 
+# Rows are packed up to this many tokens, which bounds the memory; a longer one is its own batch.
+BATCH_TOKENS = 2048
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 # Rows drawn in one go; what is held of them is some 30 MiB.
 _DRAWN_AT_ONCE = 2**20
 
 Transform = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+
+
+# --- losses ---------------------------------------------------------------------------------------
+
+
+class TokenLosses(NamedTuple):
+    """Of the trained tokens of one row, on the CPU."""
+
+    losses: Tensor  # [N] float64, negative log-likelihoods
+    is_greedy: Tensor  # [N] bool, whether the model would have chosen that token
+
+
+def token_losses(
+    decoder: Decoder,
+    on_decoder: AdapterSet,
+    choices: Sequence[int | None],
+    rows: Iterable[TokenizedExample],
+) -> Iterator[tuple[TokenLosses, ...]]:
+    """The losses of each row under each of some models, in the order of the rows.
+
+    Args:
+        choices: numbers of adapters, None for the base model.
+        rows: packed as they come, up to `BATCH_TOKENS` at a time.
+    """
+    for batch_rows in batches_of_tokens(rows):
+        batch = pack(batch_rows).to(decoder.device)
+        trained = [row.num_target_tokens for row in batch_rows]
+        by_choice = []
+        for choice in choices:
+            on_decoder.choose([choice])
+            losses, is_greedy = target_losses(decoder, batch)
+            parts = zip(losses.split(trained), is_greedy.split(trained), strict=True)
+            by_choice.append([TokenLosses(*part) for part in parts])
+        yield from zip(*by_choice, strict=True)
+
+
+@torch.inference_mode()
+def target_losses(decoder: Decoder, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Losses [N] float64, and whether each target was the most probable token [N]; on the CPU.
+
+    The head runs on trained positions only, and their logits never exist all together.
+    """
+    hidden = decoder(batch.input_ids, batch.position_ids, batch.cu_seqlens)  # [T, D]
+    hidden = hidden[batch.target_positions]  # [N, D]
+    targets = batch.labels[batch.target_positions + 1]  # [N]
+    rows = architecture.loss_chunk_rows(decoder.config.vocab_size, decoder.device.type)
+    losses = torch.empty(len(targets), dtype=torch.float64)
+    is_greedy = torch.empty(len(targets), dtype=torch.bool)
+    for start in range(0, len(targets), rows):
+        chunk = slice(start, start + rows)
+        logits = decoder.logits(hidden[chunk])  # [n, V], the largest tensor there is
+        is_greedy[chunk] = (logits.argmax(-1) == targets[chunk]).cpu()
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses[chunk] = F.cross_entropy(logits, targets[chunk], reduction="none").cpu().double()
+    return losses, is_greedy
+
+
+def batches_of_tokens(
+    rows: Iterable[TokenizedExample],
+) -> Iterator[list[TokenizedExample]]:
+    """Rows in their order, in batches of at most BATCH_TOKENS or of one row."""
+    batch: list[TokenizedExample] = []
+    tokens = 0
+    for row in rows:
+        if batch and tokens + len(row.input_ids) > BATCH_TOKENS:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(row)
+        tokens += len(row.input_ids)
+    if batch:
+        yield batch
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """Summed losses of n rows."""
+
+    base: NDArray[np.float64]  # [n]
+    tuned: NDArray[np.float64]  # [n]
+    tokens: NDArray[np.int64]  # [n] trained tokens
+
+
+def row_losses(
+    loaded: LoadedModel, rows: Iterable[TokenizedExample], total: int, progress: Progress
+) -> RowLosses:
+    """Base and tuned model on the same rows; what is held of a row is three numbers."""
+    base, tuned, tokens = np.empty(total), np.empty(total), np.empty(total, np.int64)
+    scored = token_losses(loaded.decoder, loaded.on_decoder, (BASE, TUNED), rows)
+    for index, (of_base, of_tuned) in enumerate(scored):
+        base[index], tuned[index] = float(of_base.losses.sum()), float(of_tuned.losses.sum())
+        tokens[index] = len(of_base.losses)
+        progress("loss", index + 1, total)
+    return RowLosses(base, tuned, tokens)
+
+
+# --- the expected answer --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """What a model makes of an answer that it is given."""
+
+    nll: float  # negative log-likelihood, summed over the answer's tokens, end token included
+    tokens: int
+
+    @property
+    def per_token(self) -> float:
+        return self.nll / self.tokens
+
+
+def likelihoods(
+    model: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    choices: Sequence[int | None],
+) -> list[Likelihood | None]:
+    """The likelihood of each answer after its prompt, under its choice of adapter.
+
+    Args:
+        prompts: non-empty ids; answers: ids with the end token last.
+
+    Returns: None where a row is longer than the model's positions.
+    """
+    limit = model.decoder.config.max_position_embeddings
+    found: list[Likelihood | None] = [None] * len(prompts)
+    for choice in dict.fromkeys(choices):
+        places = [
+            place
+            for place, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+            if choices[place] == choice and len(prompt) + len(answer) <= limit
+        ]
+        rows = (
+            TokenizedExample(
+                [*prompts[place], *answers[place]],
+                [IGNORE_INDEX] * len(prompts[place]) + list(answers[place]),
+            )
+            for place in places
+        )
+        scored = token_losses(model.decoder, model.on_decoder, (choice,), rows)
+        for place, (losses,) in zip(places, scored, strict=True):
+            found[place] = Likelihood(float(losses.losses.sum()), len(answers[place]))
+    return found
+
+
+# --- a difference, and how much of it is chance ---------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -100,10 +250,11 @@ def paired_difference(
     change = transform or _same
 
     def figures(sums: NDArray[Any], divisors: NDArray[Any]) -> NDArray[np.float64]:
+        """sums [2, ..., n] and divisors [..., n] -> [2, ...]"""
         with np.errstate(over="ignore", invalid="ignore"):
             return change(sums.sum(-1) / divisors.sum(-1))
 
-    whole = figures(sums, divisors)
+    whole = figures(sums, divisors)  # [2]
     if rows < 2 or not np.isfinite(whole).all():
         return PairedDifference(float(whole[0]), float(whole[1]), rows)
     generator = np.random.default_rng(seed)
@@ -111,8 +262,8 @@ def paired_difference(
     at_once = max(1, _DRAWN_AT_ONCE // rows)
     for start in range(0, resamples, at_once):
         stop = min(start + at_once, resamples)
-        drawn = generator.integers(rows, size=(stop - start, rows))
-        first, second = figures(sums[:, drawn], divisors[drawn])
+        drawn = generator.integers(rows, size=(stop - start, rows))  # [draws, n]
+        first, second = figures(sums[:, drawn], divisors[drawn])  # [draws] each
         differences[start:stop] = second - first
     outside = (1 - CONFIDENCE) / 2
     low, high = np.quantile(differences, [outside, 1 - outside])
@@ -121,157 +272,3 @@ def paired_difference(
 
 def _same(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return values
-
-
-# -------------------------------------------------------------------------------------------------
-
-# Rows are packed up to so many tokens, which bounds the memory; a longer row is a batch of its own.
-BATCH_TOKENS = 2048
-
-
-class TokenLosses(NamedTuple):
-    """Of the trained tokens of one row, on the CPU."""
-
-    losses: Tensor  # [N] float64, negative log-likelihoods
-    is_greedy: Tensor  # [N] bool, whether the model would have chosen that token
-
-
-def token_losses(
-    decoder: Decoder,
-    on_decoder: AdapterSet,
-    choices: Sequence[int | None],
-    rows: Iterable[TokenizedExample],
-) -> Iterator[tuple[TokenLosses, ...]]:
-    """The losses of each row under each of some models, in the order of the rows.
-
-    Args:
-        choices: numbers of adapters, None for the base model.
-        rows: packed as they come, up to `BATCH_TOKENS` at a time.
-    """
-    for batch_rows in batches_of_tokens(rows):
-        batch = pack(batch_rows).to(decoder.device)
-        trained = [row.num_target_tokens for row in batch_rows]
-        by_choice = []
-        for choice in choices:
-            on_decoder.choose([choice])
-            losses, is_greedy = target_losses(decoder, batch)
-            parts = zip(losses.split(trained), is_greedy.split(trained), strict=True)
-            by_choice.append([TokenLosses(*part) for part in parts])
-        yield from zip(*by_choice, strict=True)
-
-
-@torch.inference_mode()
-def target_losses(decoder: Decoder, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Losses [N] float64, and whether each target was the most probable token [N]; on the CPU.
-
-    The head runs on trained positions only, and their logits never exist all together.
-    """
-    hidden = decoder(batch.input_ids, batch.position_ids, batch.cu_seqlens)
-    hidden = hidden[batch.target_positions]
-    targets = batch.labels[batch.target_positions + 1]
-    rows = architecture.loss_chunk_rows(decoder.config.vocab_size, decoder.device.type)
-    losses = torch.empty(len(targets), dtype=torch.float64)
-    is_greedy = torch.empty(len(targets), dtype=torch.bool)
-    for start in range(0, len(targets), rows):
-        chunk = slice(start, start + rows)
-        logits = decoder.logits(hidden[chunk])  # [n, V], the largest tensor there is
-        is_greedy[chunk] = (logits.argmax(-1) == targets[chunk]).cpu()
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        losses[chunk] = F.cross_entropy(logits, targets[chunk], reduction="none").cpu().double()
-    return losses, is_greedy
-
-
-def batches_of_tokens(
-    rows: Iterable[TokenizedExample],
-) -> Iterator[list[TokenizedExample]]:
-    """Rows in their order, in batches of at most BATCH_TOKENS or of one row."""
-    batch: list[TokenizedExample] = []
-    tokens = 0
-    for row in rows:
-        if batch and tokens + len(row.input_ids) > BATCH_TOKENS:
-            yield batch
-            batch, tokens = [], 0
-        batch.append(row)
-        tokens += len(row.input_ids)
-    if batch:
-        yield batch
-
-
-# -------------------------------------------------------------------------------------------------
-# The loss of base and tuned model on rows, as training computes it: a mean over trained tokens.
-
-# Told what is being done, and how much of it is done, of how much.
-Progress = Callable[[str, int, int], None]
-BASE, TUNED = None, 0  # the models' numbers in an `AdapterSet` of one adapter
-
-
-@dataclass(frozen=True)
-class RowLosses:
-    """Summed losses of n rows."""
-
-    base: NDArray[np.float64]  # [n]
-    tuned: NDArray[np.float64]  # [n]
-    tokens: NDArray[np.int64]  # [n] trained tokens
-
-
-def row_losses(
-    loaded: LoadedModel, rows: Iterable[TokenizedExample], total: int, progress: Progress
-) -> RowLosses:
-    """Base and tuned model on the same rows; what is held of a row is three numbers."""
-    base, tuned, tokens = np.empty(total), np.empty(total), np.empty(total, np.int64)
-    scored = token_losses(loaded.decoder, loaded.on_decoder, (BASE, TUNED), rows)
-    for index, (of_base, of_tuned) in enumerate(scored):
-        base[index], tuned[index] = float(of_base.losses.sum()), float(of_tuned.losses.sum())
-        tokens[index] = len(of_base.losses)
-        progress("loss", index + 1, total)
-    return RowLosses(base, tuned, tokens)
-
-
-# -------------------------------------------------------------------------------------------------
-# How well a model answers where the answer is known: matches, and how probable it finds it.
-
-
-@dataclass(frozen=True)
-class Likelihood:
-    """What a model makes of an answer that it is given."""
-
-    nll: float  # negative log-likelihood, summed over the answer's tokens, end token included
-    tokens: int
-
-    @property
-    def per_token(self) -> float:
-        return self.nll / self.tokens
-
-
-def likelihoods(
-    model: LoadedModel,
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[int]],
-    choices: Sequence[int | None],
-) -> list[Likelihood | None]:
-    """The likelihood of each answer after its prompt, under its choice of adapter.
-
-    Args:
-        prompts: non-empty ids; answers: ids with the end token last.
-
-    Returns: None where a row is longer than the model's positions.
-    """
-    limit = model.decoder.config.max_position_embeddings
-    found: list[Likelihood | None] = [None] * len(prompts)
-    for choice in dict.fromkeys(choices):
-        places = [
-            place
-            for place, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
-            if choices[place] == choice and len(prompt) + len(answer) <= limit
-        ]
-        rows = (
-            TokenizedExample(
-                [*prompts[place], *answers[place]],
-                [IGNORE_INDEX] * len(prompts[place]) + list(answers[place]),
-            )
-            for place in places
-        )
-        scored = token_losses(model.decoder, model.on_decoder, (choice,), rows)
-        for place, (losses,) in zip(places, scored, strict=True):
-            found[place] = Likelihood(float(losses.losses.sum()), len(answers[place]))
-    return found

@@ -25,7 +25,7 @@ from phitune.model.engine import FusedEngine
 from phitune.model.fused import Kernels
 from phitune.model.lora import LoraSpec, attach
 from phitune.model.targets import resolve_targets
-from phitune.training.loop import dropout_of
+from phitune.training.state import dropout_of
 
 RESULTS = Path(__file__).parent / "results"
 MICRO_BATCHES = 8

@@ -35,8 +35,7 @@ from phitune.model.lora import LoraSpec, attach
 from phitune.model.targets import resolve_targets
 from phitune.model.weights import INDEX_FILE, load_decoder
 from phitune.plan.memory import Shape, plan_memory
-from phitune.training.loop import dropout_of
-from phitune.training.state import build_adamw
+from phitune.training.state import build_adamw, dropout_of
 
 RESULT = Path(__file__).parent / "results" / "full_size.json"
 LIMIT_GIB = 8.0

@@ -25,8 +25,7 @@ from phitune.model.engine import FusedEngine
 from phitune.model.fused_layers import Shared
 from phitune.plan.memory import MemoryPlan, Shape, saved_bytes_per_token
 from phitune.plan.plan import PRESETS, Preset, fewest_recomputed
-from phitune.training.loop import dropout_of
-from phitune.training.state import build_adamw
+from phitune.training.state import build_adamw, dropout_of
 
 LIMIT = 24 * GB  # the guide's larger GPU
 STEPS = 2  # with the second, the optimizer's moments are there

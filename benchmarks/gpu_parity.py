@@ -30,7 +30,7 @@ from phitune.model import ops
 from phitune.model.attention import Attention, InBlocks, choose_attention
 from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
 from phitune.model.lora import Adapter
-from phitune.training.loop import dropout_of
+from phitune.training.state import dropout_of
 
 LAYERS = 4
 LENGTHS = (190, 77, 256, 12)

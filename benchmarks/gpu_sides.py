@@ -27,8 +27,7 @@ from phitune.model.engine import FusedEngine
 from phitune.model.fused import Kernels
 from phitune.plan.memory import Shape
 from phitune.plan.plan import fewest_recomputed
-from phitune.training.loop import dropout_of
-from phitune.training.state import build_adamw, clip_gradients, gradient_norm
+from phitune.training.state import build_adamw, clip_gradients, dropout_of, gradient_norm
 
 OURS, THEIRS, LIGER = "phitune", "transformers + peft", "Liger"
 BUDGET_SHARE = 0.92  # of the memory that is there, as in training

@@ -11,6 +11,7 @@ import argparse
 import itertools
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from phitune.model.engine import FusedEngine
 from phitune.model.lora import LoraSpec, attach
 from phitune.model.targets import resolve_targets
 from phitune.model.weights import load_decoder
-from phitune.training.loop import Events, StepMetrics, train
+from phitune.training.events import StepDone
+from phitune.training.loop import fit, start_state
 from phitune.training.state import learning_rate_at
 
 ROOT = Path(__file__).parents[1]
@@ -52,14 +54,10 @@ CONFIGS = {
 }
 
 
-class Losses(Events):
-    """Keeps the loss of each step, of what the loop tells."""
-
-    def __init__(self) -> None:
-        self.values: list[float] = []
-
-    def step_done(self, metrics: StepMetrics) -> None:
-        self.values.append(metrics.loss)
+@dataclass(frozen=True)
+class Data:
+    train_rows: list[TokenizedExample]
+    validation_rows: tuple[TokenizedExample, ...] = ()
 
 
 def curves(kind: str, shared: Path, folder: Path) -> tuple[list[float], list[float]]:
@@ -81,9 +79,11 @@ def curves(kind: str, shared: Path, folder: Path) -> tuple[list[float], list[flo
             layer = reference.base_model.model.get_submodule(module)
             layer.lora_A["default"].weight.copy_(pair.lora_A)
             layer.lora_B["default"].weight.copy_(pair.lora_B)
-    losses = Losses()
-    train(FusedEngine(decoder, 0.0), adapter, rows, [], SETTINGS, losses)
-    return losses.values[:STEPS], theirs(reference, rows)
+    engine = FusedEngine(decoder, 0.0)
+    state = start_state(engine, adapter, len(rows), SETTINGS)
+    events = fit(engine, state, Data(rows), SETTINGS)
+    losses = [event.metrics.loss for event in events if isinstance(event, StepDone)]
+    return losses[:STEPS], theirs(reference, rows)
 
 
 def theirs(reference: Any, rows: list[TokenizedExample]) -> list[float]:

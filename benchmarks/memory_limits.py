@@ -4,7 +4,7 @@
 
 Each case is `phitune train` in a process with a real limit: RLIMIT_AS (ulimit -v), RLIMIT_DATA
 (ulimit -d), or a cgroup of its own (Linux, as root). The limit is there from the start; or it comes
-behind the plan and in the place of the rehearsal, so that memory runs out in the midst of a step.
+after the plan and in place of the dry run, so that memory runs out in the middle of a step.
 The engine is the one whose memory is planned, or the reference one, whose memory shows only when it
 is tried. The limit lies at a seeded place between what the configured batch takes and what a small
 part of it takes. The same run without a limit is what the losses are held against. Writes
@@ -47,7 +47,7 @@ class Case:
     model: str
     engine: str
     mechanism: str
-    later: bool  # the limit comes behind plan and rehearsal
+    later: bool  # the limit comes after plan and dry run
     place: float  # of the limit, from 0 (what PART rows take) to 1 (what BATCH rows take)
 
     @property
@@ -82,23 +82,22 @@ def run_child(flags: list[str]) -> None:
     mechanism, room, when, *arguments = flags
     import psutil
 
-    import phitune.run  # What a run needs is loaded before it is limited.
-    import phitune.trainer
+    import phitune.trainer  # What a run needs is loaded before it is limited.
     from phitune import cli
-    from phitune.training.loop import Rehearsed
+    from phitune.training.events import DryRunDone
 
     held = psutil.Process().memory_info()
     kinds = {AS: (resource.RLIMIT_AS, held.vms), DATA: (resource.RLIMIT_DATA, held.data)}
 
-    def limit(*_: object) -> Rehearsed:
+    def limit(*_: object) -> Iterator[DryRunDone]:
         kind, now = kinds[mechanism]
         resource.setrlimit(kind, (now + int(room), resource.RLIM_INFINITY))
-        return Rehearsed(0, 0, 0.0, 0.0)
+        yield DryRunDone(0, 0, 0.0, 0.0)
 
     if mechanism in kinds and when == "now":
-        limit()
+        next(limit())
     elif mechanism in kinds:
-        phitune.run.rehearse = limit
+        phitune.trainer.dry_run = limit
     status = Path("/proc/self/status").read_text().splitlines()
     anonymous = next(line for line in status if line.startswith("RssAnon"))
     code = cli.main(arguments)

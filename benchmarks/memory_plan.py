@@ -33,8 +33,7 @@ from phitune.model.engine import FusedEngine
 from phitune.model.lora import LoraSpec, attach
 from phitune.model.targets import resolve_targets
 from phitune.plan.memory import MemoryPlan, Shape, plan_memory
-from phitune.training.loop import dropout_of
-from phitune.training.state import build_adamw
+from phitune.training.state import build_adamw, dropout_of
 
 RESULTS = Path(__file__).parent / "results"
 MIB = 2**20

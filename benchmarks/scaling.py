@@ -25,7 +25,7 @@ from phitune.model.decoder import Decoder
 from phitune.model.engine import FusedEngine
 from phitune.model.lora import LoraSpec, attach
 from phitune.model.targets import resolve_targets
-from phitune.training.loop import dropout_of
+from phitune.training.state import dropout_of
 
 ROW = 256
 TOKENS = (1024, 2048, 4096, 8192, 16384)

@@ -34,9 +34,7 @@ from typing import Any, NoReturn
 import torch
 from machine import save
 
-import phitune.recorder
 import phitune.trainer  # What a run needs is loaded before it is forked.
-import phitune.training.loop
 import phitune.training.saver
 from phitune import cli
 from phitune.model.engine import FusedEngine
@@ -51,8 +49,8 @@ TIMES = ("tokens_per_second", "memory_gib", "checkpoint_seconds")
 # What a run does, and where that begins.
 PLACES: dict[str, tuple[Any, str]] = {
     "step": (FusedEngine, "loss_and_gradients"),
-    "evaluation": (phitune.training.loop, "evaluate"),
-    "sampling": (phitune.recorder.Sampler, "__call__"),
+    "evaluation": (FusedEngine, "loss_sum"),
+    "sampling": (phitune.trainer.Phi2LoRATrainer, "_samples"),
     "writing a checkpoint": (phitune.training.saver, "write_checkpoint"),
     "removing old checkpoints": (phitune.training.saver, "remove_older"),
     "replacing the adapter": (RunDirectory, "replace_adapter"),

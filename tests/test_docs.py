@@ -27,8 +27,8 @@ from phitune.inference.answers import Sample
 from phitune.model.files import ASSETS
 from phitune.plan.plan import PRESETS
 from phitune.training import rundir
+from phitune.training.events import Evaluation, StepMetrics
 from phitune.training.interrupt import EXIT_CODES
-from phitune.training.loop import Evaluation, StepMetrics
 from phitune.training.rundir import LOCK
 
 ROOT = Path(__file__).parents[1]

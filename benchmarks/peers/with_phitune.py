@@ -1,5 +1,6 @@
 """Ours: phitune's own loop on the rows of a job."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,14 @@ from phitune.model.engine import FusedEngine
 from phitune.model.lora import LoraSpec, attach
 from phitune.model.targets import resolve_targets
 from phitune.model.weights import load_decoder
-from phitune.training.loop import Events, StepMetrics, train
+from phitune.training.events import StepDone
+from phitune.training.loop import fit, start_state
 
 
-class Steps(Events):
-    """The loop's events, of which only the end of a step matters here."""
-
-    def __init__(self, report: Report) -> None:
-        self.report = report
-
-    def step_done(self, metrics: StepMetrics) -> None:
-        self.report.step_done(metrics.tokens)
-        self.report.losses.append(metrics.loss)
+@dataclass(frozen=True)
+class Data:
+    train_rows: list[TokenizedExample]
+    validation_rows: tuple[TokenizedExample, ...] = ()
 
 
 def run_phitune(job: dict[str, Any], report: Report) -> None:
@@ -55,15 +52,13 @@ def run_phitune(job: dict[str, Any], report: Report) -> None:
     # The loop shuffles by itself; cpu_peers.py gives the peers the order that comes of it.
     rows = [TokenizedExample(row["input_ids"], row["labels"]) for row in job["pool"]]
     report.training_starts()
-    train(
-        engine,
-        adapter,
-        rows,
-        [],
-        settings,
-        Steps(report),
-        interrupted=lambda: len(report.seconds) == job["steps"],
-    )
+    state = start_state(engine, adapter, len(rows), settings)
+    for event in fit(engine, state, Data(rows), settings):
+        if isinstance(event, StepDone):
+            report.step_done(event.metrics.tokens)
+            report.losses.append(event.metrics.loss)
+        if len(report.seconds) == job["steps"]:
+            break
 
 
 def main() -> None:

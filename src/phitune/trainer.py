@@ -1,60 +1,89 @@
-"""Phi2LoRATrainer, the Python door: the same job as `phitune train`, step by step.
+"""Phi2LoRATrainer: the whole job of `phitune train`, from settings to a finished run directory.
 
-It is where everything meets: settings, data and model, which `run.py` then trains. The order
-matters: whatever can be refused is refused before weights are read, and the run directory is not
-touched before the model is there.
+`train` is read downwards: data, memory, model, dry run, loop, results. The order matters: whatever
+can be refused is refused before weights are read, and the run directory is not touched before the
+dry run has fitted. The loop only yields events; here they are written, shown, saved and stopped.
 """
 
+import datetime
 import shlex
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.markup import escape
+from torch import Tensor
 
 from phitune.check.report import check_before_training
-from phitune.config import Resolved, resolve
+from phitune.config import Resolved, Settings, resolve, to_yaml
 from phitune.data.coder import Coder
 from phitune.data.dataset import Turn
-from phitune.data.prepare import PreparedData, prepare_data
+from phitune.data.prepare import PreparedData, facts_of, prepare_data
 from phitune.data.tokenizer import TextTokenizer
-from phitune.errors import OutOfMemoryError
+from phitune.errors import (
+    CheckpointError,
+    Interrupted,
+    NonFiniteError,
+    OutOfMemoryError,
+    SavedAdapterError,
+)
+from phitune.export.card import write_adapter_card
+from phitune.inference.answers import sample_answers
+from phitune.inference.evaluate import evaluate_at_end
+from phitune.inference.loaded import Answer
 from phitune.model.architecture import read_model_config
 from phitune.model.decoder import Decoder
 from phitune.model.device import (
     DTYPES,
     choose_device,
     choose_precision,
+    compile_seconds,
     device_name,
+    first_line,
+    give_back_memory,
+    guard_memory,
+    hold_reserve,
     is_out_of_memory,
+    release_freed_memory,
 )
 from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
 from phitune.model.files import EXAMPLE_DATASET, fetch_weights, find_model
-from phitune.model.lora import Adapter, LoraSpec, attach
+from phitune.model.lora import Adapter, LoraSpec, attach, compare_with_memory, save_adapter
 from phitune.model.targets import resolve_targets
 from phitune.model.weights import load_decoder, weights_fingerprint
 from phitune.plan.machine import FreeMemory, ProcessMemoryLimit, memory_budget
 from phitune.plan.memory import GIB, MemoryPlan
 from phitune.plan.plan import check_against_model, settle_memory, what_would_fit
-from phitune.run import Parts, TrainingRun
-from phitune.training.checkpoint import checkpoints_of
-from phitune.training.loop import Outcome
-from phitune.training.out_of_memory import first_line
-from phitune.training.progress import (
+from phitune.progress import (
+    Position,
     RunConsole,
+    answers_table,
     check_tracker,
     data_line,
     data_progress,
     memory_line,
     model_line,
+    open_trackers,
+    open_view,
     settings_lines,
     targets_line,
+    warning_lines,
 )
+from phitune.training.checkpoint import checkpoints_of
+from phitune.training.events import (
+    EpochEvaluated,
+    NumbersRefused,
+    Outcome,
+    RanOutOfMemory,
+)
+from phitune.training.interrupt import Stop, StopRequested, stop_signals
+from phitune.training.loop import fit, outcome_of, start_state
+from phitune.training.out_of_memory import dry_run, why_not_written
 from phitune.training.resume import (
     Provenance,
     Resumption,
@@ -63,10 +92,20 @@ from phitune.training.resume import (
     take_up,
     with_absolute_paths,
 )
-from phitune.training.rundir import CHECKPOINTS, check_output_dir, default_output_dir, run_lock
+from phitune.training.rundir import (
+    CHECKPOINTS,
+    RunDirectory,
+    check_output_dir,
+    default_output_dir,
+    run_lock,
+)
+from phitune.training.saver import Moment, Saver, moment_of
+from phitune.training.state import TrainingState, copy_of, restore
 
-# Of what is planned, so much makes up for the pieces that memory falls into where it is kept.
+# Freed memory is kept for speed where this share of the plan fits: what is kept is fragmented.
 _PLENTY = 1.25
+# Answers shown after each epoch; all of them are in samples.jsonl.
+_SAMPLES_SHOWN = 2
 
 
 @dataclass(frozen=True)
@@ -85,7 +124,8 @@ class Phi2LoRATrainer:
 
     Args:
         output_dir, dataset_path, model_name: as the flags of those names.
-        config: any other settings by name, or the path of a YAML file with them.
+        config: any other settings by name, the path of a YAML file with them, or settings that are
+            resolved already, as the command line has them.
 
     Raises:
         PhituneError: settings, data or model files that cannot be used.
@@ -96,47 +136,29 @@ class Phi2LoRATrainer:
         output_dir: str | Path | None = None,
         dataset_path: str | Path | None = None,
         model_name: str | None = None,
-        config: Mapping[str, Any] | str | Path | None = None,
+        config: Mapping[str, Any] | str | Path | Resolved | None = None,
     ) -> None:
+        self.console: Console = RunConsole(highlight=False)
         given = {
             "output_dir": output_dir,
             "dataset_path": dataset_path,
             "model_name": model_name,
         }
         arguments = {name: value for name, value in given.items() if value is not None}
-        config_path = Path(config) if isinstance(config, str | Path) else None
-        if isinstance(config, Mapping):
-            arguments = {**config, **arguments}
-        self._set_up(resolve(arguments, config_path, origin="argument"))
+        if isinstance(config, Resolved):
+            resolved = config
+        elif isinstance(config, Mapping):
+            resolved = resolve({**config, **arguments}, None, origin="argument")
+        else:
+            config_path = None if config is None else Path(config)
+            resolved = resolve(arguments, config_path, origin="argument")
 
-    @classmethod
-    def from_settings(cls, resolved: Resolved) -> "Phi2LoRATrainer":
-        """A trainer for settings that are resolved already, as the command line has them."""
-        trainer = cls.__new__(cls)
-        trainer._set_up(resolved)
-        return trainer
-
-    def _set_up(self, resolved: Resolved) -> None:
-        """Fills in what was left open, and finds the model's folder."""
-        self.console: Console = RunConsole(highlight=False)
         self._resumption = take_up(resolved)
         self._asked = with_absolute_paths(resolved)
         if self._resumption:
             resolved, self._asked = self._resumption.effective, self._resumption.asked
-        settings = resolved.settings
-        device = choose_device(settings.device)
-        chosen: dict[str, Any] = {}
-        if settings.output_dir is None:
-            chosen["output_dir"] = default_output_dir(
-                settings.model_name, settings.dataset_path or EXAMPLE_DATASET
-            )
-        if settings.device == "auto":
-            chosen["device"] = str(device)
-        if settings.precision == "auto":
-            chosen["precision"] = choose_precision(settings.precision, device)
-        self.resolved = resolved.choose(**chosen)
+        self.resolved = resolved.choose(**self._chosen(resolved.settings))
         self.settings = self.resolved.settings
-        assert self.settings.output_dir
         self._check_output_dir()
         check_tracker(self.settings.report_to)
         self.model_folder = find_model(self.settings.model_name)
@@ -153,21 +175,17 @@ class Phi2LoRATrainer:
         self._model: PreparedModel | None = None
 
     @property
-    def _dataset_path(self) -> Path:
-        return self.settings.dataset_path or EXAMPLE_DATASET
-
-    @property
     def device(self) -> torch.device:
         return torch.device(self.settings.device)
 
     def format_instruction(self, prompt: str, response: str) -> str:
-        """A row as text, the way the model sees it; the end token that follows is not shown."""
+        """A row as text, as the model sees it; the end token that follows is not shown."""
         turns = (Turn("user", prompt), Turn("assistant", response))
         segments = self.prompt_format.segments(turns)[:-1]
         return "".join(segment.text for segment in segments)
 
     def prepare_data(self) -> PreparedData:
-        """Reads, checks, splits and tokenises the rows.
+        """Reads, checks, splits and tokenizes the rows.
 
         Raises:
             DataError: every problem of the files at once.
@@ -181,7 +199,7 @@ class Phi2LoRATrainer:
         return data
 
     def prepare_model(self) -> PreparedModel:
-        """Loads the base, once, and puts the adapter on it."""
+        """Loads the base, once, and attaches the adapter to it."""
         if self._model is None:
             settings = self.settings
             torch.manual_seed(settings.seed)
@@ -204,77 +222,247 @@ class Phi2LoRATrainer:
 
         Raises:
             PhituneError: what cannot be used, or went wrong; its message says what to do.
-            KeyboardInterrupt: it was interrupted; what there was is saved.
+            KeyboardInterrupt: a signal stopped it; a checkpoint of where it was is written.
         """
         resumption = self._resumption
         if resumption and resumption.summary:
-            return self._finished_before(resumption)
+            return self._already_finished(resumption)
         with ExitStack() as held:
+            # One process per run directory. That of a new run is made only when the model is there.
             if resumption:
                 held.enter_context(run_lock(resumption.folder))
                 resumption.check_unchanged()
             self._check_output_dir()
+
+            # Data: read, checked, tokenized.
             data = self.prepare_data()
             check_before_training(self.settings, self._dataset_path, self.coder, data, self._say)
+
+            # Memory: what fits, by arithmetic.
             budget = memory_budget(self.device)
-            limit_on_process = held.enter_context(ProcessMemoryLimit(self.device.type))
+            process_limit = held.enter_context(ProcessMemoryLimit(self.device.type))
             plan = self._plan_memory(data, budget)
             self._show_settings(data)
             try:
+                # The model, and the engine that computes on it.
                 model, engine = self._load(plan, budget)
-                provenance = self._provenance(data, model, engine)
+                provenance = self._provenance(data, engine)
                 if not resumption:
-                    assert self.settings.output_dir
-                    held.enter_context(run_lock(self.settings.output_dir))
+                    held.enter_context(run_lock(self._output_dir))
                     self._check_output_dir()
-                parts = Parts(model.decoder, model.adapter, engine, self.coder, data)
-                run = TrainingRun(
-                    parts,
-                    self.resolved,
-                    provenance,
-                    resumption,
-                    limit_on_process,
-                    self.console,
-                    self._say,
-                )
-                return run.train()
-            except (RuntimeError, MemoryError, OutOfMemoryError) as error:
-                if not isinstance(error, OutOfMemoryError) and not is_out_of_memory(error):
-                    raise
-                why = first_line(error)
-            # Here nothing holds the tensors of what failed any more.
-            raise self._out_of_memory(why, data, budget.bytes)
 
-    def _out_of_memory(self, why: str, data: PreparedData, budget: int) -> OutOfMemoryError:
-        """The error that names the settings which would fit, as far as arithmetic can tell."""
-        device: Any = self.device.type
-        what = (self.settings, self.model_config, self.target_modules, data)
-        fitting = what_would_fit(*what, device, budget)
-        message = f"out of memory on {self.settings.device}: {why}\n{fitting}"
+                # Dry run: the largest micro-batch, a validation and a checkpoint must fit.
+                state = start_state(engine, model.adapter, len(data.train_rows), self.settings)
+                hold_reserve()
+                for tried in dry_run(engine, state, data, self.settings):
+                    if isinstance(tried, RanOutOfMemory):
+                        process_limit.renew()
+                        tried = replace(tried, step=self._steps_before)
+                        provenance = self._split_further(tried, provenance)
+                        self._warn(warning_lines(tried, data))
+                    else:
+                        self._say(str(tried))
+                release_freed_memory()  # Threads and small things come next.
+
+                # The run directory: emptied, or as it was at the checkpoint.
+                run = RunDirectory(self._output_dir, self._say)
+                if resumption:
+                    run.repair()
+                else:
+                    run.empty()
+                facts = facts_of(data)  # Now, while the files are what was read.
+                if resumption:
+                    state.load(resumption.state["progress"], resumption.files)
+                    resumption.files.clear()  # Three or four times the adapter.
+                with stop_signals(self._say) as stop:
+                    if resumption:
+                        self._rewind(resumption, run, state)
+                    run.write_config(to_yaml(with_absolute_paths(self.resolved)))
+
+                    # Training: each event is shown, written, and saved when a checkpoint is due.
+                    prompts = self._sample_prompts(data)
+                    base_samples, is_adapter_saved = self._base_samples(run, prompts), True
+                    refused: NumbersRefused | None = None
+                    view = open_view(self.console)
+                    first_step = state.step + 1 if resumption else 0
+                    trackers = open_trackers(self.settings.report_to, run.path, first_step)
+                    view.start(*self._positions(state, data))
+                    saver = self._saver(run)
+                    try:
+                        for event in fit(engine, state, data, self.settings):
+                            with stop.showing():
+                                view.show(event)
+                                self._warn(warning_lines(event, data))
+                            samples: list[Answer] = []
+                            if isinstance(event, RanOutOfMemory):
+                                process_limit.renew()
+                                provenance = self._split_further(event, provenance, run)
+                            elif isinstance(event, NumbersRefused) and event.gives_up:
+                                refused = event
+                                if not event.numbers.is_validation:
+                                    # Before it is written down: a resumed run meets it again.
+                                    self._save(saver, state, "end", provenance)
+                            elif isinstance(event, EpochEvaluated):
+                                if event.is_best:
+                                    is_adapter_saved = self._try_to_save_adapter(run)
+                                samples = self._samples(data, stop)
+                                if stop.requested:
+                                    break
+                                base_samples = base_samples if event.epoch else samples
+                            run.write(event, data)
+                            for tracker in trackers:
+                                tracker.log(event)
+                            if isinstance(event, EpochEvaluated):
+                                run.write_samples(event.epoch, prompts, samples)
+                            with stop.showing():
+                                shown = samples[:_SAMPLES_SHOWN]
+                                view.show_samples(prompts[: len(shown)], shown)
+                            if moment := moment_of(event):
+                                self._save(saver, state, moment, provenance)
+                            # What is written of an epoch counts only once the state counts it.
+                            is_written = isinstance(event, EpochEvaluated)
+                            if stop.requested and not (is_written or refused):
+                                break
+                        if not refused:
+                            self._save(saver, state, "end", provenance)
+                    except OutOfMemoryError:
+                        self._save(saver, state, "end", provenance)
+                        raise
+                    finally:
+                        with stop.showing():
+                            view.close()
+                        for tracker in trackers:
+                            tracker.close()
+                    if refused:
+                        raise self._non_finite(refused, state, run)
+                    state.restore_best()
+                    outcome = outcome_of(state, self.settings)
+                    give_back_memory(engine.device)  # What comes now needs other pieces of it.
+                    self._complete_files(run, is_adapter_saved=is_adapter_saved)
+                compare_with_memory(model.adapter, run.adapter)
+
+                # Results: answers and evaluation of the best adapter, its card, the summary.
+                if compiling := compile_seconds():
+                    self._say(f"torch_compile: {compiling:.1f} s of it were spent on compiling")
+                seconds = saver.training_seconds
+                tuned = [] if outcome.interrupted else self._samples(data)
+                summary = {
+                    **asdict(outcome),
+                    "seconds": round(seconds, 3),
+                    "data": facts,
+                    "changes": provenance.changes,
+                    "trainable_parameters": model.adapter.num_parameters,
+                    "answers": [
+                        {"prompt": prompt, "base": old.text, "tuned": new.text}
+                        for prompt, old, new in zip(prompts, base_samples, tuned, strict=False)
+                    ],
+                    "answers_stopped_by_themselves": sum(answer.stopped for answer in tuned),
+                }
+                evaluation: list[str] = []
+                if not outcome.interrupted:
+                    evaluation = evaluate_at_end(
+                        self.settings,
+                        model.decoder,
+                        model.adapter,
+                        self.coder,
+                        data,
+                        outcome,
+                        run,
+                    )
+                write_adapter_card(run.path, summary)
+                run.write_summary(summary)  # Last: a run that has one is finished.
+                if tuned and base_samples:
+                    self.console.print()
+                    self.console.print(answers_table(prompts, base_samples, tuned))
+                self._show_results(outcome, run, tuned, seconds)
+                for line in evaluation:
+                    self._say(line)
+                if saver.problem:
+                    raise CheckpointError(
+                        f"the last checkpoint could not be written: {saver.problem}; the adapter"
+                        f" is complete: {run.adapter}"
+                    )
+                if outcome.interrupted:
+                    raise self._interrupted(stop, state)
+                return outcome
+            except (RuntimeError, MemoryError, OutOfMemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = first_line(error)
+            # Only here, behind the clause, nothing holds the tensors of what failed any more.
+            raise self._out_of_memory(reason, data, budget.bytes)
+
+    # ---------------------------------------------------------------------------------------------
+    # Before training.
+
+    @property
+    def _output_dir(self) -> Path:
         assert self.settings.output_dir
-        if checkpoints_of(self.settings.output_dir / CHECKPOINTS):
-            message += (
-                "\nWith more memory it goes on where it was: phitune train --resume"
-                f" {shlex.quote(str(self.settings.output_dir))}"
+        return self.settings.output_dir
+
+    @property
+    def _dataset_path(self) -> Path:
+        return self.settings.dataset_path or EXAMPLE_DATASET
+
+    @property
+    def _steps_before(self) -> int:
+        """Optimizer steps that a resumed run has done already."""
+        return self._resumption.state["progress"]["step"] if self._resumption else 0
+
+    @property
+    def _resume_command(self) -> str:
+        return f"phitune train --resume {shlex.quote(str(self._output_dir))}"
+
+    @staticmethod
+    def _chosen(settings: Settings) -> dict[str, Any]:
+        """What the settings leave open and does not depend on the data, by name."""
+        device = choose_device(settings.device)
+        chosen: dict[str, Any] = {}
+        if settings.output_dir is None:
+            chosen["output_dir"] = default_output_dir(
+                settings.model_name, settings.dataset_path or EXAMPLE_DATASET
             )
-        return OutOfMemoryError(message)
+        if settings.device == "auto":
+            chosen["device"] = str(device)
+        if settings.precision == "auto":
+            chosen["precision"] = choose_precision(settings.precision, device)
+        return chosen
 
     def _check_output_dir(self) -> None:
-        settings = self.settings
-        assert settings.output_dir
         if not self._resumption:
-            resuming = settings.resume is not None
-            check_output_dir(settings.output_dir, overwrite=settings.overwrite, resuming=resuming)
+            resuming = self.settings.resume is not None
+            check_output_dir(self._output_dir, overwrite=self.settings.overwrite, resuming=resuming)
 
-    def _finished_before(self, resumption: Resumption) -> Outcome:
+    def _already_finished(self, resumption: Resumption) -> Outcome:
         assert resumption.summary
         names = [field.name for field in fields(Outcome)]
         outcome = Outcome(**{name: resumption.summary[name] for name in names})
         self._say(
-            f"{resumption.folder}: this run is finished ({outcome.ended}, {outcome.steps} steps);"
-            f" nothing is left to do. For more: --resume {resumption.folder} --resume_with epochs=N"
+            f"{resumption.folder}: this run is finished ({outcome.ended}, {outcome.steps} steps),"
+            f" there is nothing left to do. To train it longer: --resume {resumption.folder}"
+            " --resume_with epochs=N"
         )
         return outcome
+
+    def _plan_memory(self, data: PreparedData, budget: FreeMemory) -> MemoryPlan:
+        """Settles the batch size and the recomputed layers; returns the plan that follows."""
+        device: Any = self.device.type
+        settings = self.settings
+        chosen, plan = settle_memory(
+            settings, self.model_config, self.target_modules, data, budget.bytes, device
+        )
+        self._take(self.resolved.choose(**chosen))
+        if settings.batch_size not in ("auto", self.settings.batch_size):
+            self._say(
+                f"memory: batch_size {settings.batch_size} does not fit"
+                f" {budget.bytes / GIB:.2f} GiB ({budget.source}); training uses"
+                f" {self.settings.batch_size} x {self.settings.gradient_accumulation_steps} rows,"
+                " the same effective batch"
+            )
+        return plan
+
+    def _take(self, resolved: Resolved) -> None:
+        self.resolved, self.settings = resolved, resolved.settings
 
     def _show_settings(self, data: PreparedData) -> None:
         self.console.print("[bold]Settings[/]")
@@ -289,20 +477,33 @@ class Phi2LoRATrainer:
         model = self.prepare_model()
         seconds = time.perf_counter() - started
         self._say(model_line(model.decoder, model.adapter, self.settings, seconds))
-        # The plan follows the fused engine's buffers and says nothing of autograd's.
+        # The plan follows the fused engine's buffers and knows nothing of autograd's.
         if self.settings.engine == "fused":
             self._say(memory_line(plan, budget))
-        has_plenty = _PLENTY * plan.bytes <= budget.bytes
-        engine = self._build_engine(model.decoder, keep_freed=has_plenty)
+        engine = self._build_engine(model.decoder, keep_freed=_PLENTY * plan.bytes <= budget.bytes)
         for name, choice in engine.choices.items():
             self._say(f"{name}: {choice}")
         return model, engine
 
-    def _provenance(self, data: PreparedData, model: PreparedModel, engine: Engine) -> Provenance:
-        """What this run is made of; of one that goes on, held against what it was made of.
+    def _build_engine(self, decoder: Decoder, *, keep_freed: bool) -> Engine:
+        settings = self.settings
+        layers = settings.recompute_layers
+        count = self.model_config.num_hidden_layers if layers == "all" else layers or 0
+        if settings.engine == "reference":
+            return ReferenceEngine(decoder, count, torch_compile=settings.torch_compile)
+        return FusedEngine(
+            decoder,
+            settings.lora_dropout,
+            count,
+            torch_compile=settings.torch_compile,
+            keep_freed=keep_freed,
+        )
+
+    def _provenance(self, data: PreparedData, engine: Engine) -> Provenance:
+        """What this run is made of; compared with the checkpoint's where it is resumed.
 
         Raises:
-            ResumeError: data or base model are not what they were.
+            ResumeError: the data or the base model changed.
         """
         now = Provenance(
             with_absolute_paths(self.resolved),
@@ -322,37 +523,203 @@ class Phi2LoRATrainer:
         torch.set_num_threads(threads)
         return self._resumption.going_on(now, threads)
 
-    def _plan_memory(self, data: PreparedData, budget: FreeMemory) -> MemoryPlan:
-        """Settles the batch size and the recomputed layers, by the plan that follows."""
-        device: Any = self.device.type
-        settings = self.settings
-        chosen, plan = settle_memory(
-            settings, self.model_config, self.target_modules, data, budget.bytes, device
-        )
-        self.resolved = self.resolved.choose(**chosen)
-        self.settings = self.resolved.settings
-        if settings.batch_size not in ("auto", self.settings.batch_size):
-            self._say(
-                f"memory: batch_size {settings.batch_size} does not fit"
-                f" {budget.bytes / GIB:.2f} GiB, of what is {budget.source}; training takes"
-                f" {self.settings.batch_size} x {self.settings.gradient_accumulation_steps} rows,"
-                " the same effective batch"
-            )
-        return plan
+    def _rewind(self, resumption: Resumption, run: RunDirectory, state: TrainingState) -> None:
+        """Removes what was written after the checkpoint: the run is as it was then."""
+        self._warn([*resumption.notes, *run.rewind(resumption.state["logs"])])
+        resumption.set_damaged_aside()
+        self._put_back_adapter(state.best, run)
+        self._say(f"resuming from {resumption.checkpoint}: step {state.step} is done")
 
-    def _build_engine(self, decoder: Decoder, *, keep_freed: bool) -> Engine:
-        settings = self.settings
-        layers = settings.recompute_layers
-        count = self.model_config.num_hidden_layers if layers == "all" else layers or 0
-        if settings.engine == "reference":
-            return ReferenceEngine(decoder, count, torch_compile=settings.torch_compile)
-        return FusedEngine(
-            decoder,
-            settings.lora_dropout,
-            count,
-            torch_compile=settings.torch_compile,
-            keep_freed=keep_freed,
+    def _put_back_adapter(self, best: dict[str, Tensor], run: RunDirectory) -> None:
+        """Makes the adapter on disk the best one of the checkpoint again, or removes it."""
+        if not best:
+            run.remove_adapter()
+            return
+        adapter = self.prepare_model().adapter
+        now = copy_of(adapter)
+        restore(adapter, best)
+        try:
+            compare_with_memory(adapter, run.adapter)
+        except SavedAdapterError:
+            self._save_adapter(run)
+        finally:
+            restore(adapter, now)
+
+    def _positions(self, state: TrainingState, data: PreparedData) -> tuple[Position, Position]:
+        """Where the run ends, and where it is."""
+        rows, epochs = len(data.train_rows), self.settings.epochs
+        total = Position(epochs * state.steps_per_epoch, epochs * rows)
+        return total, Position(state.step, state.rows_seen(rows, self.settings))
+
+    def _saver(self, run: RunDirectory) -> Saver:
+        if resumption := self._resumption:
+            seconds, checkpoint = resumption.state["seconds"], resumption.checkpoint.name
+            return Saver(run, self.settings, seconds, checkpoint)
+        return Saver(run, self.settings)
+
+    # ---------------------------------------------------------------------------------------------
+    # While training.
+
+    def _split_further(
+        self, event: RanOutOfMemory, provenance: Provenance, run: RunDirectory | None = None
+    ) -> Provenance:
+        """After memory ran out: the settings that the run has from now on, also in config.yaml."""
+        if event.now == event.then:
+            return provenance
+        rows = self.settings.rows_per_step
+        then, now = event.then.settings(rows), event.now.settings(rows)
+        self._take(self.resolved.choose(**dict(now.items() - then.items())))
+        if run:
+            try:
+                run.write_config(to_yaml(with_absolute_paths(self.resolved)))
+            except OSError as error:
+                self._warn([f"config.yaml cannot be written: {error.strerror or error}"])
+        return provenance.after(event, self.resolved)
+
+    def _save(
+        self, saver: Saver, state: TrainingState, moment: Moment, provenance: Provenance
+    ) -> None:
+        if saver.is_due(state, moment) and (warning := saver.save(state, provenance)):
+            self._say(warning)
+
+    def _save_adapter(self, run: RunDirectory) -> None:
+        """Replaces the run's adapter by the one in training, ready for PEFT and for servers."""
+        adapter = self.prepare_model().adapter
+
+        def write(folder: Path) -> None:
+            # The adapter names its base so that it means the same from any folder.
+            base = with_absolute_paths(self.resolved).settings.model_name
+            save_adapter(adapter, folder, base)
+            self.coder.save(folder)
+
+        run.replace_adapter(write)
+
+    def _try_to_save_adapter(self, run: RunDirectory) -> bool:
+        """Whether it could be written; if not, it is tried again at the end."""
+        try:
+            self._save_adapter(run)
+        except (OSError, MemoryError, RuntimeError) as error:
+            self._warn(
+                [
+                    f"{run.adapter}: cannot be written: {why_not_written(error)}; training"
+                    " continues, and it is tried again"
+                ]
+            )
+            return False
+        return True
+
+    def _sample_prompts(self, data: PreparedData) -> list[str]:
+        """The prompts that are answered after each epoch; none where `sample_tokens` is 0."""
+        return [prompt.text for prompt in data.sample_prompts if self.settings.sample_tokens]
+
+    def _samples(self, data: PreparedData, stop: Stop | None = None) -> list[Answer]:
+        """Answers to the sample prompts; none where there is no memory for them, or on a stop."""
+        limit, decoder = self.settings.sample_tokens, self.prepare_model().decoder
+        if not limit:
+            return []
+        prompts = [prompt.ids for prompt in data.sample_prompts]
+        check = stop.check if stop else lambda: None
+        try:
+            return guard_memory(
+                lambda: sample_answers(decoder, self.coder, prompts, limit, check), self.device
+            )
+        except StopRequested:
+            return []
+        except OutOfMemoryError:
+            self._warn(["there is no memory for the answers to the sample prompts; skipped"])
+            return []
+
+    def _base_samples(self, run: RunDirectory, prompts: list[str]) -> list[Answer]:
+        """The base model's answers that an earlier process of this run wrote."""
+        lines = run.samples(epoch=0)
+        if [line["prompt"] for line in lines] != prompts:
+            return []
+        return [Answer(line["answer"], (), line["stopped"]) for line in lines]
+
+    # ---------------------------------------------------------------------------------------------
+    # After training.
+
+    def _complete_files(self, run: RunDirectory, *, is_adapter_saved: bool) -> None:
+        """Writes what waited for the disk.
+
+        Raises:
+            CheckpointError: the disk is still full or gone, so this is no success.
+        """
+        try:
+            if not is_adapter_saved or not run.adapter.exists():
+                self._save_adapter(run)
+            run.lengths()
+        except OSError as error:
+            raise CheckpointError(
+                f"{run.path}: the results cannot be written: {error.strerror or error}; free some"
+                f" disk space, then resume from the last checkpoint with: {self._resume_command}"
+            ) from None
+
+    def _show_results(
+        self,
+        outcome: Outcome,
+        run: RunDirectory,
+        tuned: list[Answer],
+        seconds: float,
+    ) -> None:
+        if unstopped := sum(not answer.stopped for answer in tuned):
+            self._say(
+                f"warning: {unstopped} of {len(tuned)} answers did not stop by themselves within"
+                f" {self.settings.sample_tokens} tokens"
+            )
+        first, best = outcome.first_validation_loss, outcome.best_validation_loss
+        figures, which = "", ""
+        if first is not None and best is not None:
+            figures, which = f", validation loss {first:.4f} -> {best:.4f}", " (the best)"
+        duration = datetime.timedelta(seconds=round(seconds))
+        self._say(
+            f"{outcome.ended}: {outcome.steps} steps in {duration}{figures}\n"
+            f"adapter of step {outcome.best_step}{which}: {run.adapter}"
         )
+
+    def _interrupted(self, stop: Stop, state: TrainingState) -> Interrupted:
+        steps = self.settings.epochs * state.steps_per_epoch
+        return stop.interrupted(
+            f"interrupted by {stop.signal} after step {state.step} of {steps}; resume with:"
+            f" {self._resume_command}"
+        )
+
+    def _non_finite(
+        self, refused: NumbersRefused, state: TrainingState, run: RunDirectory
+    ) -> NonFiniteError:
+        """The error for numbers that stopped being finite, with the adapter at its best on disk."""
+        if not refused.numbers.is_validation:
+            state.restore_best()
+        if not run.adapter.exists():
+            self._save_adapter(run)
+        remedy = (
+            f"\nThe last good adapter is in {run.adapter}. Look at the rows that are named, try"
+            " --precision fp32"
+        )
+        if checkpoints_of(run.checkpoints):
+            rate = self.settings.learning_rate / 2
+            remedy += (
+                ", or resume from before it with half the learning rate:"
+                f" {self._resume_command} --resume_with learning_rate={rate:g}"
+            )
+        else:  # Nothing was learnt yet.
+            remedy += ", or download the model's files again"
+        return NonFiniteError(f"{refused.numbers}{remedy}")
+
+    def _out_of_memory(self, reason: str, data: PreparedData, budget: int) -> OutOfMemoryError:
+        """The error that names the settings which would fit, as far as arithmetic can tell."""
+        device: Any = self.device.type
+        fitting = what_would_fit(
+            self.settings, self.model_config, self.target_modules, data, device, budget
+        )
+        message = f"out of memory on {self.settings.device}: {reason}\n{fitting}"
+        if checkpoints_of(self._output_dir / CHECKPOINTS):
+            message += f"\nWith more memory it can be resumed: {self._resume_command}"
+        return OutOfMemoryError(message)
+
+    def _warn(self, lines: list[str]) -> None:
+        for line in lines:
+            self._say(f"warning: {line}")
 
     def _say(self, text: str) -> None:
         # A log keeps its lines whole; a terminal breaks them between words.

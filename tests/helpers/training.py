@@ -1,39 +1,120 @@
-"""What the loop reported, and an adapter as bytes."""
+"""Training without a run directory: what the loop yields, kept, and an adapter as bytes."""
 
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from phitune.config import Settings
+from phitune.data.tokenizer import TokenizedExample
+from phitune.errors import NonFiniteError, OutOfMemoryError
+from phitune.model.engine import Engine
 from phitune.model.lora import Adapter
-from phitune.training.loop import BadNumbers, Evaluation, StepMetrics
-from phitune.training.loop import Events as LoopEvents
-from phitune.training.out_of_memory import Shortage
+from phitune.training.events import (
+    EpochEvaluated,
+    Evaluation,
+    Event,
+    LossSpike,
+    MicroBatchDone,
+    NonFinite,
+    NumbersRefused,
+    Outcome,
+    RanOutOfMemory,
+    StepDone,
+    StepMetrics,
+    Validating,
+)
+from phitune.training.loop import fit, outcome_of, start_state
+from phitune.training.saver import moment_of
+from phitune.training.state import TrainingState, as_bytes
+
+
+@dataclass(frozen=True)
+class Data:
+    """The two halves of the data, as lists."""
+
+    train_rows: Sequence[TokenizedExample]
+    validation_rows: Sequence[TokenizedExample] = ()
 
 
 @dataclass
-class Events(LoopEvents):
+class Recorded:
+    """The events of a run by their kind."""
+
     steps: list[StepMetrics] = field(default_factory=list)
+    spikes: list[LossSpike] = field(default_factory=list)
     evaluations: list[tuple[Evaluation | None, bool]] = field(default_factory=list)
-    refused: list[BadNumbers] = field(default_factory=list)
-    shortages: list[Shortage] = field(default_factory=list)
-    sequences: int = 0
-    evaluated: tuple[int, int] = (0, 0)
+    refused: list[NonFinite] = field(default_factory=list)
+    out_of_memory: list[RanOutOfMemory] = field(default_factory=list)
+    rows: int = 0
+    validated: tuple[int, int] = (0, 0)
 
-    def micro_batch_done(self, sequences: int) -> None:
-        self.sequences += sequences
+    def add(self, event: Event) -> None:
+        match event:
+            case MicroBatchDone(rows):
+                self.rows += rows
+            case StepDone(metrics, spike):
+                self.steps.append(metrics)
+                self.spikes += [spike] if spike else []
+            case NumbersRefused(numbers):
+                self.refused.append(numbers)
+            case RanOutOfMemory():
+                self.out_of_memory.append(event)
+            case Validating(done, rows):
+                self.validated = done, rows
+            case EpochEvaluated(_, evaluation, is_best):
+                self.evaluations.append((evaluation, is_best))
 
-    def step_done(self, metrics: StepMetrics) -> None:
-        self.steps.append(metrics)
 
-    def numbers_refused(self, bad: BadNumbers) -> None:
-        self.refused.append(bad)
+@dataclass
+class Training:
+    """A training of some rows, that may be stopped after any event."""
 
-    def memory_ran_out(self, shortage: Shortage) -> None:
-        self.shortages.append(shortage)
+    engine: Engine
+    adapter: Adapter
+    data: Data
+    settings: Settings
+    recorded: Recorded = field(default_factory=Recorded)
+    saved: list[tuple[str, int, int]] = field(default_factory=list)  # moment, step, bad steps
 
-    def evaluating(self, done: int, sequences: int) -> None:
-        self.evaluated = done, sequences
+    def __post_init__(self) -> None:
+        rows = len(self.data.train_rows)
+        self.state: TrainingState = start_state(self.engine, self.adapter, rows, self.settings)
 
-    def epoch_done(self, epoch: int, evaluation: Evaluation | None, *, is_best: bool) -> None:
-        self.evaluations.append((evaluation, is_best))
+    def run(self, stop: Callable[[Event], bool] = lambda event: False) -> Outcome:
+        """To the end, with the adapter at its best, or to the event after which it is to stop.
+
+        A training that was stopped is left in the state that it has then.
+        """
+        refused: NonFinite | None = None
+        try:
+            for event in fit(self.engine, self.state, self.data, self.settings):
+                if isinstance(event, NumbersRefused) and event.gives_up:
+                    refused = event.numbers
+                    if not refused.is_validation:
+                        self._save("end")
+                self.recorded.add(event)
+                if moment := moment_of(event):
+                    self._save(moment)
+                if stop(event):
+                    return outcome_of(self.state, self.settings)
+        except OutOfMemoryError:
+            self._save("end")
+            raise
+        if refused:
+            self.state.restore_best()
+            raise NonFiniteError(str(refused))
+        self.state.restore_best()
+        return outcome_of(self.state, self.settings)
+
+    def _save(self, moment: str) -> None:
+        self.saved.append((moment, self.state.step, self.state.bad_steps))
+
+
+def snapshot(state: TrainingState) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """What a checkpoint holds of a state: numbers that went through JSON, and files."""
+    numbers = json.loads(json.dumps(state.numbers()))
+    return numbers, {name: as_bytes(tensors) for name, tensors in state.tensors()}
 
 
 def bytes_of(adapter: Adapter) -> bytes:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.rows import open_decoder, random_rows
-from helpers.training import Events, bytes_of
+from helpers.training import Data, Training, bytes_of
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
@@ -21,7 +21,7 @@ from phitune.model.files import ASSETS
 from phitune.model.lora import Adapter, LoraSpec, attach
 from phitune.model.targets import resolve_targets
 from phitune.training import loop
-from phitune.training.loop import RECENT, train, usual_loss
+from phitune.training.loop import RECENT, usual_loss
 from phitune.training.state import gradient_norm
 
 ROWS = random_rows([9, 12, 5, 20, 7, 11])
@@ -58,8 +58,8 @@ def test_the_row_that_is_at_fault_is_named_and_its_step_left_out(
         lora_dropout=0,
         nonfinite_patience=3,
     )
-    events = Events()
-    outcome = train(engine, adapter, rows, [], settings, events)
+    training = Training(engine, adapter, Data(rows), settings)
+    outcome, events = training.run(), training.recorded
     assert outcome.steps == 12 // rows_a_step
     assert [bad.rows for bad in events.refused] == [(BAD,), (BAD,)]
     assert all(bad.alone and bad.tried == rows_a_step for bad in events.refused)
@@ -72,19 +72,15 @@ def test_patience_counts_steps_in_a_row(phi_folder: Path) -> None:
     """Every step is bad: the third is one too many; the state is saved as it was before it."""
     engine, adapter = prepared(phi_folder)
     engine.decoder.layers[1].linears["dense"].weight[0, 0] = math.nan  # type: ignore[index, union-attr]
-    before, saved, events = bytes_of(adapter), [], Events()
+    before = bytes_of(adapter)
     settings = Settings(
         epochs=2, batch_size=1, gradient_accumulation_steps=1, lora_dropout=0, nonfinite_patience=3
     )
-
-    def save(state: Any, moment: str) -> float:
-        saved.append((moment, state.step, state.bad_steps))
-        return 0.0
-
+    training = Training(engine, adapter, Data(ROWS), settings)
     with pytest.raises(NonFiniteError, match=r"step 3: the loss is nan .* not applied"):
-        train(engine, adapter, ROWS, [], settings, events, save=save)
-    assert [bad.step for bad in events.refused] == [1, 2, 3]
-    assert saved[-1] == ("end", 2, 2)
+        training.run()
+    assert [bad.step for bad in training.recorded.refused] == [1, 2, 3]
+    assert training.saved[-1] == ("end", 2, 2)
     assert bytes_of(adapter) == before
 
 
@@ -101,19 +97,21 @@ def test_a_gradient_that_is_not_finite_is_refused_too(
 
     monkeypatch.setattr(loop, "gradient_norm", sometimes_infinite)
     settings = Settings(epochs=1, batch_size=2, gradient_accumulation_steps=1, lora_dropout=0)
+    training = Training(engine, adapter, Data(ROWS), settings)
     with pytest.raises(NonFiniteError, match=r"step 2: the loss is \d.* gradient norm inf"):
-        train(engine, adapter, ROWS, [], settings, events := Events())
-    (bad,) = events.refused
+        training.run()
+    (bad,) = training.recorded.refused
     assert not bad.alone
     assert len(bad.rows) == bad.tried == 2
-    assert "None of the 2 rows that were tried does that by itself" in bad.whose
+    assert "None of the 2 rows that were tried is non-finite by itself" in bad.heading
 
 
 def test_a_validation_row_that_is_at_fault_is_named(phi_folder: Path) -> None:
     engine, adapter, rows = with_one_bad_row(phi_folder)
+    training = Training(engine, adapter, Data(random_rows([8]), rows), Settings(epochs=1))
     with pytest.raises(NonFiniteError, match="step 0: the validation loss is nan"):
-        train(engine, adapter, random_rows([8]), rows, Settings(epochs=1), events := Events())
-    (bad,) = events.refused
+        training.run()
+    (bad,) = training.recorded.refused
     assert bad.is_validation
     assert bad.rows == (BAD,)
     assert bad.tried == len(rows)
@@ -125,19 +123,20 @@ def test_a_broken_model_is_not_held_against_every_row_of_a_long_validation(
     engine, adapter = prepared(phi_folder)
     engine.decoder.layers[1].linears["dense"].weight[0, 0] = math.nan  # type: ignore[index, union-attr]
     rows = random_rows([8] * 50)
+    training = Training(engine, adapter, Data(ROWS, rows), Settings(epochs=1))
     with pytest.raises(NonFiniteError, match="the validation loss is nan"):
-        train(engine, adapter, ROWS, rows, Settings(epochs=1), events := Events())
-    (bad,) = events.refused
+        training.run()
+    (bad,) = training.recorded.refused
     assert bad.tried == len(bad.rows) == 20
-    assert "look at the model" in bad.whose
+    assert "look at the model" in bad.heading
 
 
-def test_a_loss_leaps_where_it_stands_out_of_the_noise() -> None:
+def test_a_loss_spike_stands_out_of_the_noise() -> None:
     steady = [2.0 + 0.1 * math.sin(step) for step in range(RECENT)]
     assert usual_loss(steady, 2.2) is None
     assert usual_loss(steady, 5.0) == pytest.approx(2.0, abs=0.1)
     assert usual_loss(steady[: RECENT // 2 - 1], 5.0) is None  # Too early to tell.
-    assert usual_loss([1.0] * RECENT, 1.4) is None  # No noise, but no leap either.
+    assert usual_loss([1.0] * RECENT, 1.4) is None  # No noise, but no spike either.
     assert usual_loss([0.001] * RECENT, 0.09) is None  # Next to nothing.
     noisy = [1.0, 3.0] * (RECENT // 2)
     assert usual_loss(noisy, 5.0) is None
@@ -194,13 +193,14 @@ def test_a_bad_row_is_named_by_its_line_and_the_run_can_go_on(
     assert bad[0]["not_finite"] == {"loss": "nan", "grad_norm": "nan"}
 
 
-def test_a_loss_that_leaps_is_reported_with_its_rows(
+def test_a_loss_spike_is_reported_with_its_rows(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_rows([*["Hello."] * 39, "xq zj kv wq zx jq vk qz xj zk"])
     assert main(f"{LINE} --model_name tiny-phi-2 --epochs 2 --learning_rate 2e-3".split()) == 0
-    assert "the loss leapt to" in capsys.readouterr().out
-    leaps = [line for line in lines_of(place / "run") if "leapt" in line]
-    assert leaps
-    assert leaps[0]["rows"] == ["rows.jsonl:40"]
-    assert all(line["leapt"]["loss"] > 1.5 * line["leapt"]["usual"] for line in leaps)
+    assert "loss spike: " in capsys.readouterr().out
+    spikes = [line for line in lines_of(place / "run") if "loss_spike" in line]
+    assert spikes
+    assert spikes[0]["rows"] == ["rows.jsonl:40"]
+    numbers = [line["loss_spike"] for line in spikes]
+    assert all(each["loss"] > 1.5 * each["usual"] for each in numbers)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.rows import open_decoder, random_rows
+from helpers.training import Data, Training
 from safetensors.torch import load
 
 from phitune.config import Settings
@@ -28,9 +29,8 @@ from phitune.training.checkpoint import (
     remove_older,
     write_checkpoint,
 )
-from phitune.training.loop import Events, start_state, train
 from phitune.training.saver import Schedule
-from phitune.training.state import TrainingState, as_bytes
+from phitune.training.state import as_bytes
 
 CASES = 300
 
@@ -44,26 +44,15 @@ def files(phi_folder: Path) -> dict[str, bytes]:
     settings = Settings(epochs=2, batch_size=1, gradient_accumulation_steps=2, lora_dropout=0.1)
     rows = random_rows([5, 9, 7])
     engine = FusedEngine(decoder, 0.1)
-    state = start_state(engine, adapter, len(rows), settings)
-    kept: dict[str, bytes] = {}
-
-    def save(state: TrainingState, moment: str) -> float:
-        if moment == "end":
-            kept.update({name: as_bytes(tensors) for name, tensors in state.tensors()})
-            kept["state.json"] = json.dumps(state.numbers(), indent=1).encode()
-        return 0.0
-
-    class Silent(Events):
-        pass
-
-    asked = iter(range(100))
-    train(engine, adapter, rows, [], settings, Silent(), lambda: next(asked) == 4, state, save)
+    training = Training(engine, adapter, Data(rows), settings)
+    training.run(stop=lambda event: training.state.name == "step-000003-row-1")
+    kept = {name: as_bytes(tensors) for name, tensors in training.state.tensors()}
+    kept["state.json"] = json.dumps(training.state.numbers(), indent=1).encode()
     assert set(kept) == {
         "adapter.safetensors",
         "best.safetensors",
         "gradients.safetensors",
         "optimizer.safetensors",
-        "random.safetensors",
         "state.json",
     }
     return kept

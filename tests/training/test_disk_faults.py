@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 from disk_faults import fill, make_room, small_disk
 
+from phitune.inference.loaded import Answer
 from phitune.training.checkpoint import LineFile
-from phitune.training.rundir import METRICS, RunDirectory
+from phitune.training.rundir import SAMPLES, RunDirectory
 
 RUNS = int(os.environ.get("PHITUNE_DISK_RUNS", "5"))
 PROGRAM = Path(__file__).parents[2] / "benchmarks" / "disk_faults.py"
+
+SHORT, LONG = Answer("!", (1,), True), Answer("x" * 20_000, (1,), False)
 
 
 @pytest.fixture
@@ -58,11 +61,12 @@ def test_lines_wait_for_room_and_none_is_torn(disk: Path) -> None:
 
 def test_a_checkpoint_is_not_written_while_lines_are_missing(disk: Path) -> None:
     run = RunDirectory(disk / "run")
-    run.append_metrics({"step": 1})
-    assert run.lengths()[METRICS] == {"bytes": 12, "lines": 1}
+    run.empty()
+    run.write_samples(0, ["?"], [SHORT])
+    assert run.lengths()[SAMPLES]["lines"] == 1
     fill(disk)
-    run.append_metrics({"step": 2, "note": "x" * 20_000})
+    run.write_samples(1, ["?"], [LONG])
     with pytest.raises(OSError, match="No space"):
         run.lengths()
     make_room(disk)
-    assert run.lengths()[METRICS]["lines"] == 2
+    assert run.lengths()[SAMPLES]["lines"] == 2

@@ -19,7 +19,7 @@ from phitune.training.rundir import LOCK, check_output_dir, refuse_if_held, run_
 HOLDER = """
 import sys, time
 from pathlib import Path
-from phitune.training.lock import run_lock
+from phitune.training.rundir import run_lock
 with run_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

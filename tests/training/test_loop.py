@@ -1,6 +1,5 @@
 """The loop: the same losses as torch's own parts, the same bytes twice, nothing bad kept."""
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.rows import open_decoder, random_rows, relative
-from helpers.training import Events, bytes_of
+from helpers.training import Data, Recorded, Training, bytes_of
 
 from phitune.config import Settings
 from phitune.data.dataset import read_examples
@@ -20,8 +19,7 @@ from phitune.errors import NonFiniteError
 from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
 from phitune.model.lora import Adapter, LoraSpec, attach
 from phitune.model.targets import resolve_targets
-from phitune.training import loop
-from phitune.training.loop import Evaluation, Outcome, evaluate, train
+from phitune.training.events import EpochEvaluated, Event, Outcome
 from phitune.training.state import learning_rate_at
 
 
@@ -30,7 +28,7 @@ def run(
     rows: Sequence[TokenizedExample],
     validation: Sequence[TokenizedExample] = (),
     **settings: Any,
-) -> tuple[Events, Adapter, Outcome, Engine]:
+) -> tuple[Recorded, Adapter, Outcome, Engine]:
     values = {
         "epochs": 2,
         "batch_size": 2,
@@ -42,10 +40,21 @@ def run(
     decoder = open_decoder(folder)
     modules = resolve_targets(decoder.config, ["all-linear"], None)
     adapter = attach(decoder, LoraSpec(4, 16, values["lora_dropout"], modules), seed=0)
-    events = Events()
     engine = FusedEngine(decoder, values["lora_dropout"])
-    outcome = train(engine, adapter, rows, validation, Settings(**values), events)
-    return events, adapter, outcome, engine
+    training = Training(engine, adapter, Data(rows, validation), Settings(**values))
+    outcome = training.run()
+    return training.recorded, adapter, outcome, engine
+
+
+def validation_loss(
+    engine: Engine, adapter: Adapter, rows: Sequence[TokenizedExample]
+) -> float | None:
+    """Of the model as it is."""
+    settings = Settings(epochs=1, batch_size=2, gradient_accumulation_steps=1)
+    training = Training(engine, adapter, Data(rows, rows), settings)
+    training.run(stop=lambda event: isinstance(event, EpochEvaluated))
+    ((evaluation, _),) = training.recorded.evaluations
+    return evaluation.validation_loss if evaluation else None
 
 
 @pytest.mark.parametrize("engine", ["fused", "reference"])
@@ -93,10 +102,10 @@ def test_20_steps_on_gsm8k_equal_transformers_peft_and_adamw(
             layer.lora_A["default"].weight.copy_(pair.lora_A)
             layer.lora_B["default"].weight.copy_(pair.lora_B)
 
-    events = Events()
     chosen = FusedEngine(decoder, 0.0) if engine == "fused" else ReferenceEngine(decoder)
-    train(chosen, adapter, rows, [], settings, events)
-    ours = [metrics.loss for metrics in events.steps][:20]
+    training = Training(chosen, adapter, Data(rows), settings)
+    training.run()
+    ours = [metrics.loss for metrics in training.recorded.steps][:20]
 
     parameters = [p for p in reference.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1.0, weight_decay=0.01)
@@ -140,7 +149,7 @@ def test_two_runs_with_one_seed_give_the_same_bytes(phi_folder: Path) -> None:
 def test_every_row_is_seen_once_an_epoch_and_tokens_are_counted(phi_folder: Path) -> None:
     rows = random_rows([9, 12, 5, 20, 7, 11, 30])
     events, _, outcome, _ = run(phi_folder, rows)
-    assert events.sequences == 2 * len(rows)
+    assert events.rows == 2 * len(rows)
     assert [metrics.step for metrics in events.steps] == [1, 2, 3, 4]
     assert outcome.steps == 4
     assert sum(metrics.tokens for metrics in events.steps) == 2 * sum(
@@ -167,13 +176,13 @@ def test_the_best_adapter_is_kept_and_patience_ends_the_run(phi_folder: Path) ->
     best_epoch = min(range(1, len(losses)), key=lambda epoch: losses[epoch])
     assert len(losses) == 1 + best_epoch + 2 < 13
     assert outcome.ended.startswith("stopped early")
-    assert events.evaluated == (6, 6)
+    assert events.validated == (6, 6)
     assert outcome.first_validation_loss == losses[0]
     assert outcome.best_validation_loss == losses[best_epoch]
     assert outcome.best_step == best_epoch * 2
     assert [is_best for _, is_best in events.evaluations][best_epoch]
     # What is left in memory is the best, not the last.
-    again = evaluate(engine, validation, 2, 0, 0).validation_loss
+    again = validation_loss(engine, adapter, validation)
     assert again == pytest.approx(losses[best_epoch], rel=1e-6)
     assert adapter.num_parameters == sum(p.numel() for p in adapter.parameters())
 
@@ -185,43 +194,41 @@ def test_bad_numbers_are_refused_before_the_update(phi_folder: Path) -> None:
     adapter = attach(decoder, LoraSpec(4, 16, 0.0, modules), seed=0)
     before = bytes_of(adapter)
     decoder.layers[1].linears["dense"].weight[0, 0] = math.nan  # type: ignore[index, union-attr]
-    events = Events()
     settings, engine = Settings(epochs=1, lora_dropout=0), FusedEngine(decoder, 0.0)
+    training = Training(engine, adapter, Data(rows), settings)
     with pytest.raises(NonFiniteError, match=r"step 1: the loss is nan .* not applied"):
-        train(engine, adapter, rows, [], settings, events)
+        training.run()
     assert bytes_of(adapter) == before
-    assert not events.steps
+    assert not training.recorded.steps
 
 
 def test_a_validation_loss_that_is_no_number_is_never_the_best(
     phi_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Finite steps, but a validation loss of nan after the second epoch, or the first."""
-    real = loop.evaluate
     for bad_epoch in (1, 2):
         decoder = open_decoder(phi_folder)
         modules = resolve_targets(decoder.config, ["all-linear"], None)
         adapter = attach(decoder, LoraSpec(4, 16, 0.0, modules), seed=0)
         kept = {0: bytes_of(adapter)}
 
-        class Keeping(Events):
-            def epoch_done(
-                self, epoch: int, evaluation: Evaluation | None, *, is_best: bool
-            ) -> None:
-                kept[epoch] = bytes_of(adapter)  # noqa: B023
-
-        def sometimes_nan(*args: Any) -> Evaluation:
-            evaluation = real(*args)
-            bad = evaluation.epoch == bad_epoch  # noqa: B023
-            return dataclasses.replace(
-                evaluation, validation_loss=math.nan if bad else evaluation.validation_loss
-            )
-
-        monkeypatch.setattr(loop, "evaluate", sometimes_nan)
         settings = Settings(epochs=3, batch_size=2, gradient_accumulation_steps=1, lora_dropout=0)
         engine = FusedEngine(decoder, 0.0)
+        data = Data(random_rows(), random_rows(seed=1))
+        training, real = Training(engine, adapter, data, settings), engine.loss_sum
+
+        def keep(event: Event) -> bool:
+            if isinstance(event, EpochEvaluated):
+                kept[event.epoch] = bytes_of(adapter)  # noqa: B023
+            return False
+
+        def sometimes_nan(batch: Any) -> torch.Tensor:
+            is_bad = training.state.epochs_done == bad_epoch - 1  # noqa: B023
+            return real(batch) * (math.nan if is_bad else 1)  # noqa: B023
+
+        monkeypatch.setattr(engine, "loss_sum", sometimes_nan)
         with pytest.raises(NonFiniteError, match="the validation loss is nan"):
-            train(engine, adapter, random_rows(), random_rows(seed=1), settings, Keeping())
+            training.run(keep)
         assert bytes_of(adapter) == kept[bad_epoch - 1]
         assert bad_epoch not in kept
 
@@ -231,10 +238,10 @@ def test_an_interrupted_run_drops_the_step_and_keeps_the_rest(phi_folder: Path) 
     decoder = open_decoder(phi_folder)
     modules = resolve_targets(decoder.config, ["all-linear"], None)
     adapter = attach(decoder, LoraSpec(4, 16, 0.0, modules), seed=0)
-    events = Events()
     settings = Settings(epochs=5, batch_size=2, gradient_accumulation_steps=2)
     engine = FusedEngine(decoder, settings.lora_dropout)
-    outcome = train(engine, adapter, rows, [], settings, events, lambda: events.sequences >= 8)
+    training = Training(engine, adapter, Data(rows), settings)
+    outcome = training.run(stop=lambda event: training.recorded.rows >= 8)
     assert outcome.interrupted
     assert outcome.steps == 2  # six rows, then two of the third step
     assert all(math.isfinite(v) for t in adapter.tensors().values() for v in t.flatten().tolist())

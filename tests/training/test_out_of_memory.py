@@ -1,4 +1,4 @@
-"""Memory that runs out: the step begins again in a finer cut, and nothing else changes."""
+"""Memory that runs out: the step begins again split further, and nothing else changes."""
 
 import json
 import os
@@ -13,14 +13,15 @@ from typing import Any
 import pytest
 import torch
 from helpers.rows import open_decoder, random_rows
-from helpers.training import Events, bytes_of
+from helpers.training import Data, Training, bytes_of
 
-import phitune.run
+import phitune.trainer
 import phitune.training.saver
 from phitune.cli import main
 from phitune.config import Settings
+from phitune.data.tokenizer import TokenizedExample
 from phitune.errors import OutOfMemoryError
-from phitune.inference.answers import Sampler
+from phitune.inference.answers import sample_answers
 from phitune.model import device
 from phitune.model.engine import FusedEngine, ReferenceEngine
 from phitune.model.lora import Adapter, LoraSpec, attach
@@ -33,8 +34,9 @@ from phitune.plan.machine import (
     free_in_cgroups,
     free_memory,
 )
-from phitune.training.loop import rehearse, start_state, train
-from phitune.training.out_of_memory import Cut
+from phitune.training.events import DryRunDone, StepDone, StepSplit
+from phitune.training.loop import start_state
+from phitune.training.out_of_memory import dry_run, next_split
 
 ROWS = random_rows([9, 12, 5, 20, 7, 11, 30, 8])
 VALIDATION = random_rows([8, 16, 4], seed=1)
@@ -61,10 +63,10 @@ def test_runs_under_real_limits_have_the_losses_of_those_without() -> None:
 def test_below_the_ceiling_allocations_fail_and_above_it_all_is_as_before() -> None:
     code = """
 import psutil, resource, torch
-from phitune.training import room
+from phitune.plan import machine
 machine.bytes_until_killed = lambda: 2**28
 before = resource.getrlimit(resource.RLIMIT_DATA)
-with machine.MemoryCeiling("cpu") as ceiling:
+with machine.ProcessMemoryLimit("cpu") as limit:
     torch.empty(2**25)  # 128 MiB
     try:
         torch.empty(2**27)
@@ -72,7 +74,7 @@ with machine.MemoryCeiling("cpu") as ceiling:
     except RuntimeError as error:
         print("can't allocate memory" in str(error))
     machine.bytes_until_killed = lambda: 2**30
-    ceiling.renew()
+    limit.renew()
     print(torch.empty(2**27).numel() > 0)
 print(resource.getrlimit(resource.RLIMIT_DATA) == before, torch.empty(2**27).numel() > 0)
 """
@@ -120,22 +122,22 @@ def test_room_is_the_least_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0.9 < LIMIT_SHARE < 1
 
 
-# --- the cut --------------------------------------------------------------------------------------
+# --- the split ------------------------------------------------------------------------------------
 
 
 def test_rows_are_halved_before_layers_are_recomputed() -> None:
-    cut, taken = Cut(6, 1), []
-    while following := cut.narrower(rows_per_step=24, num_layers=8):
-        cut = following
-        taken.append((cut.micro_batch, cut.recompute_layers))
+    split, taken = StepSplit(6, 1), []
+    while following := next_split(split, rows_per_step=24, num_layers=8):
+        split = following
+        taken.append((split.micro_batch, split.recompute_layers))
     assert taken == [(3, 1), (1, 1), (1, 5), (1, 7), (1, 8)]
 
 
 @pytest.mark.parametrize(("rows", "steps"), [(4, 16), (5, 2), (7, 3), (12, 1)])
-def test_every_cut_divides_the_step(rows: int, steps: int) -> None:
-    cut: Cut | None = Cut(rows, 0)
-    while cut := cut.narrower(rows * steps, 4):
-        settings = cut.settings(rows * steps)
+def test_every_split_divides_the_step(rows: int, steps: int) -> None:
+    split: StepSplit | None = StepSplit(rows, 0)
+    while split := next_split(split, rows * steps, 4):
+        settings = split.settings(rows * steps)
         assert settings["batch_size"] * settings["gradient_accumulation_steps"] == rows * steps
 
 
@@ -154,6 +156,14 @@ SETTINGS = Settings(
 )
 
 
+def trained(
+    engine: FusedEngine | ReferenceEngine, adapter: Adapter, data: Data | None = None
+) -> Training:
+    training = Training(engine, adapter, data or Data(ROWS, VALIDATION), SETTINGS)
+    training.run()
+    return training
+
+
 def failing(
     engine: FusedEngine | ReferenceEngine,
     monkeypatch: pytest.MonkeyPatch,
@@ -162,7 +172,7 @@ def failing(
     error: type[Exception] = RuntimeError,
 ) -> None:
     """Has the engine run out of memory where rows and recomputed layers do not fit, half way."""
-    real, calls = engine.loss_and_gradients, 0
+    real, calls = engine._loss_and_gradients, 0
 
     def wrapped(batch: Any, *args: Any) -> torch.Tensor:
         nonlocal calls
@@ -172,7 +182,7 @@ def failing(
             raise error(ON_A_CPU)
         return loss
 
-    monkeypatch.setattr(engine, "loss_and_gradients", wrapped)
+    monkeypatch.setattr(engine, "_loss_and_gradients", wrapped)
 
 
 @pytest.mark.parametrize("engine", ["fused", "reference"])
@@ -180,18 +190,17 @@ def failing(
 def test_a_step_that_does_not_fit_begins_again_and_its_losses_are_the_same(
     phi_folder: Path, engine: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = Events()
-    train(*prepared(phi_folder, engine), ROWS, VALIDATION, SETTINGS, whole)
-    split, (made, adapter) = Events(), prepared(phi_folder, engine)
+    whole = trained(*prepared(phi_folder, engine)).recorded
+    made, adapter = prepared(phi_folder, engine)
     failing(made, monkeypatch, lambda rows, layers: rows == 1 and layers >= 2, 2, error)
-    train(made, adapter, ROWS, VALIDATION, SETTINGS, split)
-    assert [(each.now.micro_batch, each.now.recompute_layers) for each in split.shortages] == [
+    split = trained(made, adapter).recorded
+    assert [(each.now.micro_batch, each.now.recompute_layers) for each in split.out_of_memory] == [
         (4, 0),  # It fitted before, and is tried once more.
         (2, 0),
         (1, 0),
         (1, 2),
     ]
-    assert {each.after_step for each in split.shortages} == {2}
+    assert {each.step for each in split.out_of_memory} == {2}
     assert len(split.steps) == len(whole.steps)
     for ours, theirs in zip(split.steps, whole.steps, strict=True):
         assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
@@ -208,11 +217,10 @@ def test_what_lay_in_pieces_is_tried_once_more_before_the_cut_changes(
     engine, adapter = prepared(phi_folder)
     refusals = iter([True])
     failing(engine, monkeypatch, lambda rows, layers: not next(refusals, False), 1)
-    events = Events()
-    train(engine, adapter, ROWS, [], SETTINGS, events)
-    (shortage,) = events.shortages
-    assert shortage.now == shortage.then == Cut(4, 0)
-    assert len(events.steps) == 4
+    recorded = trained(engine, adapter, Data(ROWS)).recorded
+    (event,) = recorded.out_of_memory
+    assert event.now == event.then == StepSplit(4, 0)
+    assert len(recorded.steps) == 4
 
 
 def test_where_nothing_fits_the_state_is_saved_as_before_the_step(
@@ -220,37 +228,36 @@ def test_where_nothing_fits_the_state_is_saved_as_before_the_step(
 ) -> None:
     engine, adapter = prepared(phi_folder)
     failing(engine, monkeypatch, lambda rows, layers: False, 1)
-    saved, after_step = [], []
-    events = Events()
+    training, after_step = Training(engine, adapter, Data(ROWS), SETTINGS), []
 
-    def save(state: Any, moment: str) -> float:
-        saved.append((moment, state.step, state.rows_in_step))
-        after_step.append(bytes_of(adapter))
-        return 0.0
+    def keep(event: Any) -> bool:
+        if isinstance(event, StepDone):
+            after_step.append(bytes_of(adapter))
+        return False
 
     with pytest.raises(OutOfMemoryError, match=r"one row at a time, every layer recomputed"):
-        train(engine, adapter, ROWS, [], SETTINGS, events, save=save)
-    assert saved[-1] == ("end", 1, 0)
-    assert after_step[-1] == after_step[-2] == bytes_of(adapter)
-    assert events.shortages[-1].now == Cut(1, 3)
+        training.run(keep)
+    assert training.saved[-1] == ("end", 1, 0)
+    assert training.state.rows_in_step == 0
+    assert after_step == [bytes_of(adapter)]
+    assert training.recorded.out_of_memory[-1].now == StepSplit(1, 3)
 
 
 def test_validation_that_does_not_fit_begins_again(
     phi_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, adapter = prepared(phi_folder)
-    real = engine.loss_sum
+    real = engine._loss_of
 
     def wrapped(batch: Any) -> torch.Tensor:
         if len(batch.slots) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return real(batch)
 
-    monkeypatch.setattr(engine, "loss_sum", wrapped)
-    events = Events()
-    train(engine, adapter, ROWS, VALIDATION, SETTINGS, events)
-    assert [each.now.micro_batch for each in events.shortages] == [2, 1]
-    assert len(events.evaluations) == 3
+    monkeypatch.setattr(engine, "_loss_of", wrapped)
+    recorded = trained(engine, adapter).recorded
+    assert [each.now.micro_batch for each in recorded.out_of_memory] == [2, 1]
+    assert len(recorded.evaluations) == 3
 
 
 def test_other_errors_are_not_taken_for_memory(
@@ -261,15 +268,15 @@ def test_other_errors_are_not_taken_for_memory(
     def broken(*args: Any) -> torch.Tensor:
         raise RuntimeError("a mistake of ours")
 
-    monkeypatch.setattr(engine, "loss_and_gradients", broken)
+    monkeypatch.setattr(engine, "_loss_and_gradients", broken)
     with pytest.raises(RuntimeError, match="a mistake of ours"):
-        train(engine, adapter, ROWS, [], SETTINGS, Events())
+        trained(engine, adapter)
 
 
 def test_nothing_holds_what_was_tried(phi_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tensors of a failed attempt are gone before the next begins."""
     engine, adapter = prepared(phi_folder)
-    real, held = engine.loss_and_gradients, []
+    real, held = engine._loss_and_gradients, []
     alive: weakref.WeakSet[Marked] = weakref.WeakSet()
 
     def wrapped(batch: Any, *args: Any) -> torch.Tensor:
@@ -281,8 +288,8 @@ def test_nothing_holds_what_was_tried(phi_folder: Path, monkeypatch: pytest.Monk
         del mark
         return real(batch, *args)
 
-    monkeypatch.setattr(engine, "loss_and_gradients", wrapped)
-    train(engine, adapter, ROWS, [], SETTINGS, Events())
+    monkeypatch.setattr(engine, "_loss_and_gradients", wrapped)
+    trained(engine, adapter)
     assert set(held) == {0}
 
 
@@ -295,10 +302,9 @@ def test_a_thread_that_makes_no_products_any_more_is_left(
 ) -> None:
     """As oneDNN does it: one failure, and every later product of the same thread fails too."""
     monkeypatch.setattr(device, "_THIS_THREAD", device._ThisThread())
-    whole, events = Events(), Events()
-    train(*prepared(phi_folder), ROWS, VALIDATION, SETTINGS, whole)
+    whole = trained(*prepared(phi_folder)).recorded
     engine, adapter = prepared(phi_folder)
-    real, calls, spent = engine.loss_and_gradients, 0, set()
+    real, calls, spent = engine._loss_and_gradients, 0, set()
 
     def wrapped(*args: Any) -> torch.Tensor:
         nonlocal calls
@@ -309,25 +315,38 @@ def test_a_thread_that_makes_no_products_any_more_is_left(
             raise RuntimeError("could not create a primitive")
         return real(*args)
 
-    monkeypatch.setattr(engine, "loss_and_gradients", wrapped)
-    train(engine, adapter, ROWS, VALIDATION, SETTINGS, events)
-    assert [shortage.now for shortage in events.shortages] == [Cut(4, 0)]
-    assert [step.loss for step in events.steps] == [step.loss for step in whole.steps]
+    monkeypatch.setattr(engine, "_loss_and_gradients", wrapped)
+    recorded = trained(engine, adapter).recorded
+    assert [event.now for event in recorded.out_of_memory] == [StepSplit(4, 0)]
+    assert [step.loss for step in recorded.steps] == [step.loss for step in whole.steps]
     with pytest.raises(ZeroDivisionError):
         device.in_usable_thread(lambda: 1 // 0)
     assert device.in_usable_thread(threading.get_ident) != threading.get_ident()
 
 
-# --- the rehearsal --------------------------------------------------------------------------------
+# --- the dry run ----------------------------------------------------------------------------------
+
+
+class Rows(list[TokenizedExample]):
+    """Rows that know the longest of them."""
+
+    def longest_rows(self, count: int) -> list[TokenizedExample]:
+        return sorted(self, key=lambda row: -len(row.input_ids))[:count]
+
+
+class Longest:
+    def __init__(self, *parts: list[TokenizedExample]) -> None:
+        self.train_rows, self.validation_rows = map(Rows, parts)
 
 
 @pytest.mark.parametrize("engine", ["fused", "reference"])
-def test_a_rehearsal_leaves_nothing_behind(phi_folder: Path, engine: str) -> None:
+def test_a_dry_run_leaves_nothing_behind(phi_folder: Path, engine: str) -> None:
     made, adapter = prepared(phi_folder, engine)
     state = start_state(made, adapter, len(ROWS), SETTINGS)
     before, numbers, random = bytes_of(adapter), state.numbers(), torch.get_rng_state()
-    found = rehearse(made, state, ROWS[3:], VALIDATION, SETTINGS, 4)
-    assert found.tokens == 20 + 7 + 11 + 30
+    (found,) = dry_run(made, state, Longest(ROWS, VALIDATION), SETTINGS)
+    assert isinstance(found, DryRunDone)
+    assert found.tokens == 30 + 20 + 12 + 11
     assert found.rows == 4
     assert bytes_of(adapter) == before
     assert state.numbers() == numbers
@@ -355,7 +374,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def limited(monkeypatch: pytest.MonkeyPatch, most: int, from_call: int = 0) -> list[int]:
     """Has every engine run out of memory with more rows than that; the rows of each attempt."""
-    real, tried = FusedEngine.loss_and_gradients, []
+    real, tried = FusedEngine._loss_and_gradients, []
 
     def wrapped(self: FusedEngine, batch: Any, *args: Any) -> torch.Tensor:
         tried.append(len(batch.slots))
@@ -363,18 +382,18 @@ def limited(monkeypatch: pytest.MonkeyPatch, most: int, from_call: int = 0) -> l
             raise RuntimeError(ON_A_CPU)
         return real(self, batch, *args)
 
-    monkeypatch.setattr(FusedEngine, "loss_and_gradients", wrapped)
+    monkeypatch.setattr(FusedEngine, "_loss_and_gradients", wrapped)
     return tried
 
 
-def test_the_rehearsal_finds_the_cut_and_writes_it_down(
+def test_the_dry_run_finds_the_split_and_writes_it_down(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tried = limited(monkeypatch, most=2)
     assert main(LINE.split()) == 0
     said = capsys.readouterr().out
-    assert "same effective batch: rows at once 4 -> 2" in said
-    assert "rehearsal: the 2 longest rows" in said
+    assert "same effective batch: rows per micro-batch 4 -> 2" in said
+    assert "dry run: the 2 longest rows" in said
     assert tried[:2] == [4, 2]
     assert 4 not in tried[1:]
     config = Path("run/config.yaml").read_text()
@@ -388,12 +407,12 @@ def test_the_rehearsal_finds_the_cut_and_writes_it_down(
     assert changes[0]["why"] == f"out of memory: {ON_A_CPU}"
 
 
-def test_memory_that_runs_out_later_is_recorded_and_a_resumed_run_keeps_the_cut(
+def test_memory_that_runs_out_later_is_recorded_and_a_resumed_run_keeps_the_split(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In the second step; stopped in the third, and gone on with by the same command."""
+    """In the second step; stopped in the third, and resumed by the same command."""
     with monkeypatch.context() as patched:
-        limited(patched, most=1, from_call=4)  # the rehearsal, the first step, half of the second
+        limited(patched, most=1, from_call=4)  # the dry run, the first step, half of the second
         saves = []
         write = phitune.training.saver.write_checkpoint
 
@@ -406,7 +425,7 @@ def test_memory_that_runs_out_later_is_recorded_and_a_resumed_run_keeps_the_cut(
         patched.setattr(phitune.training.saver, "write_checkpoint", stop_after_three)
         assert main(LINE.split()) == 130
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
-    ran_out = [line for line in lines if "memory_ran_out" in line]
+    ran_out = [line for line in lines if "out_of_memory" in line]
     assert [(line["step"], line["micro_batch"]) for line in ran_out] == [(1, 4), (1, 2), (1, 1)]
     capsys.readouterr()
     tried = limited(monkeypatch, most=4)
@@ -420,14 +439,14 @@ def test_layers_are_recomputed_in_the_end_even_if_that_was_forbidden(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the settings that are left behind can be used again."""
-    real = FusedEngine.loss_and_gradients
+    real = FusedEngine._loss_and_gradients
 
     def wrapped(self: FusedEngine, batch: Any, *args: Any) -> torch.Tensor:
         if len(batch.slots) > 1 or self.recompute_layers < 3:
             raise RuntimeError(ON_A_CPU)
         return real(self, batch, *args)
 
-    monkeypatch.setattr(FusedEngine, "loss_and_gradients", wrapped)
+    monkeypatch.setattr(FusedEngine, "_loss_and_gradients", wrapped)
     assert main(f"{LINE} --gradient_checkpointing false".split()) == 0
     summary = json.loads(Path("run/summary.json").read_text())
     now = {each["name"]: each["now"] for each in summary["changes"]}
@@ -491,7 +510,7 @@ def test_what_is_beside_training_does_not_end_it(
         return wrapped
 
     if what == "samples":
-        monkeypatch.setattr(Sampler, "__call__", fail_twice(Sampler.__call__))
+        monkeypatch.setattr(phitune.trainer, "sample_answers", fail_twice(sample_answers))
     else:
         write = phitune.training.saver.write_checkpoint
         monkeypatch.setattr(phitune.training.saver, "write_checkpoint", fail_twice(write))
@@ -499,7 +518,7 @@ def test_what_is_beside_training_does_not_end_it(
     assert main(LINE.split()) == 0
     said = capsys.readouterr().out
     expected = {
-        "samples": "there is no memory for the answers to the sample prompts; left out",
+        "samples": "there is no memory for the answers to the sample prompts; skipped",
         "checkpoint": "the checkpoint cannot be written",
     }
     assert expected[what] in said

@@ -1,32 +1,41 @@
-"""A run that was ended anywhere and gone on with is the run that was never ended, bit for bit."""
+"""A run that was stopped anywhere and resumed is the run that was never stopped, bit for bit."""
 
+import copy
 import dataclasses
+import itertools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.rows import open_decoder, random_rows
-from helpers.training import Events, bytes_of
+from helpers.training import Data, Recorded, Training, bytes_of, snapshot
 
 from phitune import Phi2LoRATrainer
 from phitune.cli import main
 from phitune.config import Settings
-from phitune.data.packing import epoch_steps, micro_batches
+from phitune.data.packing import epoch_steps, micro_batches, next_micro_batch
 from phitune.model.engine import FusedEngine, ReferenceEngine
 from phitune.model.files import ASSETS
 from phitune.model.lora import Adapter, LoraSpec, attach
 from phitune.model.targets import resolve_targets
 from phitune.training.checkpoint import checkpoints_of
-from phitune.training.loop import Outcome, start_state, train
+from phitune.training.events import (
+    EpochDone,
+    EpochEvaluated,
+    Event,
+    MicroBatchDone,
+    StepDone,
+    Validating,
+)
 from phitune.training.resume import CHANGEABLE, WHY_NOT
-from phitune.training.state import TrainingState, as_bytes
 
 TRAIN, VALIDATION = random_rows([9, 12, 5, 20, 7, 11, 30]), random_rows([8, 16], seed=1)
 TIMES = ("tokens_per_second", "memory_gib", "checkpoint_seconds")
@@ -35,132 +44,139 @@ TIMES = ("tokens_per_second", "memory_gib", "checkpoint_seconds")
 # --- the loop -------------------------------------------------------------------------------------
 
 
+SETTINGS = Settings(
+    epochs=2, batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2, lora_dropout=0.1
+)
+
+
+def training_of(folder: Path, engine: str = "fused", settings: Settings = SETTINGS) -> Training:
+    """Everything built anew, as in another process."""
+    decoder = open_decoder(folder)
+    modules = resolve_targets(decoder.config, ["all-linear", "embed_tokens", "lm_head"], None)
+    adapter = attach(decoder, LoraSpec(4, 16, 0.1, modules), seed=0)
+    made = FusedEngine(decoder, 0.1) if engine == "fused" else ReferenceEngine(decoder)
+    return Training(made, adapter, Data(TRAIN, VALIDATION), settings)
+
+
+def curve(recorded: Recorded) -> list[Any]:
+    """What has to be equal: every step but for its times, and every evaluation."""
+    steps = [{**dataclasses.asdict(each), **dict.fromkeys(TIMES)} for each in recorded.steps]
+    return [*steps, *recorded.evaluations]
+
+
 @dataclasses.dataclass
-class Attempt:
-    """One process's share of a run: everything is built anew, as after a kill."""
+class Moment:
+    """A state that a run yielded, and what was recorded by then."""
 
-    folder: Path
-    engine: str = "fused"
-    changes: dict[str, Any] = dataclasses.field(default_factory=dict)
-    events: Events = dataclasses.field(default_factory=Events)
-    saved: tuple[dict[str, Any], dict[str, bytes]] | None = None
+    event: Event
+    name: str
+    saved: tuple[dict[str, Any], dict[str, bytes]]
+    recorded: Recorded
 
-    def train(self, before: "Attempt | None" = None, stop_after: float = float("inf")) -> Outcome:
-        settings = Settings(
-            epochs=2,
-            batch_size=2,
-            gradient_accumulation_steps=2,
-            learning_rate=1e-2,
-            lora_dropout=0.1,
-        ).model_copy(update=self.changes)
-        decoder = open_decoder(self.folder)
-        modules = resolve_targets(decoder.config, ["all-linear", "embed_tokens", "lm_head"], None)
-        self.adapter: Adapter = attach(decoder, LoraSpec(4, 16, 0.1, modules), seed=0)
-        engine = FusedEngine(decoder, 0.1) if self.engine == "fused" else ReferenceEngine(decoder)
-        state = start_state(engine, self.adapter, len(TRAIN), settings)
-        if before:
-            assert before.saved
-            state.load(*before.saved)
-            self.events.steps += before.events.steps
-            self.events.evaluations += before.events.evaluations
-        micro_batches = 0
+    def resumed(self, training: Training) -> Training:
+        training.state.load(*self.saved)
+        training.recorded = copy.deepcopy(self.recorded)
+        return training
 
-        def stop() -> bool:
-            nonlocal micro_batches
-            micro_batches += 1
-            return micro_batches > stop_after
 
-        def save(state: TrainingState, moment: str) -> float:
-            if moment == "end":
-                numbers = json.loads(json.dumps(state.numbers()))
-                self.saved = numbers, {name: as_bytes(t) for name, t in state.tensors()}
-                self.name = state.name
-            return 0.0
+def moments_of(training: Training) -> list[Moment]:
+    """Trains to the end; all states on the way, one for each event."""
+    moments = []
 
-        events = self.events
-        return train(engine, self.adapter, TRAIN, VALIDATION, settings, events, stop, state, save)
+    def keep(event: Event) -> bool:
+        recorded = copy.deepcopy(training.recorded)
+        if isinstance(event, EpochEvaluated):
+            recorded.evaluations.pop()  # The state does not count it, so it is done again.
+        moments.append(Moment(event, training.state.name, snapshot(training.state), recorded))
+        return False
 
-    def curve(self) -> list[Any]:
-        losses = [evaluation for evaluation, _ in self.events.evaluations]
-        return [
-            *({**dataclasses.asdict(m), **dict.fromkeys(TIMES)} for m in self.events.steps),
-            *losses,
-        ]
+    assert not training.run(keep).interrupted
+    return moments
 
 
 @pytest.mark.parametrize("engine", ["fused", "reference"])
 @pytest.mark.parametrize("kind", ["phi_folder", "phi3_folder"])
-def test_resume_is_bit_identical_mid_epoch(
+def test_resume_is_bit_identical_from_every_event(
     kind: str, engine: str, request: pytest.FixtureRequest
 ) -> None:
-    """Ended before every micro-batch and every batch of validation, with dropout."""
+    """From between two micro-batches, in a validation, after a step or an epoch; with dropout."""
     folder = request.getfixturevalue(kind)
-    whole = Attempt(folder, engine)
-    assert not whole.train().interrupted
-    names = set()
-    for stop_after in range(40):
-        first = Attempt(folder, engine)
-        if not first.train(stop_after=stop_after).interrupted:
-            break
-        names.add(first.name)
-        second = Attempt(folder, engine)
-        second.train(first)
-        assert bytes_of(second.adapter) == bytes_of(whole.adapter), first.name
-        assert second.curve() == whole.curve(), first.name
-    assert {
+    whole = training_of(folder, engine)
+    moments = moments_of(whole)
+    for moment in moments:
+        second = moment.resumed(training_of(folder, engine))
+        second.run()
+        where = f"{moment.name} after {moment.event}"
+        assert bytes_of(second.adapter) == bytes_of(whole.adapter), where
+        assert curve(second.recorded) == curve(whole.recorded), where
+    assert {moment.name for moment in moments} == {
         "step-000000",
         "step-000000-epoch-0",
         "step-000000-row-2",
+        "step-000000-row-4",
         "step-000001",
         "step-000001-row-2",
+        "step-000001-row-3",
         "step-000002",
         "step-000002-epoch-1",
         "step-000002-row-2",
+        "step-000002-row-4",
         "step-000003",
         "step-000003-row-2",
+        "step-000003-row-3",
         "step-000004",
-    } == names
+        "step-000004-epoch-2",
+    }
+    kinds = (MicroBatchDone, StepDone, Validating, EpochEvaluated, EpochDone)
+    assert {type(moment.event) for moment in moments} == {*kinds}
+
+
+def after(batches: int) -> Callable[[Event], bool]:
+    """Stops after some micro-batches, in training and in validation."""
+    done = itertools.count(1)
+    return lambda event: isinstance(event, MicroBatchDone | Validating) and next(done) == batches
 
 
 def test_a_run_ended_at_every_micro_batch_comes_to_the_same_end(phi_folder: Path) -> None:
-    whole = Attempt(phi_folder)
-    whole.train()
-    part, count = Attempt(phi_folder), 1
-    outcome = part.train(stop_after=2)
-    while outcome.interrupted:
-        following = Attempt(phi_folder)
-        outcome = following.train(part, stop_after=2)
+    whole = training_of(phi_folder)
+    whole.run()
+    part, count = training_of(phi_folder), 1
+    while part.run(stop=after(2)).interrupted:
+        following = training_of(phi_folder)
+        following.state.load(*snapshot(part.state))
+        following.recorded = part.recorded
         part, count = following, count + 1
+        assert count < 50
     assert count > 5
     assert bytes_of(part.adapter) == bytes_of(whole.adapter)
-    assert part.curve() == whole.curve()
+    assert curve(part.recorded) == curve(whole.recorded)
 
 
-def test_another_micro_batch_goes_on_in_the_middle_of_a_step(phi_folder: Path) -> None:
+def test_another_micro_batch_resumes_in_the_middle_of_a_step(phi_folder: Path) -> None:
     """Half the batch and twice the accumulation, from between two micro-batches."""
-    whole, first = Attempt(phi_folder), Attempt(phi_folder)
-    whole.train()
-    first.train(stop_after=2)
-    assert "-row-2" in first.name
-    second = Attempt(phi_folder, changes={"batch_size": 1, "gradient_accumulation_steps": 4})
-    second.train(first)
-    for ours, theirs in zip(second.events.steps, whole.events.steps, strict=True):
+    whole = training_of(phi_folder)
+    moment = next(each for each in moments_of(whole) if each.name == "step-000000-row-2")
+    changes = {"batch_size": 1, "gradient_accumulation_steps": 4}
+    second = moment.resumed(training_of(phi_folder, settings=SETTINGS.model_copy(update=changes)))
+    second.run()
+    for ours, theirs in zip(second.recorded.steps, whole.recorded.steps, strict=True):
         assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
 
 
-def test_the_order_goes_on_where_it_was() -> None:
-    def ids(first_rows: int = 0, **where: int) -> list[list[tuple[int, list[int]]]]:
+def test_the_order_continues_where_it_was() -> None:
+    def ids(**where: int) -> list[list[tuple[int, list[int]]]]:
         steps = epoch_steps(len(TRAIN), 4, seed=3, epoch=2, **where)
-        cut = [micro_batches(TRAIN, step, 2, first_rows) for step in steps]
-        return [[(b.slots[0], b.input_ids.tolist()) for b in step] for step in cut]
+        split = [micro_batches(TRAIN, step, 2) for step in steps]
+        return [[(b.slots[0], b.input_ids.tolist()) for b in step] for step in split]
 
     whole = ids()
     assert ids(first_step=1) == whole[1:]
     assert ids(first_step=2) == []
-    first = ids(first_rows=1)[0]
-    assert [slot for slot, _ in first] == [0, 1, 3]
-    tokens = [[token for _, part in step for token in part] for step in (first, whole[0])]
-    assert tokens[0] == tokens[1]
+    (step, *_) = epoch_steps(len(TRAIN), 4, seed=3, epoch=2)
+    rest = next_micro_batch(TRAIN, step, first=1, size=3)
+    assert rest.slots == (1, 2, 3)
+    first = TRAIN[step[0]].input_ids
+    assert [*first, *rest.input_ids.tolist()] == [token for _, part in whole[0] for token in part]
 
 
 # --- the whole run --------------------------------------------------------------------------------
@@ -186,8 +202,8 @@ def phitune(line: str) -> int:
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, micro_batch: int, number: int, times: int = 1) -> None:
-    """Sends this process a signal in the middle of its n-th micro-batch after the rehearsal."""
-    real, count = FusedEngine.loss_and_gradients, -1
+    """Sends this process a signal in the middle of its n-th micro-batch after the dry run."""
+    real, count = FusedEngine._loss_and_gradients, -1
 
     def wrapped(self: FusedEngine, *args: Any) -> torch.Tensor:
         nonlocal count
@@ -197,7 +213,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, micro_batch: int, number: int, time
                 os.kill(os.getpid(), number)
         return real(self, *args)
 
-    monkeypatch.setattr(FusedEngine, "loss_and_gradients", wrapped)
+    monkeypatch.setattr(FusedEngine, "_loss_and_gradients", wrapped)
 
 
 def contents(run: Path) -> list[Any]:
@@ -228,12 +244,12 @@ def test_a_signal_saves_the_micro_batch_and_says_how_to_go_on(
     said = capsys.readouterr()
     assert f"{name}: stopping after this micro-batch" in said.out
     assert f"interrupted by {name} after step 2 of 4" in said.err
-    assert "go on with: phitune train --resume run" in said.err
+    assert "resume with: phitune train --resume run" in said.err
     assert (place / "run/checkpoints/step-000002-row-5/gradients.safetensors").is_file()
     assert not (place / "run/run.lock").exists()
     assert phitune("train --resume run") == 0
     out = capsys.readouterr().out
-    assert "going on from run/checkpoints/step-000002-row-5: step 2 is done" in out
+    assert "resuming from run/checkpoints/step-000002-row-5: step 2 is done" in out
     assert contents(place / "run") == contents(place / "whole")
 
 
@@ -242,7 +258,7 @@ def test_the_second_signal_leaves_at_once(
 ) -> None:
     kill_at(monkeypatch, 3, signal.SIGTERM, times=2)
     assert phitune(f"{LINE} --output_dir run") == 143
-    assert "left at once by SIGTERM" in capsys.readouterr().err
+    assert "ended at once by SIGTERM" in capsys.readouterr().err
     names = [path.name for path in (place / "run/checkpoints").iterdir()]
     assert names == ["step-000000-epoch-0"]
 
@@ -255,7 +271,7 @@ def test_a_run_is_gone_on_with_by_the_same_command(
         kill_at(patched, 20, signal.SIGTERM)
         assert phitune(line) == 143  # There was nothing to go on with.
     assert phitune(line) == 0
-    assert "going on from" in capsys.readouterr().out
+    assert "resuming from" in capsys.readouterr().out
     assert phitune(f"{LINE} --output_dir whole") == 0
     assert contents(place / "run") == contents(place / "whole")
     before = contents(place / "run")
@@ -300,7 +316,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
     assert phitune("train --resume run") == 0
     out = capsys.readouterr().out
     assert f"{newest.name} is damaged (optimizer.safetensors: its SHA-256 is not right)" in out
-    assert f"going on from run/checkpoints/{before.name}" in out
+    assert f"resuming from run/checkpoints/{before.name}" in out
     assert contents(stopped) == contents(place / "whole")
     for folder in checkpoints_of(stopped / "checkpoints"):
         (folder / "state.json").unlink()
@@ -460,9 +476,9 @@ def test_lines_that_are_missing_are_named(
 def test_a_saved_adapter_that_is_not_the_one_in_memory_is_an_error(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from phitune import recorder
+    from phitune import trainer
 
-    real = recorder.save_adapter
+    real = trainer.save_adapter
 
     def flips_a_bit(adapter: Adapter, folder: Path, name: str) -> None:
         real(adapter, folder, name)
@@ -471,7 +487,7 @@ def test_a_saved_adapter_that_is_not_the_one_in_memory_is_an_error(
         data[-1] ^= 1
         path.write_bytes(data)
 
-    monkeypatch.setattr(recorder, "save_adapter", flips_a_bit)
+    monkeypatch.setattr(trainer, "save_adapter", flips_a_bit)
     assert phitune(f"{LINE} --output_dir run") == 1
     said = capsys.readouterr()
     assert "what was saved is not what is in memory" in said.err

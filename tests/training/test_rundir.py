@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 from phitune.errors import SettingsError
-from phitune.training.progress import check_tracker
+from phitune.progress import check_tracker
 from phitune.training.rundir import RunDirectory, check_output_dir, default_output_dir
 
 
 def test_an_adapter_is_replaced_only_once_it_is_whole(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
+    run.empty()
     run.replace_adapter(lambda folder: (folder / "weights").write_text("first") and None)
 
     def fails_halfway(folder: Path) -> None:
@@ -31,7 +32,7 @@ def test_what_a_killed_run_left_is_ours_to_replace(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     (tmp_path / "metrics.jsonl").touch()
     check_output_dir(tmp_path, overwrite=True)
-    RunDirectory(tmp_path)
+    RunDirectory(tmp_path).empty()
     assert list(tmp_path.iterdir()) == []
 
 

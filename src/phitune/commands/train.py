@@ -16,7 +16,7 @@ def run(argv: list[str]) -> int:
 
     from phitune.trainer import Phi2LoRATrainer
 
-    Phi2LoRATrainer.from_settings(resolved).train()
+    Phi2LoRATrainer(config=resolved).train()
     return 0
 
 

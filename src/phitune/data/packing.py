@@ -6,7 +6,6 @@ so every position that is computed is a token of the data.
 Shapes: T packed tokens, B sequences, N trained tokens.
 """
 
-import itertools
 import random
 from array import array
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ class Batch:
     """Sequences end to end. `cu_seqlens` stays on the host: it steers loops, it is not computed on.
 
     `slots` are the places of the sequences in their optimizer step (0, 1, ...). They decide the
-    dropout masks, which therefore do not depend on how a step is cut into micro-batches.
+    dropout masks, which therefore do not depend on how a step is split into micro-batches.
     """
 
     input_ids: Tensor  # [T] int64
@@ -86,7 +85,7 @@ def epoch_steps(
     The order depends on the seed and the epoch alone, so any step can be produced again.
 
     Args:
-        first_step: so many steps of the epoch are left out.
+        first_step: steps of the epoch that are skipped.
     """
     order = array("I", range(num_rows))  # Four bytes a row.
     random.Random(f"{seed}/{epoch}").shuffle(order)
@@ -94,20 +93,22 @@ def epoch_steps(
         yield order[start : start + rows_per_step]
 
 
-def micro_batches(
-    rows: Sequence[TokenizedExample], step: Sequence[int], batch_size: int, first_rows: int = 0
-) -> list[Batch]:
-    """An optimizer step's rows, so many at a time.
+def next_micro_batch(
+    rows: Sequence[TokenizedExample], step: Sequence[int], first: int, size: int
+) -> Batch:
+    """Some rows of an optimizer step.
 
     Args:
         step: the step's rows by number, see `epoch_steps`.
-        first_rows: the step is cut behind so many of its rows, whatever the batch size.
+        first: rows of the step that are done.
+        size: rows of a micro-batch; the last of a step may have fewer.
     """
-    slots = [*range(0, first_rows, batch_size), *range(first_rows, len(step), batch_size)]
-    return [
-        pack([rows[index] for index in step[slot:stop]], first_slot=slot)
-        for slot, stop in itertools.pairwise([*slots, len(step)])
-    ]
+    return pack([rows[index] for index in step[first : first + size]], first_slot=first)
+
+
+def micro_batches(rows: Sequence[TokenizedExample], step: Sequence[int], size: int) -> list[Batch]:
+    """All micro-batches of an optimizer step, see `next_micro_batch`."""
+    return [next_micro_batch(rows, step, first, size) for first in range(0, len(step), size)]
 
 
 def batches(rows: Sequence[TokenizedExample], batch_size: int) -> Iterator[Batch]:

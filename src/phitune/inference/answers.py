@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from phitune.data.coder import Coder
-from phitune.data.prepare import SamplePrompt
 from phitune.errors import DataError, listing
 from phitune.inference.generate import GREEDY, Decoding, Sampling, cache_bytes, stream
 from phitune.inference.loaded import Answer, LoadedModel
@@ -331,45 +330,3 @@ def _likelihoods(
         tuple(None if question.expected is None else next(found) for _ in choices)
         for question in questions
     ]
-
-
-# --- the samples of a training run --------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Sample:
-    """An answer to one of the sample prompts."""
-
-    prompt: str
-    answer: str
-    tokens: int
-    stopped: bool  # by itself, with an end token
-
-
-class Sampler:
-    """Answers fixed prompts with the model as it is."""
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        coder: Coder,
-        prompts: Sequence[SamplePrompt],
-        max_new_tokens: int,
-    ) -> None:
-        self._decoder = decoder
-        self._coder = coder
-        self._prompts = list(prompts) if max_new_tokens else []
-        self._max_new_tokens = max_new_tokens
-
-    @property
-    def prompts(self) -> list[str]:
-        return [prompt.text for prompt in self._prompts]
-
-    def __call__(self, check: Callable[[], None] = lambda: None) -> list[Sample]:
-        """One greedy answer for each prompt; see `sample_answers`."""
-        ids = [prompt.ids for prompt in self._prompts]
-        answers = sample_answers(self._decoder, self._coder, ids, self._max_new_tokens, check)
-        return [
-            Sample(prompt.text, answer.text, answer.tokens, answer.stopped)
-            for prompt, answer in zip(self._prompts, answers, strict=True)
-        ]

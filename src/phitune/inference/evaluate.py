@@ -43,7 +43,7 @@ from phitune.model.decoder import Decoder
 from phitune.model.device import in_usable_thread, is_out_of_memory
 from phitune.model.files import ASSETS, find_model
 from phitune.model.lora import Adapter, put_on
-from phitune.training.loop import Outcome
+from phitune.training.events import Outcome
 from phitune.training.rundir import RunDirectory
 
 # -------------------------------------------------------------------------------------------------

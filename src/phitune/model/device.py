@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 
 import torch
 
-from phitune.errors import SettingsError
+from phitune.errors import OutOfMemoryError, SettingsError
 from phitune.model.decoder import Decoder, DecoderLayer
 
 # -------------------------------------------------------------------------------------------------
@@ -73,8 +73,9 @@ def _has_glibc() -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch failed for want of memory; on a CPU it says so in words only."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(
+    """Whether an allocation failed; on a CPU torch says so in words only."""
+    kinds = (OutOfMemoryError, torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or bool(
         isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))
     )
 
@@ -84,6 +85,30 @@ class _ThisThread(threading.local):
 
 
 _THIS_THREAD = _ThisThread()
+
+
+def guard_memory(work: Callable[[], T], device: torch.device) -> T:
+    """Work that computes on a device, with one type of error where memory runs out.
+
+    Raises:
+        OutOfMemoryError: an allocation failed. What was held but not used is given back by then,
+            and nothing holds the tensors of the attempt any more.
+    """
+    try:
+        return in_usable_thread(work)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = first_line(error)
+    # Only here, behind the clause, the frames of the attempt are gone.
+    give_back_memory(device)
+    raise OutOfMemoryError(reason)
+
+
+def first_line(error: BaseException) -> str:
+    """What the allocator said, in one line; a MemoryError often says nothing."""
+    line = (str(error).splitlines() or ["no memory is left"])[0]
+    return line[max(line.find("DefaultCPUAllocator"), 0) :]
 
 
 def in_usable_thread(work: Callable[[], T]) -> T:

@@ -10,8 +10,8 @@ Shapes: T packed tokens, N trained positions, D hidden, V vocabulary, X further 
 """
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from phitune.model.decoder import Decoder, DecoderLayer
 from phitune.model.device import (
     compile_layers,
     compile_refusal,
+    guard_memory,
     keep_freed_memory,
     limit_product_caches,
     release_freed_memory,
@@ -43,13 +44,17 @@ from phitune.model.fused import (
 from phitune.model.fused_layers import FUSED_LAYERS, FusedLayer, Saved, Shared
 
 
-class Engine(Protocol):
-    """Losses and gradients of one decoder and the adapter on it."""
+class Engine(ABC):
+    """Losses and gradients of one decoder and the adapter on it.
+
+    Only an engine knows how an allocation fails on its device, and that oneDNN may break a thread
+    in which it did: both end here, in one type of error.
+    """
 
     device: torch.device
     choices: dict[str, str]  # what was chosen, and why; for the user
     num_layers: int
-    recompute_layers: int  # so many, from the lowest; may be changed between two micro-batches
+    recompute_layers: int  # from the lowest; may be changed between two micro-batches
 
     def loss_and_gradients(
         self, batch: Packed, dropout: ops.Dropout | None, weight: float
@@ -57,15 +62,30 @@ class Engine(Protocol):
         """Adds the gradients of `weight` times the summed loss to the adapter's.
 
         Returns: scalar, the summed loss times `weight`; on the device, not waited for.
+
+        Raises:
+            OutOfMemoryError: an allocation failed; the gradients are of no use then.
         """
-        ...
+        return guard_memory(lambda: self._loss_and_gradients(batch, dropout, weight), self.device)
 
     def loss_sum(self, batch: Packed) -> Tensor:
-        """The summed loss over the trained positions, without dropout. Returns: scalar."""
-        ...
+        """The summed loss over the trained positions, without dropout. Returns: scalar.
+
+        Raises:
+            OutOfMemoryError: an allocation failed.
+        """
+        return guard_memory(lambda: self._loss_of(batch), self.device)
+
+    @abstractmethod
+    def _loss_and_gradients(
+        self, batch: Packed, dropout: ops.Dropout | None, weight: float
+    ) -> Tensor: ...
+
+    @abstractmethod
+    def _loss_of(self, batch: Packed) -> Tensor: ...
 
 
-class ReferenceEngine:
+class ReferenceEngine(Engine):
     """Autograd through the plain decoder."""
 
     def __init__(
@@ -87,7 +107,7 @@ class ReferenceEngine:
     def recompute_layers(self, number: int) -> None:
         self.decoder.recompute_layers = number
 
-    def loss_and_gradients(
+    def _loss_and_gradients(
         self, batch: Packed, dropout: ops.Dropout | None, weight: float
     ) -> Tensor:
         loss = self._loss_sum(batch, dropout) * weight
@@ -95,7 +115,7 @@ class ReferenceEngine:
         return loss.detach()
 
     @torch.no_grad()
-    def loss_sum(self, batch: Packed) -> Tensor:
+    def _loss_of(self, batch: Packed) -> Tensor:
         return self._loss_sum(batch, None)
 
     def _loss_sum(self, batch: Packed, dropout: ops.Dropout | None) -> Tensor:
@@ -126,7 +146,7 @@ def choose_backend(
     return Backend(gemm, attention, Kernels(None if refusal else "inductor")), choices
 
 
-class FusedEngine:
+class FusedEngine(Engine):
     """Layers with a backward by hand.
 
     Args:
@@ -170,7 +190,7 @@ class FusedEngine:
         if decoder.embed_tokens.lora is not None:
             self.lowest = 0
 
-    def loss_and_gradients(
+    def _loss_and_gradients(
         self, batch: Packed, dropout: ops.Dropout | None, weight: float
     ) -> Tensor:
         if self.device.type == "cpu" and self._begins_step():
@@ -200,7 +220,7 @@ class FusedEngine:
         return loss
 
     @torch.no_grad()
-    def loss_sum(self, batch: Packed) -> Tensor:
+    def _loss_of(self, batch: Packed) -> Tensor:
         self._refresh(prepare_gradients=False)
         padded = fill(batch, None, self.device)
         shared = self._shared(padded)

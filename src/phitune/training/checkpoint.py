@@ -3,7 +3,7 @@
     checkpoints/step-000063-epoch-1/
       manifest.json     name, size and SHA-256 of every file; a checksum of itself
       state.json        position, early stopping, metrics, settings, versions, fingerprints
-      ...safetensors    adapter, best adapter, optimizer, random states, and gradients where the
+      ...safetensors    adapter, best adapter, optimizer, and gradients where the
                         checkpoint lies between two micro-batches
 
 It is written beside its place, flushed and renamed. A name says where it lies: after a step, after

@@ -1,8 +1,8 @@
 """Signals that ask a run to stop.
 
-The first lets the micro-batch finish and the checkpoint be written, the second leaves at once. A
-terminal that was closed (SIGHUP) asks the same, unless the run was started with nohup, which says
-that it should go on.
+After the first, the current micro-batch finishes and a checkpoint is written; the second ends the
+process at once. A closed terminal (SIGHUP) counts as a signal too, unless the run was started with
+nohup.
 """
 
 import errno
@@ -25,9 +25,9 @@ EXIT_CODES = {
 
 
 class StopRequested(BaseException):
-    """Raised inside of the loop where a signal came; never reaches a user.
+    """Raised between two tokens of an answer where a signal came; never reaches a user.
 
-    No Exception: nothing on the way out may take it for an error.
+    Not an Exception: nothing on the way out may take it for an error.
     """
 
 
@@ -39,7 +39,8 @@ class Stop:
         # Looked at now: a terminal that was closed is none any more.
         self._terminals = [number for number in (0, 1, 2) if os.isatty(number)]
 
-    def __call__(self) -> bool:
+    @property
+    def requested(self) -> bool:
         return self.signal is not None
 
     def check(self) -> None:
@@ -47,11 +48,11 @@ class Stop:
         Raises:
             StopRequested: it was asked to stop.
         """
-        if self():
+        if self.requested:
             raise StopRequested
 
     def hang_up(self, *others: int) -> None:
-        """Nobody reads any more: stops, and writes no more to where that would fail.
+        """Nobody reads the output any more: stops, and writes nothing to where that would fail.
 
         Args:
             others: descriptors that are no terminals.
@@ -79,18 +80,18 @@ class Stop:
 
 @contextmanager
 def stop_signals(say: Callable[[str], None]) -> Iterator[Stop]:
-    """Listens for the signals of `EXIT_CODES`; outside of the main thread they are not ours."""
+    """Listens for the signals of `EXIT_CODES`; only the main thread can."""
     stop = Stop()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if stop():
-            raise Interrupted(f"left at once by {name}; nothing more was saved", EXIT_CODES[name])
+        if stop.requested:
+            raise Interrupted(f"ended at once by {name}; nothing more was saved", EXIT_CODES[name])
         stop.signal = name
         if name == "SIGHUP":
             stop.hang_up()
         with stop.showing():
-            say(f"{name}: stopping after this micro-batch; a second one leaves at once")
+            say(f"{name}: stopping after this micro-batch; a second {name} ends it at once")
 
     before = {}
     try:

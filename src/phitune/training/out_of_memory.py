@@ -1,146 +1,105 @@
-"""How an optimizer step is cut: the same rows and the same result, in more or less memory.
+"""What a run does when memory runs out: the same rows and the same result, split further.
 
-No torch here: plans speak of it too.
+The engine is the only one to say so, with one type of error, after it gave back what it held. What
+failed is dropped as a whole: the gradients of the current step start from zero, so that no row
+counts twice or by half. The dry run finds the split before the first step, not hours later.
 """
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+import time
+from collections.abc import Iterator
 
+import torch
+
+from phitune.config import Settings
+from phitune.data.packing import pack
+from phitune.data.prepare import PreparedData
 from phitune.errors import OutOfMemoryError
-from phitune.model.device import give_back_memory, in_usable_thread, is_out_of_memory
+from phitune.model.device import guard_memory, is_out_of_memory
 from phitune.model.engine import Engine
+from phitune.plan.machine import peak_memory
 from phitune.plan.plan import smaller_part
-from phitune.training.state import TrainingState
+from phitune.training.events import DryRunDone, RanOutOfMemory, StepSplit
+from phitune.training.state import TrainingState, as_bytes, copy_of, dropout_of
 
 
-@dataclass(frozen=True)
-class Cut:
-    """What of a step is held at once. None of it changes the result, apart from rounding."""
+def split_further(
+    engine: Engine, state: TrainingState, settings: Settings, error: OutOfMemoryError
+) -> RanOutOfMemory:
+    """Drops the gradients of the current step and splits steps further from now on.
 
-    micro_batch: int  # rows that go through the model together
-    recompute_layers: int  # layers, from the lowest, that keep their input only
+    A split that fitted before is tried once more: free memory was fragmented, and the engine has
+    given it back since.
 
-    def narrower(self, rows_per_step: int, num_layers: int) -> "Cut | None":
-        """The next cut that takes less; None where there is none.
-
-        The micro-batch goes first, in two halves (or the next smaller part that divides the step's
-        rows); with one row left, half of the layers that still keep what they computed.
-        """
-        if self.micro_batch > 1:
-            return Cut(smaller_part(self.micro_batch, rows_per_step), self.recompute_layers)
-        stored = num_layers - self.recompute_layers
-        return Cut(1, self.recompute_layers + (stored + 1) // 2) if stored > 0 else None
-
-    def settings(self, rows_per_step: int) -> dict[str, Any]:
-        """As the settings that ask for it."""
-        settings = {
-            "batch_size": self.micro_batch,
-            "gradient_accumulation_steps": rows_per_step // self.micro_batch,
-            "recompute_layers": self.recompute_layers,
-        }
-        if self.recompute_layers:
-            settings["gradient_checkpointing"] = True  # Without it no layer may be recomputed.
-        return settings
-
-
-@dataclass(frozen=True)
-class Shortage:
-    """Memory ran out, and the step or the validation at hand begins again."""
-
-    after_step: int
-    then: Cut
-    now: Cut  # the same, where there was room in it before: what is free had come to lie in pieces
-    why: str  # what the allocator said
-    rows_given_up: int = 0  # of the step at hand
-
-    def __str__(self) -> str:
-        """What changes."""
-        if self.now == self.then:
-            return "nothing changes, as it fitted before"
-        then, now = asdict(self.then), asdict(self.now)
-        names = {"micro_batch": "rows at once", "recompute_layers": "layers recomputed"}
-        changes = [
-            f"{names[name]} {then[name]} -> {now[name]}" for name in then if then[name] != now[name]
-        ]
-        return ", ".join(changes)
-
-
-# -------------------------------------------------------------------------------------------------
-# Work that is done again, in a finer cut, where memory runs out in the middle of it.
-
-T = TypeVar("T")
-
-
-class Attempts:
-    """The cut at hand, and the rule by which it becomes finer.
-
-    Where a cut had room before, it is tried once more: what is free had come to lie in pieces, and
-    that is mended by giving it back. What failed is dropped as a whole: the gradients of the step
-    at hand start from nothing, so that none of its rows counts twice or by half.
+    Raises:
+        OutOfMemoryError: nothing is left to split.
     """
-
-    def __init__(
-        self,
-        engine: Engine,
-        state: TrainingState,
-        micro_batch: int,
-        rows_per_step: int,
-        tell: Callable[[Shortage], None],
-    ) -> None:
-        """
-        Args:
-            micro_batch: rows at once to begin with; the layers to recompute are the engine's.
-            tell: called each time that memory ran out, before it is tried again.
-        """
-        self.cut = Cut(micro_batch, engine.recompute_layers)
-        self._engine = engine
-        self._state = state
-        self._rows_per_step = rows_per_step
-        self._tell = tell
-        self._has_fitted = False  # since memory ran out last
-
-    def __call__(self, work: Callable[[], T]) -> T:
-        """Does the work, as often as it takes.
-
-        Args:
-            work: to be done from its beginning each time; reads the cut anew.
-
-        Raises:
-            OutOfMemoryError: it does not fit in the finest cut either.
-        """
-        while True:
-            try:
-                done = in_usable_thread(work)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                why = first_line(error)
-            else:
-                self._has_fitted = True
-                return done
-            # Only here, behind the clause, does nothing hold the tensors of the attempt any more.
-            given_up = self._state.rows_in_step
-            self._state.begin_step()
-            give_back_memory(self._engine.device)
-            self._narrow(why, given_up)
-
-    def _narrow(self, why: str, given_up: int) -> None:
-        following: Cut | None = self.cut
-        if not self._has_fitted:
-            following = self.cut.narrower(self._rows_per_step, self._engine.num_layers)
-        self._has_fitted = False
-        if following is None:
-            raise OutOfMemoryError(f"{why} (one row at a time, every layer recomputed)")
-        self._tell(Shortage(self._state.step, self.cut, following, why, given_up))
-        self.cut = following
-        self._engine.recompute_layers = following.recompute_layers
+    then = StepSplit(state.micro_batch, engine.recompute_layers)
+    now: StepSplit | None = then
+    if not state.has_fitted:
+        now = next_split(then, settings.rows_per_step, engine.num_layers)
+    rows_dropped = state.rows_in_step
+    state.begin_step()
+    state.has_fitted = False
+    if now is None:
+        raise OutOfMemoryError(f"{error} (one row at a time, every layer recomputed)")
+    state.micro_batch, engine.recompute_layers = now.micro_batch, now.recompute_layers
+    return RanOutOfMemory(state.step, then, now, str(error), rows_dropped)
 
 
-def first_line(error: BaseException) -> str:
-    """What the allocator said, in one line; a MemoryError often says nothing."""
-    line = (str(error).splitlines() or ["no memory is left"])[0]
-    return line[max(line.find("DefaultCPUAllocator"), 0) :]
+def next_split(split: StepSplit, rows_per_step: int, num_layers: int) -> StepSplit | None:
+    """The next split that takes less memory; None where there is none.
+
+    The micro-batch shrinks first, to half (or the next smaller number that divides the step's
+    rows); at one row, half of the layers that still keep their activations are recomputed.
+    """
+    if split.micro_batch > 1:
+        return StepSplit(smaller_part(split.micro_batch, rows_per_step), split.recompute_layers)
+    stored = num_layers - split.recompute_layers
+    return StepSplit(1, split.recompute_layers + (stored + 1) // 2) if stored > 0 else None
+
+
+def dry_run(
+    engine: Engine, state: TrainingState, data: PreparedData, settings: Settings
+) -> Iterator[RanOutOfMemory | DryRunDone]:
+    """Tries what takes the most memory of a run: its largest micro-batch, validation, checkpoint.
+
+    Nothing of it stays: gradients are dropped, no update is made, nothing is written.
+
+    Raises:
+        OutOfMemoryError: it does not fit however it is split.
+    """
+    state.has_fitted = False
+    train_rows = data.train_rows.longest_rows(state.micro_batch)
+    validation_rows = data.validation_rows.longest_rows(state.micro_batch)
+
+    def attempt() -> DryRunDone:
+        started = time.perf_counter()
+        kept = [copy_of(state.adapter) for _ in ("the start", "the best")]  # As in training.
+        for parameter in state.adapter.parameters():  # As in the second micro-batch of a step.
+            parameter.grad = torch.zeros_like(parameter)
+        batch = pack(train_rows[: state.micro_batch])
+        dropout = dropout_of(batch, settings, step=1, device=engine.device)
+        weight = 1 / batch.num_target_tokens
+        engine.loss_and_gradients(batch.to(engine.device), dropout, weight).item()
+        if validation_rows:
+            engine.loss_sum(pack(validation_rows[: state.micro_batch]).to(engine.device)).item()
+        state.rows_in_step = len(batch.slots)  # A checkpoint that has gradients in it.
+        for _, tensors in state.tensors():
+            as_bytes(tensors)
+        state.begin_step()
+        kept.clear()
+        seconds = time.perf_counter() - started
+        peak = peak_memory(engine.device)
+        return DryRunDone(batch.num_tokens, len(batch.slots), peak, seconds)
+
+    while True:
+        try:
+            yield guard_memory(attempt, engine.device)
+            return
+        except OutOfMemoryError as error:
+            reason = error.with_traceback(None)  # Which would hold the tensors of the attempt.
+        state.rows_in_step = 0  # The rows of a dry run are not rows of the run.
+        yield split_further(engine, state, settings, reason)
 
 
 def why_not_written(error: Exception) -> str:

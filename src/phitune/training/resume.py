@@ -25,7 +25,7 @@ from phitune.training.checkpoint import (
     read_checkpoint,
     set_aside,
 )
-from phitune.training.out_of_memory import Shortage
+from phitune.training.events import RanOutOfMemory
 from phitune.training.rundir import CHECKPOINTS, CONFIG, read_summary, refuse_if_held
 
 # -------------------------------------------------------------------------------------------------
@@ -134,13 +134,13 @@ class Provenance:
             "asked": _resolved_as_json(self.asked),
         }
 
-    def narrowed(self, shortage: Shortage, effective: Resolved) -> "Provenance":
-        """After memory ran out: with the settings that it goes on with."""
+    def after(self, event: RanOutOfMemory, effective: Resolved) -> "Provenance":
+        """After memory ran out: with the settings that the run has from now on."""
         effective = with_absolute_paths(effective)
         then = self.effective.settings.model_dump(mode="json")
         now = effective.settings.model_dump(mode="json")
         changes = [
-            each.as_change(shortage.after_step, f"out of memory: {shortage.why}")
+            each.as_change(event.step, f"out of memory: {event.reason}")
             for each in differences(then, now)
         ]
         return replace(self, effective=effective, changes=[*self.changes, *changes])

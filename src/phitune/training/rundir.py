@@ -10,7 +10,7 @@
     run.lock        there while a run is at work
 
 Whatever is replaced is replaced as a whole: a killed run leaves the adapter before (adapter.old/ if
-it was killed between two renames) or the adapter after, never half of one. `take_up` heals that.
+it was killed between two renames) or the adapter after, never half of one. `repair` completes that.
 """
 
 import datetime
@@ -19,13 +19,15 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 
+from phitune.data.prepare import PreparedData
 from phitune.errors import ResumeError, SettingsError
 from phitune.training.checkpoint import (
     NEW,
@@ -37,6 +39,15 @@ from phitune.training.checkpoint import (
     replace_folder,
     sync_file,
     with_suffix,
+)
+from phitune.training.events import (
+    EpochEvaluated,
+    Evaluation,
+    Event,
+    LossSpike,
+    NumbersRefused,
+    RanOutOfMemory,
+    StepDone,
 )
 
 # -------------------------------------------------------------------------------------------------
@@ -229,42 +240,46 @@ def _ours(name: str) -> str | None:
     return name if name in _OURS else None
 
 
+class SampleAnswer(Protocol):
+    """What samples.jsonl says of an answer."""
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def tokens(self) -> int: ...  # the stop token included
+
+    @property
+    def stopped(self) -> bool: ...  # by itself, with a stop token
+
+
 class RunDirectory:
-    """Writes a run's files as they come about."""
+    """The files of one run; `empty` it for a new run, or `repair` it to resume."""
 
     def __init__(self, path: Path, say: Callable[[str], None] = lambda text: None) -> None:
-        """Creates the folder, emptied of an earlier run; see `check_output_dir`.
-
-        Args:
-            say: told what cannot be written at the time.
         """
-        self._set_up(path, say)
-        path.mkdir(parents=True, exist_ok=True)
-        for entry in path.iterdir():
-            if not _ours(entry.name):
-                continue
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink(missing_ok=True)
-
-    def _set_up(self, path: Path, say: Callable[[str], None]) -> None:
+        Args:
+            say: gets a line when something cannot be written now, and when it can be again.
+        """
         self.path = path
         self._logs = {name: LineFile(path / name, say) for name in _LOGS}
 
-    @classmethod
-    def take_up(cls, path: Path, say: Callable[[str], None] = lambda text: None) -> "RunDirectory":
-        """The folder of a run that goes on, with what a kill left half done put right."""
-        run = cls.__new__(cls)
-        run._set_up(path, say)
-        old = with_suffix(run.adapter, OLD)
-        if old.exists() and not run.adapter.exists():
-            old.rename(run.adapter)
-        for entry in path.iterdir():
+    def empty(self) -> None:
+        """Creates the folder, or removes the run that is in it; see `check_output_dir`."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for entry in self.path.iterdir():
+            if _ours(entry.name):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+
+    def repair(self) -> None:
+        """Completes or removes what a killed run left half done."""
+        old = with_suffix(self.adapter, OLD)
+        if old.exists() and not self.adapter.exists():
+            old.rename(self.adapter)
+        for entry in self.path.iterdir():
             if entry.name.endswith(PASSING) and _ours(entry.name):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        clear_leftovers(run.checkpoints)
-        return run
+        clear_leftovers(self.checkpoints)
 
     @property
     def adapter(self) -> Path:
@@ -289,14 +304,32 @@ class RunDirectory:
         text = json.dumps(evaluation, indent=2, ensure_ascii=False, allow_nan=False)
         replace_file(self.path / EVALUATION, text + "\n")
 
-    def append_metrics(self, line: dict[str, Any]) -> None:
-        self._append(METRICS, line)
+    def write(self, event: Event, data: PreparedData) -> None:
+        """Appends what happened to metrics.jsonl; events without numbers leave no line."""
+        for line in metrics_lines(event, data):
+            self._append(METRICS, line)
 
-    def append_sample(self, line: dict[str, Any]) -> None:
-        self._append(SAMPLES, line)
+    def write_samples(
+        self, epoch: int, prompts: Sequence[str], answers: Sequence[SampleAnswer]
+    ) -> None:
+        """Appends the answers to the sample prompts to samples.jsonl."""
+        for prompt, answer in zip(prompts, answers, strict=False):
+            self._append(
+                SAMPLES,
+                {
+                    "epoch": epoch,
+                    "prompt": prompt,
+                    "answer": answer.text,
+                    "tokens": answer.tokens,
+                    "stopped": answer.stopped,
+                },
+            )
+
+    def remove_adapter(self) -> None:
+        shutil.rmtree(self.adapter, ignore_errors=True)
 
     def replace_adapter(self, write: Callable[[Path], None]) -> None:
-        """Lets `write` fill a new folder, then puts it in the place of the adapter before."""
+        """Lets `write` fill a new folder, then replaces the adapter by it."""
         new = with_suffix(self.adapter, NEW)
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
@@ -328,9 +361,9 @@ class RunDirectory:
         return found
 
     def rewind(self, lengths: dict[str, dict[str, int]]) -> list[str]:
-        """Takes the lines away that were written after `lengths`, and the summary.
+        """Removes the lines that were written after `lengths`, and the summary.
 
-        Returns: what is to be said of lines that are missing.
+        Returns: warnings about lines that are missing.
         """
         warnings = []
         for name, then in lengths.items():
@@ -350,6 +383,31 @@ class RunDirectory:
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
         self._logs[name].append(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def metrics_lines(event: Event, data: PreparedData) -> list[dict[str, Any]]:
+    """What metrics.jsonl says of an event. Rows are named without the folder of their file."""
+    match event:
+        case StepDone(metrics, None):
+            return [asdict(metrics)]
+        case StepDone(metrics, LossSpike() as spike):
+            numbers = {"loss": metrics.loss, "usual": spike.usual}
+            rows = [Path(data.train_rows.place(row)).name for row in spike.rows]
+            when = {"step": metrics.step, "epoch": metrics.epoch}
+            return [asdict(metrics), {**when, "loss_spike": numbers, "rows": rows}]
+        case NumbersRefused(bad):
+            numbers_as_text = {"loss": str(bad.loss)}  # JSON has no word for nan.
+            if not bad.is_validation:
+                numbers_as_text["grad_norm"] = str(bad.grad_norm)
+            part = data.validation_rows if bad.is_validation else data.train_rows
+            rows = [Path(part.place(row)).name for row in bad.rows]
+            when = {"step": bad.step, "epoch": bad.epoch}
+            return [{**when, "not_finite": numbers_as_text, "rows": rows}]
+        case RanOutOfMemory():
+            return [{"step": event.step, "out_of_memory": event.reason, **asdict(event.now)}]
+        case EpochEvaluated(evaluation=Evaluation() as evaluation):
+            return [asdict(evaluation)]
+    return []
 
 
 def read_summary(path: Path) -> dict[str, Any] | None:

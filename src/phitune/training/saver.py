@@ -1,21 +1,36 @@
-"""When a checkpoint is written, what is done when it cannot be, and which are kept."""
+"""When a checkpoint is written, what happens when it cannot be, and which ones are kept."""
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
+from typing import Literal
 
 from phitune.config import Settings
 from phitune.training.checkpoint import remove_older, write_checkpoint
-from phitune.training.loop import Moment
+from phitune.training.events import EpochDone, Event, NumbersRefused, StepDone
 from phitune.training.out_of_memory import why_not_written
 from phitune.training.resume import STATE, Provenance
 from phitune.training.rundir import RunDirectory
 from phitune.training.state import TrainingState, as_bytes
 
 AUTO_MINUTES = 10.0
-# A disk that is full or gone is asked again after so long.
+# After a disk was full or gone, it is tried again this much later.
 _RETRY_SECONDS = 30.0
+
+# When a checkpoint may be due: after a step, after an epoch (with a better adapter than all
+# before), and at the end, after which nothing follows.
+Moment = Literal["step", "epoch", "best", "end"]
+
+
+def moment_of(event: Event) -> Moment | None:
+    """What an event means for checkpoints; None where the schedule is not asked."""
+    match event:
+        case StepDone() | NumbersRefused(gives_up=False):
+            return "step"
+        case EpochDone(is_best=is_best):
+            return "best" if is_best else "epoch"
+    return None
 
 
 class Schedule:
@@ -35,7 +50,7 @@ class Schedule:
     def is_due(self, moment: Moment, step: int, saved_step: int, seconds: float) -> bool:
         """
         Args:
-            saved_step, seconds: that of the last checkpoint, and since then.
+            saved_step, seconds: step of the last checkpoint, and the time since then.
         """
         match moment:
             case "end" | "best":
@@ -43,35 +58,29 @@ class Schedule:
             case "epoch" if self.epochs or step == 0:
                 return True
         too_late = self.seconds is not None and seconds >= self.seconds
-        # Counted from the start of the run, so that it does not matter where it was taken up.
+        # Counted from the start of the run, so that it does not matter where it was resumed.
         on_time = self.steps is not None and step % self.steps == 0 and step > saved_step
         return too_late or on_time
 
 
 class Saver:
-    """Writes checkpoints of the loop's state; the loop offers it every moment."""
+    """Writes checkpoints of the training state when they are due."""
 
     def __init__(
         self,
         run: RunDirectory,
         settings: Settings,
-        provenance: Provenance,
-        say: Callable[[str], None],
         seconds_before: float = 0.0,
         saved: str | None = None,
     ) -> None:
         """
         Args:
-            say: told what could not be written.
-            seconds_before: what the run took until it was taken up again.
-            saved: the checkpoint it was taken up from.
+            seconds_before: what the run took until it was resumed.
+            saved: the checkpoint from which it was resumed.
         """
-        self.seconds = 0.0  # of all checkpoints
         self.problem: str | None = None  # why the last one could not be written
-        self.provenance = provenance  # Replaced where the run is cut in another way.
         self._run = run
         self._settings = settings
-        self._say = say
         self._schedule = Schedule(settings.save_every)
         self._seconds_before = seconds_before
         self._started = self._saved_at = time.monotonic()
@@ -81,40 +90,44 @@ class Saver:
 
     @property
     def training_seconds(self) -> float:
-        """What the run took so far, in all its parts."""
+        """What the run took so far, with the time before it was resumed."""
         return self._seconds_before + time.monotonic() - self._started
 
-    def __call__(self, state: TrainingState, moment: Moment) -> float:
-        """Saves the state where it is time to; the seconds that took."""
-        started = time.monotonic()
+    def is_due(self, state: TrainingState, moment: Moment) -> bool:
+        """Whether a state should be saved now: by the schedule, or since the last try failed."""
         if state.name == self._saved:
-            return 0.0
-        due = self.problem is not None and started - self._tried_at > _RETRY_SECONDS
-        seconds = started - self._saved_at
-        if not due and not self._schedule.is_due(moment, state.step, self._saved_step, seconds):
-            return 0.0
+            return False
+        now = time.monotonic()
+        if self.problem is not None and now - self._tried_at > _RETRY_SECONDS:
+            return True
+        return self._schedule.is_due(moment, state.step, self._saved_step, now - self._saved_at)
+
+    def save(self, state: TrainingState, provenance: Provenance) -> str | None:
+        """Writes a checkpoint and removes older ones; returns a warning where it cannot.
+
+        The time it takes is added to the state's `checkpoint_seconds`.
+        """
+        started = time.monotonic()
+        root, warning = self._run.checkpoints, None
         try:
-            write_checkpoint(self._run.checkpoints, state.name, self._files(state))
+            write_checkpoint(root, state.name, self._files(state, provenance))
         except (OSError, MemoryError, RuntimeError) as error:
             self._tried_at = started
-            self.problem = f"{self._run.checkpoints / state.name}: {why_not_written(error)}"
-            self._say(
-                f"warning: the checkpoint cannot be written: {self.problem}; training goes on, the"
-                " one before is kept, and it is tried again"
+            self.problem = f"{root / state.name}: {why_not_written(error)}"
+            warning = (
+                f"warning: the checkpoint cannot be written: {self.problem}; training continues,"
+                " the previous one is kept, and it is tried again"
             )
         else:
             self.problem = None
             self._saved, self._saved_step = state.name, state.step
             self._saved_at = time.monotonic()
-            with suppress(OSError):  # What cannot be removed is removed the next time.
-                remove_older(
-                    self._run.checkpoints, self._settings.keep_checkpoints, state.best_step
-                )
-        taken = time.monotonic() - started
-        self.seconds += taken
-        return taken
+            with suppress(OSError):  # What cannot be removed now is removed the next time.
+                remove_older(root, self._settings.keep_checkpoints, state.best_step)
+        state.checkpoint_seconds += time.monotonic() - started
+        return warning
 
-    def _files(self, state: TrainingState) -> Iterator[tuple[str, bytes]]:
+    def _files(self, state: TrainingState, provenance: Provenance) -> Iterator[tuple[str, bytes]]:
         for name, tensors in state.tensors():
             yield name, as_bytes(tensors)
         total_steps = self._settings.epochs * state.steps_per_epoch
@@ -123,6 +136,6 @@ class Saver:
             "schedule": {"step": state.step, "total_steps": total_steps},
             "seconds": self.training_seconds,
             "logs": self._run.lengths(),
-            "provenance": self.provenance.as_json(),
+            "provenance": provenance.as_json(),
         }
         yield STATE, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode()

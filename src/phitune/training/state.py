@@ -1,12 +1,11 @@
-"""Where a run is: all that decides what comes next, apart from rows, base model and settings.
+"""The training state: all that decides what comes next, apart from rows, base model and settings.
 
-The order of the rows is a function of seed and epoch, and dropout of seed, step and place: both
-need no state. Nothing draws random numbers while it trains; the generators' states are kept all
-the same, so that whatever may draw from them one day goes on where it was.
+The order of the rows is a function of seed and epoch, dropout of seed, step and place in the step,
+and nothing draws from a random generator while it trains: so no generator has a state to keep, and
+a checkpoint may lie between two micro-batches. Files are the matter of `checkpoint.py`.
 """
 
 import math
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,11 +15,13 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from phitune.config import Settings
+from phitune.data.packing import Batch
+from phitune.model import ops
 from phitune.model.lora import Adapter
 from phitune.training.checkpoint import checkpoint_name
 
 # -------------------------------------------------------------------------------------------------
-# The optimizer, the learning rate as a function of the step, and the guard against bad numbers.
+# The optimizer, the learning rate as a function of the step, gradients, dropout.
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
@@ -82,11 +83,21 @@ def clip_gradients(parameters: Sequence[nn.Parameter], norm: Tensor, max_norm: f
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
 
 
-# -------------------------------------------------------------------------------------------------
+def dropout_of(
+    batch: Batch, settings: Settings, step: int, device: torch.device
+) -> ops.Dropout | None:
+    """The adapter's dropout for a micro-batch of an optimizer step."""
+    if settings.lora_dropout == 0:
+        return None
+    keys = ops.row_keys(settings.seed, step, batch.slots, batch.cu_seqlens, device)  # [T]
+    return ops.Dropout(settings.lora_dropout, keys)
 
-ADAPTER, BEST, OPTIMIZER, GRADIENTS, RANDOM = (
-    f"{name}.safetensors" for name in ("adapter", "best", "optimizer", "gradients", "random")
-)
+
+# -------------------------------------------------------------------------------------------------
+# The state, and its tensors as files.
+
+ADAPTER, BEST = "adapter.safetensors", "best.safetensors"
+OPTIMIZER, GRADIENTS = "optimizer.safetensors", "gradients.safetensors"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _STEP_LOSS = "step_loss"
 
@@ -98,13 +109,19 @@ class TrainingState:
     adapter: Adapter
     optimizer: torch.optim.AdamW
     steps_per_epoch: int
-    step_loss: Tensor  # scalar, of the micro-batches of the step at hand that are done
+    step_loss: Tensor  # scalar, of the current step's micro-batches that are done
+
+    # How the step is split; not in a checkpoint, since the result does not depend on it.
+    micro_batch: int  # rows
+    has_fitted: bool = False  # a whole step or validation, since memory ran out last
+
+    checkpoint_seconds: float = 0.0  # spent since the last step; not in a checkpoint either
 
     step: int = 0  # optimizer steps done
-    epochs_done: int = -1  # their validation included; -1 before that of the base model
-    rows_in_step: int = 0  # of the step at hand, whose gradients are accumulated
+    epochs_done: int = -1  # with their validation; -1 before that of the base model
+    rows_in_step: int = 0  # rows of the current step whose gradients are accumulated
     seconds_in_step: float = 0.0
-    bad_steps: int = 0  # in a row, up to now, whose numbers were not finite
+    bad_steps: int = 0  # latest steps in a row whose numbers were not finite
     recent_losses: list[float] = field(default_factory=list)
 
     first_validation_loss: float | None = None
@@ -115,24 +132,24 @@ class TrainingState:
 
     @property
     def step_in_epoch(self) -> int:
-        """Steps done of the epoch at hand."""
+        """Steps done of the current epoch."""
         return self.step - max(self.epochs_done, 0) * self.steps_per_epoch
 
     @property
     def name(self) -> str:
-        """What a checkpoint of this state is called."""
+        """The name of a checkpoint of this state."""
         is_epoch_end = self.epochs_done >= 0 and not (self.step_in_epoch or self.rows_in_step)
         return checkpoint_name(
             self.step, self.rows_in_step, self.epochs_done if is_epoch_end else None
         )
 
     def rows_seen(self, rows: int, settings: Settings) -> int:
-        """Training rows gone through so far, in all epochs."""
+        """Training rows processed so far, in all epochs."""
         of_epoch = min(self.step_in_epoch * settings.rows_per_step, rows)
         return max(self.epochs_done, 0) * rows + of_epoch + self.rows_in_step
 
     def begin_step(self) -> None:
-        """After an update, the gradients start from nothing."""
+        """The gradients start from zero."""
         self.optimizer.zero_grad()
         self.rows_in_step, self.seconds_in_step = 0, 0.0
         self.step_loss = torch.zeros_like(self.step_loss)
@@ -166,7 +183,6 @@ class TrainingState:
                 if parameter.grad is not None
             }
             yield GRADIENTS, {**gradients, _STEP_LOSS: self.step_loss}
-        yield RANDOM, _random_states(self.step_loss.device)
 
     def load(self, numbers: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
         """Takes over what a checkpoint holds. The adapter must be of the same shape.
@@ -192,7 +208,6 @@ class TrainingState:
             self.step_loss = gradients.pop(_STEP_LOSS)
             for name, gradient in gradients.items():
                 self._parameters()[name].grad = gradient
-        _set_random_states(load(files[RANDOM]), device)
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return dict(zip(self.adapter.tensors(), self.adapter.parameters(), strict=True))
@@ -233,29 +248,3 @@ def restore(adapter: Adapter, tensors: dict[str, Tensor]) -> None:
     """Puts an adapter to what `copy_of` kept of it."""
     with torch.no_grad():
         adapter.load_tensors(tensors)
-
-
-def _random_states(device: torch.device) -> dict[str, Tensor]:
-    version, numbers, gauss = random.getstate()
-    states = {
-        "python": torch.tensor([version, *numbers]),
-        "torch": torch.get_rng_state(),
-    }
-    if gauss is not None:
-        states["python_gauss"] = torch.tensor(gauss, dtype=torch.float64)
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    elif device.type == "mps":
-        states["mps"] = torch.mps.get_rng_state()
-    return states
-
-
-def _set_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
-    version, *numbers = states["python"].tolist()
-    gauss = states["python_gauss"].item() if "python_gauss" in states else None
-    random.setstate((version, tuple(numbers), gauss))
-    torch.set_rng_state(states["torch"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
-    elif device.type == "mps" and "mps" in states:
-        torch.mps.set_rng_state(states["mps"])

@@ -1,4 +1,8 @@
-"""What a person sees of a run: a live view on a terminal, plain lines everywhere else."""
+"""What a person sees of a run: a live view on a terminal, plain lines everywhere else.
+
+A view shows events and decides nothing. The lines about settings, data, model and memory that stand
+above a run are made here too, and so is what a tracker such as TensorBoard gets.
+"""
 
 import datetime
 import errno
@@ -6,15 +10,16 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
+import rich.progress
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
-    Progress,
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
@@ -25,14 +30,25 @@ from rich.text import Text
 from phitune.config import Resolved, Settings
 from phitune.data.prepare import PreparedData
 from phitune.data.store import Progress as DataProgress
-from phitune.errors import SettingsError
-from phitune.inference.answers import Sample
+from phitune.errors import SettingsError, listing
+from phitune.inference.loaded import Answer
 from phitune.model.architecture import EMBED_TOKENS, LM_HEAD, ModelConfig
 from phitune.model.decoder import Decoder
 from phitune.model.lora import Adapter
 from phitune.plan.machine import FreeMemory
 from phitune.plan.memory import GIB, MemoryPlan
-from phitune.training.loop import Evaluation, StepMetrics
+from phitune.training.events import (
+    EpochEvaluated,
+    Evaluation,
+    Event,
+    LossSpike,
+    MicroBatchDone,
+    NumbersRefused,
+    RanOutOfMemory,
+    StepDone,
+    StepMetrics,
+    Validating,
+)
 
 # -------------------------------------------------------------------------------------------------
 # Trackers: where numbers go besides metrics.jsonl.
@@ -42,9 +58,9 @@ _WHEN = ("step", "epoch")
 
 
 class Tracker(Protocol):
-    """Takes each line of metrics.jsonl."""
+    """Takes the numbers of each step and each validation."""
 
-    def log(self, metrics: dict[str, Any]) -> None: ...
+    def log(self, event: Event) -> None: ...
 
     def close(self) -> None: ...
 
@@ -55,16 +71,18 @@ class TensorBoardTracker:
     def __init__(self, folder: Path, first_step: int = 0) -> None:
         """
         Args:
-            first_step: of a run that goes on; curves beyond it are those of a part that was lost.
+            first_step: of a resumed run; points of the curves behind it are removed.
         """
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder), purge_step=first_step or None)
 
-    def log(self, metrics: dict[str, Any]) -> None:
-        for name, value in metrics.items():
-            if name not in _WHEN:
-                self._writer.add_scalar(name, value, metrics["step"])
+    def log(self, event: Event) -> None:
+        match event:
+            case StepDone(metrics=numbers) | EpochEvaluated(evaluation=Evaluation() as numbers):
+                for name, value in asdict(numbers).items():
+                    if name not in _WHEN:
+                        self._writer.add_scalar(name, value, numbers.step)
 
     def close(self) -> None:
         self._writer.close()
@@ -106,27 +124,22 @@ class RunConsole(Console):
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
+@dataclass(frozen=True)
+class Position:
+    """How far a run is, or how far it goes."""
+
+    steps: int
+    rows: int  # of all epochs
+
+
 class View(Protocol):
-    """Shows the numbers of a run while it goes on."""
+    """Shows a run while it goes on."""
 
-    def start(
-        self, total_steps: int, total_sequences: int, steps: int = 0, sequences: int = 0
-    ) -> None:
-        """
-        Args:
-            steps, sequences: done already, by a run that goes on.
-        """
-        ...
+    def start(self, total: Position, done: Position) -> None: ...
 
-    def micro_batch_done(self, sequences: int) -> None: ...
+    def show(self, event: Event) -> None: ...
 
-    def step_done(self, metrics: StepMetrics) -> None: ...
-
-    def evaluating(self, done: int, sequences: int) -> None: ...
-
-    def evaluated(self, evaluation: Evaluation, *, is_best: bool) -> None: ...
-
-    def sampled(self, epoch: int, samples: Sequence[Sample]) -> None: ...
+    def show_samples(self, prompts: Sequence[str], answers: Sequence[Answer]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -138,27 +151,36 @@ def open_view(console: Console) -> View:
 
 
 class PlainView:
-    """One line for each event; for logs, pipes and terminals without cursor control."""
+    """One line for each step and each validation: logs, pipes, terminals without cursor control."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._total_steps = self._first_step = 0
         self._started = 0.0
 
-    def start(
-        self, total_steps: int, total_sequences: int, steps: int = 0, sequences: int = 0
-    ) -> None:
-        self._total_steps, self._first_step = total_steps, steps
+    def start(self, total: Position, done: Position) -> None:
+        self._total_steps, self._first_step = total.steps, done.steps
         self._started = time.perf_counter()
 
-    def micro_batch_done(self, sequences: int) -> None:
+    def show(self, event: Event) -> None:
+        match event:
+            case StepDone(metrics):
+                self._print(self._step_line(metrics))
+            case EpochEvaluated(evaluation=Evaluation() as evaluation, is_best=is_best):
+                self._print(_evaluation_line(evaluation, is_best=is_best))
+
+    def show_samples(self, prompts: Sequence[str], answers: Sequence[Answer]) -> None:
+        for line in _sample_lines(prompts, answers):
+            self._print(line)
+
+    def close(self) -> None:
         pass
 
-    def step_done(self, metrics: StepMetrics) -> None:
+    def _step_line(self, metrics: StepMetrics) -> str:
         done = metrics.step - self._first_step
-        seconds_a_step = (time.perf_counter() - self._started) / done
-        left = round(seconds_a_step * (self._total_steps - metrics.step))
-        self._print(
+        seconds_per_step = (time.perf_counter() - self._started) / done
+        left = round(seconds_per_step * (self._total_steps - metrics.step))
+        return (
             f"step {metrics.step}/{self._total_steps}  epoch {metrics.epoch}"
             f"  loss {metrics.loss:.4f}  lr {metrics.learning_rate:.2e}"
             f"  grad_norm {metrics.grad_norm:.3f}"
@@ -166,30 +188,17 @@ class PlainView:
             f"  {datetime.timedelta(seconds=left)} left"
         )
 
-    def evaluating(self, done: int, sequences: int) -> None:
-        pass
-
-    def evaluated(self, evaluation: Evaluation, *, is_best: bool) -> None:
-        self._print(_evaluation_line(evaluation, is_best=is_best))
-
-    def sampled(self, epoch: int, samples: Sequence[Sample]) -> None:
-        for line in _sample_lines(samples):
-            self._print(line)
-
-    def close(self) -> None:
-        pass
-
     def _print(self, line: str) -> None:
         # No wrapping: a log line is one line however narrow the terminal was.
         self._console.print(escape(line), soft_wrap=True, highlight=False)
 
 
 class LiveView:
-    """A progress bar over all sequences, with the latest numbers below it."""
+    """A progress bar over all rows, with the latest numbers below it."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._progress = Progress(
+        self._bar = rich.progress.Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             TextColumn("{task.percentage:>3.0f} %"),
@@ -198,41 +207,39 @@ class LiveView:
             console=console,
             expand=True,
         )
-        self._task = self._progress.add_task("starting", total=None)
+        self._task = self._bar.add_task("starting", total=None)
         self._live = Live(console=console, refresh_per_second=4, transient=True)
         self._total_steps = 0
         self._step: StepMetrics | None = None
         self._evaluation: Evaluation | None = None
 
-    def start(
-        self, total_steps: int, total_sequences: int, steps: int = 0, sequences: int = 0
-    ) -> None:
-        self._total_steps = total_steps
-        self._progress.update(self._task, total=total_sequences, completed=sequences)
+    def start(self, total: Position, done: Position) -> None:
+        self._total_steps = total.steps
+        self._bar.update(self._task, total=total.rows, completed=done.rows)
         self._live.start()
         self._refresh()
 
-    def micro_batch_done(self, sequences: int) -> None:
-        self._progress.advance(self._task, sequences)
+    def show(self, event: Event) -> None:
+        match event:
+            case MicroBatchDone(rows):
+                self._bar.advance(self._task, rows)
+            case RanOutOfMemory(rows_dropped=rows):
+                self._bar.advance(self._task, -rows)
+            case StepDone(metrics):
+                self._step = metrics
+                step = f"epoch {metrics.epoch}  step {metrics.step}/{self._total_steps}"
+                self._bar.update(self._task, description=step)
+                self._refresh()
+            case Validating(done, rows):
+                self._bar.update(self._task, description=f"validation {done}/{rows}")
+            case EpochEvaluated(evaluation=Evaluation() as evaluation, is_best=is_best):
+                self._evaluation = evaluation
+                line = _evaluation_line(evaluation, is_best=is_best)
+                self._console.print(escape(line), highlight=False)
+                self._refresh()
 
-    def step_done(self, metrics: StepMetrics) -> None:
-        self._step = metrics
-        self._progress.update(
-            self._task,
-            description=f"epoch {metrics.epoch}  step {metrics.step}/{self._total_steps}",
-        )
-        self._refresh()
-
-    def evaluating(self, done: int, sequences: int) -> None:
-        self._progress.update(self._task, description=f"validation {done}/{sequences}")
-
-    def evaluated(self, evaluation: Evaluation, *, is_best: bool) -> None:
-        self._evaluation = evaluation
-        self._console.print(escape(_evaluation_line(evaluation, is_best=is_best)), highlight=False)
-        self._refresh()
-
-    def sampled(self, epoch: int, samples: Sequence[Sample]) -> None:
-        for line in _sample_lines(samples):
+    def show_samples(self, prompts: Sequence[str], answers: Sequence[Answer]) -> None:
+        for line in _sample_lines(prompts, answers):
             self._console.print(Text(line, style="dim"))
 
     def close(self) -> None:
@@ -249,7 +256,27 @@ class LiveView:
             ]
         if self._evaluation:
             parts.insert(1, f"validation {self._evaluation.validation_loss:.4f}")
-        self._live.update(Group(self._progress, Text("  ".join(parts), style="cyan")))
+        self._live.update(Group(self._bar, Text("  ".join(parts), style="cyan")))
+
+
+def warning_lines(event: Event, data: PreparedData) -> list[str]:
+    """What a person has to know of an event, with the rows named by file and line."""
+    match event:
+        case StepDone(metrics, LossSpike() as spike):
+            return [
+                f"step {metrics.step}: loss spike: {metrics.loss:.4f}, about {spike.usual:.4f} in"
+                " the steps before; training goes on. The rows of the step are in metrics.jsonl"
+            ]
+        case NumbersRefused(numbers):
+            part = data.validation_rows if numbers.is_validation else data.train_rows
+            places = [part.place(row) for row in numbers.rows]
+            return [f"{numbers}\n{numbers.heading}\n{listing(places)}"]
+        case RanOutOfMemory():
+            return [
+                f"out of memory ({event.reason}); the step begins again with the same effective"
+                f" batch: {event}"
+            ]
+    return []
 
 
 def _evaluation_line(evaluation: Evaluation, *, is_best: bool) -> str:
@@ -258,11 +285,11 @@ def _evaluation_line(evaluation: Evaluation, *, is_best: bool) -> str:
     return f"{when}  validation loss {evaluation.validation_loss:.4f}{best}"
 
 
-def _sample_lines(samples: Sequence[Sample]) -> list[str]:
+def _sample_lines(prompts: Sequence[str], answers: Sequence[Answer]) -> list[str]:
     return [
-        f"  {_one_line(sample.prompt)} -> {_one_line(sample.answer)}"
-        + ("" if sample.stopped else "  (did not stop by itself)")
-        for sample in samples
+        f"  {_one_line(prompt)} -> {_one_line(answer.text)}"
+        + ("" if answer.stopped else "  (did not stop by itself)")
+        for prompt, answer in zip(prompts, answers, strict=True)
     ]
 
 
@@ -271,7 +298,7 @@ def _one_line(text: str) -> str:
 
 
 def settings_lines(resolved: Resolved) -> Text:
-    """The settings in force and where each came from; what was not left at its default is bold."""
+    """The effective settings and where each came from; bold where it is not the default."""
     values = resolved.settings.model_dump(mode="json")
     width = max(map(len, values))
     lines = []
@@ -290,7 +317,7 @@ def settings_lines(resolved: Resolved) -> Text:
 
 @contextmanager
 def data_progress(console: Console) -> Iterator[DataProgress | None]:
-    """On a terminal, a bar for rows that are read and tokenised; it goes when they are done."""
+    """On a terminal, a bar for reading and tokenizing rows, removed when it is done."""
     if not console.is_terminal:
         yield None
         return
@@ -301,7 +328,7 @@ def data_progress(console: Console) -> Iterator[DataProgress | None]:
         TextColumn("{task.fields[rows]:,} rows"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bars:
+    with rich.progress.Progress(*columns, console=console, transient=True) as bars:
         bar = bars.add_task("", total=None, rows=0, visible=False)
 
         def show(rows: int, done: int, total: int) -> None:
@@ -321,7 +348,7 @@ def data_line(data: PreparedData, source: Path | str) -> str:
 
 
 def targets_line(modules: Sequence[str], config: ModelConfig, rank: int) -> str:
-    """What is adapted, and the size of what is large, known before weights are read."""
+    """Which modules are adapted, and the size of large ones; known before weights are read."""
     names = dict.fromkeys(name.rsplit(".", 1)[-1] for name in modules)
     layers = {name.split(".")[2] for name in modules if ".layers." in name}
     lines = [f"adapter: {' '.join(names)} in {len(layers)} of {config.num_hidden_layers} layers"]
@@ -339,32 +366,34 @@ def model_line(decoder: Decoder, adapter: Adapter, settings: Settings, seconds: 
     frozen = sum(weight.numel() for weight in decoder.named_weights().values())
     trained = adapter.num_parameters
     return (
-        f"model: {frozen:,} parameters in {settings.precision} on {settings.device}, read in"
+        f"model: {frozen:,} parameters in {settings.precision} on {settings.device}, loaded in"
         f" {seconds:.1f} s; {trained:,} more are trained ({trained / (frozen + trained):.2%})"
     )
 
 
 def memory_line(plan: MemoryPlan, budget: FreeMemory) -> str:
-    """What the run will take at its peak, of what it plans with, and what is recomputed for it."""
+    """The planned peak memory, the budget, and the recomputed layers."""
     layers, of = plan.recompute_layers, plan.num_layers
-    recomputed = f"{layers} of {of} layers are recomputed" if layers else "nothing is recomputed"
-    doubt = f"; that may not fit, of what is {budget.source}" if plan.bytes > budget.bytes else ""
+    recomputed = f"{layers} of {of} layers recomputed" if layers else "no layer recomputed"
+    doubt = f"; this may not fit ({budget.source})" if plan.bytes > budget.bytes else ""
     peak, there = plan.bytes / GIB, budget.bytes / GIB
     return (
-        f"memory: {peak:.1f} GiB at the peak, of {there:.1f} GiB to plan with; {recomputed}{doubt}"
+        f"memory: planned peak {peak:.1f} GiB of a budget of {there:.1f} GiB; {recomputed}{doubt}"
     )
 
 
-def answers_table(before: Sequence[Sample], after: Sequence[Sample]) -> Table:
+def answers_table(
+    prompts: Sequence[str], before: Sequence[Answer], after: Sequence[Answer]
+) -> Table:
     """The base's and the tuned answers side by side."""
     table = Table(title="Answers before and after", title_justify="left", show_lines=True)
     for heading in ("prompt", "base", "tuned"):
         table.add_column(heading, ratio=1, overflow="fold")
-    for old, new in zip(before, after, strict=True):
-        table.add_row(Text(old.prompt), _answer_text(old), _answer_text(new))
+    for prompt, old, new in zip(prompts, before, after, strict=True):
+        table.add_row(Text(prompt), _answer_text(old), _answer_text(new))
     return table
 
 
-def _answer_text(sample: Sample) -> Text:
-    text = Text(sample.answer)
-    return text if sample.stopped else text.append("  (did not stop by itself)", style="red")
+def _answer_text(answer: Answer) -> Text:
+    text = Text(answer.text)
+    return text if answer.stopped else text.append("  (did not stop by itself)", style="red")

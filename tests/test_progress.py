@@ -6,15 +6,23 @@ import pytest
 from rich.console import Console
 
 from phitune.config import resolve
-from phitune.inference.answers import Sample
-from phitune.training.loop import Evaluation, StepMetrics
-from phitune.training.progress import (
+from phitune.inference.loaded import Answer
+from phitune.progress import (
     LiveView,
     PlainView,
+    Position,
     answers_table,
     data_progress,
     open_view,
     settings_lines,
+)
+from phitune.training.events import (
+    EpochEvaluated,
+    Evaluation,
+    MicroBatchDone,
+    StepDone,
+    StepMetrics,
+    Validating,
 )
 
 METRICS = StepMetrics(
@@ -27,7 +35,8 @@ METRICS = StepMetrics(
     tokens_per_second=1234.5,
     memory_gib=1.5,
 )
-SAMPLE = Sample("two\nlines [bold]", "an [red]answer", 4, stopped=False)
+PROMPT = "two\nlines [bold]"
+ANSWER = Answer("an [red]answer", (1, 2, 3, 4), stopped=False)
 
 
 def console(*, terminal: bool, term: str = "xterm", width: int = 80) -> Console:
@@ -51,13 +60,16 @@ def test_the_view_fits_the_terminal() -> None:
 def test_a_run_shows_its_numbers_and_its_samples(terminal: bool) -> None:
     shown = console(terminal=terminal, width=40)
     view = open_view(shown)
-    view.start(10, 640)
-    view.evaluating(4, 8)
-    view.evaluated(Evaluation(0, 0, 2.5), is_best=False)
-    view.micro_batch_done(4)
-    view.step_done(METRICS)
-    view.evaluated(Evaluation(3, 1, 1.75), is_best=True)
-    view.sampled(1, [SAMPLE])
+    view.start(Position(steps=10, rows=640), Position(steps=0, rows=0))
+    for event in (
+        Validating(4, 8),
+        EpochEvaluated(0, Evaluation(0, 0, 2.5), is_best=False),
+        MicroBatchDone(4),
+        StepDone(METRICS),
+        EpochEvaluated(1, Evaluation(3, 1, 1.75), is_best=True),
+    ):
+        view.show(event)
+    view.show_samples([PROMPT], [ANSWER])
     view.close()
     text = text_of(shown)
     assert "2.5000" in text
@@ -83,7 +95,7 @@ def test_settings_keep_their_lines_whole_and_name_their_origins() -> None:
 
 def test_answers_stand_side_by_side_and_say_when_they_did_not_stop() -> None:
     shown = console(terminal=False)
-    shown.print(answers_table([SAMPLE], [Sample("two\nlines [bold]", "tuned", 1, stopped=True)]))
+    shown.print(answers_table([PROMPT], [ANSWER], [Answer("tuned", (1,), stopped=True)]))
     text = text_of(shown)
     assert "an [red]answer" in text
     assert text.count("did not") == 1

@@ -34,7 +34,7 @@ from phitune.model.engine import FusedEngine
 from phitune.model.lora import LoraSpec, attach
 from phitune.model.targets import resolve_targets
 from phitune.model.weights import INDEX_FILE, load_decoder
-from phitune.plan.memory import Shape, plan_memory
+from phitune.plan.memory import AdaptedModel, Shape, plan_memory
 from phitune.training.state import build_adamw, dropout_of
 
 RESULT = Path(__file__).parent / "results" / "full_size.json"
@@ -77,7 +77,7 @@ def child(folder: Path, tokens: int, recompute_layers: int) -> None:
         batch = pack([TokenizedExample(ids, ids)])
         engine = FusedEngine(decoder, 0.05, recompute_layers)
         shape = Shape((tokens,), batch.num_target_tokens)
-        plan = plan_memory(config, modules, 8, "bf16", shape, recompute_layers)
+        plan = plan_memory(AdaptedModel(config, modules, 8, "bf16"), shape, recompute_layers)
         started = time.perf_counter()
         dropout = dropout_of(batch, Settings(), 1, engine.device)
         loss = engine.loss_and_gradients(batch, dropout, 1 / batch.num_target_tokens)

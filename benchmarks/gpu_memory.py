@@ -23,8 +23,9 @@ from phitune.config import Settings
 from phitune.data.packing import pack
 from phitune.model.engine import FusedEngine
 from phitune.model.fused_layers import Shared
-from phitune.plan.memory import MemoryPlan, Shape, saved_bytes_per_token
-from phitune.plan.plan import PRESETS, Preset, fewest_recomputed
+from phitune.plan.memory import AdaptedModel, MemoryPlan, Shape, saved_bytes_per_token
+from phitune.plan.micro_batch import fewest_recomputed
+from phitune.plan.presets import PRESETS, Preset
 from phitune.training.state import build_adamw, dropout_of
 
 LIMIT = 24 * GB  # the guide's larger GPU
@@ -60,14 +61,10 @@ def preset_rows(bench: Bench, trained: "Trained", name: str, preset: Preset) -> 
     plans: dict[int, tuple[MemoryPlan, list[int]]] = {}  # by layers, with the budgets in GB
     for budget in (LIMIT, preset.guide_gb * GB):
         plan = fewest_recomputed(
-            trained.model.config,
-            trained.model.modules,
-            RANK,
-            "bf16",
+            AdaptedModel(trained.model.config, trained.model.modules, RANK, "bf16", "cuda"),
             # All but the first token of a row is trained on: the most that there can be.
             Shape(lengths, batch_size * (max_length - 1)),
             budget,
-            "cuda",
         )
         plans.setdefault(plan.recompute_layers, (plan, []))[1].append(budget // GB)
     for plan, budgets in plans.values():

@@ -25,8 +25,8 @@ from phitune.data.packing import pack
 from phitune.data.tokenizer import IGNORE_INDEX, TokenizedExample
 from phitune.model.engine import FusedEngine
 from phitune.model.fused import Kernels
-from phitune.plan.memory import Shape
-from phitune.plan.plan import fewest_recomputed
+from phitune.plan.memory import AdaptedModel, Shape
+from phitune.plan.micro_batch import fewest_recomputed
 from phitune.training.state import build_adamw, clip_gradients, dropout_of, gradient_norm
 
 OURS, THEIRS, LIGER = "phitune", "transformers + peft", "Liger"
@@ -94,15 +94,9 @@ class Ours:
         memory = torch.cuda.get_device_properties(self.device).total_memory
         lengths = tuple(len(row.input_ids) for row in rows)
         shape = Shape(lengths, sum(row.num_target_tokens for row in rows))
-        return fewest_recomputed(
-            self.model.config,
-            self.model.modules,
-            RANK,
-            "bf16",
-            shape,
-            round(BUDGET_SHARE * (memory - self.others)),
-            "cuda",
-        ).recompute_layers
+        model = AdaptedModel(self.model.config, self.model.modules, RANK, "bf16", "cuda")
+        budget = round(BUDGET_SHARE * (memory - self.others))
+        return fewest_recomputed(model, shape, budget).recompute_layers
 
     def step(self, rows: Sequence[TokenizedExample], runner: Runner) -> float:
         self.steps += 1

@@ -32,7 +32,7 @@ from phitune.model.device import DTYPES
 from phitune.model.engine import FusedEngine
 from phitune.model.lora import LoraSpec, attach
 from phitune.model.targets import resolve_targets
-from phitune.plan.memory import MemoryPlan, Shape, plan_memory
+from phitune.plan.memory import AdaptedModel, MemoryPlan, Shape, plan_memory
 from phitune.training.state import build_adamw, dropout_of
 
 RESULTS = Path(__file__).parent / "results"
@@ -116,9 +116,8 @@ def predicted(setting: Setting, config: ModelConfig, device: str) -> MemoryPlan:
     modules = resolve_targets(config, list(setting.targets), None)
     precision: Any = setting.precision
     kind: Any = device
-    return plan_memory(
-        config, modules, setting.rank, precision, shape, setting.recompute_layers, kind
-    )
+    model = AdaptedModel(config, modules, setting.rank, precision, kind)
+    return plan_memory(model, shape, setting.recompute_layers)
 
 
 def zero_weights(decoder: Decoder) -> None:

@@ -25,7 +25,7 @@ from phitune.config import Settings, resolve
 from phitune.data.tokenizer import TextTokenizer
 from phitune.inference.answers import Sample
 from phitune.model.files import ASSETS
-from phitune.plan.plan import PRESETS
+from phitune.plan.presets import PRESETS
 from phitune.training import rundir
 from phitune.training.events import Evaluation, StepMetrics
 from phitune.training.interrupt import EXIT_CODES

@@ -1,6 +1,6 @@
 """The training guide's configurations: as YAML files, and in tables with what they take.
 
-Settings come from ``planning/presets.py`` and, for the rest, from the defaults; every figure of
+Settings come from ``plan/presets.py`` and, for the rest, from the defaults; every figure of
 memory is the planner's.
 """
 
@@ -14,7 +14,8 @@ import yaml
 
 from phitune.config import Settings, resolve
 from phitune.plan.machine import GB
-from phitune.plan.plan import PRESETS, Plan, Preset, make_plan, preset_settings
+from phitune.plan.plan import Plan, make_plan
+from phitune.plan.presets import PRESETS, Preset, preset_settings
 
 MODELS = {"Phi-2": "microsoft/phi-2", "Phi-3.5-mini": "microsoft/Phi-3.5-mini-instruct"}
 # At their defaults, and written down all the same: a configuration should say what it trains with.

@@ -23,16 +23,13 @@ from phitune.errors import ModelError, SettingsError
 from phitune.model.architecture import known_model_config, read_model_config
 from phitune.model.files import ASSETS
 from phitune.model.targets import resolve_targets
+from phitune.plan.cost import token_cost
 from phitune.plan.machine import BUDGET_SHARE, parse_memory
-from phitune.plan.memory import GIB, Base, Device, MemoryPlan
-from phitune.plan.plan import (
-    PRESETS,
-    assumed_rows,
-    fewest_recomputed,
-    largest_batch,
-    make_plan,
-    token_cost,
-)
+from phitune.plan.memory import GIB, AdaptedModel, Base, Device
+from phitune.plan.micro_batch import fewest_recomputed, largest_batch
+from phitune.plan.plan import make_plan
+from phitune.plan.presets import PRESETS
+from phitune.plan.rows import assumed_rows
 
 PHI_2, PHI_3_5 = "microsoft/phi-2", "microsoft/Phi-3.5-mini-instruct"
 CAPTAIN = ASSETS / "captain.jsonl"
@@ -298,10 +295,11 @@ def test_batch_size_auto_is_the_trainers(planned: Json, device: Device, memory: 
     base: Base = "fp32" if device == "cpu" else "bf16"
     budget = round(BUDGET_SHARE[device] * parse_memory(memory))
 
-    def plan_of(size: int) -> MemoryPlan:
-        return fewest_recomputed(config, modules, 8, base, rows.largest(size), budget, device)
-
-    batch_size, expected = largest_batch(plan_of, 32, budget)
+    model = AdaptedModel(config, modules, 8, base, device)
+    sizes = (1, 2, 4, 8, 16, 32)
+    plans = {size: fewest_recomputed(model, rows.largest(size), budget) for size in sizes}
+    batch_size = largest_batch(plans, budget)
+    expected = plans[batch_size]
     assert plan["settings"]["batch_size"] == batch_size
     assert plan["settings"]["gradient_accumulation_steps"] == 32 // batch_size
     assert plan["total_bytes"] == expected.bytes

@@ -14,7 +14,9 @@ from phitune.commands.terminal import gigabytes, section, shares, size_in, table
 from phitune.errors import OutOfMemoryError
 from phitune.plan.machine import BUDGET_SHARE
 from phitune.plan.memory import Term
-from phitune.plan.plan import PRESETS, BatchOption, Plan, PresetOption
+from phitune.plan.options import BatchOption, PresetOption
+from phitune.plan.plan import Plan
+from phitune.plan.presets import PRESETS
 
 # -------------------------------------------------------------------------------------------------
 # The memory of a plan, term by term, each with a bar of what it takes.
@@ -358,7 +360,8 @@ def run(argv: list[str]) -> int:
     own = {name: flags.pop(name, None) for name in PLAN_FLAGS}
 
     from phitune.config import resolve
-    from phitune.plan.plan import as_json, make_plan, preset_settings
+    from phitune.plan.plan import as_json, make_plan
+    from phitune.plan.presets import preset_settings
 
     preset: str | None = own["preset"]
     if preset is not None:

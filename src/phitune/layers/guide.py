@@ -29,8 +29,9 @@ from phitune.model.architecture import (
 )
 from phitune.model.files import ASSETS, cached_model, find_model
 from phitune.model.targets import EMBEDDING_MODULE, resolve_targets
-from phitune.plan.memory import Base, Shape, plan_memory
-from phitune.plan.plan import Rows, assumed_rows, token_cost
+from phitune.plan.cost import token_cost
+from phitune.plan.memory import AdaptedModel, Base, Shape, plan_memory
+from phitune.plan.rows import Rows, assumed_rows
 
 # save_adapter writes fp32.
 FILE_BYTES = 4
@@ -228,7 +229,7 @@ def _parameters(config: ModelConfig, module: str, rank: int) -> int:
 
 
 def _fixed_bytes(config: ModelConfig, modules: Sequence[str], rank: int, base: Base) -> int:
-    plan = plan_memory(config, modules, rank, base, Shape((1,), 1), 0)
+    plan = plan_memory(AdaptedModel(config, modules, rank, base), Shape((1,), 1), 0)
     fixed = ("weights", "adapter", "optimizer")
     return sum(term.bytes for term in plan.terms if term.name in fixed)
 

@@ -49,8 +49,10 @@ from phitune.model.lora import Adapter, LoraSpec, attach
 from phitune.model.targets import EMBEDDING_MODULE, resolve_targets
 from phitune.model.weights import load_decoder
 from phitune.plan.machine import memory_budget
-from phitune.plan.memory import Base, Device, Shape
-from phitune.plan.plan import Row, Rows, check_against_model, fewest_recomputed
+from phitune.plan.memory import AdaptedModel, Base, Device, Shape
+from phitune.plan.micro_batch import fewest_recomputed
+from phitune.plan.plan import check_against_model
+from phitune.plan.rows import Row, Rows
 
 DEFAULT_BATCHES = 8
 # Random directions that a gradient is looked at along; the user's --lora_r does not change it.
@@ -331,15 +333,11 @@ def _fewest(setup: Setup) -> int:
     largest = max(setup.batches, key=lambda batch: batch.num_tokens)
     lengths = tuple(stop - start for start, stop in itertools.pairwise(largest.cu_seqlens))
     kinds: dict[str, Device] = {"cpu": "cpu", "cuda": "cuda", "mps": "mps"}
-    return fewest_recomputed(
-        setup.config,
-        setup.modules,
-        settings.lora_r,
-        _base(settings),
-        Shape(lengths, largest.num_target_tokens),
-        memory_budget(device).bytes,
-        kinds[device.type],
-    ).recompute_layers
+    model = AdaptedModel(
+        setup.config, setup.modules, settings.lora_r, _base(settings), kinds[device.type]
+    )
+    shape = Shape(lengths, largest.num_target_tokens)
+    return fewest_recomputed(model, shape, memory_budget(device).bytes).recompute_layers
 
 
 def _base(settings: Settings) -> Base:

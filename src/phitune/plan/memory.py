@@ -1,17 +1,19 @@
-"""What memory a run takes, as a sum of named buffers.
+"""What memory a training step takes, as a sum of named buffers.
 
-What there is stands in `budget.py`, what fits in `fit.py`.
+The arithmetic follows the fused engine (model/fused_layers.py) buffer by buffer, moment by moment,
+and takes the worst moment of a step; sizes of blocks come from the same functions that the engine
+calls. benchmarks/memory_plan.py compares the sum with an allocator that counts: 0 to 3 % too much.
 
-The arithmetic follows `model/fused_layers.py` buffer by buffer; benchmarks/memory_plan.py holds it
-against an allocator that counts. No torch here: `phitune plan` answers at once.
+It does not know the reference engine, whose buffers are autograd's, and it does not ask how much
+memory there is (machine.py) or what fits into it (micro_batch.py). Nothing here loads torch.
 
 Letters: T tokens of a micro-batch, N trained tokens, D hidden, F intermediate, V vocabulary,
-R rank, X further columns of a widened weight.
+R rank, X extra columns of a linear layer's weight, which hold its adapters.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from phitune.model import architecture
 from phitune.model.architecture import (
@@ -31,20 +33,31 @@ Device = Literal["cpu", "cuda", "mps"]
 # Bytes of a weight in the layers; quantised bases add a scale to each block of 64.
 _WEIGHT_BYTES: dict[Base, float] = {"fp32": 4, "bf16": 2, "int8": 1 + 2 / 64, "nf4": 0.5 + 4 / 64}
 _FP32 = 4
-# Parameter, gradient, the start and the best of the run. The moments, the padding of A's gradients
-# and the working copies are counted apart.
+# Parameter, gradient, the run's first and its best adapter. AdamW's moments, the padding of A's
+# gradients and the working copies are counted apart.
 _ADAPTER_COPIES = 4
 _OPTIMIZER_COPIES = 2
 # Integers of a token: ids, labels, positions (int64), the trained positions and the row key.
 _BATCH_BYTES = 3 * 8 + 8 + 4
-# Temporaries of a block that exist at once.
+# Temporaries of a block of rows that exist at once.
 _BLOCK_TEMPORARIES = 5
-# What the program itself holds before the first tensor: measured for CPUs, published for CUDA.
+# Python, torch and the driver before the first tensor: measured on CPUs, published for CUDA.
 PROGRAM_BYTES: dict[Device, int] = {
     "cpu": round(0.35 * GIB),
     "cuda": round(0.5 * GIB),
     "mps": round(0.35 * GIB),
 }
+
+
+@dataclass(frozen=True)
+class AdaptedModel:
+    """A model with its adapter, and how it is held: all that a plan is about but the rows."""
+
+    config: ModelConfig
+    modules: Sequence[str]  # full names of the adapted modules, see `targets.resolve_targets`
+    rank: int
+    base: Base  # precision of the frozen weights; int8 and nf4 compute in bf16
+    device: Device = "cpu"
 
 
 @dataclass(frozen=True)
@@ -65,7 +78,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Term:
-    """One buffer, or several of a kind, at the moment of the peak."""
+    """One buffer, or several of a kind, at the peak."""
 
     name: str
     bytes: int
@@ -91,112 +104,73 @@ class MemoryPlan:
         return self.bytes - sum(term.bytes for term in self.terms if term.name == "program")
 
 
-def plan_memory(
-    config: ModelConfig,
-    modules: Sequence[str],
-    rank: int,
-    base: Base,
-    shape: Shape,
-    recompute_layers: int,
-    device: Device = "cpu",
-) -> MemoryPlan:
+def plan_memory(model: AdaptedModel, shape: Shape, recompute_layers: int) -> MemoryPlan:
     """The peak of a training step of the fused engine, term by term.
 
     Args:
-        modules: full names of the adapted modules, see `model.targets.resolve_targets`.
-        base: how the frozen weights are held; int8 and nf4 compute in bf16.
-        shape: the largest micro-batch.
+        shape: of the largest micro-batch.
+        recompute_layers: how many layers, from the lowest, keep their input only.
     """
-    return _Arithmetic(config, modules, rank, base, shape, recompute_layers, device).plan()
+    return _StepMemory(model, shape, recompute_layers).plan()
 
 
 def saved_bytes_per_token(
     config: ModelConfig, modules: Sequence[str], rank: int, element_bytes: int, layer: int
 ) -> int:
-    """What a stored layer, not the last, keeps of a token."""
-    extra_columns = _extra_columns_of(
-        f"model.layers.{layer}.", layer_linears(config), modules, rank
-    )
-    return _saved_of_token(config, extra_columns, element_bytes)
+    """What a layer that is not recomputed, and not the last, keeps of each token."""
+    extra_columns = _extra_columns(f"model.layers.{layer}.", layer_linears(config), modules, rank)
+    return _saved_bytes_per_token(config, extra_columns, element_bytes)
 
 
-def _saved_of_token(config: ModelConfig, extra_columns: dict[str, int], element_bytes: int) -> int:
-    elements = config.hidden_size + 2 * config.query_size + 2 * config.key_value_size
-    if config.model_type == "phi":
-        elements += config.intermediate_size
-    else:
-        elements += config.hidden_size + 2 * config.intermediate_size
-    log_sum_exp = _FP32 * config.num_attention_heads
-    return (elements + sum(extra_columns.values())) * element_bytes + log_sum_exp
+class _Moment(NamedTuple):
+    """Bytes held at one moment of a step; moments compare by their total."""
+
+    total: int
+    stored: int  # by the layers for their backward
+    recomputed: int  # by a layer that runs again
+    working: int  # besides: gradients, temporaries
+    name: str
 
 
-def _extra_columns_of(
-    prefix: str, linears: dict[str, LinearSpec], modules: Iterable[str], rank: int
-) -> dict[str, int]:
-    """X of each linear layer."""
-    adapted = set(modules)
-    return {
-        name: architecture.extra_columns(
-            sum(rank for part, _ in spec.parts if prefix + part in adapted)
-        )
-        for name, spec in linears.items()
-    }
+class _StepMemory:
+    """The buffers of one optimizer step. Sizes are in bytes, of a whole micro-batch."""
 
-
-def _padded(shape: Shape, device: Device) -> Shape:
-    """With the filler of `model/filler.py`."""
-    filler = architecture.padding_tokens(shape.tokens, device)
-    lengths = (*shape.lengths, filler) if filler else shape.lengths
-    return Shape(lengths, architecture.padded_rows(shape.target_tokens, device))
-
-
-class _Arithmetic:
-    """One plan's numbers. Sizes of layers are per token unless their name says otherwise."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        modules: Sequence[str],
-        rank: int,
-        base: Base,
-        shape: Shape,
-        recompute_layers: int,
-        device: Device,
-    ) -> None:
-        self.config, self.modules, self.rank = config, set(modules), rank
-        self.base, self.device = base, device
-        self.asked, self.shape = shape, _padded(shape, device)
+    def __init__(self, model: AdaptedModel, shape: Shape, recompute_layers: int) -> None:
+        self.config, self.modules, self.rank = model.config, set(model.modules), model.rank
+        self.base, self.device = model.base, model.device
+        self.asked, self.shape = shape, _padded(shape, model.device)
         self.recompute_layers = recompute_layers
-        self.element = 4 if base == "fp32" else 2
-        self.linears = layer_linears(config)
-        self.layers = range(config.num_hidden_layers)
+        self.element = 4 if model.base == "fp32" else 2
+        self.linears = layer_linears(model.config)
+        self.layers = range(model.config.num_hidden_layers)
         self.extra_columns = {
-            layer: _extra_columns_of(f"model.layers.{layer}.", self.linears, modules, rank)
+            layer: _extra_columns(f"model.layers.{layer}.", self.linears, self.modules, self.rank)
             for layer in self.layers
         }
-        self.head_further = architecture.extra_columns(rank) if LM_HEAD in self.modules else 0
+        self.head_columns = architecture.extra_columns(self.rank) if LM_HEAD in self.modules else 0
         adapted = [layer for layer in self.layers if any(self.extra_columns[layer].values())]
-        embeds = any(name.endswith(EMBED_TOKENS) for name in self.modules)
-        self.lowest = 0 if embeds else min(adapted, default=len(self.layers))
+        self.adapts_embedding = any(name.endswith(EMBED_TOKENS) for name in self.modules)
+        # The first layer with a backward: below the lowest adapter no gradient is needed.
+        self.lowest = 0 if self.adapts_embedding else min(adapted, default=len(self.layers))
 
     def plan(self) -> MemoryPlan:
         kept = [self._kept(layer) for layer in self.layers]
-        best = (0, 0, 0, 0, "")  # total, stored, recomputed, working, when
-        for working, recomputed, layer, when in self._moments():
-            stored = sum(kept[: layer + 1])
-            best = max(best, (stored + recomputed + working, stored, recomputed, working, when))
-        _, stored, recomputed, working, when = best
-        loss = self._logits() if when == "loss" else 0
+        peak = max(self._moments(kept))
+        loss = self._logits() if peak.name == "loss" else 0
         terms = [
             *self._fixed_terms(),
-            Term("activations, stored", stored, self._stored_words(kept)),
-            Term("activations, recomputed", recomputed, "the layer at hand, computed again"),
+            Term("activations, stored", peak.stored, self._stored_note(kept)),
+            Term(
+                "activations, recomputed",
+                peak.recomputed,
+                "one layer, computed again in its backward",
+            ),
             Term(
                 "loss chunk",
                 loss,
                 f"{self._loss_rows()} rows of logits, which become their gradient",
             ),
-            Term("working buffers", working - loss, f"the peak is in the {when}"),
+            Term("working buffers", peak.working - loss, f"the peak is in the {peak.name}"),
             Term("micro-batch", self._batch(), "ids, labels, rotary tables"),
             Term(
                 "program",
@@ -204,7 +178,9 @@ class _Arithmetic:
                 "Python and torch" if self.device == "cpu" else "torch and the driver's context",
             ),
         ]
-        return MemoryPlan(tuple(terms), self.recompute_layers, len(self.layers), when)
+        return MemoryPlan(tuple(terms), self.recompute_layers, len(self.layers), peak.name)
+
+    # Held during the whole step.
 
     def _fixed_terms(self) -> list[Term]:
         config, rank = self.config, self.rank
@@ -217,26 +193,26 @@ class _Arithmetic:
         widening = working_A = grad_A = parameters = keys = 0
         for layer in self.layers:
             for name, spec in self.linears.items():
-                extra_columns = self.extra_columns[layer][name]
+                columns = self.extra_columns[layer][name]
                 outputs = sum(out for _, out in spec.parts)
-                widening += outputs * extra_columns * self.element
-                working_A += extra_columns * spec.in_features * self.element
-                grad_A += extra_columns * spec.in_features * _FP32
+                widening += outputs * columns * self.element
+                working_A += columns * spec.in_features * self.element
+                grad_A += columns * spec.in_features * _FP32
                 for part, out in spec.parts:
                     if f"model.layers.{layer}.{part}" in self.modules:
                         parameters += rank * (spec.in_features + out)
                         grad_A -= rank * spec.in_features * _FP32
                         keys += spec.in_features * _FP32
         hidden, vocabulary = config.hidden_size, config.vocab_size
-        if self.head_further:
-            widening += vocabulary * self.head_further * self.element
+        if self.head_columns:
+            widening += vocabulary * self.head_columns * self.element
             if config.tie_word_embeddings:
                 widening += vocabulary * hidden * self.element
-            working_A += self.head_further * hidden * self.element
-            grad_A += (self.head_further - rank) * hidden * _FP32
+            working_A += self.head_columns * hidden * self.element
+            grad_A += (self.head_columns - rank) * hidden * _FP32
             keys += hidden * _FP32
             parameters += rank * (hidden + vocabulary)
-        if any(name.endswith(EMBED_TOKENS) for name in self.modules):
+        if self.adapts_embedding:
             parameters += rank * (hidden + vocabulary)
         billions = (in_layers + tables + small) / 1e9
         return [
@@ -257,10 +233,11 @@ class _Arithmetic:
         head = config.vocab_size if family.lm_head_bias else 0
         return in_layer * len(self.layers) + each_norm + head
 
+    # Held by a layer from its forward to its backward.
+
     def _kept(self, layer: int) -> int:
-        """Bytes that a layer holds from its forward to its backward."""
         if layer < self.lowest:
-            # Its input lives on only where it is the embedding, which the engine holds.
+            # Without a backward its input is kept only where it is the engine's own: the embedding.
             return self.shape.tokens * self.config.hidden_size * self.element if not layer else 0
         if layer < self.recompute_layers:
             return self.shape.tokens * self.config.hidden_size * self.element
@@ -269,8 +246,9 @@ class _Arithmetic:
     def _saved(self, layer: int) -> int:
         tokens = self.shape.tokens
         if layer < len(self.layers) - 1:
-            return tokens * _saved_of_token(self.config, self.extra_columns[layer], self.element)
-        # The last layer: everything past the keys and values on trained positions only.
+            columns = self.extra_columns[layer]
+            return tokens * _saved_bytes_per_token(self.config, columns, self.element)
+        # In the last layer everything past the keys and values runs on trained positions only.
         config, extra_columns = self.config, self.extra_columns[layer]
         all_rows = config.hidden_size + 2 * config.query_size + 2 * config.key_value_size
         if config.model_type == "phi":
@@ -285,24 +263,35 @@ class _Arithmetic:
         lse = tokens * config.num_attention_heads * _FP32
         return (tokens * all_rows + self.shape.target_tokens * some_rows) * self.element + lse
 
-    def _moments(self) -> Iterable[tuple[int, int, int, str]]:
-        """(working bytes, bytes recomputed, layer, what is going on) of each moment."""
+    # Moments of a step.
+
+    def _moments(self, kept: Sequence[int]) -> Iterator[_Moment]:
+        """Every moment that may be the peak.
+
+        Args:
+            kept: by layer, see `_kept`.
+        """
         last = len(self.layers) - 1
         hidden = self.shape.target_tokens * self.config.hidden_size * self.element
-        yield self._loss_buffers() + hidden, 0, last, "loss"
+        yield self._moment("loss", kept, self._loss_buffers() + hidden)
         for layer in self.layers:
             rows = self.shape.target_tokens if layer == last else self.shape.tokens
-            forward = max(self._forward_buffers(layer, rows))
+            held = kept[: layer + 1]
             is_kept = layer >= self.lowest and layer >= self.recompute_layers
-            # A layer that is not kept holds its saved set while it runs all the same.
-            passing = 0 if is_kept else self._saved(layer) - self._kept(layer)
-            yield forward, passing, layer, "forward"
+            # A layer that is not kept holds the same tensors while it runs.
+            recomputed = 0 if is_kept else self._saved(layer) - kept[layer]
+            forward = max(self._forward_buffers(layer, rows))
+            yield self._moment("forward", held, forward, recomputed)
             if layer >= self.lowest:
                 backward = max(self._backward_buffers(layer, rows))
-                yield backward, 0 if is_kept else passing, layer, "backward"
+                yield self._moment("backward", held, backward, recomputed)
+
+    def _moment(self, name: str, kept: Sequence[int], working: int, recomputed: int = 0) -> _Moment:
+        stored = sum(kept)
+        return _Moment(stored + recomputed + working, stored, recomputed, working, name)
 
     def _forward_buffers(self, layer: int, rows: int) -> list[int]:
-        """Beyond the saved set, moment by moment."""
+        """Beside what is kept, by moments. `rows` are the tokens past the keys and values."""
         config, extra_columns, tokens = self.config, self.extra_columns[layer], self.shape.tokens
         hidden, inner, query = config.hidden_size, config.intermediate_size, config.query_size
         if config.model_type == "phi":
@@ -318,7 +307,7 @@ class _Arithmetic:
         ]
 
     def _backward_buffers(self, layer: int, rows: int) -> list[int]:
-        """Beyond the saved set, moment by moment; the gradient of the layer's output included."""
+        """As `_forward_buffers`, with the gradient of the layer's output."""
         config, extra_columns, tokens = self.config, self.extra_columns[layer], self.shape.tokens
         hidden, inner, query = config.hidden_size, config.intermediate_size, config.query_size
         projected = query + 2 * config.key_value_size
@@ -345,6 +334,8 @@ class _Arithmetic:
         ]
         return [step * self.element + more for step, more in zip(steps, extra, strict=False)]
 
+    # Single buffers.
+
     def _loss_rows(self) -> int:
         rows = architecture.loss_chunk_rows(self.config.vocab_size, self.device)
         return min(self.shape.target_tokens, rows)
@@ -353,7 +344,7 @@ class _Arithmetic:
         return self._loss_rows() * self.config.vocab_size * self.element
 
     def _loss_buffers(self) -> int:
-        """The logits, and the larger of a block's softmax and the head's way back."""
+        """The logits, and the larger of a block's softmax and the head's backward."""
         rows, vocabulary = self._loss_rows(), self.config.vocab_size
         block = min(architecture.block_rows(vocabulary, self.device), rows) * vocabulary * _FP32
         softmax = block if self.element == _FP32 else 2 * block
@@ -393,12 +384,48 @@ class _Arithmetic:
         rotary = 2 * self.config.rotary_dim * self.element
         return self.shape.tokens * (_BATCH_BYTES + rotary)
 
-    def _stored_words(self, kept: Sequence[int]) -> str:
+    def _stored_note(self, kept: Sequence[int]) -> str:
         stored = max(len(self.layers) - max(self.recompute_layers, self.lowest), 0)
         tokens = f"{self.asked.tokens:,} tokens"
         if not stored:
             return f"the inputs of {len(self.layers)} layers x {tokens}"
         each = kept[-2] if len(kept) > 1 else kept[-1]
-        words = f"{stored} of {len(self.layers)} layers x {tokens}"
-        words += f" x {each / self.shape.tokens / 1024:.1f} KiB"
-        return words if stored == len(self.layers) else f"{words}, inputs of the others"
+        note = f"{stored} of {len(self.layers)} layers x {tokens}"
+        note += f" x {each / self.shape.tokens / 1024:.1f} KiB"
+        return note if stored == len(self.layers) else f"{note}, inputs of the others"
+
+
+# -------------------------------------------------------------------------------------------------
+# What one token keeps, and the engine's padding.
+
+
+def _saved_bytes_per_token(
+    config: ModelConfig, extra_columns: dict[str, int], element_bytes: int
+) -> int:
+    elements = config.hidden_size + 2 * config.query_size + 2 * config.key_value_size
+    if config.model_type == "phi":
+        elements += config.intermediate_size
+    else:
+        elements += config.hidden_size + 2 * config.intermediate_size
+    log_sum_exp = _FP32 * config.num_attention_heads
+    return (elements + sum(extra_columns.values())) * element_bytes + log_sum_exp
+
+
+def _extra_columns(
+    prefix: str, linears: dict[str, LinearSpec], modules: Iterable[str], rank: int
+) -> dict[str, int]:
+    """X of each linear layer of one decoder layer."""
+    adapted = set(modules)
+    return {
+        name: architecture.extra_columns(
+            sum(rank for part, _ in spec.parts if prefix + part in adapted)
+        )
+        for name, spec in linears.items()
+    }
+
+
+def _padded(shape: Shape, device: Device) -> Shape:
+    """With the padding tokens that the fused engine adds; see `fused.pad`."""
+    padding = architecture.padding_tokens(shape.tokens, device)
+    lengths = (*shape.lengths, padding) if padding else shape.lengths
+    return Shape(lengths, architecture.padded_rows(shape.target_tokens, device))

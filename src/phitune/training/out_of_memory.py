@@ -17,7 +17,7 @@ from phitune.errors import OutOfMemoryError
 from phitune.model.device import guard_memory, is_out_of_memory
 from phitune.model.engine import Engine
 from phitune.plan.machine import peak_memory
-from phitune.plan.plan import smaller_part
+from phitune.plan.micro_batch import smaller_part
 from phitune.training.events import DryRunDone, RanOutOfMemory, StepSplit
 from phitune.training.state import TrainingState, as_bytes, copy_of, dropout_of
 

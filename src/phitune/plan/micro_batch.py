@@ -1,0 +1,127 @@
+"""The micro-batch, and the recomputed layers, with which a run fits a budget of memory.
+
+Both leave the result as it is: an optimizer step sums the gradients of its micro-batches, and a
+recomputed layer finds the same numbers again. A larger micro-batch is faster, a recomputed layer is
+slower; so as few layers as fit are recomputed, and the largest micro-batch is taken among those
+that recompute the fewest.
+
+Nothing here loads torch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from phitune.config import Settings
+from phitune.model.architecture import ModelConfig
+from phitune.plan.cost import Cost, token_cost
+from phitune.plan.memory import AdaptedModel, Base, Device, MemoryPlan, Shape, plan_memory
+from phitune.plan.rows import Rows
+
+
+def smaller_part(micro_batch: int, rows_per_step: int) -> int:
+    """Half of a micro-batch of two rows or more, or the next smaller part that divides the step."""
+    return next(size for size in range(micro_batch // 2, 0, -1) if rows_per_step % size == 0)
+
+
+def fewest_recomputed(model: AdaptedModel, shape: Shape, budget: int) -> MemoryPlan:
+    """The plan that recomputes as few layers as fit `budget` bytes; all where nothing fits."""
+    for layers in range(model.config.num_hidden_layers + 1):
+        plan = plan_memory(model, shape, layers)
+        if plan.bytes <= budget:
+            break
+    return plan
+
+
+def largest_batch(plans: Mapping[int, MemoryPlan], budget: int) -> int:
+    """The largest micro-batch, among those that fit with the fewest layers recomputed.
+
+    A larger micro-batch that has to recompute more would take longer, not less. Where nothing fits
+    it is the one that takes the least.
+
+    Args:
+        plans: by micro-batch.
+    """
+    return min(
+        plans,
+        key=lambda size: (
+            max(plans[size].bytes - budget, 0),
+            plans[size].recompute_layers,
+            -size,
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a run is planned: the precision of its base, its device and the bytes it may take."""
+
+    base: Base
+    device: Device
+    budget: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model, its adapter and its rows, before it is decided how they go through the model."""
+
+    config: ModelConfig
+    modules: tuple[str, ...]  # full names of the adapted modules
+    rank: int
+    rows: Rows
+    rows_per_step: int
+    recompute_layers: int | None  # None: as few as fit
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    @cached_property
+    def cost(self) -> Cost:
+        """FLOPs of a training token."""
+        return token_cost(self.config, self.modules, self.rows)
+
+    @cached_property
+    def batch_sizes(self) -> list[int]:
+        """Every micro-batch that divides the rows of a step, the largest first."""
+        sizes = range(self.rows_per_step, 0, -1)
+        return [size for size in sizes if self.rows_per_step % size == 0]
+
+    def plan(self, batch_size: int, place: Placement) -> MemoryPlan:
+        """What training would do with this micro-batch."""
+        if self.recompute_layers is not None:
+            return self.plan_with(batch_size, place, self.recompute_layers)
+        shape = self.rows.largest(batch_size)
+        return fewest_recomputed(self._model(place), shape, place.budget)
+
+    def plan_with(self, batch_size: int, place: Placement, recompute_layers: int) -> MemoryPlan:
+        """What it takes with this many layers recomputed."""
+        return plan_memory(self._model(place), self.rows.largest(batch_size), recompute_layers)
+
+    def largest(self, place: Placement) -> tuple[int, MemoryPlan]:
+        """What `--batch_size auto` takes, and its plan."""
+        plans = {size: self.plan(size, place) for size in self.batch_sizes}
+        size = largest_batch(plans, place.budget)
+        return size, plans[size]
+
+    def fitting(self, batch_size: int | None, place: Placement) -> tuple[int, MemoryPlan]:
+        """This micro-batch, or what `--batch_size auto` takes where it is None or does not fit."""
+        if batch_size is not None:
+            plan = self.plan(batch_size, place)
+            if plan.bytes <= place.budget:
+                return batch_size, plan
+        return self.largest(place)
+
+    def _model(self, place: Placement) -> AdaptedModel:
+        return AdaptedModel(self.config, self.modules, self.rank, place.base, place.device)
+
+
+def forced_recomputation(settings: Settings, config: ModelConfig) -> int | None:
+    """The number of recomputed layers where the settings leave no choice."""
+    if not settings.gradient_checkpointing:
+        return 0
+    layers = settings.recompute_layers
+    # The arithmetic is the fused engine's; autograd may keep more, so the other keeps no layer.
+    if layers == "all" or (layers is None and settings.engine == "reference"):
+        return config.num_hidden_layers
+    return layers

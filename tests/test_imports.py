@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "commands": {
         "layers",
         "trainer",
+        "progress",
         "export",
         "inference",
         "training",

@@ -505,7 +505,7 @@ def _survey(resolved: "Resolved", own: Mapping[str, Any], given: Mapping[str, An
 
     from phitune.layers.measure import DEFAULT_BATCHES, prepare, survey
     from phitune.layers.proposal import DEFAULT_SHARE
-    from phitune.training.progress import data_progress
+    from phitune.progress import data_progress
 
     batches = _number(own["batches"], "batches", int, DEFAULT_BATCHES, 1, 10_000)
     share = _number(own["share"], "share", float, DEFAULT_SHARE, 0.01, 1.0)

@@ -27,6 +27,7 @@ from typing import Any
 
 from machine import describe
 
+from phitune.data.coder import Coder
 from phitune.data.dataset import read_examples
 from phitune.data.tokenizer import IGNORE_INDEX, TextTokenizer
 from phitune.model.architecture import FAMILIES, layer_linears, parse_model_config
@@ -171,15 +172,12 @@ def make_model(case: Case, shared: Path, folder: Path) -> dict[str, Any]:
 
 def make_rows(model: Path, shared: Path, loss: str, pool: int, steps: int) -> dict[str, Any]:
     """GSM8K rows as tokens, in the order in which phitune's loop takes them."""
-    tokenizer = TextTokenizer(model)
-    prompt_format = tokenizer.prompt_format("instruct")
+    coder = Coder.of(TextTokenizer(model), "instruct")
     examples = read_examples(shared / "data" / "gsm8k_train.jsonl")
-    encoded = tokenizer.encode_many(
-        prompt_format,
-        itertools.islice(examples, pool + GROUPING_POOL),
-        train_on_prompt=loss == "all",
+    encoded = coder.encode_rows(
+        itertools.islice(examples, pool + GROUPING_POOL), train_on_prompt=loss == "all"
     )
-    rows = [{"input_ids": row.input_ids, "labels": row.labels} for row in encoded]
+    rows = [{"input_ids": row.input_ids, "labels": row.tokenized().labels} for row in encoded]
     ordered: list[dict[str, list[int]]] = []
     epochs = -(-steps * ROWS_PER_STEP // pool)
     for epoch in range(1, epochs + 1):

@@ -61,16 +61,11 @@ def _share(marks: list[bool]) -> float:
 
 def ask(trainer: Phi2LoRATrainer, decoder: Decoder) -> Answers:
     """Puts every held-out question to a model in the trainer's prompt format."""
-    tokenizer, prompt_format = trainer.tokenizer, trainer.prompt_format
-    questions = [(Turn("user", row["prompt"]),) for row in HELD_OUT]
-    prompts = [tokenizer.encode(prompt_format.segments(question)) for question in questions]
-    stop_ids = tokenizer.stop_ids(prompt_format)
-    given = generate(decoder, prompts, Decoding(MAX_NEW_TOKENS, stop_ids))
-    texts = [
-        prompt_format.response(tokenizer.decode_answer(ids, prompt))
-        for ids, prompt in zip(given, prompts, strict=True)
-    ]
-    return Answers(texts, [ids[-1] in stop_ids for ids in given])
+    coder = trainer.coder
+    prompts = [coder.encode((Turn("user", row["prompt"]),)) for row in HELD_OUT]
+    given = generate(decoder, prompts, Decoding(MAX_NEW_TOKENS, coder.stop_ids))
+    texts = [coder.decode_answer(ids, prompt) for ids, prompt in zip(given, prompts, strict=True)]
+    return Answers(texts, [ids[-1] in coder.stop_ids for ids in given])
 
 
 def load_base(trainer: Phi2LoRATrainer) -> Decoder:

@@ -26,6 +26,7 @@ from full_size import build_folder, peak_gib
 from machine import save
 
 from phitune.cli import main as phitune
+from phitune.data.coder import Coder
 from phitune.data.tokenizer import TextTokenizer
 from phitune.export.safetensors import plan_tensors, write_shards
 from phitune.export.source import open_source
@@ -58,7 +59,7 @@ def build(model: Path, folder: Path) -> None:
             pair.lora_B.normal_(0, SPREAD, generator=generator)
     save_adapter(adapter, adapter_folder, str(base))
     tokenizer = TextTokenizer(base)
-    tokenizer.save(adapter_folder, tokenizer.prompt_format("instruct"))
+    Coder.of(tokenizer, "instruct").save(adapter_folder)
 
 
 def merge_alone(folder: Path) -> None:

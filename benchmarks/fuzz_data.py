@@ -25,6 +25,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from machine import save
 
+from phitune.data.coder import Coder
 from phitune.data.dataset import read_examples
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import DataError
@@ -43,8 +44,7 @@ _ROWS: tuple[dict[str, Any], ...] = (
     {"messages": [{"role": "system", "content": "s"}, *_CHAT, *_CHAT]},
     {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
 )
-_TOKENIZER = TextTokenizer(ASSETS / "tiny-phi-3.5")
-_FORMAT = _TOKENIZER.prompt_format("chat")
+_CODER = Coder.of(TextTokenizer(ASSETS / "tiny-phi-3.5"), "chat")
 
 _values = st.recursive(
     st.none()
@@ -145,7 +145,7 @@ def check(kind: str, content: bytes, flags: dict[str, Any], folder: Path) -> str
     path = folder / f"case{kind}"
     path.write_bytes(content)
     started = time.perf_counter()
-    stream = read_examples(path, refusal=_FORMAT.refusal, **flags)
+    stream = read_examples(path, refusal=_CODER.prompt_format.refusal, **flags)
     try:
         examples = list(stream)
     except DataError as error:
@@ -161,8 +161,7 @@ def check(kind: str, content: bytes, flags: dict[str, Any], folder: Path) -> str
             assert example.line >= 1
             assert example.turns[-1].role == "assistant"
             assert all(turn.content.strip() for turn in example.turns)
-        rows = _TOKENIZER.encode_many(_FORMAT, examples)
-        assert all(row.num_target_tokens for row in rows)
+        assert all(row.tokenized().num_target_tokens for row in _CODER.encode_rows(examples))
         outcome = "read"
     for left in folder.glob("phitune-problems-*"):
         left.unlink()

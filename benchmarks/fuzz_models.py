@@ -321,21 +321,20 @@ def _open_adapter(folder: Path, base: Path, run: Path) -> None:
 
 
 def _use_tokenizer(tokenizer: Any, run: Path) -> None:
+    from phitune.data.coder import Coder
     from phitune.data.dataset import Turn
     from phitune.errors import ModelError
 
-    instruct = tokenizer.prompt_format("instruct")
-    forms = [instruct]
+    coders = [Coder.of(tokenizer, "instruct")]
     with contextlib.suppress(ModelError):  # Then the other is used.
-        forms.append(tokenizer.prompt_format("chat"))
-    for number, form in enumerate(forms):
+        coders.append(Coder.of(tokenizer, "chat"))
+    for number, coder in enumerate(coders):
         turns = (Turn("user", "What is it?\n aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!"),)
-        ids = tokenizer.encode(form.segments(turns))
-        tokenizer.decode_answer(ids, ids)
-        tokenizer.stop_ids(form)
+        ids = coder.encode(turns)
+        coder.decode_answer(ids, ids)
         into = run / str(number)
         into.mkdir()
-        tokenizer.save(into, form)
+        coder.save(into)
 
 
 def _forward(decoder: Any) -> None:

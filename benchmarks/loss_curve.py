@@ -20,6 +20,7 @@ from machine import RESULTS, save
 from peft import LoraConfig, get_peft_model
 
 from phitune.config import Settings
+from phitune.data.coder import Coder
 from phitune.data.dataset import read_examples
 from phitune.data.packing import epoch_steps, micro_batches
 from phitune.data.tokenizer import TextTokenizer, TokenizedExample
@@ -65,10 +66,9 @@ def curves(kind: str, shared: Path, folder: Path) -> tuple[list[float], list[flo
     model = random_model(CONFIGS[kind](), spread=0.02)
     config = read_model_config(save_model(model, folder))
     decoder = load_decoder(folder, config, torch.float32, torch.device("cpu"))
-    tokenizer = TextTokenizer(shared / "tokenizers" / kind)
-    prompt_format = tokenizer.prompt_format("instruct")
+    coder = Coder.of(TextTokenizer(shared / "tokenizers" / kind), "instruct")
     examples = itertools.islice(read_examples(shared / "gsm8k_train.jsonl"), ROWS)
-    rows = list(tokenizer.encode_many(prompt_format, examples))
+    rows = [row.tokenized() for row in coder.encode_rows(examples)]
     adapter = attach(
         decoder, LoraSpec(8, 32, 0.0, resolve_targets(config, ["all-linear"], None)), seed=0
     )

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
+from phitune.data.coder import Coder
 from phitune.data.tokenizer import TextTokenizer
 from phitune.model.architecture import parse_model_config
 from phitune.model.decoder import Decoder
@@ -85,7 +86,7 @@ def _adapter(decoder: Decoder, source: Path, base: Path) -> Folder:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_adapter(adapter, folder, str(base))
-        tokenizer.save(folder, tokenizer.prompt_format("instruct"))
+        Coder.of(tokenizer, "instruct").save(folder)
         return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 

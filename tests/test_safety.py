@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from phitune import cli
 from phitune.data import template
+from phitune.data.coder import Coder
 from phitune.data.dataset import Turn
 from phitune.data.template import render
 from phitune.data.tokenizer import TextTokenizer
@@ -509,8 +510,9 @@ def test_the_process_of_templates_ends_with_ours_and_is_not_there_without_one() 
     else:
         pytest.fail(f"process {pid} goes on")
     code = (
-        "import pathlib, sys; from phitune.data import template, tokenizer;"
-        "tokenizer.TextTokenizer(pathlib.Path(sys.argv[1])).prompt_format('instruct');"
+        "import pathlib, sys; from phitune.data import coder, template, tokenizer;"
+        "phi = tokenizer.TextTokenizer(pathlib.Path(sys.argv[1]));"
+        "coder.Coder.of(phi, 'instruct').encode([]);"
         "assert template._worker is None and 'jinja2' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(ASSETS / "tiny-phi-3.5")], check=True)
@@ -522,7 +524,7 @@ def test_the_process_of_templates_ends_with_ours_and_is_not_there_without_one() 
 def test_truncation_padding_and_dropout_saved_in_a_tokenizer_change_nothing(model: Path) -> None:
     whole = TextTokenizer(model)
     turns = (Turn("user", "What is the capital of Portugal?"), Turn("assistant", "Lisbon."))
-    expected = whole.encode(whole.prompt_format("instruct").segments(turns))
+    expected = Coder.of(whole, "instruct").encode(turns)
     raw = json.loads((model / "tokenizer.json").read_text())
     padding = {"pad_id": 1, "pad_type_id": 0, "pad_token": "a", "strategy": {"Fixed": 100}}
     edit(
@@ -532,7 +534,7 @@ def test_truncation_padding_and_dropout_saved_in_a_tokenizer_change_nothing(mode
         model={**raw["model"], "dropout": 0.9},
     )
     changed = TextTokenizer(model)
-    assert changed.encode(changed.prompt_format("instruct").segments(turns)) == expected
+    assert Coder.of(changed, "instruct").encode(turns) == expected
 
 
 SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
@@ -601,9 +603,9 @@ def test_special_tokens_of_any_type_are_left_alone(model: Path, tmp_path: Path) 
         edit(model / "tokenizer_config.json", bos_token=value, unk_token=value, auto_map={"a": "b"})
         edit(model / "generation_config.json", eos_token_id=[value, True, {}, [1], 10**9])
         tokenizer = TextTokenizer(model)
-        form = tokenizer.prompt_format("instruct")
-        assert tokenizer.stop_ids(form) == [tokenizer.token_id(form.end_token)]
-        tokenizer.save(tmp_path, form)
+        coder = Coder.of(tokenizer, "instruct")
+        assert coder.stop_ids == [tokenizer.token_id(coder.prompt_format.end_token)]
+        coder.save(tmp_path)
         assert "auto_map" not in (tmp_path / "tokenizer_config.json").read_text()
 
 

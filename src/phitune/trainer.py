@@ -164,8 +164,8 @@ class Phi2LoRATrainer:
         self.model_folder = find_model(self.settings.model_name)
         self.model_config = read_model_config(self.model_folder)
         self.tokenizer = TextTokenizer(self.model_folder)
-        self.prompt_format = self.tokenizer.prompt_format(self.settings.prompt_format)
-        self.coder = Coder(self.tokenizer, self.prompt_format)
+        self.coder = Coder.of(self.tokenizer, self.settings.prompt_format)
+        self.prompt_format = self.coder.prompt_format
         self.target_modules = resolve_targets(
             self.model_config, self.settings.target_modules, self.settings.layers
         )

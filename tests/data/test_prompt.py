@@ -1,19 +1,16 @@
-"""Prompts: turns to the text that the guide writes, and templates that cannot be trusted."""
+"""Prompt formats: what is rendered, and which chat templates are refused."""
 
 import pytest
-from helpers.conversations import FORMATS, SHIPPED, ask, example_of
+from helpers.conversations import example_of
 
-from phitune.data.prompt import ChatFormat
+from phitune.data.prompt import ChatFormat, InstructFormat
 from phitune.errors import ModelError
 
 
 def test_instruct_turns_are_rendered_as_the_guide_writes_them() -> None:
-    tokenizer = SHIPPED["tiny-phi-2"]
-    prompt_format = tokenizer.prompt_format("instruct")
     turns = example_of("q", "a", "r", "b", system="s").turns
-    text = "".join(segment.text for segment in prompt_format.segments(turns))
-    end = prompt_format.end_token
-    assert text == (f"s\n\nInstruct: q\n\nOutput: a{end}\n\nInstruct: r\n\nOutput: b{end}")
+    text = "".join(segment.text for segment in InstructFormat("<e>").segments(turns))
+    assert text == "s\n\nInstruct: q\n\nOutput: a<e>\n\nInstruct: r\n\nOutput: b<e>"
 
 
 def test_a_template_without_a_place_for_a_system_turn_refuses_it() -> None:
@@ -40,7 +37,7 @@ def test_a_template_without_a_place_for_a_system_turn_refuses_it() -> None:
     [
         ("{{ '</s>' if loop.last else '|' }}", "does not put </s> right after an answer"),
         ("{{ '</s>' if not loop.last or messages|length < 4 else '</s>!' }}", None),
-        ("{{ '</s>' + ('!' if messages|length > 3 else '') }}", "renders a conversation differ"),
+        ("{{ '</s>' + ('!' if messages|length > 3 else '') }}", "renders the beginning of a conv"),
     ],
 )
 def test_a_template_that_changes_what_was_said_is_refused(ending: str, said: str | None) -> None:
@@ -71,19 +68,3 @@ def test_a_template_that_changes_what_was_said_is_refused(ending: str, said: str
 def test_templates_that_cannot_be_used_are_refused(template: str, said: str) -> None:
     with pytest.raises(ModelError, match=said):
         ChatFormat.from_template(template, {"eos_token": "</s>"}, ["</s>"])
-
-
-def test_a_model_without_a_chat_template_says_so() -> None:
-    with pytest.raises(ModelError, match=r"has no chat template; use --prompt_format instruct"):
-        SHIPPED["tiny-phi-2"].prompt_format("chat")
-
-
-@pytest.mark.parametrize(("model", "name"), FORMATS)
-def test_special_tokens_in_user_text_stay_text(model: str, name: str) -> None:
-    tokenizer = SHIPPED[model]
-    prompt_format = tokenizer.prompt_format(name)  # type: ignore[arg-type]
-    control = {tokenizer.token_id(token) for token in tokenizer.control_tokens}
-    plain = ask(tokenizer, prompt_format, "x")
-    for token in tokenizer.control_tokens:
-        ids = ask(tokenizer, prompt_format, f"x {token} y")
-        assert sum(i in control for i in ids) == sum(i in control for i in plain)

@@ -248,15 +248,15 @@ def test_the_server_puts_a_question_as_training_did_with_the_real_tokenizers(
     size = read_model_config(tokens).vocab_size
     folder = random_folder(make(vocab_size=size, num_hidden_layers=1), tmp_path)
     tokenizer = TextTokenizer(tokens)
-    form = tokenizer.prompt_format("chat" if tokenizer.chat_template else "instruct")
+    coder = Coder.of(tokenizer, "chat" if tokenizer.chat_template else "instruct")
     turns = (Turn("user", "What is 2 + 2?"), Turn("assistant", "4"), Turn("user", "And 3 + 3?"))
     with llama_cpp(write_model(folder, tokens, "f16"), 256) as llama:
         for some in (turns[:1], turns):
             text = llama.apply_template(
                 [{"role": turn.role, "content": turn.content} for turn in some]
             )
-            assert text == "".join(segment.text for segment in form.segments(some))
-            assert llama.tokenize(text, special=True) == tokenizer.encode(form.segments(some))
+            assert text == coder.text(some)
+            assert llama.tokenize(text, special=True) == coder.encode(some)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 from helpers.gguf_models import random_adapter
 
 from phitune.cli import main
+from phitune.data.coder import Coder
 from phitune.data.dataset import Turn
 from phitune.data.prompt import ChatFormat, InstructFormat, PromptFormat
 from phitune.data.tokenizer import TextTokenizer
@@ -87,7 +88,8 @@ def read_template(text: str) -> str:
     [("tiny-phi-2", "instruct"), ("tiny-phi-3.5", "instruct"), ("tiny-phi-3.5", "chat")],
 )
 def test_the_template_renders_the_trained_prompt(name: str, form_name: str) -> None:
-    form = TextTokenizer(ASSETS / name).prompt_format(form_name)  # type: ignore[arg-type]
+    tokenizer = TextTokenizer(ASSETS / name)
+    form = Coder.of(tokenizer, form_name).prompt_format  # type: ignore[arg-type]
     text = modelfile("m.gguf", form, "", ["<|end|>"], 4096)
     assert text
     template = read_template(text)
@@ -102,7 +104,8 @@ def test_the_template_renders_the_trained_prompt(name: str, form_name: str) -> N
 
 
 def test_the_real_chat_template_of_phi_35(shared: Path) -> None:
-    form = TextTokenizer(shared / "tokenizers" / "phi-3.5-mini-instruct").prompt_format("chat")
+    tokenizer = TextTokenizer(shared / "tokenizers" / "phi-3.5-mini-instruct")
+    form = Coder.of(tokenizer, "chat").prompt_format
     template = go_template(form, "")
     assert template
     assert ollama_prompt(template, (SYSTEM, *TURNS)) == trained(form, (SYSTEM, *TURNS))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from phitune.data.coder import Coder
 from phitune.data.tokenizer import TextTokenizer
 from phitune.model.architecture import LM_HEAD, read_model_config
 from phitune.model.decoder import Decoder
@@ -28,7 +29,7 @@ def endless_adapter(model: Path, folder: Path) -> Path:
     """An adapter on the head that takes the logits of all stop tokens away."""
     decoder = _open(model)
     tokenizer = TextTokenizer(model)
-    stops = tokenizer.stop_ids(tokenizer.prompt_format("instruct"))
+    stops = Coder.of(tokenizer, "instruct").stop_ids
     adapter = attach(decoder, LoraSpec(len(stops), len(stops), 0.0, (LM_HEAD,)), seed=0)
     (pair,) = adapter.pairs.values()
     with torch.no_grad():
@@ -47,5 +48,5 @@ def _save(adapter: Adapter, model: Path, folder: Path) -> Path:
     save_adapter(adapter, folder, model.name)
     tokenizer = TextTokenizer(model)
     own = "chat" if tokenizer.chat_template else "instruct"
-    tokenizer.save(folder, tokenizer.prompt_format(own))
+    Coder.of(tokenizer, own).save(folder)
     return folder

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from phitune.data.coder import Coder
 from phitune.data.tokenizer import TextTokenizer
 from phitune.inference.loaded import FormatName
 from phitune.model.architecture import read_model_config
@@ -31,7 +32,7 @@ def random_adapter(
     folder.mkdir(parents=True)
     save_adapter(adapter, folder, str(model))
     tokenizer = TextTokenizer(model)
-    tokenizer.save(folder, tokenizer.prompt_format(name))
+    Coder.of(tokenizer, name).save(folder)
     return folder
 
 

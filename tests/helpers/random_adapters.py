@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 
+from phitune.data.coder import Coder
 from phitune.data.tokenizer import TextTokenizer
 from phitune.model.architecture import read_model_config
 from phitune.model.decoder import Decoder
@@ -41,5 +42,5 @@ def write_adapter(
     save_adapter(adapter, folder, model_name)
     if prompt_format:
         tokenizer = TextTokenizer(ASSETS / model_name)
-        tokenizer.save(folder, tokenizer.prompt_format(prompt_format))
+        Coder.of(tokenizer, prompt_format).save(folder)
     return folder

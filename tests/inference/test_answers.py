@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from transformers import AutoTokenizer
 
+from phitune.data.coder import Coder
 from phitune.data.dataset import Turn
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import DataError
@@ -90,14 +91,12 @@ def test_the_base_column_is_the_base_model_alone(model_name: str, tmp_path: Path
     compared = whole(loaded, QUESTIONS, 40)
     folder = ASSETS / model_name
     decoder = load_decoder(folder, read_model_config(folder), DTYPES["fp32"], torch.device("cpu"))
-    tokenizer = TextTokenizer(folder)
-    prompt_format = tokenizer.prompt_format("instruct")
+    coder = Coder.of(TextTokenizer(folder), "instruct")
     for row in compared.rows:
-        prompt = tokenizer.encode(prompt_format.segments(row.question.turns))
-        stop_ids = tokenizer.stop_ids(prompt_format)
-        (alone,) = generate(decoder, [prompt], Decoding(40, stop_ids))
+        prompt = coder.encode(row.question.turns)
+        (alone,) = generate(decoder, [prompt], Decoding(40, coder.stop_ids))
         assert row.answers[0].ids == tuple(alone)
-        assert row.answers[0].stopped == (alone[-1] in stop_ids)
+        assert row.answers[0].stopped == (alone[-1] in coder.stop_ids)
         assert row.answers[1].ids != row.answers[0].ids
     assert compared.summary(0).stopped == len(QUESTIONS)  # It is a model that answers.
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from phitune.commands.chat_commands import COMMANDS, ChatCommands
 from phitune.data.coder import Coder
 from phitune.data.dataset import Turn, read_examples
-from phitune.data.prompt import PromptFormat, Segment
+from phitune.data.prompt import Segment
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import OutOfMemoryError, SettingsError
 from phitune.inference.chat import KEPT_SHARE, Chat, Exchange, TextStream
@@ -57,27 +57,26 @@ def tell(chat: Chat, question: str) -> Exchange:
 
 
 def streamed(
-    tokenizer: TextTokenizer, form: PromptFormat, prompt_ids: list[int], ids: list[int]
+    tokenizer: TextTokenizer, prompt_ids: list[int], ids: list[int], coder: Coder | None = None
 ) -> list[str]:
-    stream = TextStream(Coder(tokenizer, form), prompt_ids)
+    stream = TextStream(coder or Coder.of(tokenizer, "instruct"), prompt_ids)
     pieces = [stream.add(token) for token in ids]
     pieces.append(stream.end())
     assert "".join(pieces) == stream.text
     return pieces
 
 
-def formats(tokenizer: TextTokenizer) -> list[PromptFormat]:
-    instruct = tokenizer.prompt_format("instruct")
-    return [instruct, tokenizer.prompt_format("chat")] if tokenizer.chat_template else [instruct]
+def coders(tokenizer: TextTokenizer) -> list[Coder]:
+    instruct = Coder.of(tokenizer, "instruct")
+    return [instruct, Coder.of(tokenizer, "chat")] if tokenizer.chat_template else [instruct]
 
 
 def check_stream(tokenizer: TextTokenizer, text: str) -> None:
-    for form in formats(tokenizer):
-        prompt_ids = tokenizer.encode(form.segments([Turn("user", "?")]))
-        whole = tokenizer.encode(form.segments([Turn("user", "?"), Turn("assistant", text)]))
-        ids = whole[len(prompt_ids) :]
-        pieces = streamed(tokenizer, form, prompt_ids, ids)
-        assert "".join(pieces) == text == form.response(tokenizer.decode_answer(ids, prompt_ids))
+    for coder in coders(tokenizer):
+        prompt_ids = coder.encode([Turn("user", "?")])
+        ids = coder.answer_ids([Turn("user", "?")], text)
+        pieces = streamed(tokenizer, prompt_ids, ids, coder)
+        assert "".join(pieces) == text == coder.decode_answer(ids, prompt_ids)
         if "\ufffd" not in text:
             assert not any("\ufffd" in piece for piece in pieces)
 
@@ -111,7 +110,7 @@ def test_an_answer_that_ends_within_a_character_ends_with_what_there_is(
 ) -> None:
     tokenizer = TextTokenizer(shipped_model)
     ids = tokenizer.encode([Segment("ok \U0001f600")])
-    pieces = streamed(tokenizer, tokenizer.prompt_format("instruct"), [5], ids[:-1])
+    pieces = streamed(tokenizer, [5], ids[:-1])
     assert "".join(pieces[:-1]) == "ok "
     assert set(pieces[-1]) == {"\ufffd"}
     decoded = tokenizer.decode_answer(ids[:-1], [5])
@@ -123,14 +122,14 @@ def test_special_tokens_are_no_text(shipped_model: Path) -> None:
     special = tokenizer.token_id("<|endoftext|>")
     plain = tokenizer.encode([Segment("a b")])
     mixed = [special, plain[0], special, *plain[1:], special]
-    assert streamed(tokenizer, tokenizer.prompt_format("instruct"), [5], mixed) == [
+    assert streamed(tokenizer, [5], mixed) == [
         "",
         *streamed_around(tokenizer, plain),
     ]
 
 
 def streamed_around(tokenizer: TextTokenizer, ids: list[int]) -> list[str]:
-    first, *rest = streamed(tokenizer, tokenizer.prompt_format("instruct"), [5], ids)
+    first, *rest = streamed(tokenizer, [5], ids)
     return [first, "", *rest[:-1], "", rest[-1]]
 
 

@@ -12,6 +12,7 @@ from helpers.random_adapters import write_adapter
 from safetensors.torch import load_file, save_file
 
 from phitune.cli import main
+from phitune.data.coder import Coder
 from phitune.data.dataset import Turn
 from phitune.data.prompt import ChatFormat, InstructFormat
 from phitune.data.tokenizer import TextTokenizer
@@ -64,16 +65,15 @@ def test_a_base_without_adapters() -> None:
 @pytest.mark.parametrize("name", ["instruct", "chat"])
 def test_the_format_is_that_of_the_adapters_chat_template(name: Any, tmp_path: Path) -> None:
     model = opened(write_adapter(tmp_path / "a", "tiny-phi-3.5", name))
-    tokenizer = TextTokenizer(ASSETS / "tiny-phi-3.5")
-    trained = tokenizer.prompt_format(name)
+    trained = Coder.of(TextTokenizer(ASSETS / "tiny-phi-3.5"), name)
     assert model.coder(0).format_name == model.coder(None).format_name == name
-    assert model.coder(0).encode(ASKED) == tokenizer.encode(trained.segments(ASKED))
+    assert model.coder(0).encode(ASKED) == trained.encode(ASKED)
     assert model.coder(None).encode(ASKED) == model.coder(0).encode(ASKED)
-    assert set(model.stop_ids) == set(tokenizer.stop_ids(trained))
+    assert set(model.stop_ids) == set(trained.stop_ids)
     turns = (*ASKED, Turn("assistant", "Lisbon."))
     assert model.coder(0).encode(ASKED) + model.coder(0).answer_ids(
         ASKED, "Lisbon."
-    ) == tokenizer.encode(trained.segments(turns))
+    ) == trained.encode(turns)
 
 
 def test_each_adapter_has_its_own_format_and_the_flag_overrules_them(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from helpers.rows import open_decoder, random_rows, relative
 from helpers.training import Data, Recorded, Training, bytes_of
 
 from phitune.config import Settings
+from phitune.data.coder import Coder
 from phitune.data.dataset import read_examples
 from phitune.data.packing import epoch_steps, micro_batches
 from phitune.data.tokenizer import TextTokenizer, TokenizedExample
@@ -78,10 +79,9 @@ def test_20_steps_on_gsm8k_equal_transformers_peft_and_adamw(
     )
     model = random_model(config)
     decoder = open_decoder(save_model(model, tmp_path))
-    tokenizer = TextTokenizer(shared / "tokenizers" / kind)
-    prompt_format = tokenizer.prompt_format("instruct")
+    coder = Coder.of(TextTokenizer(shared / "tokenizers" / kind), "instruct")
     examples = itertools.islice(read_examples(shared / "gsm8k_train.jsonl"), 64)
-    rows = list(tokenizer.encode_many(prompt_format, examples))
+    rows = [row.tokenized() for row in coder.encode_rows(examples)]
     settings = Settings(
         batch_size=2,
         gradient_accumulation_steps=4,

@@ -12,10 +12,13 @@ from typing import Literal
 
 from phitune.data.dataset import Example, Turn
 from phitune.data.prompt import ChatFormat, InstructFormat, PromptFormat
-from phitune.data.tokenizer import EncodedRow, TextTokenizer, TokenizedExample
+from phitune.data.tokenizer import EncodedRow, Span, TextTokenizer, TokenizedExample
 from phitune.errors import ModelError
 
 FormatName = Literal["instruct", "chat"]
+
+# Rows and characters that are encoded in one call, enough to keep all cores busy.
+BATCH_ROWS, BATCH_CHARACTERS = 2048, 2**21
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class Coder:
     tokenizer: TextTokenizer
     prompt_format: PromptFormat
 
+    # Which format
+
     @classmethod
     def of(cls, tokenizer: TextTokenizer, name: FormatName) -> "Coder":
         """A tokenizer and the named format in its special tokens.
@@ -32,7 +37,23 @@ class Coder:
         Raises:
             ModelError: chat is asked of a model that has no chat template, or no end token.
         """
-        return cls(tokenizer, tokenizer.prompt_format(name))
+        end_token = tokenizer.special_tokens.get("eos_token")
+        if not end_token:
+            raise ModelError(f"{tokenizer.folder}: tokenizer_config.json names no eos_token")
+        if name == "instruct":
+            return cls(tokenizer, InstructFormat(end_token, tokenizer.bos_token))
+        template = tokenizer.chat_template
+        if not template:
+            raise ModelError(
+                f"{tokenizer.folder}: this model has no chat template; use --prompt_format instruct"
+            )
+        try:
+            chat = ChatFormat.from_template(
+                template, tokenizer.special_tokens, tokenizer.control_tokens, tokenizer.bos_token
+            )
+        except ModelError as error:
+            raise ModelError(f"{tokenizer.folder}: {error}") from None
+        return cls(tokenizer, chat)
 
     @classmethod
     def as_saved(cls, tokenizer: TextTokenizer) -> "Coder":
@@ -45,13 +66,7 @@ class Coder:
         template = tokenizer.chat_template
         if not template or template == instruct.prompt_format.chat_template:
             return instruct
-        try:
-            chat = ChatFormat.from_template(
-                template, tokenizer.special_tokens, tokenizer.control_tokens, tokenizer.bos_token
-            )
-        except ModelError as error:
-            raise ModelError(f"{tokenizer.folder}: {error}") from None
-        return cls(tokenizer, chat)
+        return cls.of(tokenizer, "chat")
 
     @property
     def format_name(self) -> FormatName:
@@ -60,13 +75,16 @@ class Coder:
     @property
     def stop_ids(self) -> list[int]:
         """Tokens that end an answer: the format's end token, and those the model came with."""
-        return self.tokenizer.stop_ids(self.prompt_format)
+        end_id = self.tokenizer.token_id(self.prompt_format.end_token)
+        return sorted({end_id} | self.tokenizer.stop_ids)
+
+    # Encoding and decoding
 
     def text(self, turns: Sequence[Turn]) -> str:
         """Turns as the text that the model sees.
 
         Raises:
-            ModelError: the format has no place for one of the turns.
+            ModelError: the format cannot render these turns.
         """
         return "".join(segment.text for segment in self.prompt_format.segments(turns))
 
@@ -74,7 +92,7 @@ class Coder:
         """Turns as token ids; turns that end with a user's are a prompt, the cue to answer last.
 
         Raises:
-            ModelError: the format has no place for one of the turns.
+            ModelError: the format cannot render these turns.
         """
         return self.tokenizer.encode(self.prompt_format.segments(turns))
 
@@ -90,18 +108,41 @@ class Coder:
         self, example: Example, *, train_on_prompt: bool = False
     ) -> TokenizedExample:
         """A row as the model sees it, with every answer and its end token trained."""
-        return self.tokenizer.encode_example(
-            self.prompt_format, example, train_on_prompt=train_on_prompt
-        )
+        (row,) = self.encode_rows([example], train_on_prompt=train_on_prompt)
+        return row.tokenized()
 
     def encode_rows(
         self, examples: Iterable[Example], *, train_on_prompt: bool = False
     ) -> Iterator[EncodedRow]:
-        """`encode_example` of each, many at once on all cores, without the labels written out."""
-        return self.tokenizer.encode_rows(
-            self.prompt_format, examples, train_on_prompt=train_on_prompt
-        )
+        """`encode_example` of each without the labels, many rows at once on all cores."""
+        for batch in _batches(examples):
+            segments = [self.prompt_format.segments(example.turns) for example in batch]
+            encoded = self.tokenizer.encode_batch(segments)
+            for example, (ids, spans) in zip(batch, encoded, strict=True):
+                trained = [(0, len(ids))] if train_on_prompt else spans
+                yield EncodedRow(example, ids, _without_first(trained))
 
     def save(self, folder: Path) -> None:
         """Copies the tokenizer, with a chat template that renders the prompt format."""
-        self.tokenizer.save(folder, self.prompt_format)
+        self.tokenizer.save(folder, self.prompt_format.chat_template, self.stop_ids)
+
+
+def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    """Examples in groups that are encoded in one call."""
+    batch: list[Example] = []
+    characters = 0
+    for example in examples:
+        batch.append(example)
+        characters += sum(len(turn.content) for turn in example.turns)
+        if len(batch) == BATCH_ROWS or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _without_first(spans: list[Span]) -> list[Span]:
+    """The spans without the first token: nothing comes before it, so nothing can predict it."""
+    if spans and spans[0][0] == 0:
+        spans = [(1, spans[0][1]), *spans[1:]]
+    return [span for span in spans if span[0] < span[1]]

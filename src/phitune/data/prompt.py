@@ -1,13 +1,15 @@
-"""Prompt formats: a conversation as segments of text; only what the assistant says is trained.
+"""Prompt formats: a conversation as segments of text, of which only the answers are trained.
 
-A format also knows what ends an answer and how a chat template of the same form reads, so that the
-form a model was trained in travels with its adapter. No tokens and no torch here.
+Two formats: the project's own (`Instruct: ... Output: ...`) and the model's chat template. Each
+knows which special token ends an answer and which chat template has the same form, so that an
+adapter takes the form it was trained in along with it.
 
-A segment is either *control* (written by the format: special tokens in it are tokens) or plain
-(written by the user: `<|end|>` in it is seven characters). The user's text is never edited.
+A segment is either control (written by the format: special tokens in it are tokens) or plain
+(written by the user: `<|end|>` in it is seven characters). The user's text is never edited. Every
+answer ends with the end token, also within a conversation: inference stops there, so that is what
+the next question follows.
 
-Every answer ends with the end token, also where the conversation goes on after it: that is where
-inference stops, so that is what the next question follows.
+Knows no token ids (see coder.py) and no torch.
 """
 
 import functools
@@ -22,7 +24,7 @@ from phitune.errors import ModelError
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A piece of a rendered conversation; concatenated they are the text the model sees."""
+    """A piece of a rendered conversation; concatenated they are the text that the model sees."""
 
     text: str
     control: bool = False
@@ -30,11 +32,11 @@ class Segment:
 
 
 class PromptFormat(Protocol):
-    """How a conversation is put to the model."""
+    """How a conversation is written for the model."""
 
     @property
     def end_token(self) -> str:
-        """The special token that closes every answer."""
+        """The special token that ends every answer."""
         ...
 
     @property
@@ -43,15 +45,15 @@ class PromptFormat(Protocol):
         ...
 
     def refusal(self, turns: Sequence[Turn]) -> str | None:
-        """Why these turns cannot be rendered, and what to do; None where they can."""
+        """Why these turns cannot be rendered, and the remedy; None if they can."""
         ...
 
     def segments(self, turns: Sequence[Turn]) -> list[Segment]:
         """The conversation as text.
 
-        Turns that end with a user's are what the model is given when it answers, the cue to answer
-        included; turns that end with an assistant's are a row to train on. The first, for any
-        answer of a row, are the beginning of the second.
+        Turns that end with a user's are a prompt, the cue to answer included; turns that end with
+        an assistant's are a row to train on. The prompt of any answer in a row is the beginning of
+        the row.
 
         Raises:
             ModelError: they cannot be rendered; see `refusal`.
@@ -59,12 +61,19 @@ class PromptFormat(Protocol):
         ...
 
     def response(self, answer: str) -> str:
-        """The response in an answer's decoded text: its segment undone."""
+        """The response in the decoded text of an answer: the reverse of its segment."""
         ...
 
 
-def _text_alone(turns: Sequence[Turn], bos_token: str, end_token: str) -> list[Segment]:
-    """A completion: a text without any form, learnt from its first word to its end."""
+# --- Completions: the same in every format -------------------------------------------------------
+
+
+def _is_completion(turns: Sequence[Turn]) -> bool:
+    return len(turns) == 1 and turns[0].role == "assistant"
+
+
+def _completion(turns: Sequence[Turn], bos_token: str, end_token: str) -> list[Segment]:
+    """A text without any form, trained from its first word to its end."""
     segments = [Segment(bos_token, control=True)] if bos_token else []
     return [
         *segments,
@@ -73,28 +82,27 @@ def _text_alone(turns: Sequence[Turn], bos_token: str, end_token: str) -> list[S
     ]
 
 
-def _is_completion(turns: Sequence[Turn]) -> bool:
-    return len(turns) == 1 and turns[0].role == "assistant"
+# --- The project's own format --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class InstructFormat:
-    """`Instruct: {prompt}\\n\\nOutput: {response}` and the end token, once or in turns.
+    """`Instruct: {prompt}\\n\\nOutput: {response}` and the end token, for each question and answer.
 
-    Turns stand `\\n\\n` apart; a system turn goes in front. The space after `Output:` belongs to
+    `\\n\\n` stands between turns; a system turn comes first. The space after `Output:` belongs to
     the answer: byte-level tokenizers keep a word and the space before it in one token, which a
-    prompt ending in that space would break.
+    prompt ending in that space would split.
     """
 
     end_token: str
-    bos_token: str = ""  # Only for tokenizers that put one in front of every text.
+    bos_token: str = ""  # of tokenizers that put one in front of every text
 
     def refusal(self, turns: Sequence[Turn]) -> str | None:
         return None
 
     def segments(self, turns: Sequence[Turn]) -> list[Segment]:
         if _is_completion(turns):
-            return _text_alone(turns, self.bos_token, self.end_token)
+            return _completion(turns, self.bos_token, self.end_token)
         segments = [Segment(self.bos_token, control=True)] if self.bos_token else []
         between = ""
         for turn in turns:
@@ -128,22 +136,26 @@ class InstructFormat:
         ).replace("\n", "\\n")
 
 
-# Stand-ins for the texts while a template is rendered: letters no template looks at or splits.
-_USER, _ASSISTANT = "\ue000user\ue000", "\ue000assistant\ue000"
+# --- The model's chat template -------------------------------------------------------------------
+
+# Rendered in place of the texts: characters that no template looks at or splits.
+_MARK = "\ue000"
+_USER, _ASSISTANT = f"{_MARK}user{_MARK}", f"{_MARK}assistant{_MARK}"
 
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """The model's own chat template, cut at the places where the texts go.
+    """The model's own chat template: what it writes around the texts of a conversation.
 
-    Rendering stand-ins instead of the texts tells the template's own special tokens from those a
-    user typed, and keeps a template that strips texts from editing them.
+    The template is rendered with placeholders, once for each sequence of roles, and the texts are
+    put in afterwards. So its special tokens are told from those that a user typed, and a template
+    that strips texts does not edit them.
     """
 
     end_token: str
     chat_template: str
     special_tokens: tuple[tuple[str, str], ...]  # names and tokens that the template may use
-    bos_token: str = ""  # In front of a text without any form, as in `InstructFormat`.
+    bos_token: str = ""  # in front of a completion, as in `InstructFormat`
 
     @classmethod
     def from_template(
@@ -153,10 +165,10 @@ class ChatFormat:
         control_tokens: list[str],
         bos_token: str = "",
     ) -> "ChatFormat":
-        """Learns the form from a template.
+        """Finds out how a template writes prompts and answers.
 
         Args:
-            chat_template: Jinja source, as in tokenizer_config.json; run in a sandbox.
+            chat_template: Jinja source, as in tokenizer_config.json; see template.py.
             special_tokens: bos_token, eos_token and the like, which templates may name.
             control_tokens: every special token, to find the one that ends an answer.
             bos_token: what the tokenizer itself puts in front of a text, or "".
@@ -181,9 +193,9 @@ class ChatFormat:
                 "the model's chat template puts text between the prompt and the answer; "
                 "use --prompt_format instruct"
             )
+        # The end token: the first after the answer; of two that begin at one place, the longer.
         after = whole[len(prompt) + len(_ASSISTANT) :]
         found = [token for token in control_tokens if token in after]
-        # The first to come; of two that begin at one place, the longer.
         first = min(found, key=lambda token: (after.index(token), -len(token)), default=None)
         end_token = first or special_tokens["eos_token"]
         return cls(end_token, chat_template, tuple(special_tokens.items()), bos_token)
@@ -191,17 +203,17 @@ class ChatFormat:
     def refusal(self, turns: Sequence[Turn]) -> str | None:
         if _is_completion(turns):
             return None
-        cut = _cut(self, tuple(turn.role for turn in turns))
-        return cut if isinstance(cut, str) else None
+        around = _around_turns(self, tuple(turn.role for turn in turns))
+        return around if isinstance(around, str) else None
 
     def segments(self, turns: Sequence[Turn]) -> list[Segment]:
         if _is_completion(turns):
-            return _text_alone(turns, self.bos_token, self.end_token)
-        cut = _cut(self, tuple(turn.role for turn in turns))
-        if isinstance(cut, str):
-            raise ModelError(cut)
+            return _completion(turns, self.bos_token, self.end_token)
+        around = _around_turns(self, tuple(turn.role for turn in turns))
+        if isinstance(around, str):
+            raise ModelError(around)
         segments = []
-        for turn, before in zip(turns, cut, strict=False):
+        for turn, before in zip(turns, around, strict=False):
             if before:
                 segments.append(Segment(before, control=True))
             trained = turn.role == "assistant"
@@ -209,7 +221,7 @@ class ChatFormat:
             if trained:
                 segments.append(Segment(self.end_token, control=True, trained=True))
         if turns[-1].role == "user":
-            segments.append(Segment(cut[-1], control=True))
+            segments.append(Segment(around[-1], control=True))
         return segments
 
     def response(self, answer: str) -> str:
@@ -217,47 +229,49 @@ class ChatFormat:
 
 
 @functools.lru_cache(maxsize=1024)
-def _cut(chat: ChatFormat, roles: tuple[Role, ...]) -> tuple[str, ...] | str:
-    """The template's texts before each turn and after the last, without the answers' end tokens.
+def _around_turns(chat: ChatFormat, roles: tuple[Role, ...]) -> tuple[str, ...] | str:
+    """What the template writes before each turn and after the last, answers' end tokens left out.
 
     Returns:
         One more text than there are turns, or why the template cannot be used on them.
     """
-    stand_ins = [f"\ue000{index}\ue000" for index in range(len(roles))]
+    # Render the placeholders, and split the text at each.
+    placeholders = [f"{_MARK}{index}{_MARK}" for index in range(len(roles))]
     messages = [
-        {"role": role, "content": text} for role, text in zip(roles, stand_ins, strict=True)
+        {"role": role, "content": text} for role, text in zip(roles, placeholders, strict=True)
     ]
-    asks = roles[-1] == "user"
+    is_prompt = roles[-1] == "user"
     try:
         text = render(
-            chat.chat_template, messages, dict(chat.special_tokens), add_generation_prompt=asks
+            chat.chat_template, messages, dict(chat.special_tokens), add_generation_prompt=is_prompt
         )
     except ModelError as error:
         return f"{error} on the turns {', '.join(roles)}; use --prompt_format instruct"
-    cut: list[str] = []
-    for role, stand_in in zip(roles, stand_ins, strict=True):
-        if text.count(stand_in) != 1:
+    around: list[str] = []
+    for role, placeholder in zip(roles, placeholders, strict=True):
+        if text.count(placeholder) != 1:
             return (
                 f"the model's chat template has no place for a {role} turn here; use"
                 " --prompt_format instruct"
             )
-        before, _, text = text.partition(stand_in)
-        cut.append(before)
-    cut.append(text)
+        before, _, text = text.partition(placeholder)
+        around.append(before)
+    around.append(text)
+
+    # Each answer must be followed by the end token, and must follow what inference is given there.
     for index, role in enumerate(roles):
         if role != "assistant":
             continue
         if index + 1 < len(roles):
-            if not cut[index + 1].startswith(chat.end_token):
+            if not around[index + 1].startswith(chat.end_token):
                 return (
                     f"the model's chat template does not put {chat.end_token} right after an answer"
-                    " when the conversation goes on; use --prompt_format instruct"
+                    " within a conversation; use --prompt_format instruct"
                 )
-            cut[index + 1] = cut[index + 1][len(chat.end_token) :]
-        # What inference is given at this point is the beginning of what is trained.
-        if index and _cut(chat, roles[:index]) != tuple(cut[: index + 1]):
+            around[index + 1] = around[index + 1][len(chat.end_token) :]
+        if index and _around_turns(chat, roles[:index]) != tuple(around[: index + 1]):
             return (
-                "the model's chat template renders a conversation differently once it has gone on;"
-                " use --prompt_format instruct"
+                "the model's chat template renders the beginning of a conversation differently"
+                " once more turns follow; use --prompt_format instruct"
             )
-    return tuple(cut)
+    return tuple(around)

@@ -1,14 +1,17 @@
-"""Segments to token ids and labels, and ids back to text.
+"""Text to token ids and back: the tokenizer of a model folder, and rows as tokens.
 
 tokenizer.json is read with the `tokenizers` library; truncation, padding and dropout saved in it
-are switched off, since they would change rows silently. What this file adds is the seam:
+are switched off, since they would change rows silently. What is added here are the seams:
 
-- Text and the special tokens around it are encoded apart, so that a special token typed by a user
-  stays text.
-- An answer and what comes before it are encoded apart, so that the ids of a prompt do not depend on
-  what follows it: those of training are those inference feeds, at every turn.
-- Llama-style tokenizers put a space in front of every text, also where the text goes on; a second
-  encoder without that habit is used there.
+- Special tokens are recognised only where the prompt format put them; the same characters typed by
+  a user stay text.
+- A prompt and its answer are encoded apart, so that the ids of a prompt do not depend on what
+  follows it: those of training are those of inference, at every turn.
+- Llama-style tokenizers put a space in front of every text, also in the middle of a conversation;
+  there a second tokenizer without that habit is used.
+
+Knows segments but no prompt formats (see coder.py), no data files, no torch. The last section
+guards the library, which a stranger's tokenizer.json can make panic or write texts without end.
 """
 
 import contextlib
@@ -18,140 +21,30 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
 from phitune.data.dataset import Example
-from phitune.data.prompt import ChatFormat, InstructFormat, PromptFormat, Segment
+from phitune.data.prompt import Segment
 from phitune.errors import ModelError
 from phitune.untrusted import flag, own_file, read_object, read_text, whole, write_object
 
-# -------------------------------------------------------------------------------------------------
-# The tokenizers library, kept from what a stranger's tokenizer.json can make it do.
-#
-# It trusts its file: some contents make it panic (which is no Exception in Python, and writes to
-# the terminal), and some rules make a text grow without end, which ends the process. The second is
-# refused from the file alone; the first becomes an error like any other.
+# --- Rows as tokens ------------------------------------------------------------------------------
 
-MAX_ADDED, MAX_TOKEN, MAX_ID = 20_000, 1000, 2**31 - 1
-# Times that the rules of a tokenizer.json may lengthen a text, all together; Phi's do not at all,
-# or twice where bytes become letters.
-MAX_GROWTH = 100
-_PROBE = "Hello world 1, 2!\n\n  \u00e9\U0001f600 aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!"
-# What a step does to the length of a text at most, where it is more than nothing.
-_GROWTH = {"ByteLevel": 2, "NFD": 4, "NFC": 3, "NFKD": 18, "NFKC": 18, "Nmt": 1, "Precompiled": 18}
-
-
-def added_tokens(spec: dict[str, Any]) -> list[dict[str, Any]]:
-    """The added tokens of a tokenizer.json, each with content, id, lstrip and rstrip.
-
-    Raises:
-        ModelError: they are not what such a file holds.
-    """
-    added = spec.get("added_tokens") or []
-    if not isinstance(added, list) or len(added) > MAX_ADDED:
-        raise ModelError(f"added_tokens is not a list of at most {MAX_ADDED:,} tokens")
-    for index, token in enumerate(added):
-        _check_added(token, f"added_tokens[{index}]")
-    return added
-
-
-def _check_added(token: Any, name: str) -> None:
-    if not isinstance(token, dict):
-        raise ModelError(f"{name} is not an object")
-    content = token.get("content")
-    if not isinstance(content, str) or not 0 < len(content) <= MAX_TOKEN:
-        raise ModelError(f"{name}: content is not a text of 1 to {MAX_TOKEN:,} characters")
-    try:
-        whole(token, "id", 0, MAX_ID)
-        flag(token, "lstrip")
-        flag(token, "rstrip")
-    except ModelError as error:
-        raise ModelError(f"{name}: {error}") from None
-
-
-def load(spec: dict[str, Any], file: Path) -> Tokenizer:
-    """The tokenizer that a tokenizer.json describes, tried on a text.
-
-    Raises:
-        ModelError: it is not usable.
-    """
-    for part in ("normalizer", "pre_tokenizer", "decoder"):
-        if (growth := _growth(spec.get(part))) > MAX_GROWTH:
-            raise ModelError(
-                f"{file}: not usable: its {part} makes a text up to {growth:,} times as long"
-            )
-    with _silent(), library_errors(file):
-        tokenizer = Tokenizer.from_str(json.dumps(spec))
-        for special in (False, True):
-            tokenizer.decode(tokenizer.encode(_PROBE, add_special_tokens=special).ids)
-    return tokenizer
-
-
-@contextlib.contextmanager
-def library_errors(file: Path) -> Iterator[None]:
-    """Turns what the library raises into an error that names the file."""
-    try:
-        yield
-    except BaseException as error:
-        # The library raises nothing narrower; and a panic of it is a BaseException.
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            said = str(error).splitlines() or [type(error).__name__]
-            raise ModelError(f"{file}: not usable: {said[0][:300]}") from None
-        raise
-
-
-def _growth(step: Any) -> int:
-    """How many times as long a text may get in a step, and in those it consists of."""
-    growth, rest = 1, [step]
-    while rest and growth <= MAX_GROWTH**2:
-        one = rest.pop()
-        if isinstance(one, list):
-            rest += one
-        if not isinstance(one, dict):
-            continue
-        rest += [one.get(key) for key in ("normalizers", "pretokenizers", "decoders")]
-        growth *= _GROWTH.get(str(one.get("type")), 1)
-        for key in ("content", "prepend", "replacement"):
-            text = one.get(key)
-            if isinstance(text, str):
-                growth *= max(1, len(text) if one.get("type") != "Strip" else 1)
-    return growth
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Sends what is written to the terminal's error stream by other languages to nowhere."""
-    try:
-        kept = os.dup(2)
-    except OSError:  # There is no such stream.
-        yield
-        return
-    try:
-        with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
-# -------------------------------------------------------------------------------------------------
-# A row as tokens, and which of them are trained. No torch here.
-
-IGNORE_INDEX = -100
+IGNORE_INDEX = -100  # the label of a token that is not trained, as in torch's cross entropy
+Span = tuple[int, int]  # start and stop of trained tokens in a row
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedExample:
     """One row as tokens; `labels` repeats the id where it is trained, else IGNORE_INDEX."""
 
-    input_ids: list[int]  # [T]
-    labels: list[int]  # [T]
+    input_ids: list[int]  # [tokens]
+    labels: list[int]  # [tokens]
     line: int = 0
 
     @property
@@ -162,11 +55,11 @@ class TokenizedExample:
 
 @dataclass(slots=True)
 class EncodedRow:
-    """One row as tokens, its trained parts as (start, stop) in their order."""
+    """One row as tokens, with its trained spans in order instead of labels."""
 
     example: Example
-    input_ids: list[int]  # [T]
-    spans: list[tuple[int, int]]
+    input_ids: list[int]  # [tokens]
+    spans: list[Span]
 
     def tokenized(self) -> TokenizedExample:
         return TokenizedExample(
@@ -174,15 +67,15 @@ class EncodedRow:
         )
 
 
-def labels_of(input_ids: Sequence[int], spans: Iterable[tuple[int, int]]) -> list[int]:
-    """The id where it is trained, else IGNORE_INDEX. [T]"""
+def labels_of(input_ids: Sequence[int], spans: Iterable[Span]) -> list[int]:
+    """The id where it is trained, else IGNORE_INDEX. [tokens]"""
     labels = [IGNORE_INDEX] * len(input_ids)
     for start, stop in spans:
         labels[start:stop] = input_ids[start:stop]
     return labels
 
 
-# -------------------------------------------------------------------------------------------------
+# --- The tokenizer of a model folder -------------------------------------------------------------
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -192,9 +85,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
-# Rows and characters that are encoded in one call, enough for all cores.
-BATCH_ROWS, BATCH_CHARACTERS = 2048, 2**21
-# Of each of its files; that of Phi-4-mini, which has 200,000 tokens, is half of it.
+# Of each of these files. Phi-4-mini's tokenizer.json, with 200,000 tokens, has half of it.
 MAX_FILE_BYTES = 2**25
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -203,8 +94,16 @@ _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 class _ControlToken:
     content: str
     id: int
-    lstrip: bool
-    rstrip: bool
+    lstrip: bool  # takes the spaces before it
+    rstrip: bool  # takes the spaces after it
+
+
+class _Piece(NamedTuple):
+    """A part of a conversation that is encoded as one."""
+
+    content: str | int  # a text, or the id of a special token
+    at_start: bool  # of a text: nothing or a special token comes before it
+    trained: bool
 
 
 class TextTokenizer:
@@ -219,16 +118,19 @@ class TextTokenizer:
         self.folder = folder
         self._file = folder / "tokenizer.json"
         spec = read_object(self._file, "a model folder needs its tokenizer", MAX_FILE_BYTES)
-        self._check_copied()
+        self._check_files_to_copy()
         self.config = _read_if_there(folder / "tokenizer_config.json")
+
+        # What would change rows silently.
         spec["truncation"] = spec["padding"] = None
         if isinstance(spec.get("model"), dict):
             spec["model"].pop("dropout", None)
+
+        # Runs of spaces (Phi-2 has 38) are vocabulary; every other added token is control.
         try:
             added = added_tokens(spec)
         except ModelError as error:
             raise ModelError(f"{self._file}: not usable: {error}") from None
-        # Runs of spaces (Phi-2 has 38) are vocabulary; every other added token is control.
         self._control = {
             token["content"]: _ControlToken(
                 token["content"],
@@ -239,14 +141,17 @@ class TextTokenizer:
             for token in added
             if token["content"].strip()
         }
-        names = sorted(self._control, key=len, reverse=True)
-        self._control_pattern = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        longest_first = sorted(self._control, key=len, reverse=True)
+        self._control_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._control_ids = {token.id for token in self._control.values()}
+
+        # The two tokenizers of plain text.
         plain = {**spec, "added_tokens": [t for t in added if t["content"] not in self._control]}
-        self._start = load(plain, self._file)
-        self._continue = load(_without_leading_space(plain), self._file)
-        self.special_tokens = self._special_tokens()
-        self.bos_token = self._automatic_bos(spec)
+        self._at_start = load(plain, self._file)
+        self._within = load(_without_leading_space(plain), self._file)
+
+        self.special_tokens = self._special_tokens()  # such as {"eos_token": "<|endoftext|>"}
+        self.bos_token = self._automatic_bos(spec)  # in front of every text, or ""
         self.chat_template = self._chat_template()
 
     @property
@@ -256,198 +161,146 @@ class TextTokenizer:
     @functools.cached_property
     def size(self) -> int:
         """One more than the largest id."""
-        ids = self._start.get_vocab(with_added_tokens=True).values()
-        return 1 + max([*ids, *(token.id for token in self._control.values())], default=-1)
+        ids = self._at_start.get_vocab(with_added_tokens=True).values()
+        return 1 + max([*ids, *self._control_ids], default=-1)
 
     @property
     def fingerprint(self) -> str:
-        """Changes with anything that changes ids."""
+        """A hash of everything that decides ids."""
         digest = hashlib.sha256((self.folder / "tokenizer.json").read_bytes())
         digest.update(json.dumps([self.special_tokens, self.bos_token]).encode())
         return digest.hexdigest()
+
+    @property
+    def stop_ids(self) -> set[int]:
+        """Tokens that end an answer by eos_token and by generation_config.json.
+
+        Control tokens alone: a wrong id there (Phi-2's config says 2, a "#") would end answers
+        early.
+        """
+        declared = _read_if_there(self.folder / "generation_config.json").get("eos_token_id")
+        listed = declared if isinstance(declared, list) else [declared]
+        ids = self._control_ids & {one for one in listed if isinstance(one, int)}
+        if "eos_token" in self.special_tokens:
+            ids.add(self.token_id(self.special_tokens["eos_token"]))
+        return ids
 
     def token_id(self, token: str) -> int:
         """The id of a special token."""
         return self._control[token].id
 
+    # Encoding
+
     def encode(self, segments: Sequence[Segment]) -> list[int]:
-        """Token ids of segments that belong together, without regard to what follows them."""
-        return self._assemble(self._pieces(segments), self._encode_text)[0]
+        """Token ids of one conversation. [tokens]"""
+        ((ids, _),) = self.encode_batch([segments])
+        return ids
 
-    def encode_example(
-        self, prompt_format: PromptFormat, example: Example, *, train_on_prompt: bool = False
-    ) -> TokenizedExample:
-        """A row as the model sees it, with every answer and its end token trained."""
-        pieces = self._pieces(prompt_format.segments(example.turns))
-        ids, spans = self._assemble(pieces, self._encode_text)
-        spans = _without_first(spans, len(ids), train_on_prompt)
-        return EncodedRow(example, ids, spans).tokenized()
+    def encode_batch(
+        self, conversations: Sequence[Sequence[Segment]]
+    ) -> Iterator[tuple[list[int], list[Span]]]:
+        """Token ids of each conversation and the spans that are trained, encoded on all cores."""
+        rows = [self._pieces(segments) for segments in conversations]
+        encoded_at_start = self._encoded(self._at_start, rows, at_start=True)
+        encoded_within = self._encoded(self._within, rows, at_start=False)
+        for pieces in rows:
+            ids: list[int] = []
+            spans: list[Span] = []
+            for content, at_start, trained in pieces:
+                start = len(ids)
+                if isinstance(content, int):
+                    ids.append(content)
+                else:
+                    ids += next(encoded_at_start if at_start else encoded_within).ids
+                if trained and spans and spans[-1][1] == start:
+                    spans[-1] = (spans[-1][0], len(ids))
+                elif trained:
+                    spans.append((start, len(ids)))
+            yield ids, spans
 
-    def encode_many(
-        self,
-        prompt_format: PromptFormat,
-        examples: Iterable[Example],
-        *,
-        train_on_prompt: bool = False,
-    ) -> Iterator[TokenizedExample]:
-        """`encode_example` of each, many at once on all cores."""
-        rows = self.encode_rows(prompt_format, examples, train_on_prompt=train_on_prompt)
-        return (row.tokenized() for row in rows)
-
-    def encode_rows(
-        self,
-        prompt_format: PromptFormat,
-        examples: Iterable[Example],
-        *,
-        train_on_prompt: bool = False,
-    ) -> Iterator[EncodedRow]:
-        """`encode_many` without the labels written out."""
-        for batch in _batches(examples):
-            plans = [self._pieces(prompt_format.segments(example.turns)) for example in batch]
-            texts: tuple[list[str], list[str]] = [], []
-            for plan in plans:
-                for what, starts, _ in plan:
-                    if isinstance(what, str):
-                        texts[starts].append(what)
-            with library_errors(self._file):
-                encoded = [
-                    iter(tokenizer.encode_batch_fast(part, add_special_tokens=False))
-                    for tokenizer, part in zip((self._continue, self._start), texts, strict=True)
-                ]
-
-            def in_order(text: str, starts: bool, encoded: Any = encoded) -> list[int]:
-                ids: list[int] = next(encoded[starts]).ids
-                return ids
-
-            for example, plan in zip(batch, plans, strict=True):
-                ids, spans = self._assemble(plan, in_order)
-                yield EncodedRow(example, ids, _without_first(spans, len(ids), train_on_prompt))
-
-    def decode_answer(self, ids: Sequence[int], prompt_ids: Sequence[int]) -> str:
-        """The text of an answer that follows `prompt_ids`, without its special tokens."""
-        starts = not prompt_ids or prompt_ids[-1] in self._control_ids
-        tokenizer = self._start if starts else self._continue
-        kept = [token for token in ids if token not in self._control_ids]
+    def _encoded(
+        self, tokenizer: Tokenizer, rows: Sequence[Sequence[_Piece]], *, at_start: bool
+    ) -> Iterator[Any]:
+        """The library's encoding of each text of the rows that is for this tokenizer, in order."""
+        texts = [
+            piece.content
+            for pieces in rows
+            for piece in pieces
+            if isinstance(piece.content, str) and piece.at_start == at_start
+        ]
         with library_errors(self._file):
-            return str(tokenizer.decode(kept, skip_special_tokens=False))
+            return iter(tokenizer.encode_batch_fast(texts, add_special_tokens=False))
 
-    def prompt_format(self, name: Literal["instruct", "chat"]) -> PromptFormat:
-        """The named format in this tokenizer's special tokens.
-
-        Raises:
-            ModelError: chat is asked of a model that has no chat template, or no end token.
-        """
-        end_token = self.special_tokens.get("eos_token")
-        if not end_token:
-            raise ModelError(f"{self.folder}: tokenizer_config.json names no eos_token")
-        if name == "instruct":
-            return InstructFormat(end_token, self.bos_token)
-        if not self.chat_template:
-            raise ModelError(
-                f"{self.folder}: this model has no chat template; use --prompt_format instruct"
-            )
-        try:
-            return ChatFormat.from_template(
-                self.chat_template, self.special_tokens, self.control_tokens, self.bos_token
-            )
-        except ModelError as error:
-            raise ModelError(f"{self.folder}: {error}") from None
-
-    def stop_ids(self, prompt_format: PromptFormat) -> list[int]:
-        """Tokens that end an answer: the format's end token, and those the model came with."""
-        ids = {self.token_id(prompt_format.end_token)}
-        if "eos_token" in self.special_tokens:
-            ids.add(self.token_id(self.special_tokens["eos_token"]))
-        saved = _read_if_there(self.folder / "generation_config.json")
-        declared = saved.get("eos_token_id")
-        # Only control tokens: a wrong id here (Phi-2's config says 2, a "#") would cut answers.
-        listed = declared if isinstance(declared, list) else [declared]
-        return sorted(ids | (self._control_ids & {one for one in listed if isinstance(one, int)}))
-
-    def save(self, folder: Path, prompt_format: PromptFormat) -> None:
-        """Copies the tokenizer, with a chat template that renders `prompt_format`.
-
-        The template goes where old and new readers look for it; the stop ids go into
-        generation_config.json.
-        """
-        for name in TOKENIZER_FILES:
-            if source := own_file(self.folder / name):
-                shutil.copyfile(source, folder / name)
-        template = prompt_format.chat_template
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-        # The class that takes tokenizer.json as it is. Away from the model's config.json, readers
-        # go by this name, and LlamaTokenizer has its own idea of leading spaces.
-        changes = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
-        # Names of Python files, which some readers would fetch and run.
-        kept = {key: value for key, value in self.config.items() if key != "auto_map"}
-        write_object(folder / "tokenizer_config.json", {**kept, **changes})
-        write_object(
-            folder / "generation_config.json", {"eos_token_id": self.stop_ids(prompt_format)}
-        )
-
-    def _pieces(self, segments: Sequence[Segment]) -> list["_Piece"]:
+    def _pieces(self, segments: Sequence[Segment]) -> list[_Piece]:
         """The special tokens of segments, and the texts between them."""
         pieces: list[_Piece] = []
-        text = ""  # Plain text gathered up to the next special token or answer, encoded as one.
-        starts = True  # Whether that text follows a special token or nothing at all.
+        text = ""  # gathered up to the next special token or change of `trained`
+        at_start = True  # of `text`
         trained = False
-        swallow = False  # Whether the special token before takes the spaces after it.
+        strip_next = False  # The special token before takes the spaces after it.
         for segment in segments:
             if segment.trained != trained:
                 if text:
-                    pieces.append((text, starts, trained))
-                    text, starts = "", False
+                    pieces.append(_Piece(text, at_start, trained))
+                    text, at_start = "", False
                 trained = segment.trained
             if not segment.control:
                 text += segment.text
-                swallow = False
+                strip_next = False
                 continue
             position = 0
             for match in self._control_pattern.finditer(segment.text):
                 token = self._control[match.group()]
                 literal = segment.text[position : match.start()]
-                literal = literal.lstrip() if swallow else literal
+                literal = literal.lstrip() if strip_next else literal
                 text += literal.rstrip() if token.lstrip else literal
                 if text:
-                    pieces.append((text, starts, trained))
-                pieces.append((token.id, True, trained))
-                text, starts = "", True
-                position, swallow = match.end(), token.rstrip
+                    pieces.append(_Piece(text, at_start, trained))
+                pieces.append(_Piece(token.id, True, trained))
+                text, at_start = "", True
+                position, strip_next = match.end(), token.rstrip
             literal = segment.text[position:]
-            text += literal.lstrip() if swallow else literal
+            text += literal.lstrip() if strip_next else literal
         if text:
-            pieces.append((text, starts, trained))
+            pieces.append(_Piece(text, at_start, trained))
         return pieces
 
-    def _assemble(
-        self, pieces: Sequence["_Piece"], encode: Callable[[str, bool], list[int]]
-    ) -> tuple[list[int], list[tuple[int, int]]]:
-        """The ids of all pieces, and the trained spans."""
-        ids: list[int] = []
-        spans: list[tuple[int, int]] = []
-        for what, starts, trained in pieces:
-            before = len(ids)
-            if isinstance(what, str):
-                ids += encode(what, starts)
-            else:
-                ids.append(what)
-            if trained and spans and spans[-1][1] == before:
-                spans[-1] = (spans[-1][0], len(ids))
-            elif trained:
-                spans.append((before, len(ids)))
-        return ids, spans
-
-    def _encode_text(self, text: str, starts: bool) -> list[int]:
-        tokenizer = self._start if starts else self._continue
+    def decode_answer(self, ids: Sequence[int], prompt_ids: Sequence[int]) -> str:
+        """The text of an answer that follows `prompt_ids`, without its special tokens."""
+        at_start = not prompt_ids or prompt_ids[-1] in self._control_ids
+        tokenizer = self._at_start if at_start else self._within
+        kept = [token for token in ids if token not in self._control_ids]
         with library_errors(self._file):
-            return list(tokenizer.encode(text, add_special_tokens=False).ids)
+            return str(tokenizer.decode(kept, skip_special_tokens=False))
 
-    def _check_copied(self) -> None:
-        """Refuses files that `save` will copy and should not: now, not at the end of a run."""
+    # Files
+
+    def save(self, folder: Path, chat_template: str, stop_ids: Sequence[int]) -> None:
+        """Copies the tokenizer, with another chat template and the tokens that end an answer.
+
+        The template is written where old and new readers look for it, the stop ids into
+        generation_config.json.
+        """
+        for name in TOKENIZER_FILES:
+            if source := own_file(self.folder / name):
+                shutil.copyfile(source, folder / name)
+        (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+        # This class takes tokenizer.json as it is. Away from the model's config.json, readers go
+        # by its name, and LlamaTokenizer has its own idea of leading spaces.
+        changes = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": chat_template}
+        # auto_map has names of Python files, which some readers would fetch and run.
+        kept = {key: value for key, value in self.config.items() if key != "auto_map"}
+        write_object(folder / "tokenizer_config.json", {**kept, **changes})
+        write_object(folder / "generation_config.json", {"eos_token_id": list(stop_ids)})
+
+    def _check_files_to_copy(self) -> None:
+        """Refuses files that `save` must not copy: now, not at the end of a run."""
         for name in TOKENIZER_FILES:
             file = own_file(self.folder / name)
             if file and file.stat().st_size > MAX_FILE_BYTES:
-                raise ModelError(f"{file}: has more than the {MAX_FILE_BYTES:,} bytes of any such")
+                raise ModelError(
+                    f"{file}: has more than {MAX_FILE_BYTES:,} bytes, the limit for such a file"
+                )
 
     def _special_tokens(self) -> dict[str, str]:
         """bos_token, eos_token and the like by name, as far as the tokenizer has them."""
@@ -461,10 +314,10 @@ class TextTokenizer:
         return found
 
     def _automatic_bos(self, spec: dict[str, Any]) -> str:
-        """The token the tokenizer itself puts in front of a text, or ""."""
-        whole = load(spec, self._file)
-        with_special = whole.encode("a", add_special_tokens=True).ids
-        without = whole.encode("a", add_special_tokens=False).ids
+        """The token that the tokenizer itself puts in front of a text, or ""."""
+        tokenizer = load(spec, self._file)
+        with_special = tokenizer.encode("a", add_special_tokens=True).ids
+        without = tokenizer.encode("a", add_special_tokens=False).ids
         if len(with_special) <= len(without) or with_special[:1] == without[:1]:
             return ""
         bos = [token.content for token in self._control.values() if token.id == with_special[0]]
@@ -487,37 +340,8 @@ class TextTokenizer:
         return template if isinstance(template, str) else None
 
 
-# A special token's id, or a text and whether it follows a special token; and whether it is trained.
-_Piece = tuple[str | int, bool, bool]
-
-
-def _without_first(
-    spans: list[tuple[int, int]], length: int, train_on_prompt: bool
-) -> list[tuple[int, int]]:
-    """The spans without the first token: nothing comes before it, so nothing can predict it."""
-    if train_on_prompt:
-        spans = [(0, length)]
-    if spans and spans[0][0] == 0:
-        spans = [(1, spans[0][1]), *spans[1:]]
-    return [span for span in spans if span[0] < span[1]]
-
-
-def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
-    """Examples in the numbers that are encoded in one call."""
-    batch: list[Example] = []
-    characters = 0
-    for example in examples:
-        batch.append(example)
-        characters += sum(len(turn.content) for turn in example.turns)
-        if len(batch) == BATCH_ROWS or characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
 def _without_leading_space(spec: dict[str, Any]) -> dict[str, Any]:
-    """The same tokenizer for text that goes on: no space put in front, none stripped."""
+    """The same tokenizer for text that continues: no space put in front, none stripped."""
 
     def strip(component: Any) -> Any:
         if not isinstance(component, dict):
@@ -541,3 +365,113 @@ def _without_leading_space(spec: dict[str, Any]) -> dict[str, Any]:
 
 def _read_if_there(path: Path) -> dict[str, Any]:
     return read_object(path, "") if own_file(path) else {}
+
+
+# --- The tokenizers library, guarded -------------------------------------------------------------
+#
+# The library trusts its file. Some contents make it panic, which is no Exception in Python and
+# writes to the terminal: turned into an error. Some rules make a text grow without end, which ends
+# the process: refused from the file alone.
+
+_MAX_ADDED, _MAX_TOKEN, _MAX_ID = 20_000, 1000, 2**31 - 1
+# How many times as long a text may become by all rules together. Phi's keep its length, or double
+# it (bytes become letters).
+_MAX_GROWTH = 100
+# How many times as long a rule can make a text, where that is more than once.
+_GROWTH = {"ByteLevel": 2, "NFD": 4, "NFC": 3, "NFKD": 18, "NFKC": 18, "Nmt": 1, "Precompiled": 18}
+_PROBE = "Hello world 1, 2!\n\n  \u00e9\U0001f600 aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!"
+_MAX_MESSAGE = 300  # characters of the library's own message
+
+
+def load(spec: dict[str, Any], file: Path) -> Tokenizer:
+    """The tokenizer that a tokenizer.json describes, tried on a text.
+
+    Raises:
+        ModelError: it is not usable.
+    """
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        if (growth := _growth(spec.get(part))) > _MAX_GROWTH:
+            raise ModelError(
+                f"{file}: not usable: its {part} makes a text up to {growth:,} times as long"
+            )
+    with _silent(), library_errors(file):
+        tokenizer = Tokenizer.from_str(json.dumps(spec))
+        for special in (False, True):
+            tokenizer.decode(tokenizer.encode(_PROBE, add_special_tokens=special).ids)
+    return tokenizer
+
+
+def added_tokens(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """The added tokens of a tokenizer.json, each with content, id, lstrip and rstrip.
+
+    Raises:
+        ModelError: they are not what such a file holds.
+    """
+    added = spec.get("added_tokens") or []
+    if not isinstance(added, list) or len(added) > _MAX_ADDED:
+        raise ModelError(f"added_tokens is not a list of at most {_MAX_ADDED:,} tokens")
+    for index, token in enumerate(added):
+        _check_added(token, f"added_tokens[{index}]")
+    return added
+
+
+def _check_added(token: Any, name: str) -> None:
+    if not isinstance(token, dict):
+        raise ModelError(f"{name} is not an object")
+    content = token.get("content")
+    if not isinstance(content, str) or not 0 < len(content) <= _MAX_TOKEN:
+        raise ModelError(f"{name}: content is not a text of 1 to {_MAX_TOKEN:,} characters")
+    try:
+        whole(token, "id", 0, _MAX_ID)
+        flag(token, "lstrip")
+        flag(token, "rstrip")
+    except ModelError as error:
+        raise ModelError(f"{name}: {error}") from None
+
+
+@contextlib.contextmanager
+def library_errors(file: Path) -> Iterator[None]:
+    """Turns what the library raises into an error that names the file."""
+    try:
+        yield
+    except BaseException as error:
+        # The library raises nothing narrower; and its panic is a BaseException.
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            lines = str(error).splitlines() or [type(error).__name__]
+            raise ModelError(f"{file}: not usable: {lines[0][:_MAX_MESSAGE]}") from None
+        raise
+
+
+def _growth(component: Any) -> int:
+    """How many times as long a text can become by a component and those it consists of."""
+    growth, rest = 1, [component]
+    while rest and growth <= _MAX_GROWTH**2:
+        one = rest.pop()
+        if isinstance(one, list):
+            rest += one
+        if not isinstance(one, dict):
+            continue
+        rest += [one.get(key) for key in ("normalizers", "pretokenizers", "decoders")]
+        growth *= _GROWTH.get(str(one.get("type")), 1)
+        for key in ("content", "prepend", "replacement"):
+            text = one.get(key)
+            if isinstance(text, str):
+                growth *= max(1, len(text) if one.get("type") != "Strip" else 1)
+    return growth
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Discards what other languages write to the process's error stream."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # There is no such stream.
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

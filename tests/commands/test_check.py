@@ -275,6 +275,7 @@ def test_the_page_is_whole_escaped_and_needs_nothing_else(messy: Path, tmp_path:
     text = "".join(parsed.text)
     assert "<script>alert(1)</script>" in text
     assert ARABIC in text
+    assert "x" * 3000 in text
     assert "\\x1b[31mred" in text
 
 

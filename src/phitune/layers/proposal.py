@@ -48,7 +48,6 @@ def propose(
         if (layer := layer_of(module)) is not None
     }
     names = [name for name in family.all_linear if any(name == found for found, _ in grid)]
-    measured_layers = sorted({layer for _, layer in grid})
     total = sum(grid.values())
     wanted = share * total * (1 - _ROUNDING)
     costs = {
@@ -56,34 +55,49 @@ def propose(
         for module in squares
         if (name := short_name(module)) in names
     }
-    best: tuple[float, float, tuple[str, ...], list[int]] | None = None
-    for count in range(1, len(names) + 1):
-        for chosen in itertools.combinations(names, count):
-            strengths = {
-                layer: sum(grid[name, layer] for name in chosen) for layer in measured_layers
-            }
-            layers, held = _strongest(strengths, wanted)
-            if held < wanted:
-                continue
-            cost = len(layers) * sum(costs[name] for name in chosen)
-            if best is None or (cost, -held) < best[:2]:
-                best = (cost, -held, chosen, sorted(layers))
-    assert best is not None, "all modules in all layers hold everything"
-    total_cost, held, names_held, layers_held = best[0], -best[1], best[2], best[3]
-    everything = len(measured_layers) * sum(costs.values())
-    taken = {(name, layer) for name in names_held for layer in layers_held}
+    products = [
+        _product(grid, costs, chosen, wanted)
+        for count in range(1, len(names) + 1)
+        for chosen in itertools.combinations(names, count)
+    ]
+    # All modules in all layers hold everything, so there is one that suffices.
+    best = min(
+        (product for product in products if product.held >= wanted),
+        key=lambda product: (product.cost, -product.held),
+    )
+    layers = sorted(best.layers)
+    taken = {(name, layer) for name in best.names for layer in layers}
+    everything = len({layer for _, layer in grid}) * sum(costs.values())
     return Proposal(
-        _by_preset(config, names_held),
-        None if len(layers_held) == config.num_hidden_layers else in_ranges(layers_held),
+        _by_preset(config, best.names),
+        None if len(layers) == config.num_hidden_layers else in_ranges(layers),
         tuple(module for module in squares if (short_name(module), layer_of(module)) in taken),
-        held / total if total else 1.0,
+        best.held / total if total else 1.0,
         share,
-        total_cost / everything,
+        best.cost / everything,
     )
 
 
-def _strongest(strengths: Mapping[int, float], wanted: float) -> tuple[list[int], float]:
-    """The fewest layers that hold so much, the strongest first; all of them where none do."""
+@dataclass(frozen=True)
+class _Product:
+    """Some modules in some layers."""
+
+    names: tuple[str, ...]
+    layers: list[int]
+    held: float  # of the squared gradient
+    cost: int  # parameters of an adapter of rank 1
+
+
+def _product(
+    grid: Mapping[tuple[str, int], float],
+    costs: Mapping[str, int],
+    names: tuple[str, ...],
+    wanted: float,
+) -> _Product:
+    """These modules in the fewest layers that hold `wanted`, the strongest first, or in all."""
+    strengths: dict[int, float] = {}
+    for layer in sorted({layer for _, layer in grid}):
+        strengths[layer] = sum(grid[name, layer] for name in names)
     layers: list[int] = []
     held = 0.0
     for layer in sorted(strengths, key=lambda layer: -strengths[layer]):
@@ -93,7 +107,7 @@ def _strongest(strengths: Mapping[int, float], wanted: float) -> tuple[list[int]
         held += strengths[layer]
     if len(layers) == len(strengths):
         held = sum(strengths.values())
-    return layers, held
+    return _Product(names, layers, held, len(layers) * sum(costs[name] for name in names))
 
 
 def _by_preset(config: ModelConfig, names: tuple[str, ...]) -> tuple[str, ...]:

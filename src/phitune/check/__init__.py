@@ -1,1 +1,1 @@
-"""phitune check: reads the data and reports on it."""
+"""`phitune check`: what is in a data set, what is wrong with it, and how much that matters."""

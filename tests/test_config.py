@@ -6,15 +6,15 @@ from typing import Any
 import pytest
 import yaml
 
-from phitune.commands.options import given_flags
-from phitune.commands.train import train_parser
+from phitune.commands.options import parse_with_settings
+from phitune.commands.train import TrainOptions
 from phitune.config import NOT_REPEATED, Settings, resolve, to_yaml
 from phitune.errors import SettingsError
 
 
 def from_flags(line: str) -> Settings:
-    flags = given_flags(train_parser(), line.split(), ("config",))
-    return resolve(flags, flags.pop("config", None)).settings
+    options, flags = parse_with_settings(TrainOptions, line.split())
+    return resolve(flags, options.config).settings
 
 
 def test_defaults_are_the_training_guides_and_raise_no_warning() -> None:
@@ -69,8 +69,8 @@ def test_flags_win_over_the_file_and_origins_are_known(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("epochs: 3\nlearning_rate: 1e-4\ntarget_modules: attention\nlayers: 3\n")
     argv = ["--epochs", "7", "--config", str(file)]
-    flags = given_flags(train_parser(), argv, ("config",))
-    resolved = resolve(flags, flags.pop("config"))
+    options, flags = parse_with_settings(TrainOptions, argv)
+    resolved = resolve(flags, options.config)
     assert resolved.settings.epochs == 7
     assert resolved.settings.learning_rate == 1e-4
     assert resolved.settings.target_modules == ["attention"]
@@ -178,7 +178,7 @@ def test_every_setting_is_used_somewhere_besides_its_declaration() -> None:
     code = "".join(
         path.read_text()
         for path in source.rglob("*.py")
-        if path.name not in ("config.py", "flags.py", "plan.py")
+        if path.name not in ("config.py", "options.py", "plan.py")
     )
     unused = [name for name in Settings.model_fields if f"settings.{name}" not in code]
     assert unused == []

@@ -23,7 +23,13 @@ import docs_presets
 import docs_tokens
 from pydantic import ValidationError
 
-from phitune.config import LORA_ALPHA_PER_RANK, Settings, group_of, recommended_range
+from phitune.config import (
+    LORA_ALPHA_PER_RANK,
+    Settings,
+    default_text,
+    extra_of,
+    recommended_range,
+)
 
 ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / "docs" / "training.md"
@@ -76,12 +82,12 @@ def settings_tables(before: str) -> str:
         cells = (
             f"`{name}`",
             takes(name, schema["properties"][name], definitions),
-            _default(field.default),
+            f"`{default}`" if (default := default_text(field.default)) else NOTHING,
             _recommended(name),
             str(field.description),
         )
         row = [*(_escaped(cell) for cell in cells), words.get(name, "")]
-        groups.setdefault(group_of(field), []).append(_line(row))
+        groups.setdefault(extra_of(field, "group"), []).append(_line(row))
     rule = "|".join(["", *("---" for _ in COLUMNS), ""])
     tables = []
     for group, rows in groups.items():
@@ -167,16 +173,6 @@ def _least(name: str) -> str:
             continue
         return f", at least {number}"
     return ""
-
-
-def _default(value: Any) -> str:
-    if value is None or value == []:
-        return NOTHING
-    if isinstance(value, bool):
-        return f"`{str(value).lower()}`"
-    if isinstance(value, float):
-        return f"`{value:g}`"
-    return f"`{' '.join(value) if isinstance(value, list) else value}`"
 
 
 def _recommended(name: str) -> str:

@@ -10,18 +10,18 @@ being finite, 4 out of memory, 129 hung up, 130 interrupted, 143 terminated.
 import importlib
 import io
 import os
+import shutil
 import sys
-import tempfile
-import traceback
+import textwrap
 from collections.abc import Sequence
 
 from phitune import __version__
-from phitune.commands.options import Parser
 from phitune.errors import Interrupted, PhituneError, SettingsError, without_tokens
 from phitune.text import shortened, visible
 
 EXIT_INTERRUPTED = 130
 DEBUG_VARIABLE = "PHITUNE_DEBUG"
+DESCRIPTION = "Fine-tune Phi-2, Phi-3.5 and their siblings with LoRA on the machine you own."
 MAX_LINE = 1000  # characters of an error's line that are shown
 # Each is a module of `commands` with `run(argv) -> exit code`, imported when it is asked for.
 COMMANDS = {
@@ -62,7 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         _tell(f"{where}{error.strerror or error}")
         return 1
-    except Exception as error:  # The last resort: a mistake of ours, told without a traceback.
+    except Exception as error:  # The last resort: a fault of ours, reported without a traceback.
+        import tempfile
+        import traceback
+
         trace = without_tokens(traceback.format_exc())
         if os.environ.get(DEBUG_VARIABLE):
             print(trace, file=sys.stderr)
@@ -88,19 +91,45 @@ def _tell(what: str) -> None:
 
 
 def _run(argv: list[str]) -> int:
-    if argv and argv[0] in COMMANDS:
-        code: int = importlib.import_module(f"phitune.commands.{argv[0]}").run(argv[1:])
+    word = argv[0] if argv else ""
+    if word in COMMANDS:
+        code: int = importlib.import_module(f"phitune.commands.{word}").run(argv[1:])
         return code
-    parser = Parser(
-        prog="phitune",
-        description="Fine-tune Phi-2, Phi-3.5 and their siblings with LoRA on the machine you own.",
-        allow_abbrev=False,
+    if word == "--version":
+        print(f"phitune {__version__}")
+        return 0
+    if word in ("-h", "--help"):
+        print(_help())
+        return 0
+    if not word:
+        print(_help(), file=sys.stderr)
+        return SettingsError.exit_code
+
+    from phitune.config import unknown_name
+
+    what = unknown_name(word, COMMANDS, kind="command")
+    raise SettingsError(f"{what}\nRun 'phitune --help' for all commands.")
+
+
+def _help() -> str:
+    """The commands, for a terminal of any width."""
+    width = max(40, shutil.get_terminal_size().columns - 2)
+
+    def entry(name: str, what: str) -> str:
+        head, indent = f"  {name:<12}", " " * 14
+        return textwrap.fill(what, width, initial_indent=head, subsequent_indent=indent)
+
+    return "\n".join(
+        [
+            "usage: phitune COMMAND [flags]",
+            "",
+            textwrap.fill(DESCRIPTION, width),
+            "",
+            "commands:",
+            *(entry(name, what) for name, what in COMMANDS.items()),
+            "",
+            "options:",
+            entry("-h, --help", "show this text; after a command, its flags"),
+            entry("--version", "show the version"),
+        ]
     )
-    parser.add_argument("--version", action="version", version=f"phitune {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    for name, what in COMMANDS.items():
-        commands.add_parser(name, help=what, add_help=False)
-    arguments = parser.parse_args(argv)
-    assert arguments.command is None
-    parser.print_help(sys.stderr)
-    return SettingsError.exit_code

@@ -24,7 +24,7 @@ LORA_ALPHA_PER_RANK = (2, 4)
 DEFAULT_BATCH_SIZE = 4
 
 
-def _knob(
+def knob(
     default: Any,
     help: str,
     *,
@@ -104,6 +104,7 @@ Texts = Annotated[list[Annotated[str, AfterValidator(_encodable)]], BeforeValida
 BatchSize = Annotated[int | Literal["auto"], BeforeValidator(_count_or("auto", 1))]
 LayerCount = Annotated[int | Literal["all"] | None, BeforeValidator(_count_or("all", 0))]
 SaveEvery = Annotated[str, BeforeValidator(_save_every)]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 Precision = Annotated[Literal["auto", "fp32", "bf16"], BeforeValidator(_no_fp16)]
 
 _RUN, _DATA, _TRAIN, _LORA, _MACHINE, _REPORT = (
@@ -127,47 +128,47 @@ class Settings(BaseModel):
         protected_namespaces=(),
     )
 
-    output_dir: UserPath | None = _knob(
+    output_dir: UserPath | None = knob(
         None, "run directory (default: output/<model>-<data>-<date-time>)", group=_RUN
     )
-    overwrite: bool = _knob(False, "replace a run that is already in output_dir", group=_RUN)
-    resume: str | None = _knob(
+    overwrite: bool = knob(False, "replace a run that is already in output_dir", group=_RUN)
+    resume: str | None = knob(
         None,
         "go on with the run in this directory; auto: with the one in output_dir, if there is one",
         group=_RUN,
         min_length=1,
     )
-    resume_with: str | None = _knob(
+    resume_with: str | None = knob(
         None,
         "what is changed on going on, such as learning_rate=1e-4,epochs=30",
         group=_RUN,
         pattern=r"^\s*\w+\s*=",
     )
-    model_name: str = _knob(
+    model_name: str = knob(
         "microsoft/phi-2",
         "a hub id, a local folder, or a shipped model (tiny-phi-2, tiny-phi-3.5)",
         group=_RUN,
         min_length=1,
     )
-    seed: Whole = _knob(
+    seed: Whole = knob(
         42, "decides the split, the order, dropout and the adapter's start", group=_RUN, ge=0
     )
-    save_every: SaveEvery = _knob(
+    save_every: SaveEvery = knob(
         "auto",
         "a checkpoint every N steps, 10m (minutes) or epoch; auto: an epoch or 10m, the sooner one",
         group=_RUN,
     )
-    keep_checkpoints: Whole = _knob(
+    keep_checkpoints: Whole = knob(
         2, "newest checkpoints that are kept, beside that of the best step", group=_RUN, ge=1
     )
 
-    dataset_path: UserPath | None = _knob(
+    dataset_path: UserPath | None = knob(
         None,
         "a .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, or a hub data set"
         " (default: the example)",
         group=_DATA,
     )
-    validation_path: UserPath | None = _knob(
+    validation_path: UserPath | None = knob(
         None, "validation rows from a file, folder or data set of their own", group=_DATA
     )
     data_format: Literal[
@@ -178,52 +179,52 @@ class Settings(BaseModel):
         "completion",
         "messages",
         "sharegpt",
-    ] = _knob("auto", "what the rows are; auto: seen in the first of them", group=_DATA)
-    columns: str | None = _knob(
+    ] = knob("auto", "what the rows are; auto: seen in the first of them", group=_DATA)
+    columns: str | None = knob(
         None,
         "columns of other names, such as prompt=title,response=body; of a table without a"
         " header by number, prompt=0,response=1",
         group=_DATA,
     )
-    on_bad_row: Literal["error", "skip"] = _knob(
+    on_bad_row: Literal["error", "skip"] = knob(
         "error", "what happens where rows cannot be used; error: all are listed", group=_DATA
     )
-    validation_split: Real = _knob(
+    validation_split: Real = knob(
         0.1, "share of the rows kept for validation; 0 for none", group=_DATA, ge=0.0, le=0.5
     )
-    prompt_format: Literal["instruct", "chat"] = _knob(
+    prompt_format: Literal["instruct", "chat"] = knob(
         "instruct",
         "instruct: 'Instruct: ...\\n\\nOutput: ...'; chat: the model's own chat template",
         group=_DATA,
     )
-    max_length: Whole = _knob(1024, "longest row in tokens", group=_DATA, ge=8)
-    on_too_long: Literal["drop", "error"] = _knob(
+    max_length: Whole = knob(1024, "longest row in tokens", group=_DATA, ge=8)
+    on_too_long: Literal["drop", "error"] = knob(
         "drop", "what happens to a longer row; it is never cut", group=_DATA
     )
-    train_on_prompt: bool = _knob(
+    train_on_prompt: bool = knob(
         False, "train on the prompt's tokens too, not only the answer's", group=_DATA
     )
-    cache: bool = _knob(
+    cache: bool = knob(
         True, "keep the data's tokens in ~/.cache/phitune for the next run", group=_DATA
     )
 
-    batch_size: BatchSize = _knob(
+    batch_size: BatchSize = knob(
         DEFAULT_BATCH_SIZE,
         "sequences per micro-batch; auto: as many as fit, at the same rows per step",
         group=_TRAIN,
         recommended=(2, 8),
     )
-    gradient_accumulation_steps: Whole = _knob(
+    gradient_accumulation_steps: Whole = knob(
         16, "micro-batches per optimizer step", group=_TRAIN, recommended=(4, 32), ge=1
     )
-    epochs: Whole = _knob(20, "passes over the training rows", group=_TRAIN, ge=1)
-    learning_rate: Real = _knob(
+    epochs: Whole = knob(20, "passes over the training rows", group=_TRAIN, ge=1)
+    learning_rate: Real = knob(
         2e-4, "peak learning rate", group=_TRAIN, recommended=(5e-5, 2e-4), gt=0.0, le=1.0
     )
-    lr_scheduler: Literal["cosine", "linear", "constant"] = _knob(
+    lr_scheduler: Literal["cosine", "linear", "constant"] = knob(
         "cosine", "how the learning rate goes on after the warmup", group=_TRAIN
     )
-    warmup_ratio: Real = _knob(
+    warmup_ratio: Real = knob(
         0.05,
         "share of the steps over which the learning rate rises",
         group=_TRAIN,
@@ -231,28 +232,28 @@ class Settings(BaseModel):
         ge=0.0,
         le=1.0,
     )
-    weight_decay: Real = _knob(0.0, "AdamW's decoupled weight decay", group=_TRAIN, ge=0.0, le=1.0)
-    max_grad_norm: Real = _knob(
+    weight_decay: Real = knob(0.0, "AdamW's decoupled weight decay", group=_TRAIN, ge=0.0, le=1.0)
+    max_grad_norm: Real = knob(
         1.0, "gradients are scaled down to this norm; 0 for never", group=_TRAIN, ge=0.0
     )
-    nonfinite_patience: Whole = _knob(
+    nonfinite_patience: Whole = knob(
         1,
         "so many steps in a row without a finite loss and gradient, and it stops; none is applied",
         group=_TRAIN,
         ge=1,
     )
-    early_stopping_patience: Whole = _knob(
+    early_stopping_patience: Whole = knob(
         3, "epochs without a better validation loss before it stops; 0: never", group=_TRAIN, ge=0
     )
 
-    lora_r: Whole = _knob(8, "rank", group=_LORA, recommended=(8, 32), ge=1, le=1024)
-    lora_alpha: Real = _knob(
+    lora_r: Whole = knob(8, "rank", group=_LORA, recommended=(8, 32), ge=1, le=1024)
+    lora_alpha: Real = knob(
         32.0,
         "scale; updates count alpha / r times (recommended: 2-4 x lora_r)",
         group=_LORA,
         gt=0.0,
     )
-    lora_dropout: Real = _knob(
+    lora_dropout: Real = knob(
         0.05,
         "dropout on the input of A",
         group=_LORA,
@@ -260,52 +261,47 @@ class Settings(BaseModel):
         ge=0.0,
         le=0.9,
     )
-    target_modules: Texts = _knob(
+    target_modules: Texts = knob(
         ["all-linear"],
         "module names, or attention, mlp, all-linear; embed_tokens and lm_head may be added",
         group=_LORA,
         min_length=1,
     )
-    layers: str | None = _knob(
+    layers: str | None = knob(
         None,
         "only these layers, such as 16-31 or 0,2,8-11",
         group=_LORA,
         pattern=r"^\s*\d+(\s*-\s*\d+)?(\s*,\s*\d+(\s*-\s*\d+)?)*\s*$",
     )
 
-    device: str = _knob(
-        "auto",
-        "auto, cpu, cuda, cuda:N or mps",
-        group=_MACHINE,
-        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
-    )
-    precision: Precision = _knob(
+    device: Device = knob("auto", "auto, cpu, cuda, cuda:N or mps", group=_MACHINE)
+    precision: Precision = knob(
         "auto",
         "of the frozen base: auto (bf16 on CUDA and MPS, fp32 on CPU), fp32, bf16",
         group=_MACHINE,
     )
-    engine: Literal["fused", "reference"] = _knob(
+    engine: Literal["fused", "reference"] = knob(
         "fused", "fused: backward by hand; reference: plain torch, to compare with", group=_MACHINE
     )
-    gradient_checkpointing: bool = _knob(
+    gradient_checkpointing: bool = knob(
         True,
         "recompute as few layers as the memory demands, instead of storing them; false: none",
         group=_MACHINE,
     )
-    recompute_layers: LayerCount = _knob(
+    recompute_layers: LayerCount = knob(
         None, "recompute so many layers, or all, whatever the memory", group=_MACHINE
     )
-    torch_compile: bool = _knob(
+    torch_compile: bool = knob(
         True, "compile the layers where that is dependable and pays (it says so)", group=_MACHINE
     )
 
-    sample_prompts: Texts = _knob(
+    sample_prompts: Texts = knob(
         [], "prompts answered after each epoch (default: two of the validation rows)", group=_REPORT
     )
-    sample_tokens: Whole = _knob(
+    sample_tokens: Whole = knob(
         64, "longest sampled answer in tokens; 0 for no samples", group=_REPORT, ge=0
     )
-    report_to: Literal["none", "tensorboard"] = _knob(
+    report_to: Literal["none", "tensorboard"] = knob(
         "none", "a tracker beside metrics.jsonl", group=_REPORT
     )
 
@@ -363,16 +359,29 @@ def recommended_range(field: FieldInfo) -> tuple[float, float] | None:
     return extra.get("recommended") if isinstance(extra, dict) else None  # type: ignore[return-value]
 
 
-def group_of(field: FieldInfo) -> str:
+def extra_of(field: FieldInfo, name: str) -> str:
+    """What was declared of a field beyond pydantic's own, such as its "group"; "" if nothing."""
     extra = field.json_schema_extra
-    assert isinstance(extra, dict)
-    return str(extra["group"])
+    return str(extra.get(name, "")) if isinstance(extra, dict) else ""
 
 
 def choices_of(field: FieldInfo) -> tuple[str, ...]:
-    """The allowed words of a field that takes one of a few."""
-    args = get_args(field.annotation)
-    return args if args and all(isinstance(arg, str) for arg in args) else ()
+    """The allowed words of a field that accepts one of a few; None beside them does not count."""
+    kinds = [kind for kind in get_args(field.annotation) if kind is not type(None)]
+    if len(kinds) == 1 and not isinstance(kinds[0], str):
+        kinds = list(get_args(kinds[0]))
+    return tuple(kinds) if all(isinstance(kind, str) for kind in kinds) else ()
+
+
+def default_text(value: Any) -> str:
+    """A default as it is typed on a command line; "" where there is none."""
+    if value is None or value == []:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    return " ".join(value) if isinstance(value, list) else str(value)
 
 
 def to_yaml(resolved: Resolved) -> str:
@@ -481,7 +490,7 @@ def validated(values: Mapping[str, Any], where: Mapping[str, str]) -> Settings:
         for detail in error.errors():
             name = str(detail["loc"][0])
             place = where.get(name, "")
-            problems.append(f"{name} = {values[name]!r}: {_in_words(detail)} ({place})")
+            problems.append(f"{name} = {values[name]!r}: {in_words(detail)} ({place})")
         raise SettingsError("these settings cannot be used:\n" + listing(problems)) from None
     if settings.recompute_layers and not settings.gradient_checkpointing:
         raise SettingsError(
@@ -491,16 +500,16 @@ def validated(values: Mapping[str, Any], where: Mapping[str, str]) -> Settings:
     return settings
 
 
-def _in_words(detail: ErrorDetails) -> str:
+def in_words(detail: ErrorDetails) -> str:
     """What pydantic says, in the words of this program."""
     context = detail.get("ctx", {})
     match detail["type"]:
         case "greater_than_equal":
-            return f"must be at least {context['ge']:g}"
+            return f"must be at least {_number(context['ge'])}"
         case "greater_than":
-            return f"must be more than {context['gt']:g}"
+            return f"must be more than {_number(context['gt'])}"
         case "less_than_equal":
-            return f"must be at most {context['le']:g}"
+            return f"must be at most {_number(context['le'])}"
         case "int_parsing" | "int_type" | "int_from_float":
             return "must be a whole number"
         case "float_parsing" | "float_type" | "finite_number":
@@ -519,3 +528,7 @@ def _in_words(detail: ErrorDetails) -> str:
             return str(context["error"])
         case _:
             return detail["msg"]
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"

@@ -75,13 +75,13 @@ def test_by_default_it_goes_beside_the_run(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--format", "gguf2"], "invalid choice: 'gguf2'"),
+        (["--format", "gguf2"], "--format gguf2: must be one of merged"),
         (["--format", "merged", "--max_shard_size", "5 apples"], "write it like 5GB or 500MB"),
         (["--format", "merged", "--max_shard_size", "0"], "write it like 5GB or 500MB"),
-        (["--format", "adapter", "--dtype", "fp32"], "--dtype means nothing to --format adapter"),
-        (["--format", "adapter", "--max_shard_size", "1GB"], "means nothing to --format adapter"),
+        (["--format", "adapter", "--dtype", "fp32"], "--dtype has no effect on --format adapter"),
+        (["--format", "adapter", "--max_shard_size", "1GB"], "has no effect on --format adapter"),
         ([], "--format is missing"),
-        (["--formatt", "merged"], "unrecognized arguments"),
+        (["--formatt", "merged"], "unknown flag --formatt; did you mean --format?"),
     ],
 )
 def test_wrong_flags_are_refused(

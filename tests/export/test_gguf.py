@@ -489,7 +489,7 @@ def test_a_quantization_of_another_format_is_refused(
 ) -> None:
     adapter = random_adapter(tmp_path / "a", ASSETS / "tiny-phi-2")
     assert export(adapter, tmp_path / "out", "--format", "merged", "--quantization", "f16") == 2
-    assert "--quantization means nothing to --format merged" in capsys.readouterr().err
+    assert "--quantization has no effect on --format merged" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_found_before_or_while_writing(

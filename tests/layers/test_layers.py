@@ -227,8 +227,14 @@ def test_the_guide_as_json(layers: Call) -> None:
         (["tiny-phi-2", "--batches", "4"], "--batches needs --dataset_path"),
         (["tiny-phi-2", "--share", "0.5"], "--share needs --dataset_path"),
         (["tiny-phi-2", "--dataset_path", "no.jsonl"], "no.jsonl"),
-        (["tiny-phi-2", "--dataset_path", str(CAPTAIN), "--batches", "0"], "from 1 to"),
-        (["tiny-phi-2", "--dataset_path", str(CAPTAIN), "--share", "nan"], "from 0.01 to 1"),
+        (
+            ["tiny-phi-2", "--dataset_path", str(CAPTAIN), "--batches", "0"],
+            "--batches 0: must be at least 1",
+        ),
+        (
+            ["tiny-phi-2", "--dataset_path", str(CAPTAIN), "--share", "nan"],
+            "--share nan: must be a number",
+        ),
         (
             ["tiny-phi-2", "--dataset_path", str(CAPTAIN), "--target_modules", "lm_head"],
             "none of these is in a layer",

@@ -1,45 +1,58 @@
 """`phitune chat`: talk to a model, tuned or not; at a terminal, or line by line through a pipe."""
 
-import argparse
 import contextlib
 import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from phitune.commands.options import (
-    Parser,
-    add_model_flags,
-    add_sampling_flags,
-    help_format,
-    one_adapter,
-    open_from,
-    sampling_of,
-    whole,
+    Count,
+    ModelOptions,
+    SamplingOptions,
+    option,
+    parse,
+    switch,
 )
 from phitune.errors import DataError, PhituneError
 
 if TYPE_CHECKING:
     from phitune.inference.chat import Chat
 
-MAX_NEW_TOKENS = 256
+
+class ChatOptions(SamplingOptions, ModelOptions):
+    """Chat with a model. Answers are shown token by token; /help lists the commands of the chat.
+    Piped input is answered line by line, and only the answers are printed."""
+
+    usage = "chat [--adapter_path RUN_OR_ADAPTER] [--model_name M] [flags]"
+
+    system: str = option("", "system message at the start of the conversation", group="chat")
+    context_length: Count | None = option(
+        None,
+        "positions of the conversation with its answer, an upper bound on the size of the cache"
+        " (default: all that the model has)",
+        group="chat",
+        ge=2,
+    )
+    turns: bool = switch(
+        "piped lines are turns of one conversation (default: each is asked alone)", group="chat"
+    )
+    no_history: bool = switch("do not save what is typed in a history file", group="chat")
 
 
 def run(argv: list[str]) -> int:
     """Chats until the person leaves or the input ends; returns the exit code."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
-    one_adapter(parser, arguments)
+    options = parse(ChatOptions, argv)
     if sys.stdin.isatty() and sys.stdout.isatty():
-        return _at_a_terminal(arguments)
+        return _at_a_terminal(options)
     if sys.stdin.isatty():
         print("one question a line; Ctrl-D ends", file=sys.stderr)
-    chat = _open(arguments)
+    chat = _open(options)
 
     from phitune.commands.chat_commands import without_effect
 
     if note := without_effect(chat):
         print(f"phitune: {note}", file=sys.stderr)
-    for text in answers(chat, lines_of(sys.stdin.buffer), one_conversation=arguments.turns):
+    for text in answers(chat, lines_of(sys.stdin.buffer), one_conversation=options.turns):
         sys.stdout.write(text)
         sys.stdout.flush()
     return 0
@@ -93,62 +106,26 @@ def lines_of(source: Iterable[bytes]) -> Iterator[str]:
         yield text.rstrip("\r\n")
 
 
-def _at_a_terminal(arguments: argparse.Namespace) -> int:
+def _at_a_terminal(options: ChatOptions) -> int:
     from rich.console import Console
 
     with Console(stderr=True).status("reading the model"):
         from phitune.commands.chat_terminal import Terminal
 
-        chat = _open(arguments)
-    return Terminal(chat, history=arguments.history).run()
+        chat = _open(options)
+    return Terminal(chat, history=not options.no_history).run()
 
 
-def _open(arguments: argparse.Namespace) -> "Chat":
-    model = open_from(arguments)
+def _open(options: ChatOptions) -> "Chat":
+    model = options.open_model()
 
     from phitune.inference.chat import Chat
 
     return Chat(
         model,
         choice=0 if model.adapters else None,
-        system=arguments.system,
-        sampling=sampling_of(arguments),
-        max_new_tokens=arguments.max_new_tokens,
-        context_length=arguments.context_length,
+        system=options.system,
+        sampling=options.sampling(),
+        max_new_tokens=options.max_new_tokens,
+        context_length=options.context_length,
     )
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        prog="phitune chat",
-        description="Talk to a model. Answers come word by word; /help lists what can be done on"
-        " the way. Piped input is answered line by line, with nothing but the answers.",
-        formatter_class=help_format,
-        usage="phitune chat [--adapter_path RUN_OR_ADAPTER] [--model_name M] [flags]",
-        allow_abbrev=False,
-    )
-    add_model_flags(parser)
-    add_sampling_flags(parser, max_new_tokens=MAX_NEW_TOKENS)
-    group = parser.add_argument_group("chat")
-    group.add_argument(
-        "--system", default="", metavar="TEXT", help="what the model is told before everything"
-    )
-    group.add_argument(
-        "--context_length",
-        type=whole("context_length", 2),
-        metavar="N",
-        help="positions of the conversation and an answer, which the cache may come to take"
-        " (default: all that the model has)",
-    )
-    group.add_argument(
-        "--turns",
-        action="store_true",
-        help="piped lines are turns of one conversation (default: each is asked alone)",
-    )
-    group.add_argument(
-        "--no_history",
-        dest="history",
-        action="store_false",
-        help="do not keep what is typed in a file",
-    )
-    return parser

@@ -3,7 +3,6 @@
 What is shown, and how, is the screen's affair.
 """
 
-import argparse
 import difflib
 import errno
 import json
@@ -14,7 +13,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
-from phitune.commands.options import VALUES
+from phitune.commands.options import SamplingOptions, checked
 from phitune.errors import SettingsError
 from phitune.inference.chat import Chat
 from phitune.inference.loaded import Answer
@@ -39,6 +38,7 @@ COMMANDS = {
     "stats": ("", "tokens and time of the last answer, and what the cache takes"),
     "quit": ("", "leave; so does Ctrl-D"),
 }
+SETS = {"temp": "temperature"}  # of the options of sampling; the others have its own name
 SHORT_FOR = {"exit": "quit", "temperature": "temp", "?": "help"}
 KEYS = {
     "Enter": "sends",
@@ -98,7 +98,7 @@ class ChatCommands:
             if not now:
                 raise SettingsError(f"/{name}: name the file, such as /{name} conversation.jsonl")
             self.screen.say(f"{name}: {now}")
-        elif name in VALUES:
+        elif SETS.get(name, name) in SamplingOptions.model_fields:
             self._set(name, argument)
         else:
             does: Callable[..., None] = getattr(self, f"_{name}")
@@ -121,10 +121,10 @@ class ChatCommands:
         return str(values.get(name, ""))
 
     def _set(self, name: str, text: str) -> None:
-        setting = {"temp": "temperature"}.get(name, name)
+        setting = SETS.get(name, name)
         try:
-            value = VALUES[name](text)
-        except argparse.ArgumentTypeError as error:
+            value = checked(SamplingOptions, setting, text)
+        except SettingsError as error:
             raise SettingsError(f"/{name} {error}") from None
         if name == "max_new_tokens":
             self.chat.max_new_tokens = value

@@ -6,17 +6,23 @@ terminal; where there is no colour (a pipe, NO_COLOR) it stands between marks, s
 lost.
 """
 
-import argparse
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
+from pydantic import BeforeValidator
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from phitune import __version__
-from phitune.commands.options import Parser, add_settings, given_flags, help_format
+from phitune.commands.options import (
+    OutputFile,
+    TrainingOptions,
+    option,
+    parse_with_settings,
+    switch,
+)
 from phitune.commands.page import render
 from phitune.commands.terminal import bar, facts_grid, jsonable, print_json, section, table_of
 from phitune.errors import DataError, SettingsError
@@ -244,47 +250,76 @@ def sample_text(sample: "Sample", marks: tuple[str, str] | None, *, whole: bool)
 # -------------------------------------------------------------------------------------------------
 # The command.
 
-CHECK_FLAGS = ("data", "show", "json", "html", "strict")
 EXIT_WARNINGS = 1
-# What `phitune check --help` lists. The other settings are taken too, so that the command line of a
-# training run can be copied.
-SETTINGS_OF_A_CHECK = {
-    "model_name": "",
-    "validation_path": "",
-    "validation_split": "",
-    "data_format": "",
-    "columns": "",
-    "on_bad_row": "",
-    "prompt_format": "",
-    "max_length": "",
-    "train_on_prompt": "",
-    "batch_size": "of the padding tools that are compared with",
-    "epochs": "",
-    "seed": "",
-}
+
+
+def _line_numbers(text: Any) -> list[int]:
+    try:
+        lines = [int(part) for part in str(text).split(",")]
+    except ValueError:
+        lines = [0]
+    if min(lines) < 1:
+        raise ValueError("must be line numbers from 1 on, such as 12,57")
+    return lines
+
+
+class CheckOptions(TrainingOptions):
+    """Show what is in a data set and what will be trained, before a model is loaded: lengths in
+    tokens, duplicates, what is wrong and what to do about it."""
+
+    usage = "check DATA [--model_name M] [--json] [--html FILE] [--strict] [flags]"
+    epilog = (
+        "Every other flag of 'phitune train' is accepted as well and changes nothing here. Exit"
+        " code: 0 ok, 1 warnings with --strict, 2 errors."
+    )
+    listed_settings: ClassVar[Mapping[str, str] | None] = {
+        "model_name": "",
+        "validation_path": "",
+        "validation_split": "",
+        "data_format": "",
+        "columns": "",
+        "on_bad_row": "",
+        "prompt_format": "",
+        "max_length": "",
+        "train_on_prompt": "",
+        "batch_size": "batch size that the share of padding is estimated for",
+        "epochs": "",
+        "seed": "",
+    }
+
+    data: str | None = option(
+        None,
+        "the data, as --dataset_path takes it",
+        group="check",
+        metavar="DATA",
+        form="positional",
+    )
+    show: Annotated[list[int], BeforeValidator(_line_numbers)] | None = option(
+        None, "only the rows on these lines, such as 12,57", group="check", metavar="LINES"
+    )
+    as_json: bool = switch("the whole report as JSON", group="check", alias="json")
+    html: OutputFile | None = option(
+        None, "write the report as one HTML file", group="check", metavar="FILE"
+    )
+    strict: bool = switch("exit code 1 if there are warnings", group="check")
 
 
 def run(argv: list[str]) -> int:
     """Shows the report; returns the exit code."""
-    flags = given_flags(_parser(), argv, ("config", *CHECK_FLAGS))
-    config_path: Path | None = flags.pop("config", None)
-    own = {name: flags.pop(name, None) for name in CHECK_FLAGS}
+    options, flags = parse_with_settings(CheckOptions, argv)
 
     from phitune.config import resolve
 
-    if own["data"] is not None:
+    if options.data is not None:
         if "dataset_path" in flags:
             raise SettingsError(
-                f"{own['data']} and --dataset_path {flags['dataset_path']}: only one can be checked"
+                f"{options.data} and --dataset_path {flags['dataset_path']}: only one can be"
+                " checked"
             )
-        flags["dataset_path"] = own["data"]
-    resolved = resolve(flags, config_path)
+        flags["dataset_path"] = options.data
+    resolved = resolve(flags, options.config)
     if resolved.settings.dataset_path is None:
         raise SettingsError("name the data to check: phitune check DATA")
-    lines = _lines(own["show"]) if own["show"] else []
-    html: Path | None = own["html"]
-    if html and not html.absolute().parent.is_dir():
-        raise SettingsError(f"--html {html}: there is no folder {html.absolute().parent}")
 
     from phitune.check.report import find_coder, make_report
 
@@ -293,19 +328,19 @@ def run(argv: list[str]) -> int:
         report = make_report(
             settings,
             find_coder(settings, model_was_named=resolved.origins["model_name"] != "default"),
-            lines=lines,
+            lines=options.show or [],
             progress=lambda rows: status.update(f"{rows:,} rows read"),
         )
-    if html:
-        html.write_text(page(report), encoding="utf-8")
-    if own["json"]:
+    if options.html:
+        options.html.write_text(page(report), encoding="utf-8")
+    if options.as_json:
         print_json(as_json(report))
     else:
         console = Console(highlight=False)
-        show(report, console, only_samples=bool(lines))
-        if html:
-            console.print(f"written: {html}", soft_wrap=True, markup=False)
-    return exit_code(report, strict=bool(own["strict"]))
+        show(report, console, only_samples=bool(options.show))
+        if options.html:
+            console.print(f"written: {options.html}", soft_wrap=True, markup=False)
+    return exit_code(report, strict=options.strict)
 
 
 def exit_code(report: "Report", *, strict: bool) -> int:
@@ -313,37 +348,3 @@ def exit_code(report: "Report", *, strict: bool) -> int:
     if report.verdict == "error":
         return DataError.exit_code
     return EXIT_WARNINGS if strict and report.verdict == "warning" else 0
-
-
-def _lines(text: str) -> list[int]:
-    try:
-        lines = [int(part) for part in text.split(",")]
-    except ValueError:
-        lines = [0]
-    if min(lines) < 1:
-        raise SettingsError(f"--show {text}: must be line numbers from 1 on, such as 12,57")
-    return lines
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        prog="phitune check",
-        description="Tell what is in a data set and what will be trained, before anything is"
-        " loaded: lengths in tokens, duplicates, what is wrong and what to do about it.",
-        argument_default=argparse.SUPPRESS,
-        formatter_class=help_format,
-        usage="phitune check DATA [--model_name M] [--json] [--html FILE] [--strict] [flags]",
-        epilog="Every other flag of 'phitune train' is taken too and changes nothing here. Exit"
-        " code: 0 ok, 1 warnings with --strict, 2 errors.",
-        allow_abbrev=False,
-    )
-    group = parser.add_argument_group("check")
-    group.add_argument("data", nargs="?", metavar="DATA", help="what --dataset_path takes")
-    group.add_argument("--show", metavar="LINES", help="only the rows on these lines: 12,57")
-    group.add_argument("--json", action="store_true", help="the whole report as JSON")
-    group.add_argument(
-        "--html", type=Path, metavar="FILE", help="the report as a page that needs nothing else"
-    )
-    group.add_argument("--strict", action="store_true", help="exit code 1 if there are warnings")
-    add_settings(parser, shown=SETTINGS_OF_A_CHECK)
-    return parser

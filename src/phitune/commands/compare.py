@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
@@ -16,6 +15,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import model_validator
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -23,17 +23,16 @@ from rich.text import Text
 
 from phitune import __version__
 from phitune.commands.options import (
-    Parser,
-    add_model_flags,
-    add_sampling_flags,
-    help_format,
-    open_from,
-    parsed,
-    sampling_of,
-    whole,
+    Count,
+    ModelOptions,
+    OutputFile,
+    SamplingOptions,
+    option,
+    parse,
+    switch,
 )
 from phitune.commands.page import render
-from phitune.errors import DataError, SettingsError
+from phitune.errors import DataError
 from phitune.inference.metrics import NORMALISATION
 from phitune.text import marks_of, shortened, visible
 
@@ -492,90 +491,118 @@ _LESS_MEMORY = (
 )
 
 
+class CompareOptions(SamplingOptions, ModelOptions):
+    """Ask the base model and adapters the same questions and show the answers side by side. The
+    base model is in memory once, and one batch answers a question with all of them."""
+
+    usage = "compare --adapter_path RUN_OR_ADAPTER [--adapter_path ...] [flags]"
+    epilog = (
+        "Without --questions_file and --from_validation questions are typed, or piped in line by"
+        " line. An answer is compared with the expected one as it is (exact) and normalised"
+        f" (match): {NORMALISATION}. nll is the negative log-likelihood of the expected answer."
+    )
+    several_adapters = True
+
+    questions_file: Path | None = option(
+        None,
+        "YAML file with 'questions:', a list of texts or of entries with question and expected",
+        group="questions",
+        metavar="FILE",
+    )
+    from_validation: Count | None = option(
+        None,
+        "N validation rows of the first run, with their answers",
+        group="questions",
+        ge=1,
+    )
+    system: str | None = option(
+        None, "system message for every question that has none of its own", group="questions"
+    )
+    batch_size: Count = option(
+        8, "questions per batch; fewer if their cache exceeds 1 GiB", group="questions", ge=1
+    )
+    as_json: bool = switch(
+        "everything as JSON, after the last answer", group="output", alias="json"
+    )
+    html: OutputFile | None = option(
+        None, "write the comparison as one HTML file", group="output", metavar="FILE"
+    )
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> CompareOptions:
+        if not self.adapter_path:
+            raise ValueError("name what to compare with the base: --adapter_path RUN_OR_ADAPTER")
+        resolved = [path.expanduser().resolve() for path in self.adapter_path]
+        for path, where in zip(self.adapter_path, resolved, strict=True):
+            if resolved.count(where) > 1:
+                raise ValueError(f"--adapter_path {path} was given twice")
+        if self.questions_file and self.from_validation:
+            raise ValueError("--questions_file and --from_validation: use only one of them")
+        if self.system is not None and self.from_validation:
+            raise ValueError("--system and --from_validation: validation rows have their own")
+        return self
+
+
 def run(argv: list[str]) -> int:
     """Compares; returns the exit code."""
-    parser = _parser()
-    arguments = parsed(parser, argv)
-    _check(parser, arguments)
-    questions, source, notes = _questions(arguments)
+    options = parse(CompareOptions, argv)
+    questions, source, notes = _questions(options)
 
     from phitune.inference.loaded import memory_errors
 
     with memory_errors(_LESS_MEMORY):
         with _status("loading the model"):
-            model = open_from(arguments)
+            model = options.open_model()
         for warning in model.warnings:
             print(f"warning: {warning}", file=sys.stderr)
 
         asked = Asked(
             model.model_name,
             source,
-            arguments.max_new_tokens,
-            sampling_of(arguments),
+            options.max_new_tokens,
+            options.sampling(),
             (*model.warnings, *notes),
         )
         if questions is None:
-            return _interactive(arguments, model, asked)
-        comparison = _ask_all(arguments, model, questions)
-    if not arguments.json:
+            return _interactive(options, model, asked)
+        comparison = _ask_all(options, model, questions)
+    if not options.as_json:
         show(comparison, asked, _console())
-    _write(arguments, comparison, asked)
+    _write(options, comparison, asked)
     return 0
 
 
-def _check(parser: Parser, arguments: argparse.Namespace) -> None:
-    """What can be refused before anything is read."""
-    paths: list[Path] = arguments.adapter_path
-    if not paths:
-        parser.error("name what to compare with the base: --adapter_path RUN_OR_ADAPTER")
-    resolved = [path.expanduser().resolve() for path in paths]
-    for path, where in zip(paths, resolved, strict=True):
-        if resolved.count(where) > 1:
-            parser.error(f"--adapter_path {path} was given twice")
-    if arguments.questions_file and arguments.from_validation:
-        parser.error("--questions_file and --from_validation: only one of them can be asked")
-    if arguments.system is not None and arguments.from_validation:
-        parser.error("--system and --from_validation: validation rows have their own")
-    html: Path | None = arguments.html
-    if html and not html.absolute().parent.is_dir():
-        raise SettingsError(f"--html {html}: there is no folder {html.absolute().parent}")
-    if html and html.is_dir():
-        raise SettingsError(f"--html {html}: is a folder, name a file")
-
-
 def _questions(
-    arguments: argparse.Namespace,
+    options: CompareOptions,
 ) -> tuple[list[Question] | None, str, tuple[str, ...]]:
     """What is asked, where it is from, and what is to be said of it; None: whatever is typed."""
-    if arguments.questions_file:
+    if options.questions_file:
         from phitune.inference.questions import read_questions
 
-        path = arguments.questions_file.expanduser()
-        return read_questions(path, arguments.system), str(path), ()
-    if arguments.from_validation:
+        path = options.questions_file.expanduser()
+        return read_questions(path, options.system), str(path), ()
+    if options.from_validation:
         from phitune.inference.questions import validation_questions
 
         with _status("reading the run's data"):
-            found = validation_questions(arguments.adapter_path, arguments.from_validation)
+            found = validation_questions(options.adapter_path, options.from_validation)
         return found.questions, found.source, found.notes
     return None, "", ()
 
 
-def _ask_all(
-    arguments: argparse.Namespace, model: LoadedModel, questions: list[Question]
-) -> Comparison:
+def _ask_all(options: CompareOptions, model: LoadedModel, questions: list[Question]) -> Comparison:
     from phitune.inference.answers import Comparison, columns_of, compare
 
     rows: list[Row] = []
-    sampling, limit = sampling_of(arguments), arguments.max_new_tokens
+    sampling, limit = options.sampling(), options.max_new_tokens
     with _status(f"answering {len(questions)} questions") as tell:
-        for row in compare(model, questions, limit, sampling, arguments.batch_size):
+        for row in compare(model, questions, limit, sampling, options.batch_size):
             rows.append(row)
             tell(f"{len(rows)} of {len(questions)} questions answered")
     return Comparison(columns_of(model), tuple(rows))
 
 
-def _interactive(arguments: argparse.Namespace, model: LoadedModel, asked: Asked) -> int:
+def _interactive(options: CompareOptions, model: LoadedModel, asked: Asked) -> int:
     """Answers what is typed or piped in, question by question, until the end of input."""
     from phitune.inference.answers import Comparison, columns_of, compare
     from phitune.inference.questions import ask
@@ -583,7 +610,7 @@ def _interactive(arguments: argparse.Namespace, model: LoadedModel, asked: Asked
     console = _console()
     columns = columns_of(model)
     rows: list[Row] = []
-    if not arguments.json:
+    if not options.as_json:
         show_columns(columns, asked, console)
     if sys.stdin.isatty():
         print(f"Ask something; Ctrl-D or {_LEAVE} ends.", file=sys.stderr)
@@ -592,9 +619,9 @@ def _interactive(arguments: argparse.Namespace, model: LoadedModel, asked: Asked
             with _status("answering"):
                 (row,) = compare(
                     model,
-                    [ask(text, arguments.system)],
-                    arguments.max_new_tokens,
-                    sampling_of(arguments),
+                    [ask(text, options.system)],
+                    options.max_new_tokens,
+                    options.sampling(),
                     first_number=len(rows) + 1,
                 )
         except DataError as error:
@@ -609,12 +636,12 @@ def _interactive(arguments: argparse.Namespace, model: LoadedModel, asked: Asked
             print("stopped; the question is left out", file=sys.stderr)
             continue
         rows.append(row)
-        if not arguments.json:
+        if not options.as_json:
             show_row(row, columns, console, with_question=not sys.stdin.isatty())
     comparison = Comparison(columns, tuple(rows))
-    if rows and not arguments.json:
+    if rows and not options.as_json:
         show_summary(comparison, console)
-    _write(arguments, comparison, asked)
+    _write(options, comparison, asked)
     return 0
 
 
@@ -667,12 +694,12 @@ def _line() -> str:
     return line
 
 
-def _write(arguments: argparse.Namespace, comparison: Comparison, asked: Asked) -> None:
+def _write(options: CompareOptions, comparison: Comparison, asked: Asked) -> None:
     """The JSON and the page, where they were asked for."""
-    if arguments.json:
+    if options.as_json:
         print(json.dumps(as_json(comparison, asked), indent=2, allow_nan=False))
-    if arguments.html:
-        html: Path = arguments.html
+    if options.html:
+        html: Path = options.html
         new = html.with_name(f"{html.name}.new")
         try:
             new.write_text(page(comparison, asked), encoding="utf-8")
@@ -680,7 +707,7 @@ def _write(arguments: argparse.Namespace, comparison: Comparison, asked: Asked) 
         except OSError:
             new.unlink(missing_ok=True)
             raise
-        if not arguments.json:
+        if not options.as_json:
             _console().print(f"written: {html}", soft_wrap=True, markup=False)
 
 
@@ -697,50 +724,3 @@ def _console() -> Console:
     from rich.console import Console
 
     return Console(highlight=False)
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        prog="phitune compare",
-        description="Ask the base model and adapters the same questions, side by side. One base is"
-        " in memory, and all answers to a question come from one batch.",
-        formatter_class=help_format,
-        usage="phitune compare --adapter_path RUN_OR_ADAPTER [--adapter_path ...] [flags]",
-        epilog="Without --questions_file and --from_validation questions are typed, or piped in"
-        " line by line. Where the answer is known it is compared as it is (exact) and normalised"
-        " (match): letter case, the form of Unicode letters, the amount of white space, and"
-        " quotation marks around and stops after the answer do not count. nll is the negative"
-        " log-likelihood of the expected answer.",
-        allow_abbrev=False,
-    )
-    add_model_flags(parser, several=True)
-    group = parser.add_argument_group("questions")
-    group.add_argument(
-        "--questions_file",
-        type=Path,
-        metavar="FILE",
-        help="YAML: 'questions:', a list of texts or of question and expected",
-    )
-    group.add_argument(
-        "--from_validation",
-        type=whole("from_validation", 1),
-        metavar="N",
-        help="N rows that the first run kept for validation, with their answers",
-    )
-    group.add_argument(
-        "--system", metavar="TEXT", help="a system turn before every question without its own"
-    )
-    group.add_argument(
-        "--batch_size",
-        type=whole("batch_size", 1),
-        default=8,
-        metavar="N",
-        help="questions at a time; fewer where their cache would pass 1 GiB [8]",
-    )
-    add_sampling_flags(parser, max_new_tokens=256)
-    group = parser.add_argument_group("output")
-    group.add_argument("--json", action="store_true", help="everything as JSON, at the end")
-    group.add_argument(
-        "--html", type=Path, metavar="FILE", help="the comparison as a page that needs nothing else"
-    )
-    return parser

@@ -1,34 +1,31 @@
 """`phitune doctor`: the machine, and what the engine chooses on it."""
 
-import argparse
 import json
 
-from phitune.commands.options import Parser, given_flags
+from phitune.commands.options import Options, option, parse, switch
+from phitune.config import Device, Precision
+
+
+class DoctorOptions(Options):
+    """Show what this machine has, what training would use of it and why, and how fast its matrix
+    products are. Trains nothing."""
+
+    usage = "doctor [--device D] [--precision P] [--json]"
+
+    device: Device = option("auto", "auto, cpu, cuda, cuda:N or mps", group="doctor")
+    precision: Precision = option("auto", "precision of the frozen base model", group="doctor")
+    as_json: bool = switch("the findings as JSON", group="doctor", alias="json")
 
 
 def run(argv: list[str]) -> int:
     """Shows the findings; returns the exit code."""
-    parser = Parser(
-        prog="phitune doctor",
-        description="Tell what this machine has, what training would use of it and why, and how"
-        " fast its products are. Trains nothing.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--device", metavar="TEXT", help="auto, cpu, cuda, cuda:N or mps [auto]")
-    parser.add_argument("--precision", metavar="auto|fp32|bf16", help="of the frozen base [auto]")
-    parser.add_argument("--json", action="store_true", help="the findings as JSON")
-    flags = given_flags(parser, argv, ("json",))
-    as_json = flags.pop("json", False)
+    options = parse(DoctorOptions, argv)
 
-    from phitune.config import resolve
-
-    settings = resolve(flags).settings
-
+    from phitune.config import Settings
     from phitune.doctor import examine, show
 
-    findings = examine(settings)
-    if as_json:
+    findings = examine(Settings(device=options.device, precision=options.precision))
+    if options.as_json:
         print(json.dumps(findings, indent=2))
     else:
         show(findings)

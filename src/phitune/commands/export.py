@@ -1,38 +1,98 @@
 """`phitune export`: an adapter as a folder that others load, proven to answer the same."""
 
-import argparse
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from phitune.commands.options import Parser, add_model_flags, help_format, one_adapter
-from phitune.errors import SettingsError
-from phitune.export.formats import (
-    DEFAULT_QUANTIZATION,
-    FORMATS,
-    QUANTIZATIONS,
-    ExportSettings,
-)
+from pydantic import BeforeValidator, model_validator
+
+from phitune.commands.options import ModelOptions, one_of, option, parse, switch
+from phitune.export.formats import DEFAULT_QUANTIZATION, FORMATS, QUANTIZATIONS, ExportSettings
+
+
+def _size(text: Any) -> int:
+    """ "5GB", "500MB" or "2GiB" in bytes."""
+    from phitune.plan.machine import in_bytes
+
+    size = in_bytes(str(text))
+    if not size:
+        raise ValueError("is not a size; write it like 5GB or 500MB")
+    return size
+
+
+class ExportOptions(ModelOptions):
+    """Write an adapter in the form that another program loads. The result is loaded again and its
+    answers are compared with the adapter's; a result that differs is removed."""
+
+    usage = "export --adapter_path RUN_OR_ADAPTER --format FORMAT [flags]"
+
+    format: Annotated[str, one_of(FORMATS)] | None = option(
+        None,
+        "; ".join(f"{name}: {format_.what}" for name, format_ in FORMATS.items()),
+        group="export",
+        metavar="|".join(FORMATS),
+    )
+    output_dir: Path | None = option(
+        None, "a new folder (default: RUN-FORMAT beside the run)", group="export"
+    )
+    overwrite: bool = switch(
+        "replace an earlier export in output_dir; nothing else is ever replaced", group="export"
+    )
+    dtype: Literal["base", "fp32", "bf16"] | None = option(
+        None,
+        "merged: dtype of the weights (default: base, the dtype of the base model's files)",
+        group="export",
+    )
+    max_shard_size: Annotated[int, BeforeValidator(_size)] | None = option(
+        None,
+        "merged: size of the largest file, such as 5GB or 500MB (default: 5GB)",
+        group="export",
+        metavar="SIZE",
+    )
+    quantization: (
+        Annotated[str, BeforeValidator(lambda name: str(name).lower()), one_of(QUANTIZATIONS)]
+        | None
+    ) = option(
+        None,
+        f"gguf: type of the weights, one of {', '.join(QUANTIZATIONS)}"
+        f" (default: {DEFAULT_QUANTIZATION})",
+        group="export",
+        metavar="TYPE",
+    )
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> "ExportOptions":
+        if not self.adapter_path:
+            raise ValueError("--adapter_path is missing: the run directory or adapter to export")
+        if self.format is None:
+            raise ValueError(f"--format is missing: one of {', '.join(FORMATS)}")
+        for name in self.of_format():
+            if name not in FORMATS[self.format].options:
+                takers = [key for key, format_ in FORMATS.items() if name in format_.options]
+                raise ValueError(
+                    f"--{name} has no effect on --format {self.format}; it is for"
+                    f" {', '.join(takers)}"
+                )
+        return self
+
+    def of_format(self) -> dict[str, Any]:
+        """The given options that only some formats have."""
+        names = {name for format_ in FORMATS.values() for name in format_.options}
+        return {name: getattr(self, name) for name in sorted(names & self.model_fields_set)}
 
 
 def run(argv: list[str]) -> int:
     """Exports one adapter; returns the exit code."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
-    if not arguments.adapter_path:
-        parser.error("--adapter_path is missing: the run directory or adapter to be exported")
-    one_adapter(parser, arguments)
-    if arguments.format is None:
-        parser.error(f"--format is missing: one of {', '.join(FORMATS)}")
-    adapter_path: Path = arguments.adapter_path[0]
+    options = parse(ExportOptions, argv)
+    adapter_path, format_name = options.adapter_path[0], str(options.format)
     # A name at the end, also of "." and of "output/run/".
     whole = adapter_path.expanduser().resolve()
-    output: Path = arguments.output_dir or whole.with_name(f"{whole.name}-{arguments.format}")
+    output: Path = options.output_dir or whole.with_name(f"{whole.name}-{format_name}")
     settings = ExportSettings(
-        format=arguments.format,
-        overwrite=arguments.overwrite,
-        device=arguments.device,
-        precision=arguments.precision,
-        **_format_options(arguments),
+        format=format_name,
+        overwrite=options.overwrite,
+        device=options.device,
+        precision=options.precision,
+        **options.of_format(),
     )
 
     from rich.console import Console
@@ -43,7 +103,7 @@ def run(argv: list[str]) -> int:
     from phitune.export.source import open_source
 
     console, errors = Console(highlight=False), Console(stderr=True)
-    source = open_source(adapter_path, arguments.model_name, arguments.prompt_format)
+    source = open_source(adapter_path, options.model_name, options.prompt_format)
     bar = Progress(
         BarColumn(),
         DownloadColumn(),
@@ -67,85 +127,3 @@ def run(argv: list[str]) -> int:
     ):
         console.print(escape(line), soft_wrap=not console.is_terminal)
     return 0
-
-
-def _format_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The given options of the format.
-
-    Raises:
-        SettingsError: one that it does not have.
-    """
-    names = {name for format_ in FORMATS.values() for name in format_.options}
-    given = {name: getattr(arguments, name) for name in sorted(names)}
-    given = {name: value for name, value in given.items() if value is not None}
-    for name in given:
-        if name not in FORMATS[arguments.format].options:
-            takers = [key for key, format_ in FORMATS.items() if name in format_.options]
-            raise SettingsError(
-                f"--{name} means nothing to --format {arguments.format}; it is for"
-                f" {', '.join(takers)}"
-            )
-    return given
-
-
-def _parser() -> Parser:
-    formats = "; ".join(f"{name}: {format_.what}" for name, format_ in FORMATS.items())
-    parser = Parser(
-        prog="phitune export",
-        description="Writes an adapter in the form that another program loads, loads that again,"
-        " and compares its answers with the adapter's: what differs is removed.",
-        formatter_class=help_format,
-        usage="phitune export --adapter_path RUN_OR_ADAPTER --format FORMAT [flags]",
-        allow_abbrev=False,
-    )
-    group = parser.add_argument_group("export")
-    group.add_argument("--format", choices=tuple(FORMATS), help=formats)
-    group.add_argument(
-        "--output_dir",
-        type=Path,
-        metavar="PATH",
-        help="a new folder [beside the run: RUN-FORMAT]",
-    )
-    group.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace an earlier export in output_dir; nothing else is ever replaced",
-    )
-    group.add_argument(
-        "--dtype",
-        choices=("base", "fp32", "bf16"),
-        help="merged: of the weights [base, the dtype they are saved in]",
-    )
-    group.add_argument(
-        "--max_shard_size",
-        type=_size,
-        metavar="SIZE",
-        help="merged: largest file, like 5GB or 500MB [5GB]",
-    )
-    group.add_argument(
-        "--quantization",
-        type=_quantization,
-        metavar="TYPE",
-        help=f"gguf: of the weights, one of {', '.join(QUANTIZATIONS)} [{DEFAULT_QUANTIZATION}]",
-    )
-    add_model_flags(parser)
-    return parser
-
-
-def _quantization(text: str) -> str:
-    name = text.lower()
-    if name not in QUANTIZATIONS:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: is not a quantization; one of {', '.join(QUANTIZATIONS)}"
-        )
-    return name
-
-
-def _size(text: str) -> int:
-    """ "5GB", "500MB" or "2GiB" in bytes."""
-    from phitune.plan.machine import in_bytes
-
-    size = in_bytes(text)
-    if not size:
-        raise argparse.ArgumentTypeError(f"{text!r}: is not a size; write it like 5GB or 500MB")
-    return size

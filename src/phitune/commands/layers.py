@@ -4,18 +4,16 @@ Tables where there is room for them, lines where there is not; the same words wi
 number and every word comes from `layers/`; nothing is computed here but shares and means.
 """
 
-import argparse
 import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.style import Style
 from rich.text import Text
 
-from phitune.commands.options import Parser, add_settings, given_flags, help_format
+from phitune.commands.options import Count, TrainingOptions, option, parse_with_settings, switch
 from phitune.commands.terminal import facts_grid, jsonable, print_json, section, table_of
 from phitune.errors import SettingsError
 from phitune.layers.guide import (
@@ -451,44 +449,68 @@ def survey_json(found: "Survey", command: str) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------
 # The command.
 
-# Flags of this command alone.
-OWN = ("model", "json", "batches", "share")
-# What `--help` lists. Other settings of training are taken too, so that a command can be copied.
-SHOWN = {
-    "dataset_path": "measure on this data which layers want to move (default: the guide alone)",
-    "prompt_format": "",
-    "max_length": "",
-    "batch_size": "rows of a batch",
-    "lora_r": "rank that prices are for",
-    "target_modules": "what is priced or measured",
-    "layers": "",
-    "device": "",
-    "precision": "",
-    "seed": "decides which rows are drawn, and the adapter's start",
-}
+
+class LayersOptions(TrainingOptions):
+    """Show what a model is made of, what adapters on it cost and which to choose for which goal;
+    with --dataset_path, which layers your own data would change most."""
+
+    usage = "layers [MODEL] [--dataset_path FILE] [flags]"
+    epilog = (
+        "Every other flag of 'phitune train' is accepted as well; those that matter to training"
+        " alone are passed on to the proposed command."
+    )
+    listed_settings: ClassVar[Mapping[str, str] | None] = {
+        "dataset_path": "measure the gradients of this data (default: show the guide alone)",
+        "prompt_format": "",
+        "max_length": "",
+        "batch_size": "rows per batch",
+        "lora_r": "rank that costs are computed for",
+        "target_modules": "modules that are priced or measured",
+        "layers": "",
+        "device": "",
+        "precision": "",
+        "seed": "decides which rows are sampled, and the initial adapter",
+    }
+
+    model: str | None = option(
+        None,
+        "the same as --model_name [microsoft/phi-2]",
+        group="layers",
+        metavar="MODEL",
+        form="positional",
+    )
+    as_json: bool = switch("the result as JSON, sizes in bytes", group="layers", alias="json")
+    batches: Count | None = option(
+        None, "batches to measure on (default: 8)", group="layers", ge=1, le=10_000
+    )
+    share: float | None = option(
+        None,
+        "share of the squared gradient that the proposal covers (default: 0.8)",
+        group="layers",
+        ge=0.01,
+        le=1.0,
+    )
 
 
 def run(argv: list[str]) -> int:
     """Shows the guide, or the measurement; returns the exit code."""
-    flags = given_flags(_parser(), argv, ("config", *OWN))
-    config_path: Path | None = flags.pop("config", None)
-    own = {name: flags.pop(name, None) for name in OWN}
-    model = own["model"]
+    options, flags = parse_with_settings(LayersOptions, argv)
+    model = options.model
     if model is not None and flags.setdefault("model_name", model) != model:
         raise SettingsError(f"{model} and --model_name {flags['model_name']}: name one model")
 
     from phitune.config import resolve
 
-    resolved = resolve(flags, config_path)
+    resolved = resolve(flags, options.config)
     if resolved.settings.dataset_path is None:
-        unused = [name for name in ("batches", "share") if own[name] is not None]
-        if unused:
-            raise SettingsError(f"--{unused[0]} needs --dataset_path: there is nothing to measure")
-        return _guide(resolved, as_json=bool(own["json"]))
+        for name in ("batches", "share"):
+            if name in options.model_fields_set:
+                raise SettingsError(f"--{name} needs --dataset_path: there is nothing to measure")
+        return _guide(resolved, as_json=options.as_json)
     given = dict(flags)
-    if config_path:
-        given["config"] = str(config_path)
-    return _survey(resolved, own, given)
+    if options.config:
+        given["config"] = str(options.config)
+    return _survey(resolved, options, given)
 
 
 def _guide(resolved: "Resolved", *, as_json: bool) -> int:
@@ -500,18 +522,18 @@ def _guide(resolved: "Resolved", *, as_json: bool) -> int:
     return 0
 
 
-def _survey(resolved: "Resolved", own: Mapping[str, Any], given: Mapping[str, Any]) -> int:
+def _survey(resolved: "Resolved", options: LayersOptions, given: Mapping[str, Any]) -> int:
     from rich.progress import Progress
 
     from phitune.layers.measure import DEFAULT_BATCHES, prepare, survey
     from phitune.layers.proposal import DEFAULT_SHARE
     from phitune.progress import data_progress
 
-    batches = _number(own["batches"], "batches", int, DEFAULT_BATCHES, 1, 10_000)
-    share = _number(own["share"], "share", float, DEFAULT_SHARE, 0.01, 1.0)
+    batches = options.batches or DEFAULT_BATCHES
+    share = options.share or DEFAULT_SHARE
     errors = Console(stderr=True, highlight=False)
     with data_progress(errors) as rows_done:
-        setup = prepare(resolved, int(batches), rows_done)
+        setup = prepare(resolved, batches, rows_done)
     for line in (
         *(f"data: {note}" for note in setup.data.notes),
         *(f"warning: {warning}" for warning in setup.data.warnings),
@@ -521,7 +543,7 @@ def _survey(resolved: "Resolved", own: Mapping[str, Any], given: Mapping[str, An
         task = progress.add_task("gradients", total=len(setup.batches))
         found = survey(setup, share, lambda: progress.advance(task))
     command = train_command(given, found.proposal.target_modules, found.proposal.layers)
-    if own["json"]:
+    if options.as_json:
         print_json(survey_json(found, command))
     else:
         show_survey(found, command, Console(highlight=False))
@@ -541,43 +563,3 @@ def train_command(given: Mapping[str, Any], targets: tuple[str, ...], layers: st
     if layers is not None:
         words += ["--layers", layers]
     return shlex.join(words)
-
-
-def _number(
-    text: str | None, name: str, kind: type, default: float, least: float, most: float
-) -> float:
-    if text is None:
-        return default
-    try:
-        number: float = kind(text)
-    except ValueError:
-        number = least - 1
-    if not least <= number <= most:
-        what = "a whole number" if kind is int else "a number"
-        raise SettingsError(f"--{name} {text}: must be {what} from {least:g} to {most:g}")
-    return number
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        prog="phitune layers",
-        description="What a model is made of, what adapters on it cost and which to choose for"
-        " which goal; with --dataset_path, which layers your own data wants to move.",
-        argument_default=argparse.SUPPRESS,
-        formatter_class=help_format,
-        usage="phitune layers [MODEL] [--dataset_path FILE] [flags]",
-        epilog="Every other flag of 'phitune train' is taken too; what matters to training alone is"
-        " passed on to the proposed command.",
-        allow_abbrev=False,
-    )
-    group = parser.add_argument_group("layers")
-    group.add_argument(
-        "model", nargs="?", metavar="MODEL", help="the same as --model_name [microsoft/phi-2]"
-    )
-    group.add_argument("--json", action="store_true", help="all of it as JSON, in bytes")
-    group.add_argument("--batches", metavar="N", help="batches to measure on [8]")
-    group.add_argument(
-        "--share", metavar="X", help="of the squared gradient that the proposal holds [0.8]"
-    )
-    add_settings(parser, shown=SHOWN)
-    return parser

@@ -1,276 +1,392 @@
-"""Flags of the command line, derived from `config.Settings`.
+"""What a command may be given: a pydantic class a command, and one function that makes its flags.
 
-argparse keeps only the flags that were given, so that the settings know their origin. Nothing heavy
-is imported at the top: `phitune --help` must answer at once.
+A field of an `Options` class is a flag: its type is what the flag accepts, its description and
+default are the help. The flags of a training run are made from `config.Settings` in the same way.
+argparse only splits the command line; pydantic checks every value, so a wrong value is refused with
+the same words wherever it comes from, and all wrong values at once.
+
+Only flags that were given are passed on: `options.model_fields_set` names them, and settings know
+their origin.
 """
 
 import argparse
+import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NoReturn, TypeVar, get_args
 
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic.config import JsonDict
+from pydantic.fields import FieldInfo
+
+from phitune.config import (
+    Device,
+    Precision,
+    Settings,
+    choices_of,
+    default_text,
+    extra_of,
+    in_words,
+    recommended_range,
+    unknown_name,
+)
 from phitune.errors import SettingsError
 
 if TYPE_CHECKING:
-    from pydantic.fields import FieldInfo
-
     from phitune.inference.generate import Sampling
     from phitune.inference.loaded import LoadedModel
 
+HELP_COLUMN = 34
+MAX_SEED = 2**62  # Seeds of rows and turns are added to it; a generator takes 64 bits.
 
-class Parser(argparse.ArgumentParser):
+# -------------------------------------------------------------------------------------------------
+# How a command declares its options.
+
+
+class Options(BaseModel):
+    """The options of a command. The docstring of the class is the first paragraph of its help."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        defer_build=True,  # --help needs no validator
+    )
+    usage: ClassVar[str]  # the first line of the help, without "usage: phitune"
+    epilog: ClassVar[str] = ""
+
+
+class TrainingOptions(Options):
+    """The options of a command that accepts every setting of a training run as well."""
+
+    # Settings that the help lists, each with other words than its own, or "". None: all of them.
+    listed_settings: ClassVar[Mapping[str, str] | None] = None
+
+    config: Path | None = Field(
+        None,
+        description="YAML file with settings by name; flags override it",
+        json_schema_extra={"metavar": "FILE"},
+    )
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    group: str,
+    metavar: str = "",
+    form: Literal["value", "positional", "repeated"] = "value",
+    **constraints: Any,
+) -> Any:
+    """A flag with a value.
+
+    Args:
+        metavar: the word for the value in the help; by default made from the type.
+        form: "positional" has no flag; "repeated" makes a list of a flag that is given again.
+        constraints: those of pydantic's `Field`.
+    """
+    extra: JsonDict = {"group": group, "metavar": metavar, "form": form}
+    return Field(default, description=help, json_schema_extra=extra, **constraints)
+
+
+def switch(help: str, *, group: str, alias: str | None = None) -> Any:
+    """A flag without a value: false unless it is given.
+
+    Args:
+        alias: the name of the flag, where it cannot be that of the field.
+    """
+    extra: JsonDict = {"group": group, "form": "switch"}
+    return Field(False, description=help, alias=alias, json_schema_extra=extra)
+
+
+def one_of(names: Iterable[str]) -> AfterValidator:
+    """Accepts these words only."""
+    allowed = tuple(names)
+
+    def check(value: str) -> str:
+        if value not in allowed:
+            raise ValueError(f"must be one of {', '.join(allowed)}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _digits(value: Any) -> Any:
+    # pydantic would read "2.0" as 2.
+    if isinstance(value, str) and not re.fullmatch(r"\s*[+-]?\d+\s*", value):
+        raise ValueError("must be a whole number")
+    return value
+
+
+def _writable(path: Path) -> Path:
+    """A file that can be written, as far as that is known before anything is computed."""
+    path = path.expanduser()
+    if path.is_dir():
+        raise ValueError("is a folder; name a file")
+    if not (folder := path.absolute().parent).is_dir():
+        raise ValueError(f"there is no folder {folder}")
+    return path
+
+
+Count = Annotated[int, BeforeValidator(_digits)]
+OutputFile = Annotated[Path, AfterValidator(_writable)]
+
+# -------------------------------------------------------------------------------------------------
+# What the commands that load a trained model have in common.
+
+
+class ModelOptions(Options):
+    """Which model is loaded, and where it runs."""
+
+    several_adapters: ClassVar[bool] = False
+
+    adapter_path: list[Path] = option(
+        [],
+        "a run directory or an adapter folder",
+        group="model",
+        metavar="RUN_OR_ADAPTER",
+        form="repeated",
+    )
+    model_name: str | None = option(
+        None,
+        "the base model: a hub id, a local folder, or a shipped model (default: the one that the"
+        " adapter names)",
+        group="model",
+    )
+    prompt_format: Literal["instruct", "chat"] | None = option(
+        None, "format of the prompts (default: the one the adapter was trained with)", group="model"
+    )
+    device: Device = option(
+        "auto", "where the model runs: auto, cpu, cuda, cuda:N or mps", group="model"
+    )
+    precision: Precision = option("auto", "precision of the base model", group="model")
+
+    @model_validator(mode="after")
+    def _one_adapter(self) -> "ModelOptions":
+        if len(self.adapter_path) > 1 and not self.several_adapters:
+            raise ValueError(
+                "--adapter_path was given more than once; only phitune compare takes several"
+            )
+        return self
+
+    def open_model(self) -> "LoadedModel":
+        """The model; without adapter and name the default base model."""
+        from phitune.inference.loaded import open_model
+
+        name = self.model_name
+        if not self.adapter_path:
+            name = name or Settings.model_fields["model_name"].default
+        return open_model(
+            self.adapter_path,
+            model_name=name,
+            prompt_format=self.prompt_format,
+            device=self.device,
+            precision=self.precision,
+        )
+
+
+class SamplingOptions(Options):
+    """How answers are generated."""
+
+    max_new_tokens: Count = option(256, "longest answer in tokens", group="answers", ge=1)
+    temperature: float = option(
+        0.0,
+        "0: always the most probable token; 1: sample from the model's probabilities",
+        group="answers",
+        ge=0.0,
+        le=10.0,
+    )
+    top_p: float = option(
+        1.0,
+        "sample from the smallest set of tokens whose probabilities sum to at least this",
+        group="answers",
+        gt=0.0,
+        le=1.0,
+    )
+    top_k: Count = option(
+        0, "sample from the N most probable tokens; 0: from all", group="answers", ge=0
+    )
+    repetition_penalty: float = option(
+        1.0,
+        "above 1: tokens that are in the text already become less probable",
+        group="answers",
+        gt=0.0,
+        le=10.0,
+    )
+    seed: Count = option(42, "seed for sampling", group="answers", ge=0, le=MAX_SEED)
+
+    def sampling(self) -> "Sampling":
+        from phitune.inference.generate import Sampling
+
+        return Sampling(
+            self.temperature, self.top_p, self.top_k, self.repetition_penalty, self.seed
+        )
+
+
+# -------------------------------------------------------------------------------------------------
+# From a command line to options.
+
+AnyOptions = TypeVar("AnyOptions", bound=Options)
+AnyTrainingOptions = TypeVar("AnyTrainingOptions", bound=TrainingOptions)
+
+
+def parse(options: type[AnyOptions], argv: Sequence[str]) -> AnyOptions:
+    """The options of a command.
+
+    Raises:
+        SettingsError: unknown flags, or values that are not allowed; names each of them.
+    """
+    parser = _parser_of(options)
+    given = _given(parser, argv, [_flag(*item) for item in options.model_fields.items()])
+    return _validated(options, given, parser)
+
+
+def parse_with_settings(
+    options: type[AnyTrainingOptions], argv: Sequence[str]
+) -> tuple[AnyTrainingOptions, dict[str, Any]]:
+    """The command's own options, and the settings that were given, as text for `config.resolve`."""
+    parser = _parser_of(options)
+    own = [_flag(*item) for item in options.model_fields.items()]
+    given = _given(parser, argv, [*Settings.model_fields, *own])
+    settings = {name: given.pop(name) for name in Settings.model_fields if name in given}
+    return _validated(options, given, parser), settings
+
+
+def checked(options: type[Options], name: str, text: str) -> Any:
+    """The value of one option, from a text that was typed elsewhere.
+
+    Raises:
+        SettingsError: the value is not allowed; says what is.
+    """
+    try:
+        return getattr(options.model_validate({name: text}), name)
+    except ValidationError as error:
+        raise SettingsError(f"{text}: {in_words(error.errors()[0])}") from None
+
+
+class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         # One line instead of the whole usage, which is longer than a screen.
         raise SettingsError(f"{message}\nRun '{self.prog} --help' for all flags.")
 
 
-def given_flags(parser: Parser, argv: list[str], others: Sequence[str]) -> dict[str, Any]:
-    """Only the flags that were given, as text for the settings to validate.
-
-    Args:
-        others: the flags of this parser that are not settings.
-    """
-    from phitune.config import Settings
-
+def _given(parser: _Parser, argv: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
+    """The flags that were given, as text. An unknown one is refused with the nearest of `names`."""
     given, unknown = parser.parse_known_args(argv)
-    _refuse(parser, unknown, [*Settings.model_fields, *others])
+    if unknown and not unknown[0].startswith("--"):
+        parser.error(f"unexpected argument {unknown[0]!r}: every value needs its flag before it")
+    if unknown:
+        name = unknown[0][2:].partition("=")[0]
+        parser.error(unknown_name(name, names, kind="flag", prefix="--"))
     return vars(given)
 
 
-def parsed(parser: Parser, argv: list[str]) -> argparse.Namespace:
-    """All flags of a parser that takes no settings, with their defaults."""
-    given, unknown = parser.parse_known_args(argv)
-    names = [action.dest for action in parser._actions]  # argparse tells them in no other way.
-    _refuse(parser, unknown, names)
-    return given
-
-
-def _refuse(parser: Parser, unknown: Sequence[str], names: Sequence[str]) -> None:
-    """Says which flag was meant by one that there is not."""
-    if not unknown:
-        return
-    from phitune.config import unknown_name
-
-    first = unknown[0]
-    if not first.startswith("--"):
-        parser.error(f"unexpected argument {first!r}: every value needs its flag before it")
-    name = first[2:].partition("=")[0]
-    parser.error(unknown_name(name, names, kind="flag", prefix="--"))
-
-
-def help_format(prog: str) -> argparse.HelpFormatter:
-    return argparse.HelpFormatter(prog, max_help_position=34)
-
-
-def add_settings(parser: Parser, shown: Mapping[str, str] | None = None) -> None:
-    """--config and a flag for each setting; the help names those in `shown`, or all of them.
-
-    Args:
-        shown: by name, other words for the help, or "" for the setting's own.
-    """
-    from phitune.config import Settings, group_of, recommended_range
-
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="YAML with the same names; flags win over it"
-    )
-    groups: dict[str, Any] = {}
-    for name, field in Settings.model_fields.items():
-        title = group_of(field)
-        group = groups.setdefault(title, None) or parser.add_argument_group(title)
-        groups[title] = group
-        help_text = str(field.description).replace("%", "%%")
-        if field.default not in (None, []):
-            default = " ".join(field.default) if isinstance(field.default, list) else field.default
-            help_text += f" [{default}]"
-        if bounds := recommended_range(field):
-            help_text += f" (recommended: {bounds[0]:g} to {bounds[1]:g})"
-        if shown is not None:
-            help_text = shown.get(name, argparse.SUPPRESS) or help_text
-        if field.annotation is bool:
-            group.add_argument(
-                f"--{name}", nargs="?", const=True, metavar="true|false", help=help_text
-            )
-            off = [f"--no-{name}", f"--no_{name}"]
-            group.add_argument(
-                *off, dest=name, action="store_const", const=False, help=argparse.SUPPRESS
-            )
-        elif isinstance(field.default, list):
-            group.add_argument(f"--{name}", nargs="+", metavar="TEXT", help=help_text)
-        else:
-            group.add_argument(f"--{name}", metavar=_metavar(field), help=help_text)
-
-
-def _metavar(field: "FieldInfo") -> str:
-    from phitune.config import choices_of
-
-    if choices := choices_of(field):
-        return "|".join(choices)
-    allowed = (field.annotation, *get_args(field.annotation))
-    kinds = {int: "N", float: "X", str: "TEXT"}
-    return next((word for kind, word in kinds.items() if kind in allowed), "PATH")
+def _validated(options: type[AnyOptions], given: Mapping[str, Any], parser: _Parser) -> AnyOptions:
+    try:
+        return options.model_validate(given)
+    except ValidationError as error:
+        problems = []
+        for detail in error.errors():
+            place = f"--{detail['loc'][0]} {detail['input']}: " if detail["loc"] else ""
+            problems.append(place + in_words(detail))
+        parser.error("\n".join(problems))
 
 
 # -------------------------------------------------------------------------------------------------
-# Flags of the commands that open a trained model: which one, where it runs, how it answers.
+# From declarations to flags.
 
 
-def add_model_flags(parser: Parser, *, several: bool = False) -> None:
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--adapter_path",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="RUN_OR_ADAPTER",
-        help="a run directory or an adapter folder" + ("; may be given again" if several else ""),
+def _parser_of(options: type[Options]) -> _Parser:
+    parser = _Parser(
+        prog=" ".join(["phitune", options.usage.split()[0]]),
+        usage=f"phitune {options.usage}",
+        description=inspect.cleandoc(options.__doc__ or ""),
+        epilog=options.epilog,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=HELP_COLUMN),
+        allow_abbrev=False,
     )
-    group.add_argument(
-        "--model_name",
-        metavar="TEXT",
-        help="the base model (default: the one the adapter names): a hub id, a local folder, or a"
-        " shipped model",
-    )
-    group.add_argument(
-        "--prompt_format",
-        choices=("instruct", "chat"),
-        help="default: the one the adapter was trained in",
-    )
-    group.add_argument(
-        "--device", type=device_name, default="auto", metavar="auto|cpu|cuda|mps", help="[auto]"
-    )
-    group.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of the base [auto]"
-    )
+    _add_flags(parser, options.model_fields)
+    if issubclass(options, TrainingOptions):
+        _add_flags(parser, Settings.model_fields, options.listed_settings)
+    return parser
 
 
-def add_sampling_flags(parser: Parser, *, max_new_tokens: int, temperature: float = 0.0) -> None:
-    group = parser.add_argument_group("answers")
-    group.add_argument(
-        "--max_new_tokens",
-        type=VALUES["max_new_tokens"],
-        default=max_new_tokens,
-        metavar="N",
-        help=f"of an answer [{max_new_tokens}]",
-    )
-    group.add_argument(
-        "--temperature",
-        type=VALUES["temp"],
-        default=temperature,
-        metavar="X",
-        help=f"0 takes the most probable token, 1 draws by probability [{temperature:g}]",
-    )
-    group.add_argument(
-        "--top_p",
-        type=VALUES["top_p"],
-        default=1.0,
-        metavar="X",
-        help="draw among the fewest tokens whose probabilities reach this sum [1]",
-    )
-    group.add_argument(
-        "--top_k",
-        type=VALUES["top_k"],
-        default=0,
-        metavar="N",
-        help="draw among so many most probable tokens; 0: all [0]",
-    )
-    group.add_argument(
-        "--repetition_penalty",
-        type=VALUES["repetition_penalty"],
-        default=1.0,
-        metavar="X",
-        help="above 1, tokens that were there already are less probable [1]",
-    )
-    group.add_argument(
-        "--seed", type=VALUES["seed"], default=42, metavar="N", help="of what is drawn [42]"
-    )
+def _add_flags(
+    parser: _Parser,
+    fields: Mapping[str, FieldInfo],
+    listed: Mapping[str, str] | None = None,
+) -> None:
+    """A flag for each field, in the groups of the fields.
+
+    Args:
+        listed: the fields that the help lists, with other words than their own or ""; None: all.
+    """
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for name, field in fields.items():
+        title = extra_of(field, "group")
+        if title and title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        group = groups[title] if title else parser
+        help_text = _help(field)
+        if listed is not None:
+            help_text = (listed[name] or help_text) if name in listed else argparse.SUPPRESS
+        _add_flag(group.add_argument, _flag(name, field), field, help_text)
 
 
-def one_adapter(parser: Parser, arguments: argparse.Namespace) -> None:
-    """Refuses a second --adapter_path where only one can be used."""
-    if len(arguments.adapter_path) > 1:
-        parser.error("--adapter_path was given more than once; phitune compare takes several")
+def _add_flag(add: Callable[..., Any], flag: str, field: FieldInfo, help_text: str) -> None:
+    """Adds one flag in the form that its type and its declaration ask for."""
+    metavar = extra_of(field, "metavar") or _metavar(field)
+    match extra_of(field, "form"):
+        case "positional":
+            add(flag, nargs="?", metavar=metavar, help=help_text)
+        case "switch":
+            add(f"--{flag}", action="store_true", help=help_text)
+        case "repeated":
+            add(f"--{flag}", action="append", metavar=metavar, help=help_text)
+        case _ if field.annotation is bool:
+            add(f"--{flag}", nargs="?", const=True, metavar="true|false", help=help_text)
+            off = (f"--no-{flag}", f"--no_{flag}")
+            add(*off, dest=flag, action="store_const", const=False, help=argparse.SUPPRESS)
+        case _ if isinstance(field.default, list):
+            add(f"--{flag}", nargs="+", metavar=metavar, help=help_text)
+        case _:
+            add(f"--{flag}", metavar=metavar, help=help_text)
 
 
-def sampling_of(arguments: argparse.Namespace) -> "Sampling":
-    from phitune.inference.generate import Sampling
-
-    return Sampling(
-        arguments.temperature,
-        arguments.top_p,
-        arguments.top_k,
-        arguments.repetition_penalty,
-        arguments.seed,
-    )
+def _flag(name: str, field: FieldInfo) -> str:
+    return field.alias or name
 
 
-def open_from(arguments: argparse.Namespace) -> "LoadedModel":
-    """Loads what `add_model_flags` asked for; without adapter and name the default base model."""
-    from phitune.config import Settings
-    from phitune.inference.loaded import open_model
-
-    name = arguments.model_name
-    if not arguments.adapter_path:
-        name = name or Settings.model_fields["model_name"].default
-    return open_model(
-        arguments.adapter_path,
-        model_name=name,
-        prompt_format=arguments.prompt_format,
-        device=arguments.device,
-        precision=arguments.precision,
-    )
+def _help(field: FieldInfo) -> str:
+    words = str(field.description)
+    if extra_of(field, "form") != "switch" and (default := default_text(field.default)):
+        words += f" [{default}]"
+    if bounds := recommended_range(field):
+        words += f" (recommended: {bounds[0]:g} to {bounds[1]:g})"
+    return words.replace("%", "%%")
 
 
-def device_name(text: str) -> str:
-    """A device as settings spell it; whether the machine has it is known later."""
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"{text}: must be auto, cpu, cuda, cuda:N or mps")
-    return text
+def _metavar(field: FieldInfo) -> str:
+    if choices := choices_of(field):
+        return "|".join(choices)
+    kinds = {int: "N", float: "X", str: "TEXT"}
+    allowed = list(_types(field.annotation))
+    return next((word for kind, word in kinds.items() if kind in allowed), "PATH")
 
 
-def whole(name: str, least: int, most: int | None = None) -> Callable[[str], int]:
-    """A parser of whole numbers of `least` or more, and no more than `most`."""
-
-    def check(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least or (most is not None and value > most):
-            allowed = f"of {least} or more" if most is None else f"from {least} to {most}"
-            raise argparse.ArgumentTypeError(f"{text}: must be a whole number {allowed}")
-        return value
-
-    check.__name__ = name
-    return check
-
-
-def real(name: str, least: float, most: float, *, above: bool = False) -> Callable[[str], Any]:
-    """A parser of numbers from `least` to `most`; with `above`, not `least` itself."""
-
-    def check(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not least <= value <= most or (above and value == least):
-            raise argparse.ArgumentTypeError(
-                f"{text}: must be a number {'above' if above else 'from'} {least:g}"
-                f" {'and at most' if above else 'to'} {most:g}"
-            )
-        return value
-
-    check.__name__ = name
-    return check
-
-
-# What each may be, for flags and for whoever asks again later.
-VALUES: dict[str, Callable[[str], Any]] = {
-    "max_new_tokens": whole("max_new_tokens", 1),
-    "temp": real("temperature", 0.0, 10.0),
-    "top_p": real("top_p", 0.0, 1.0, above=True),
-    "top_k": whole("top_k", 0),
-    "repetition_penalty": real("repetition_penalty", 0.0, 10.0, above=True),
-    # Seeds of rows and turns are added to it; a generator takes 64 bits.
-    "seed": whole("seed", 0, 2**62),
-}
+def _types(annotation: object) -> Iterator[object]:
+    """A type and all that it is made of."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _types(part)

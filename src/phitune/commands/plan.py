@@ -1,15 +1,15 @@
 """`phitune plan`: the flags of `phitune train`, read the same way, and a few of its own."""
 
-import argparse
 import json
-from pathlib import Path
+from collections.abc import Mapping
+from typing import ClassVar
 
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from phitune.commands.options import Parser, add_settings, given_flags, help_format
+from phitune.commands.options import TrainingOptions, option, parse_with_settings, switch
 from phitune.commands.terminal import gigabytes, section, shares, size_in, table_of, unit_of
 from phitune.errors import OutOfMemoryError
 from phitune.plan.machine import BUDGET_SHARE
@@ -126,25 +126,25 @@ def presets_table(plan: Plan) -> RenderableType:
     """The guide's seven configurations with this model, beside what the guide says."""
     names = ("batch", "tokens", "recompute", "peak of guide", "least", "memory", "fits")
     table = table_of("preset", *names)
-    for option in plan.presets:
-        preset = option.preset
+    for row in plan.presets:
+        preset = row.preset
         guide = f"{preset.guide_gb} GB"
         shown = ["-", f"- of {guide}", "-"]
-        if not option.problem:
+        if not row.problem:
             shown = [
-                f"{option.recompute_layers} of {plan.chosen.num_layers}",
-                f"{gigabytes(option.bytes)} of {guide}",
-                gigabytes(option.least_bytes),
+                f"{row.recompute_layers} of {plan.chosen.num_layers}",
+                f"{gigabytes(row.bytes)} of {guide}",
+                gigabytes(row.least_bytes),
             ]
         table.add_row(
-            option.name,
+            row.name,
             f"{preset.batch_size} x {preset.gradient_accumulation_steps}",
             f"{preset.max_length:,}",
             *shown,
-            gigabytes(option.memory.bytes),
-            _layers_to_fit(option),
+            gigabytes(row.memory.bytes),
+            _layers_to_fit(row),
         )
-    sources = dict.fromkeys(option.memory.source for option in plan.presets)
+    sources = dict.fromkeys(row.memory.source for row in plan.presets)
     notes = [
         "batch is micro-batch x accumulation, tokens the length of every row. peak is the run's on"
         " the guide's own machine (A10G, 18 GB Mac) beside the guide's figure: nothing is"
@@ -152,7 +152,7 @@ def presets_table(plan: Plan) -> RenderableType:
         f" fits: in the memory beside it ({'; '.join(sources)}), of which a run plans with"
         f" {shares()}; with N: if it recomputes N layers. Sizes in GB, 10**9 bytes.",
     ]
-    notes += [f"{option.name}: {option.problem}" for option in plan.presets if option.problem]
+    notes += [f"{row.name}: {row.problem}" for row in plan.presets if row.problem]
     return section("Presets of the training guide", table, *notes)
 
 
@@ -228,15 +228,15 @@ def _bases(plan: Plan) -> RenderableType:
     table = table_of("base", "none recomputed", "all recomputed", "fewest that fit", "")
     number = plan.chosen.num_layers
     unit_name, unit = unit_of(plan.chosen.bytes)
-    for option in plan.bases:
-        fewest = option.recompute_layers
+    for row in plan.bases:
+        fewest = row.recompute_layers
         said = "does not fit" if fewest is None else f"{fewest} of {number}"
         table.add_row(
-            Text(option.base, style="bold" if option.base == plan.base else ""),
-            f"{size_in(option.none_bytes, unit)} {unit_name}",
-            f"{size_in(option.all_bytes, unit)} {unit_name}",
+            Text(row.base, style="bold" if row.base == plan.base else ""),
+            f"{size_in(row.none_bytes, unit)} {unit_name}",
+            f"{size_in(row.all_bytes, unit)} {unit_name}",
             Text(said, style="red" if fewest is None else "green"),
-            "" if option.built else "not built yet",
+            "" if row.built else "not built yet",
         )
     return section("Precision of the frozen base", table)
 
@@ -246,18 +246,18 @@ def _batches(plan: Plan) -> RenderableType:
     unit_name, unit = unit_of(plan.chosen.bytes)
     effective = settings.rows_per_step
     table = table_of("batch", "peak", "recompute", "time", "fits", "", right=(0, 1, 2, 3))
-    for option in plan.batches:
+    for row in plan.batches:
         marks = []
-        if option.batch_size == settings.batch_size:
+        if row.batch_size == settings.batch_size:
             marks.append("these settings")
-        if option == plan.recommended:
+        if row == plan.recommended:
             marks.append("--batch_size auto")
         table.add_row(
-            _cut(option),
-            f"{size_in(option.bytes, unit)} {unit_name}",
-            f"{option.recompute_layers} of {plan.chosen.num_layers}",
-            f"{option.time:.2f}x",
-            _yes_no(option.fits),
+            _cut(row),
+            f"{size_in(row.bytes, unit)} {unit_name}",
+            f"{row.recompute_layers} of {plan.chosen.num_layers}",
+            f"{row.time:.2f}x",
+            _yes_no(row.fits),
             ", ".join(marks),
         )
     note = (
@@ -328,83 +328,70 @@ def _duration(hours: float) -> str:
 
 # -------------------------------------------------------------------------------------------------
 
-PLAN_FLAGS = ("memory", "json", "preset", "presets")
-# What `phitune plan --help` lists, and in which words where not the setting's own. The other
-# settings are taken too, so that a command can be copied.
-SETTINGS_OF_A_PLAN = {
-    "model_name": "",
-    "dataset_path": "data whose rows are counted (default: rows of max_length tokens)",
-    "data_format": "",
-    "columns": "",
-    "validation_split": "",
-    "prompt_format": "",
-    "max_length": "",
-    "train_on_prompt": "",
-    "batch_size": "",
-    "gradient_accumulation_steps": "",
-    "epochs": "",
-    "lora_r": "",
-    "target_modules": "",
-    "layers": "",
-    "device": "",
-    "precision": "",
-    "gradient_checkpointing": "",
-    "recompute_layers": "",
-}
+
+class PlanOptions(TrainingOptions):
+    """Show what a run would take before it starts: memory, time, and which settings fit. Needs no
+    weights."""
+
+    usage = "plan [--model_name M] [--memory 24GB] [--dataset_path FILE] [flags]"
+    epilog = (
+        "Every other flag of 'phitune train' is accepted as well and changes nothing here. The exit"
+        f" code is {OutOfMemoryError.exit_code} if the settings do not fit."
+    )
+    listed_settings: ClassVar[Mapping[str, str] | None] = {
+        "model_name": "",
+        "dataset_path": "data whose rows are counted (default: rows of max_length tokens)",
+        "data_format": "",
+        "columns": "",
+        "validation_split": "",
+        "prompt_format": "",
+        "max_length": "",
+        "train_on_prompt": "",
+        "batch_size": "",
+        "gradient_accumulation_steps": "",
+        "epochs": "",
+        "lora_r": "",
+        "target_modules": "",
+        "layers": "",
+        "device": "",
+        "precision": "",
+        "gradient_checkpointing": "",
+        "recompute_layers": "",
+    }
+
+    memory: str | None = option(
+        None,
+        "memory of the device: 24GB, 24GiB or 24 (default: that of this machine)",
+        group="plan",
+        metavar="SIZE",
+    )
+    preset: str | None = option(
+        None,
+        f"a configuration of the training guide: {', '.join(PRESETS)}; flags override it, and it"
+        " overrides --config",
+        group="plan",
+        metavar="NAME",
+    )
+    presets: bool = switch("only the table of all presets with this model", group="plan")
+    as_json: bool = switch("the whole plan as JSON, sizes in bytes", group="plan", alias="json")
 
 
 def run(argv: list[str]) -> int:
     """Shows the plan; returns the exit code."""
-    flags = given_flags(_parser(), argv, ("config", *PLAN_FLAGS))
-    config_path: Path | None = flags.pop("config", None)
-    own = {name: flags.pop(name, None) for name in PLAN_FLAGS}
+    options, flags = parse_with_settings(PlanOptions, argv)
 
     from phitune.config import resolve
     from phitune.plan.plan import as_json, make_plan
     from phitune.plan.presets import preset_settings
 
-    preset: str | None = own["preset"]
-    if preset is not None:
-        flags = {**preset_settings(preset), **flags}
-    answer = make_plan(resolve(flags, config_path), own["memory"], preset)
-    if own["json"]:
-        print(json.dumps(as_json(answer), indent=2))
+    if options.preset is not None:
+        flags = {**preset_settings(options.preset), **flags}
+    plan = make_plan(resolve(flags, options.config), options.memory, options.preset)
+    if options.as_json:
+        print(json.dumps(as_json(plan), indent=2))
+    elif options.presets:
+        Console(highlight=False).print(presets_table(plan))
+        return 0
     else:
-        from rich.console import Console
-
-        console = Console(highlight=False)
-        if own["presets"]:
-            console.print(presets_table(answer))
-            return 0
-        show(answer, console)
-    return 0 if answer.fits else OutOfMemoryError.exit_code
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        prog="phitune plan",
-        description="Tell what a run would take before it starts: memory, time, and which settings"
-        " fit. Needs no weights.",
-        argument_default=argparse.SUPPRESS,
-        formatter_class=help_format,
-        usage="phitune plan [--model_name M] [--memory 24GB] [--dataset_path FILE] [flags]",
-        epilog="Every other flag of 'phitune train' is taken too and changes nothing here."
-        " The exit code is 4 where the settings do not fit.",
-        allow_abbrev=False,
-    )
-    group = parser.add_argument_group("plan")
-    group.add_argument(
-        "--memory", metavar="SIZE", help="24GB, 24GiB or 24 (default: the device's own)"
-    )
-    group.add_argument(
-        "--preset",
-        metavar="NAME",
-        help="a configuration of the training guide: a10g-high, a10g-balanced, a10g-low, m3-high,"
-        " m3-balanced, m3-low or m3-safe; flags win over it, and it over --config",
-    )
-    group.add_argument(
-        "--presets", action="store_true", help="only the table of all presets with this model"
-    )
-    group.add_argument("--json", action="store_true", help="the whole plan as JSON, in bytes")
-    add_settings(parser, shown=SETTINGS_OF_A_PLAN)
-    return parser
+        show(plan, Console(highlight=False))
+    return 0 if plan.fits else OutOfMemoryError.exit_code

@@ -6,7 +6,9 @@ Nothing heavy is imported here: a test of text must not wait for torch.
 import atexit
 import os
 import shutil
+import signal
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -67,3 +69,16 @@ def trained_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 def phi_2_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of tiny-phi-2, to be read only."""
     return runs.trained_run(tmp_path_factory, "tiny-phi-2")
+
+
+@pytest.fixture
+def heeds_signals() -> Iterator[None]:
+    """Signals do what they do in a terminal, here and in processes of the test's own.
+
+    A suite that was started with nohup, or in the background of a script, ignores some.
+    """
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -25,10 +25,10 @@ def test_held_out_questions_are_in_no_row_of_the_data_set() -> None:
         assert set(shown) <= {row["prompt"] for row in HELD_OUT}
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize("example", ["demo.yaml", "demo-chat.yaml"])
 def test_the_demo_teaches_the_habit_and_keeps_the_facts(example: str, tmp_path: Path) -> None:
     """The shipped model, the shipped rows, the guide's settings; judged on 120 unseen questions."""
-    torch.set_num_threads(1)
     trainer = Phi2LoRATrainer(output_dir=tmp_path / "run", config=EXAMPLES / example)
     decoder = load_base(trainer)
     base = ask(trainer, decoder)

@@ -224,7 +224,7 @@ def _forget_runs(folders: list[str]) -> None:
 
 
 def _run_process(words: list[str]) -> tuple[int, str]:
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -234,6 +234,7 @@ def built_in_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("phitune.plan.plan.cached_model", lambda name: None)
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize("documents", [DOCUMENTS, PRESET_FILES], ids=["documents", "examples"])
 def test_every_command_in_the_documents_runs(place: Path, documents: tuple[str, ...]) -> None:
     failed, seen = [], set()

@@ -742,7 +742,7 @@ def test_nothing_leaves_the_machine_or_the_run_directory(
         text=True,
         cwd=home,
         env=environment,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "events").exists(), (tmp_path / "events").read_text()

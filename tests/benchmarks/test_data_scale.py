@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import pytest
 from data_scale import compare
 
 from phitune.model.files import ASSETS
 
 
+@pytest.mark.campaign
 def test_memory_and_starts_are_measured_in_processes_of_their_own(tmp_path: Path) -> None:
     found = compare([2000, 20_000], ASSETS / "tiny-phi-2", tmp_path)
     first, second = found["20000"]["first"], found["20000"]["second"]

@@ -16,6 +16,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True)
 
 
+@pytest.mark.campaign
 def test_rehearsal_reports_every_piece_and_measures_nothing(tmp_path: Path) -> None:
     done = run("--rehearse", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr

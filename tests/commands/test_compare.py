@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from helpers.random_adapters import write_adapter
@@ -26,6 +27,7 @@ from phitune.data.tokenizer import TextTokenizer
 from phitune.inference.run_rows import find_run, rows_of_run
 
 PHITUNE = [sys.executable, "-m", "phitune"]
+SECONDS = 600.0  # What a busy machine may need for one answer of a process of its own.
 ROWS = [{"prompt": f"How much is {n} plus 2?", "response": f"It is {n + 2}."} for n in range(40)]
 
 
@@ -230,7 +232,7 @@ def test_piped_questions_line_by_line(place: Path) -> None:
     piped = "What sound does a cat make?\n\n  How much is 8 plus 7?  \n/quit\nnever asked\n"
     command = [*PHITUNE, "compare", "--adapter_path", "run", "--max_new_tokens", "24"]
     done = subprocess.run(
-        command, input=piped, capture_output=True, text=True, timeout=120, env=_environment()
+        command, input=piped, capture_output=True, text=True, timeout=SECONDS, env=_environment()
     )
     assert (done.returncode, done.stderr) == (0, "")
     words = " ".join(re.sub(r"[\u2500-\u257f]", " ", done.stdout).split())
@@ -239,13 +241,13 @@ def test_piped_questions_line_by_line(place: Path) -> None:
     assert "stopped 2 of 2 (100%)" in words
     assert "\x1b" not in done.stdout
     as_json = subprocess.run(
-        [*command, "--json"], input=piped, capture_output=True, text=True, timeout=120
+        [*command, "--json"], input=piped, capture_output=True, text=True, timeout=SECONDS
     )
     assert [q["turns"][0]["content"] for q in json.loads(as_json.stdout)["questions"]] == [
         "What sound does a cat make?",
         "How much is 8 plus 7?",
     ]
-    bad = subprocess.run(command, input=b"caf\xe9\n", capture_output=True, timeout=120)
+    bad = subprocess.run(command, input=b"caf\xe9\n", capture_output=True, timeout=SECONDS)
     assert bad.returncode == 2
     assert b"standard input is not UTF-8" in bad.stderr
 
@@ -269,7 +271,7 @@ class _Terminal:
         self.text = ""
 
     def until(self, words: str, times: int = 1) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + SECONDS
         while self.text.count(words) < times:
             assert time.monotonic() < deadline, self.text
             if select.select([self._master], [], [], 1)[0]:
@@ -278,15 +280,26 @@ class _Terminal:
                 except OSError:
                     pytest.fail(f"it ended: {self.text}")
 
+    def waits(self) -> None:
+        """Until the program has been asleep for some looks in a row: it waits for a key.
+
+        Between showing its prompt and waiting, input() notes a signal with the next key only.
+        """
+        program, asleep = psutil.Process(self.process.pid), 0
+        while asleep < 10:
+            asleep = asleep + 1 if program.status() == psutil.STATUS_SLEEPING else 0
+            time.sleep(0.05)
+
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
 
     def end(self) -> int:
-        code = self.process.wait(60)
+        code = self.process.wait(SECONDS)
         os.close(self._master)
         return code
 
 
+@pytest.mark.usefixtures("heeds_signals")
 def test_interactive_on_a_terminal(place: Path) -> None:
     command = [*PHITUNE, "compare", "--adapter_path", "run", "--html", "out.html"]
     terminal = _Terminal([*command, "--max_new_tokens", "24"])
@@ -300,8 +313,7 @@ def test_interactive_on_a_terminal(place: Path) -> None:
     terminal.type("/help\r")
     terminal.until("there is only /quit here")
     terminal.until("question> ", 4)
-    # Between showing its prompt and waiting, input() notes a signal with the next key only.
-    time.sleep(0.5)
+    terminal.waits()
     terminal.type("\x03")
     terminal.until("Ctrl-C again leaves")
     terminal.until("question> ", 5)
@@ -312,6 +324,7 @@ def test_interactive_on_a_terminal(place: Path) -> None:
     assert "A cat meows." in (place / "out.html").read_text()
 
 
+@pytest.mark.usefixtures("heeds_signals")
 def test_an_interrupted_answer_leaves_its_question_out(place: Path) -> None:
     # Drawn at such a temperature it does not stop for a long while.
     line = "compare --adapter_path run --temperature 10 --max_new_tokens 1500 --html out.html"

@@ -1,4 +1,4 @@
-"""Disks that are full or fail, a few runs each time; `make disk-faults` makes two hundred."""
+"""Disks that are full or fail, a few runs as a campaign; `make disk-faults` makes two hundred."""
 
 import json
 import os
@@ -30,9 +30,10 @@ def disk() -> Iterator[Path]:
         pytest.skip("needs the right to mount a tmpfs")
 
 
+@pytest.mark.campaign
 def test_runs_on_disks_that_fail_lose_no_checkpoint_and_claim_no_success(disk: Path) -> None:
     command = [sys.executable, str(PROGRAM), "--runs", str(RUNS), "--seed", "3", "--no_save"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["checkpoints_verified"] > 0

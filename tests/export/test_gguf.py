@@ -36,9 +36,10 @@ from phitune.export.gguf_file import (
 )
 from phitune.export.gguf_tokenizer import file_tokenizer, name_in_file
 from phitune.export.llama_cpp import LlamaCpp, _steps
-from phitune.export.proof import PROOF_FILE, TIE, Answered, forced_logits
-from phitune.inference.loaded import open_model
+from phitune.export.proof import PROOF_FILE, TIE, Reference, forced_logits
+from phitune.inference.loaded import Answer, open_model
 from phitune.model.architecture import parse_model_config, read_model_config
+from phitune.model.decoder import Decoder
 from phitune.model.files import ASSETS
 
 gguf = pytest.importorskip("gguf", reason="needs the extra [gguf]")
@@ -82,15 +83,19 @@ def llama_cpp(path: Path, context: int = 512, lora: Path | None = None) -> Llama
     return LlamaCpp(path, context=context, threads=1, lora=lora)
 
 
-def answers_of(adapter: Path, questions: Sequence[str]) -> list[Answered]:
+def answers_of(adapter: Path, questions: Sequence[str]) -> list[Reference]:
     """What the adapter in memory answers, 32 tokens at most."""
     loaded = open_model([adapter])
     prompts = [loaded.coder(0).encode((Turn("user", question),)) for question in questions]
     answers = loaded.answers(prompts, [0] * len(prompts), max_new_tokens=32)
     loaded.on_decoder.choose([0])
-    ids = [list(answer.ids) for answer in answers]
-    logits = forced_logits(loaded.decoder, prompts, ids)
-    return [Answered(*one) for one in zip(questions, prompts, ids, logits, strict=True)]
+    logits = forced_logits(loaded.decoder, prompts, [answer.ids for answer in answers])
+    return list(map(Reference, questions, prompts, answers, logits))
+
+
+def reference(decoder: Decoder, ids: list[int]) -> Reference:
+    """An answer of one token."""
+    return Reference("", ids, Answer("", (5,), False), forced_logits(decoder, [ids], [[5]])[0])
 
 
 # --- the model --------------------------------------------------------------------------------
@@ -108,16 +113,16 @@ def test_greedy_tokens_in_llama_cpp_are_those_of_the_adapter(
     with llama_cpp(output / f"model-{quantization}.gguf") as llama:
         for answer in answers:
             steps = llama.greedy(answer.prompt_ids, 32, 1)
-            for place, (step, ours) in enumerate(zip(steps, answer.answer_ids, strict=False)):
+            for place, (step, ours) in enumerate(zip(steps, answer.answer.ids, strict=False)):
                 if step.token != ours:
                     logits = answer.logits[place]
                     assert float(logits[ours] - logits[step.token]) < TIE
                     ties += 1
                     break
             else:
-                assert [step.token for step in steps] == answer.answer_ids
+                assert [step.token for step in steps] == list(answer.answer.ids)
     assert ties <= 1
-    assert base != [answer.answer_ids for answer in answers]  # The adapter does something.
+    assert base != [list(answer.answer.ids) for answer in answers]  # The adapter does something.
     found = proof_of(output)
     assert found["passed"]
     assert found["tokens_differing"] == 0
@@ -153,7 +158,7 @@ def test_every_trait_of_the_families_is_computed_alike(kind: str, tmp_path: Path
     if kind != "phi3-sliding":  # Its window is what llama.cpp does not have.
         cases.append((long, 512))
     for ids, context in cases:
-        answer = Answered("", ids, [5], *forced_logits(decoder, [ids], [[5]]))
+        answer = reference(decoder, ids)
         with llama_cpp(path, context) as llama:
             compared = compare_in_llama_cpp(llama, [answer], [])
         assert compared.largest < 0.005 * max(1.0, compared.spread)
@@ -172,7 +177,7 @@ def test_longrope_takes_the_short_factors_in_a_safe_context_only(tmp_path: Path)
     decoder = open_decoder(folder)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, size, (100,), generator=generator).tolist()
-    answer = Answered("", ids, [5], *forced_logits(decoder, [ids], [[5]]))
+    answer = reference(decoder, ids)
     path = write_model(folder, tokens)
     differences = []
     for context in (256, 512):

@@ -30,10 +30,10 @@ from phitune.errors import ExportError
 from phitune.export.proof import (
     MAX_NEW_TOKENS,
     TIE,
-    Answered,
-    greedy_answers,
+    Reference,
+    difference_on,
     logit_difference,
-    logits_on,
+    reference_answers,
 )
 from phitune.export.safetensors import (
     check_weights,
@@ -44,7 +44,7 @@ from phitune.export.safetensors import (
     unties,
     write_shards,
 )
-from phitune.inference.loaded import open_model
+from phitune.inference.loaded import Answer, open_model
 from phitune.model.architecture import read_model_config
 from phitune.model.files import ASSETS
 from phitune.model.lora import detach, load_adapter, read_adapter
@@ -209,10 +209,15 @@ def test_written_files_are_read_by_safetensors_and_transformers(
 # --- the proof ------------------------------------------------------------------------------------
 
 
+def reference(logits: torch.Tensor) -> Reference:
+    """An answer that was chosen from these logits [n, V]."""
+    return Reference("", [0], Answer("", tuple(logits.argmax(-1).tolist()), False), logits)
+
+
 def test_ties_are_excused_and_nothing_else_is() -> None:
     ours = torch.tensor([[1.0, 0.9995, 0.0], [1.0, 0.9, 0.0], [1.0, 0.0, 0.0]])
     theirs = torch.tensor([[1.0, 1.0005, 0.0], [0.9, 1.0, 0.0], [1.0, 0.0, 0.0]])
-    found = logit_difference([Answered("", [0], [0, 0, 0], ours)], [theirs], TIE)
+    found = logit_difference([reference(ours)], [theirs], TIE)
     assert (found.tokens, found.ties, found.differing) == (3, 1, 1)
     assert found.largest == pytest.approx(0.1, abs=1e-6)
 
@@ -221,7 +226,7 @@ def test_ties_are_excused_and_nothing_else_is() -> None:
 def test_numbers_that_are_none_fail_the_proof(value: float) -> None:
     ours = torch.tensor([[1.0, 0.0]])
     theirs = torch.tensor([[1.0, value]])
-    found = logit_difference([Answered("", [0], [0], ours)], [theirs], TIE)
+    found = logit_difference([reference(ours)], [theirs], TIE)
     assert not found.largest <= 1e9
 
 
@@ -295,19 +300,19 @@ def test_merged_in_fp32_is_the_adapter(trained_run: Path, tmp_path: Path) -> Non
     """50 prompts: tokens and logits in memory, in ours, and in transformers from the files."""
     folder = exported(trained_run, tmp_path / "out", "--format", "merged", "--dtype", "fp32")
     loaded = open_model([trained_run], device="cpu")
-    answers = greedy_answers(loaded, PROMPTS)
-    base = greedy_answers(loaded, PROMPTS, None)
-    assert sum(a.answer_ids != b.answer_ids for a, b in zip(answers, base, strict=True)) > 25
+    answers = reference_answers(loaded, PROMPTS)
+    base = reference_answers(loaded, PROMPTS, None)
+    assert sum(a.answer.ids != b.answer.ids for a, b in zip(answers, base, strict=True)) > 25
 
     decoder = open_decoder(folder)
-    found = logit_difference(answers, logits_on(decoder, answers), tie_below=0.0)
+    found = difference_on(decoder, answers, tie_below=0.0)
     assert (found.differing, found.ties) == (0, 0)
-    assert found.tokens == sum(len(answer.answer_ids) for answer in answers) > 250
+    assert found.tokens == sum(len(answer.answer.ids) for answer in answers) > 250
     assert found.largest < 1e-4
 
     asked, theirs = transformers_answers(folder, PROMPTS, MAX_NEW_TOKENS)
     assert asked == [answer.prompt_ids for answer in answers]
-    assert theirs == [answer.answer_ids for answer in answers]
+    assert theirs == [list(answer.answer.ids) for answer in answers]
 
     proof = proof_of(folder)
     assert proof["passed"] is True
@@ -393,10 +398,10 @@ def test_an_adapter_of_peft_without_a_tokenizer_is_exported_with_that_of_its_bas
     flags = ["--model_name", shipped_model.name, "--format", "merged", "--dtype", "fp32"]
     folder = exported(tmp_path / "adapter", tmp_path / "out", *flags)
     loaded = open_model([tmp_path / "adapter"], model_name=shipped_model.name, device="cpu")
-    answers = greedy_answers(loaded, PROMPTS[:5])
+    answers = reference_answers(loaded, PROMPTS[:5])
     asked, theirs = transformers_answers(folder, PROMPTS[:5], MAX_NEW_TOKENS)
     assert asked == [answer.prompt_ids for answer in answers]
-    assert theirs == [answer.answer_ids for answer in answers]
+    assert theirs == [list(answer.answer.ids) for answer in answers]
 
 
 # --- the card -------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from phitune.data.dataset import Turn
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import ExportError, SettingsError
 from phitune.export.card import write_card
-from phitune.export.proof import PROOF_FILE, Answered
+from phitune.export.proof import PROOF_FILE, Reference
 from phitune.export.source import Source
 from phitune.plan.memory import GIB
 from phitune.untrusted import read_object, write_object
@@ -157,7 +157,7 @@ def write_texts(source: Source, folder: Path, format_name: str) -> None:
     write_card(source, folder, format_name)
 
 
-def check_texts(source: Source, folder: Path, answers: Sequence[Answered]) -> None:
+def check_texts(source: Source, folder: Path, references: Sequence[Reference]) -> None:
     """Compares the tokenizer and template of an export with those of training, on each prompt.
 
     Raises:
@@ -167,11 +167,11 @@ def check_texts(source: Source, folder: Path, answers: Sequence[Answered]) -> No
     if tokenizer.chat_template != source.coder.prompt_format.chat_template:
         raise ExportError("the export was removed: its chat template is not that of the adapter")
     coder = Coder.as_saved(tokenizer)
-    for answer in answers:
-        if coder.encode((Turn("user", answer.text),)) != answer.prompt_ids:
+    for reference in references:
+        if coder.encode((Turn("user", reference.prompt),)) != reference.prompt_ids:
             raise ExportError(
                 f"the export was removed: its tokenizer encodes this prompt differently:"
-                f" {answer.text!r}"
+                f" {reference.prompt!r}"
             )
     # As servers read it, which know nothing of control tokens.
     stops = read_object(folder / "generation_config.json", "").get("eos_token_id")

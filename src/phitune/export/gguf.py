@@ -49,7 +49,7 @@ from phitune.export.gguf_file import (
 from phitune.export.gguf_tokenizer import file_tokenizer, name_in_file, stop_tokens
 from phitune.export.llama_cpp import LlamaCpp, Step, require_llama_cpp
 from phitune.export.ollama import MODELFILE, modelfile
-from phitune.export.proof import TIE, Answered, Proof, greedy_answers, proof_prompts
+from phitune.export.proof import TIE, Proof, Reference, proof_prompts, reference_answers
 from phitune.export.source import Source
 from phitune.model.architecture import LM_HEAD, ModelConfig
 from phitune.model.decoder import LoraPair
@@ -85,8 +85,8 @@ def export_gguf(
     errors = weight_errors(path, file.tensors)
     check_weight_errors(errors, QUANTIZATIONS[quantization].weight_error)
     with LlamaCpp(path, context=memory.context, threads=torch.get_num_threads()) as llama:
-        texts = check_tokenizer(llama, source, memory.answers)
-        difference = compare_in_llama_cpp(llama, memory.answers, memory.stop_ids)
+        texts = check_tokenizer(llama, source, memory.references)
+        difference = compare_in_llama_cpp(llama, memory.references, memory.stop_ids)
     measured = {
         "xllamacpp": version,
         "texts_tokenized_the_same": texts,
@@ -189,7 +189,7 @@ def export_gguf_lora(
     base.write(whole, about, tokenizer, progress)
     threads = torch.get_num_threads()
     with LlamaCpp(whole, lora=path, context=memory.context, threads=threads) as llama:
-        difference = compare_in_llama_cpp(llama, memory.answers, memory.stop_ids)
+        difference = compare_in_llama_cpp(llama, memory.references, memory.stop_ids)
     whole.unlink()
     measured = {"xllamacpp": version, "base": f"in {_BASE_TYPE}, written for the proof"}
     return _proof(settings.format, _BASE_TYPE, memory, difference, measured, [note] if note else [])
@@ -290,14 +290,15 @@ PROBES = (
 class _InMemory:
     """The answers of the adapter in memory, whose model has been let go of."""
 
-    answers: list[Answered]
+    references: list[Reference]
     stop_ids: list[int]
     dtype: torch.dtype  # that they were computed in
 
     @property
     def context(self) -> int:
         """A context, in tokens, that the longest answer fits into."""
-        return max(len(one.prompt_ids) + len(one.answer_ids) for one in self.answers) + 8
+        lengths = (len(one.prompt_ids) + one.answer.tokens for one in self.references)
+        return max(lengths) + 8
 
 
 @dataclass(frozen=True)
@@ -316,8 +317,8 @@ class LlamaCppDifference:
 
 def _answers_in_memory(source: Source, settings: ExportSettings) -> _InMemory:
     loaded = source.load(settings.device, settings.precision)
-    answers = greedy_answers(loaded, proof_prompts(source.run))
-    return _InMemory(answers, loaded.stop_ids, loaded.decoder.dtype)
+    references = reference_answers(loaded, proof_prompts(source.run))
+    return _InMemory(references, loaded.stop_ids, loaded.decoder.dtype)
 
 
 def _proof(
@@ -339,7 +340,7 @@ def _proof(
     return Proof(
         format=format_name,
         compared="the file in llama.cpp, beside the adapter in memory",
-        prompts=len(memory.answers),
+        prompts=len(memory.references),
         tokens=difference.tokens,
         tokens_differing=len(difference.gaps) - ties,
         ties_excused=ties,
@@ -364,7 +365,7 @@ def _proof(
 
 
 def compare_in_llama_cpp(
-    llama: LlamaCpp, answers: Sequence[Answered], stop_ids: Sequence[int]
+    llama: LlamaCpp, references: Sequence[Reference], stop_ids: Sequence[int]
 ) -> LlamaCppDifference:
     """Lets llama.cpp answer every prompt, and compares it token by token.
 
@@ -374,18 +375,18 @@ def compare_in_llama_cpp(
     tokens = with_logprobs = first = 0
     gaps: list[float] = []
     spread = largest = ours_total = theirs_total = 0.0
-    for answer in answers:
-        ours = torch.log_softmax(answer.logits.double(), -1)  # [n, V]
-        spread += float(answer.logits.std(-1).sum())
-        for place, step in enumerate(_forced_steps(llama, answer, stop_ids)):
-            expected = answer.answer_ids[place]
+    for reference in references:
+        ours = torch.log_softmax(reference.logits.double(), -1)  # [n, V]
+        spread += float(reference.logits.std(-1).sum())
+        for place, step in enumerate(_forced_steps(llama, reference, stop_ids)):
+            expected = reference.answer.ids[place]
             row = ours[place]  # [V]
             tokens += 1
             for token, logprob in step.logprobs.items():
                 largest = _larger(largest, abs(float(row[token]) - logprob))
             theirs = step.logprobs.get(expected)
             if theirs is None and step.logprobs:
-                theirs = _logprob(llama, answer, place)
+                theirs = _logprob(llama, reference, place)
             if theirs is not None:
                 ours_total += float(row[expected])
                 theirs_total += theirs
@@ -407,13 +408,13 @@ def compare_in_llama_cpp(
     )
 
 
-def _forced_steps(llama: LlamaCpp, answer: Answered, stop_ids: Sequence[int]) -> Iterator[Step]:
+def _forced_steps(llama: LlamaCpp, reference: Reference, stop_ids: Sequence[int]) -> Iterator[Step]:
     """What llama.cpp chooses at each token of an answer; it generates freely while it is equal."""
-    ids = answer.answer_ids
+    ids = reference.answer.ids
     place = 0
     while place < len(ids):
         # One more than there are: it has to stop by itself.
-        steps = llama.greedy([*answer.prompt_ids, *ids[:place]], len(ids) - place + 1, _TOP)
+        steps = llama.greedy([*reference.prompt_ids, *ids[:place]], len(ids) - place + 1, _TOP)
         for number, step in enumerate(steps, start=1):
             yield step
             place += 1
@@ -422,18 +423,18 @@ def _forced_steps(llama: LlamaCpp, answer: Answered, stop_ids: Sequence[int]) ->
             if step.token in stop_ids and number < len(steps):
                 raise ExportError(
                     "the export was removed: llama.cpp does not stop at the token that ends an"
-                    f" answer, {step.token}, after {answer.text!r}"
+                    f" answer, {step.token}, after {reference.prompt!r}"
                 )
             if place == len(ids):
                 break
 
 
-def _logprob(llama: LlamaCpp, answer: Answered, place: int) -> float | None:
+def _logprob(llama: LlamaCpp, reference: Reference, place: int) -> float | None:
     """Of an answer's token that was not among the most probable; None where it is not told."""
-    vocab_size = answer.logits.shape[-1]
-    before = [*answer.prompt_ids, *answer.answer_ids[:place]]
+    vocab_size = reference.logits.shape[-1]
+    before = [*reference.prompt_ids, *reference.answer.ids[:place]]
     [step] = llama.greedy(before, 1, vocab_size)
-    return step.logprobs.get(answer.answer_ids[place])
+    return step.logprobs.get(reference.answer.ids[place])
 
 
 def _larger(known: float, other: float) -> float:
@@ -441,7 +442,7 @@ def _larger(known: float, other: float) -> float:
     return known if known >= other or math.isnan(known) else other
 
 
-def check_tokenizer(llama: LlamaCpp, source: Source, answers: Sequence[Answered]) -> int:
+def check_tokenizer(llama: LlamaCpp, source: Source, references: Sequence[Reference]) -> int:
     """Compares llama.cpp's tokenizer and chat template with those of training.
 
     Returns: how many texts were compared.
@@ -455,18 +456,18 @@ def check_tokenizer(llama: LlamaCpp, source: Source, answers: Sequence[Answered]
         if (theirs := llama.tokenize(text, special=False))
         != (ours := source.coder.tokenizer.encode([Segment(text)]))
     ]
-    for answer in answers:
+    for reference in references:
         # As its server puts a question; it adds its bos_token when it encodes.
-        text = llama.apply_template([{"role": "user", "content": answer.text}])
-        expected = source.coder.text((Turn("user", answer.text),))
+        text = llama.apply_template([{"role": "user", "content": reference.prompt}])
+        expected = source.coder.text((Turn("user", reference.prompt),))
         bos = source.coder.tokenizer.bos_token
         if text.removeprefix(bos) != expected.removeprefix(bos):
             problems.append(f"the prompt {text!r}, expected {expected!r}")
-        elif (theirs := llama.tokenize(expected, special=True)) != answer.prompt_ids:
-            problems.append(f"{expected!r}: {theirs}, expected {answer.prompt_ids}")
+        elif (theirs := llama.tokenize(expected, special=True)) != reference.prompt_ids:
+            problems.append(f"{expected!r}: {theirs}, expected {reference.prompt_ids}")
     if problems:
         raise ExportError(
             "the export was removed: llama.cpp does not encode these as training did:\n"
             + listing(problems)
         )
-    return len(PROBES) + len(answers)
+    return len(PROBES) + len(references)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from phitune.data.dataset import Turn
-from phitune.inference.loaded import LoadedModel
+from phitune.inference.loaded import Answer, LoadedModel
 from phitune.model.decoder import Decoder
 from phitune.training.rundir import SAMPLES
 from phitune.untrusted import write_object
@@ -151,30 +151,28 @@ _BATCH = 8  # prompts that are computed together
 
 
 @dataclass(frozen=True)
-class Answered:
-    """A prompt and its greedy answer, and the logits that each of its tokens was chosen from."""
+class Reference:
+    """A greedy answer of the adapter in memory, and the logits it was chosen from."""
 
-    text: str
+    prompt: str
     prompt_ids: list[int]
-    answer_ids: list[int]  # [n], with the stop token if it came to one
+    answer: Answer  # of n tokens
     logits: Tensor  # [n, V] in fp32, on the CPU
 
 
-def greedy_answers(
+def reference_answers(
     loaded: LoadedModel, prompts: Sequence[str], choice: int | None = 0
-) -> list[Answered]:
-    """The answers of a model in memory, each prompt as a question in its format."""
+) -> list[Reference]:
+    """The answers of a model in memory, each prompt as a question in its format.
+
+    Args:
+        choice: an adapter's number, or None for the base.
+    """
     ids = [loaded.coder(choice).encode((Turn("user", prompt),)) for prompt in prompts]
     answers = loaded.answers(ids, [choice] * len(ids), max_new_tokens=MAX_NEW_TOKENS)
-    given = [list(answer.ids) for answer in answers]
     loaded.on_decoder.choose([choice])
-    logits = forced_logits(loaded.decoder, ids, given)
-    return [
-        Answered(prompt, prompt_ids, answer_ids, of_answer)
-        for prompt, prompt_ids, answer_ids, of_answer in zip(
-            prompts, ids, given, logits, strict=True
-        )
-    ]
+    logits = forced_logits(loaded.decoder, ids, [answer.ids for answer in answers])
+    return list(map(Reference, prompts, ids, answers, logits))
 
 
 @torch.inference_mode()
@@ -204,12 +202,6 @@ def forced_logits(
     return found
 
 
-def logits_on(decoder: Decoder, answers: Sequence[Answered]) -> list[Tensor]:
-    """`forced_logits` of another model on given answers: for each [n, V]."""
-    prompts = [answer.prompt_ids for answer in answers]
-    return forced_logits(decoder, prompts, [answer.answer_ids for answer in answers])
-
-
 # --- comparison -----------------------------------------------------------------------------------
 
 
@@ -224,10 +216,19 @@ class LogitDifference:
     typical: float  # the root of the mean square
 
 
-def logit_difference(
-    answers: Sequence[Answered], logits: Sequence[Tensor], tie_below: float
+def difference_on(
+    decoder: Decoder, references: Sequence[Reference], tie_below: float
 ) -> LogitDifference:
-    """Compares the adapter in memory, by its answers, with another model.
+    """Compares the adapter in memory with a decoder; see `logit_difference`."""
+    prompts = [reference.prompt_ids for reference in references]
+    answers = [reference.answer.ids for reference in references]
+    return logit_difference(references, forced_logits(decoder, prompts, answers), tie_below)
+
+
+def logit_difference(
+    references: Sequence[Reference], logits: Sequence[Tensor], tie_below: float
+) -> LogitDifference:
+    """Compares the adapter in memory with another model, on the adapter's answers.
 
     Args:
         logits: of the other model on the same answers, for each [n, V].
@@ -235,8 +236,8 @@ def logit_difference(
     """
     tokens = differing = ties = 0
     largest, squares, count = torch.zeros(()), 0.0, 0
-    for answer, theirs in zip(answers, logits, strict=True):
-        ours = answer.logits  # [n, V]
+    for reference, theirs in zip(references, logits, strict=True):
+        ours = reference.logits  # [n, V]
         # Not max() of Python: it would forget NaN, which then has to be the result.
         largest = torch.maximum(largest, (ours - theirs).abs().max())
         squares += float((ours - theirs).double().pow(2).sum())
@@ -251,7 +252,7 @@ def logit_difference(
     return LogitDifference(tokens, differing, ties, float(largest), math.sqrt(squares / count))
 
 
-def fp32_tolerance(answers: Sequence[Answered]) -> float:
+def fp32_tolerance(references: Sequence[Reference]) -> float:
     """How far apart the logits of two computations of the same model in fp32 may be."""
-    largest = max(float(answer.logits.abs().max()) for answer in answers)
+    largest = max(float(reference.logits.abs().max()) for reference in references)
     return max(FP32_TOLERANCE, FP32_RELATIVE_TOLERANCE * largest)

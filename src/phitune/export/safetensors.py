@@ -28,11 +28,10 @@ from phitune.export.formats import ExportSettings
 from phitune.export.proof import (
     TIE,
     Proof,
+    difference_on,
     fp32_tolerance,
-    greedy_answers,
-    logit_difference,
-    logits_on,
     proof_prompts,
+    reference_answers,
 )
 from phitune.export.source import Source
 from phitune.model.architecture import LM_HEAD, ModelConfig, read_model_config
@@ -71,8 +70,8 @@ def export_adapter(source: Source, folder: Path, settings: ExportSettings) -> Pr
     write_texts(source, folder, "adapter")
 
     loaded = source.load(settings.device, settings.precision)
-    answers = greedy_answers(loaded, proof_prompts(source.run))
-    check_texts(source, folder, answers)
+    references = reference_answers(loaded, proof_prompts(source.run))
+    check_texts(source, folder, references)
     written = load_adapter(loaded.decoder, folder)
     detach(loaded.decoder)
     found, expected = written.tensors(), source.adapter.tensors()
@@ -81,17 +80,17 @@ def export_adapter(source: Source, folder: Path, settings: ExportSettings) -> Pr
     ):
         raise ExportError("the export was removed: its matrices are not those of the adapter")
     AdapterSet(loaded.decoder, [written]).choose([0])
-    difference = logit_difference(answers, logits_on(loaded.decoder, answers), TIE)
+    difference = difference_on(loaded.decoder, references, TIE)
     return Proof(
         format="adapter",
         compared=_COMPARED,
-        prompts=len(answers),
+        prompts=len(references),
         tokens=difference.tokens,
         tokens_differing=difference.differing,
         ties_excused=difference.ties,
         tie_below=TIE,
         largest_logit_difference=difference.largest,
-        tolerance=fp32_tolerance(answers),
+        tolerance=fp32_tolerance(references),
     )
 
 
@@ -131,21 +130,21 @@ def _prove(
         check_weights(decoder, source.adapter, folder, config)
 
     # The adapter in memory, and how far it moves the logits of its base.
-    answers = greedy_answers(loaded, proof_prompts(source.run))
+    references = reference_answers(loaded, proof_prompts(source.run))
     loaded.on_decoder.choose([None])
-    effect = logit_difference(answers, logits_on(decoder, answers), TIE).typical
+    effect = difference_on(decoder, references, TIE).typical
     measured: dict[str, Any] = {
         "computed_in": str(decoder.dtype).removeprefix("torch."),
         "adapter_moves_logits_typically_by": effect,
     }
 
     # How far rounding may move them, measured by rounding the same merge at random.
-    largest, typical, tie_below = fp32_tolerance(answers), None, TIE
+    largest, typical, tie_below = fp32_tolerance(references), None, TIE
     types = {decoder.dtype, *(tensor.dtype for tensor in planned)}
     coarsest = max(types, key=lambda dtype: torch.finfo(dtype).eps)
     if torch.finfo(coarsest).eps > torch.finfo(torch.float32).eps:
         merge_rounded_at_random(decoder, source.adapter, planned, coarsest)
-        by_chance = logit_difference(answers, logits_on(decoder, answers), TIE)
+        by_chance = difference_on(decoder, references, TIE)
         measured["rounding_at_random_moves_logits_typically_by"] = by_chance.typical
         measured["rounding_at_random_moves_a_logit_by_at_most"] = by_chance.largest
         typical = max(largest, _TYPICAL_ROUNDING * by_chance.typical)
@@ -155,9 +154,9 @@ def _prove(
     # The export, once the adapter's model is gone.
     device, dtype = decoder.device, decoder.dtype
     del loaded, decoder
-    check_texts(source, folder, answers)
+    check_texts(source, folder, references)
     exported = load_decoder(folder, config, dtype, device)
-    difference = logit_difference(answers, logits_on(exported, answers), tie_below)
+    difference = difference_on(exported, references, tie_below)
     if typical is not None and difference.typical > _MUCH_OF_THE_ADAPTER * effect:
         # Small updates of large weights can be lost in rounding.
         notes.append(
@@ -168,7 +167,7 @@ def _prove(
     return Proof(
         format="merged",
         compared=_COMPARED,
-        prompts=len(answers),
+        prompts=len(references),
         tokens=difference.tokens,
         tokens_differing=difference.differing,
         ties_excused=difference.ties,

@@ -384,7 +384,7 @@ def test_a_mistake_of_ours_shows_no_traceback(monkeypatch: Any, capsys: Any) -> 
     def broken(argv: list[str]) -> int:
         raise RuntimeError("boom")
 
-    monkeypatch.setattr(train, "run", broken)
+    monkeypatch.setattr(train, "trainer_of", broken)
     assert cli.main(["train"]) == 1
     said = capsys.readouterr().err
     assert "internal error: RuntimeError: boom" in said

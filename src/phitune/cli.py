@@ -23,7 +23,8 @@ EXIT_INTERRUPTED = 130
 DEBUG_VARIABLE = "PHITUNE_DEBUG"
 DESCRIPTION = "Fine-tune Phi-2, Phi-3.5 and their siblings with LoRA on the machine you own."
 MAX_LINE = 1000  # characters of an error's line that are shown
-# Each is a module of `commands` with `run(argv) -> exit code`, imported when it is asked for.
+# Each is a module of `commands`, imported when it is asked for; all but train, which `main` calls
+# itself, have `run(argv) -> exit code`.
 COMMANDS = {
     "train": "fine-tune a model on a file of prompts and responses",
     "chat": "talk to a model, tuned or not",
@@ -44,7 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             # A terminal that lacks a letter of some answer must not end a run.
             stream.reconfigure(errors="backslashreplace")
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
+        words = list(sys.argv[1:] if argv is None else argv)
+        if words[:1] != ["train"]:
+            return _run(words)
+        # The main job: `train` and the loop `fit` are all that lies between here and a step.
+        from phitune.commands.train import trainer_of
+
+        trainer_of(words[1:]).train()
+        return 0
     except PhituneError as error:
         _tell(str(error))
         return error.exit_code

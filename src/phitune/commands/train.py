@@ -1,6 +1,11 @@
 """`phitune train`: a training run, with one flag for each field of `config.Settings`."""
 
+from typing import TYPE_CHECKING
+
 from phitune.commands.options import TrainingOptions, parse_with_settings
+
+if TYPE_CHECKING:
+    from phitune.trainer import Phi2LoRATrainer
 
 
 class TrainOptions(TrainingOptions):
@@ -12,12 +17,15 @@ class TrainOptions(TrainingOptions):
     )
 
 
-def run(argv: list[str]) -> int:
-    """Trains; returns the exit code."""
+def trainer_of(argv: list[str]) -> "Phi2LoRATrainer":
+    """The trainer that the flags ask for.
+
+    Raises:
+        PhituneError: settings or model files that cannot be used.
+    """
     options, flags = parse_with_settings(TrainOptions, argv)
 
     from phitune.config import resolve
     from phitune.trainer import Phi2LoRATrainer
 
-    Phi2LoRATrainer(config=resolve(flags, options.config)).train()
-    return 0
+    return Phi2LoRATrainer(config=resolve(flags, options.config))

@@ -22,12 +22,10 @@ MAY_IMPORT = {
         "training",
         "plan",
         "check",
-        "doctor",
         "model",
         "data",
         *FREE_TO_ALL,
     },
-    "doctor": {"training", "plan", "model", "data", *FREE_TO_ALL},
     "layers": {"plan", "model", "data", *FREE_TO_ALL},
     "trainer": {
         "progress",

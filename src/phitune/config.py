@@ -1,8 +1,11 @@
-"""Every knob of a training run, declared once.
+"""Every setting of a training run, declared once, and how a file and flags become settings.
 
 A field of `Settings` is the flag of that name, the key of that name in a YAML file, the line in
-`--help`, and the entry in the `config.yaml` a run leaves behind. How flags and files become
-settings stands in `resolution.py`.
+`--help`, and the entry in the `config.yaml` that a run leaves behind. `resolve` puts defaults, a
+file and flags together and knows the origin of every value. Values from all of them pass through
+the same validation, so a wrong one is refused with the same words, and all wrong ones at once.
+
+What depends on the machine, the model or the data ("auto") is chosen later, by others.
 """
 
 import difflib
@@ -126,21 +129,22 @@ class Settings(BaseModel):
         allow_inf_nan=False,
         coerce_numbers_to_str=True,
         protected_namespaces=(),
+        defer_build=True,  # --help needs no validator
     )
 
     output_dir: UserPath | None = knob(
         None, "run directory (default: output/<model>-<data>-<date-time>)", group=_RUN
     )
-    overwrite: bool = knob(False, "replace a run that is already in output_dir", group=_RUN)
+    overwrite: bool = knob(False, "replace an earlier run in output_dir", group=_RUN)
     resume: str | None = knob(
         None,
-        "go on with the run in this directory; auto: with the one in output_dir, if there is one",
+        "resume the run in this directory; auto: the one in output_dir, if there is one",
         group=_RUN,
         min_length=1,
     )
     resume_with: str | None = knob(
         None,
-        "what is changed on going on, such as learning_rate=1e-4,epochs=30",
+        "settings to change on resuming, such as learning_rate=1e-4,epochs=30",
         group=_RUN,
         pattern=r"^\s*\w+\s*=",
     )
@@ -151,25 +155,29 @@ class Settings(BaseModel):
         min_length=1,
     )
     seed: Whole = knob(
-        42, "decides the split, the order, dropout and the adapter's start", group=_RUN, ge=0
+        42,
+        "seed of the validation split, the order of rows, dropout and the initial adapter",
+        group=_RUN,
+        ge=0,
     )
     save_every: SaveEvery = knob(
         "auto",
-        "a checkpoint every N steps, 10m (minutes) or epoch; auto: an epoch or 10m, the sooner one",
+        "save a checkpoint every N steps, 10m (minutes) or epoch; auto: every epoch or 10m,"
+        " whichever comes first",
         group=_RUN,
     )
     keep_checkpoints: Whole = knob(
-        2, "newest checkpoints that are kept, beside that of the best step", group=_RUN, ge=1
+        2, "number of newest checkpoints to keep, besides that of the best step", group=_RUN, ge=1
     )
 
     dataset_path: UserPath | None = knob(
         None,
         "a .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, or a hub data set"
-        " (default: the example)",
+        " (default: the example data)",
         group=_DATA,
     )
     validation_path: UserPath | None = knob(
-        None, "validation rows from a file, folder or data set of their own", group=_DATA
+        None, "a file, folder or data set with the validation rows", group=_DATA
     )
     data_format: Literal[
         "auto",
@@ -179,38 +187,40 @@ class Settings(BaseModel):
         "completion",
         "messages",
         "sharegpt",
-    ] = knob("auto", "what the rows are; auto: seen in the first of them", group=_DATA)
+    ] = knob("auto", "format of the rows; auto: detected from the first rows", group=_DATA)
     columns: str | None = knob(
         None,
-        "columns of other names, such as prompt=title,response=body; of a table without a"
-        " header by number, prompt=0,response=1",
+        "names of the columns, such as prompt=title,response=body; for a table without a header"
+        " their numbers, prompt=0,response=1",
         group=_DATA,
     )
     on_bad_row: Literal["error", "skip"] = knob(
-        "error", "what happens where rows cannot be used; error: all are listed", group=_DATA
+        "error",
+        "what to do with rows that cannot be used; error: list them all and stop",
+        group=_DATA,
     )
     validation_split: Real = knob(
-        0.1, "share of the rows kept for validation; 0 for none", group=_DATA, ge=0.0, le=0.5
+        0.1, "share of the rows to use for validation; 0: none", group=_DATA, ge=0.0, le=0.5
     )
     prompt_format: Literal["instruct", "chat"] = knob(
         "instruct",
-        "instruct: 'Instruct: ...\\n\\nOutput: ...'; chat: the model's own chat template",
+        "instruct: 'Instruct: ...\\n\\nOutput: ...'; chat: the model's chat template",
         group=_DATA,
     )
     max_length: Whole = knob(1024, "longest row in tokens", group=_DATA, ge=8)
     on_too_long: Literal["drop", "error"] = knob(
-        "drop", "what happens to a longer row; it is never cut", group=_DATA
+        "drop", "what to do with a longer row; rows are never truncated", group=_DATA
     )
     train_on_prompt: bool = knob(
-        False, "train on the prompt's tokens too, not only the answer's", group=_DATA
+        False, "train on the tokens of the prompt too, not only on those of the answer", group=_DATA
     )
     cache: bool = knob(
-        True, "keep the data's tokens in ~/.cache/phitune for the next run", group=_DATA
+        True, "keep the tokenized data in ~/.cache/phitune for the next run", group=_DATA
     )
 
     batch_size: BatchSize = knob(
         DEFAULT_BATCH_SIZE,
-        "sequences per micro-batch; auto: as many as fit, at the same rows per step",
+        "sequences per micro-batch; auto: as many as fit, with the same number of rows per step",
         group=_TRAIN,
         recommended=(2, 8),
     )
@@ -222,11 +232,11 @@ class Settings(BaseModel):
         2e-4, "peak learning rate", group=_TRAIN, recommended=(5e-5, 2e-4), gt=0.0, le=1.0
     )
     lr_scheduler: Literal["cosine", "linear", "constant"] = knob(
-        "cosine", "how the learning rate goes on after the warmup", group=_TRAIN
+        "cosine", "schedule of the learning rate after the warmup", group=_TRAIN
     )
     warmup_ratio: Real = knob(
         0.05,
-        "share of the steps over which the learning rate rises",
+        "share of the steps in which the learning rate rises",
         group=_TRAIN,
         recommended=(0.03, 0.1),
         ge=0.0,
@@ -234,28 +244,30 @@ class Settings(BaseModel):
     )
     weight_decay: Real = knob(0.0, "AdamW's decoupled weight decay", group=_TRAIN, ge=0.0, le=1.0)
     max_grad_norm: Real = knob(
-        1.0, "gradients are scaled down to this norm; 0 for never", group=_TRAIN, ge=0.0
+        1.0, "clip the gradients to this norm; 0: never", group=_TRAIN, ge=0.0
     )
     nonfinite_patience: Whole = knob(
         1,
-        "so many steps in a row without a finite loss and gradient, and it stops; none is applied",
+        "stop after N consecutive steps whose loss or gradient is not finite; such a step is never"
+        " applied",
         group=_TRAIN,
         ge=1,
     )
     early_stopping_patience: Whole = knob(
-        3, "epochs without a better validation loss before it stops; 0: never", group=_TRAIN, ge=0
+        3, "stop after N epochs without a lower validation loss; 0: never", group=_TRAIN, ge=0
     )
 
-    lora_r: Whole = knob(8, "rank", group=_LORA, recommended=(8, 32), ge=1, le=1024)
+    lora_r: Whole = knob(8, "rank of the adapter", group=_LORA, recommended=(8, 32), ge=1, le=1024)
     lora_alpha: Real = knob(
         32.0,
-        "scale; updates count alpha / r times (recommended: 2-4 x lora_r)",
+        "scale of the adapter: its output is multiplied by lora_alpha / lora_r (recommended: 2 to"
+        " 4 x lora_r)",
         group=_LORA,
         gt=0.0,
     )
     lora_dropout: Real = knob(
         0.05,
-        "dropout on the input of A",
+        "dropout on the input of the adapter",
         group=_LORA,
         recommended=(0.03, 0.1),
         ge=0.0,
@@ -263,46 +275,53 @@ class Settings(BaseModel):
     )
     target_modules: Texts = knob(
         ["all-linear"],
-        "module names, or attention, mlp, all-linear; embed_tokens and lm_head may be added",
+        "modules to adapt: their names, or attention, mlp, all-linear; embed_tokens and lm_head can"
+        " be added",
         group=_LORA,
         min_length=1,
     )
     layers: str | None = knob(
         None,
-        "only these layers, such as 16-31 or 0,2,8-11",
+        "layers to adapt, such as 16-31 or 0,2,8-11 (default: all)",
         group=_LORA,
         pattern=r"^\s*\d+(\s*-\s*\d+)?(\s*,\s*\d+(\s*-\s*\d+)?)*\s*$",
     )
 
-    device: Device = knob("auto", "auto, cpu, cuda, cuda:N or mps", group=_MACHINE)
+    device: Device = knob("auto", "where to train: auto, cpu, cuda, cuda:N or mps", group=_MACHINE)
     precision: Precision = knob(
         "auto",
-        "of the frozen base: auto (bf16 on CUDA and MPS, fp32 on CPU), fp32, bf16",
+        "precision of the frozen base model; auto: bf16 on CUDA and MPS, fp32 on CPU",
         group=_MACHINE,
     )
     engine: Literal["fused", "reference"] = knob(
-        "fused", "fused: backward by hand; reference: plain torch, to compare with", group=_MACHINE
+        "fused",
+        "fused: hand-written backward pass; reference: plain PyTorch, to compare with",
+        group=_MACHINE,
     )
     gradient_checkpointing: bool = knob(
         True,
-        "recompute as few layers as the memory demands, instead of storing them; false: none",
+        "recompute the activations of as many layers as needed to fit in memory; false: of none",
         group=_MACHINE,
     )
     recompute_layers: LayerCount = knob(
-        None, "recompute so many layers, or all, whatever the memory", group=_MACHINE
+        None, "recompute exactly N layers, or all (default: chosen from the memory)", group=_MACHINE
     )
     torch_compile: bool = knob(
-        True, "compile the layers where that is dependable and pays (it says so)", group=_MACHINE
+        True,
+        "compile the layers where that is reliable and faster; the run reports the choice",
+        group=_MACHINE,
     )
 
     sample_prompts: Texts = knob(
-        [], "prompts answered after each epoch (default: two of the validation rows)", group=_REPORT
+        [],
+        "prompts to answer after each epoch (default: two of the validation rows)",
+        group=_REPORT,
     )
     sample_tokens: Whole = knob(
-        64, "longest sampled answer in tokens; 0 for no samples", group=_REPORT, ge=0
+        64, "longest answer to a sample prompt in tokens; 0: no samples", group=_REPORT, ge=0
     )
     report_to: Literal["none", "tensorboard"] = knob(
-        "none", "a tracker beside metrics.jsonl", group=_REPORT
+        "none", "experiment tracker to write to, besides metrics.jsonl", group=_REPORT
     )
 
     @property

@@ -1,9 +1,31 @@
-"""`phitune doctor`: the machine, and what the engine chooses on it."""
+"""`phitune doctor`: what this machine has, and what training would use of it and why.
 
-import json
+Loads no model and trains nothing. The choices are made by the same functions that training calls;
+the speed of matrix products is measured.
+"""
 
+import os
+import platform
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from phitune import __version__
 from phitune.commands.options import Options, option, parse, switch
 from phitune.config import Device, Precision
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+    from phitune.model.fused import Gemm
+
+# A product of Phi-2: the tokens of a micro-batch times half of q|k|v|fc1.
+TOKENS, INPUTS, OUTPUTS = 512, 2560, 8960
+REPEATS = 3
+BUSY = 0.5  # load per core from which other programs slow training down
+
+Findings = dict[str, dict[str, str]]
 
 
 class DoctorOptions(Options):
@@ -21,12 +43,130 @@ def run(argv: list[str]) -> int:
     """Shows the findings; returns the exit code."""
     options = parse(DoctorOptions, argv)
 
-    from phitune.config import Settings
-    from phitune.doctor import examine, show
+    from rich.console import Console
 
-    findings = examine(Settings(device=options.device, precision=options.precision))
+    from phitune.commands.terminal import print_json
+
+    findings = examine(options)
     if options.as_json:
-        print(json.dumps(findings, indent=2))
+        print_json(findings)
     else:
-        show(findings)
+        show(findings, Console(highlight=False))
     return 0
+
+
+def examine(options: DoctorOptions) -> Findings:
+    """Sections of findings, by name.
+
+    Raises:
+        SettingsError: there is no such device.
+    """
+    import torch
+
+    from phitune.model.device import DTYPES, choose_device, choose_precision
+    from phitune.model.engine import choose_backend
+
+    device = choose_device(options.device)
+    precision = choose_precision(options.precision, device)
+    _, choices = choose_backend(device, DTYPES[precision], torch_compile=True)
+    return {
+        "programs": {
+            "phitune": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "system": f"{platform.system()} {platform.machine()}",
+        },
+        "machine": _machine(device),
+        "training would use": {
+            "device": f"{device} ({_origin(options.device)})",
+            "precision": f"{precision} ({_origin(options.precision)})",
+            **choices,
+        },
+        "measured now": _rates(device, DTYPES[precision]),
+    }
+
+
+def show(findings: Findings, console: "Console") -> None:
+    """The sections as tables of names and findings."""
+    from rich.table import Table
+
+    for section, found in findings.items():
+        console.print(f"[bold]{section}[/]")
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 2), pad_edge=False)
+        table.add_column(no_wrap=True, min_width=14)
+        table.add_column(overflow="fold")
+        for name, value in found.items():
+            table.add_row(f"  {name}", value)
+        console.print(table)
+
+
+def _origin(asked: str) -> str:
+    return "chosen" if asked == "auto" else "as asked"
+
+
+def _machine(device: "torch.device") -> dict[str, str]:
+    import psutil
+    import torch
+
+    from phitune.plan.machine import memory_budget
+    from phitune.plan.memory import GIB
+
+    memory = psutil.virtual_memory()
+    cores = os.cpu_count() or 1
+    found = {
+        "processor": platform.processor() or platform.machine(),
+        "cores": f"{cores}, torch uses {torch.get_num_threads()}",
+        "memory": f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free",
+    }
+    if device.type == "cuda":
+        found["GPU"] = torch.cuda.get_device_name(device)
+    budget = memory_budget(device)
+    found["for a run"] = (
+        f"{budget.bytes / GIB:.1f} GiB on {device.type}, of what is {budget.source}"
+    )
+    load = os.getloadavg()[0] if sys.platform != "win32" else 0.0
+    if load > BUSY * cores:
+        # Threads of a product wait for one another, busily: one other program halves the speed.
+        found["warning"] = f"other programs are busy (load {load:.1f}); training will be slower"
+    return found
+
+
+def _rates(device: "torch.device", dtype: "torch.dtype") -> dict[str, str]:
+    """Products in both directions, in GFLOP/s, with every implementation there is."""
+    import torch
+
+    from phitune.model.fused import ONEDNN, STANDARD, has_onednn
+
+    gemms = [STANDARD]
+    if device.type == "cpu" and dtype == torch.float32 and has_onednn():
+        gemms.append(ONEDNN)
+    found = {}
+    for gemm in gemms:
+        forward, backward = _gflops(gemm, device, dtype)
+        found[gemm.name] = f"{forward:,.0f} GFLOP/s forward, {backward:,.0f} backward"
+    return found
+
+
+def _gflops(gemm: "Gemm", device: "torch.device", dtype: "torch.dtype") -> tuple[float, float]:
+    """The best of a few forward and of a few backward products."""
+    import torch
+
+    x = torch.randn(TOKENS, INPUTS, dtype=dtype, device=device)
+    weight = torch.randn(OUTPUTS, INPUTS, dtype=dtype, device=device)
+    grad = torch.randn(TOKENS, OUTPUTS, dtype=dtype, device=device)
+    best = {"forward": 0.0, "backward": 0.0}
+    for _ in range(REPEATS + 1):
+        for direction in best:
+            started = time.perf_counter()
+            if direction == "forward":
+                gemm.forward(x, weight, None)  # [TOKENS, OUTPUTS]
+            else:
+                gemm.backward(grad, weight)  # [TOKENS, INPUTS]
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            elif device.type == "mps":
+                torch.mps.synchronize()
+            seconds = time.perf_counter() - started
+            rate = 2 * TOKENS * INPUTS * OUTPUTS / seconds / 1e9
+            best[direction] = max(best[direction], rate)
+    return best["forward"], best["backward"]

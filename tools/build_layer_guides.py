@@ -4,7 +4,7 @@
 
 The words are those of `phitune layers` (src/phitune/assets/layers.yaml), the numbers are counted
 from config.json: FOLDER/phi-2 and FOLDER/phi-3.5-mini-instruct, or the built-in figures without
---configs. tests/layers/test_layers.py holds the committed documents against this program.
+--configs. tests/layers/test_guide.py holds the committed documents against this program.
 """
 
 import argparse

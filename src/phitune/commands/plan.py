@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from phitune.commands.options import TrainingOptions, option, parse_with_settings, switch
-from phitune.commands.terminal import gigabytes, section, shares, size_in, table_of, unit_of
+from phitune.commands.terminal import bar, gigabytes, section, shares, size_in, table_of, unit_of
 from phitune.errors import OutOfMemoryError
 from phitune.plan.machine import BUDGET_SHARE
 from phitune.plan.memory import Term
@@ -25,8 +25,6 @@ from phitune.plan.presets import PRESETS
 CELLS = 20
 # Narrower terminals have each term's words on a line of their own.
 WIDE = 100
-# What fills a part of a cell, in eighths.
-_EIGHTHS = " ▏▎▍▌▋▊▉█"
 _COLOURS = ("blue", "cyan", "magenta", "green", "yellow", "bright_blue", "bright_magenta")
 
 
@@ -49,7 +47,7 @@ def memory_table(plan: Plan, console: Console) -> RenderableType:
     for index, term in enumerate(shown):
         share = term.bytes / peak
         text = line(term.name, term.bytes, f"{share:.1%}")
-        text.append(f"  {_bar(share, blocks=blocks)}", _COLOURS[index % len(_COLOURS)])
+        text.append(f"  {bar(share, CELLS, console)}", _COLOURS[index % len(_COLOURS)])
         lines += _with_words(text, term, names + 18 + CELLS + 2, console.width)
     lines += [rule, line("peak", peak, "100.0%")]
     lines[-1].stylize("bold" if plan.fits else "bold red")
@@ -66,15 +64,6 @@ def memory_table(plan: Plan, console: Console) -> RenderableType:
             lines.append(Text("Training would split the micro-batch. Or try:"))
         lines += [Text(f"  {remedy}") for remedy in plan.remedies]
     return section("Memory at the peak of a step", Group(*lines))
-
-
-def _bar(share: float, *, blocks: bool) -> str:
-    """A bar of up to CELLS cells; what is there at all can be seen."""
-    padded = share * CELLS
-    if not blocks:
-        return "#" * max(1, round(padded))
-    whole, eighths = divmod(max(1, round(padded * 8)), 8)
-    return "█" * whole + _EIGHTHS[eighths].strip()
 
 
 def _with_words(line: Text, term: Term, first: int, width: int) -> list[Text]:

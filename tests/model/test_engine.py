@@ -24,7 +24,7 @@ from phitune.model.architecture import known_model_config
 from phitune.model.attention import Attention, FlashOnCpu, InBlocks
 from phitune.model.decoder import Decoder
 from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
-from phitune.model.fused import ONEDNN, STANDARD, Kernels, choose_gemm, fill, has_onednn
+from phitune.model.fused import ONEDNN, STANDARD, Kernels, choose_gemm, has_onednn, pad
 from phitune.model.fused_layers import Shared
 from phitune.model.lora import Adapter, LoraSpec, attach, load_adapter
 from phitune.model.targets import resolve_targets
@@ -225,7 +225,7 @@ def test_perturbing_a_neighbour_changes_no_bit_of_a_row(kind: str, tmp_path: Pat
     hidden = []
     for batch in (pack(rows[:3]), pack([others[0], rows[1], others[2]])):
         with torch.no_grad():
-            padded = fill(batch, dropout_of(batch, 0.1), decoder.device)
+            padded = pad(batch, dropout_of(batch, 0.1), decoder.device)
             shared = engine._shared(padded)
             x = decoder.embed_tokens(padded.input_ids)
             hidden.append(engine.layers[0].forward(x, shared, None)[0])

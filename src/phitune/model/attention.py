@@ -1,15 +1,17 @@
 """Causal attention over packed sequences, forward and backward, by hand for each device.
 
 `ops.attention` is the definition. Here the backward is a function of its own, so that a layer
-decides what is kept: queries, keys, values and the output live in the layer's buffers, and only the
-log-sum-exp of the scores is added to them.
+decides what is kept: queries, keys, values and the output are the layer's buffers, and only the
+log-sum-exp of the scores is kept besides.
 
 - `FlashOnCpu`: torch's flash kernel, sequence by sequence.
 - `FlashOnCuda`: torch's flash kernel for packed sequences, one call; fp16 and bf16 only.
 - `InBlocks`: plain torch, a block of queries at a time, for Apple's GPU (which has no fused
   attention with a backward), for fp32 on CUDA, and as the second opinion in tests.
 
-Shapes: T packed tokens, H heads, G key-value heads, E head_dim, S tokens of a sequence.
+Shapes: T packed tokens, H heads, G key-value heads, E head_dim, S tokens of a sequence or the keys
+that a block sees, n queries of a block. All methods `forward` and `backward` have the shapes that
+`Attention` gives.
 """
 
 import itertools
@@ -24,7 +26,7 @@ from phitune.model import architecture
 
 
 class Attention(Protocol):
-    """One way to compute attention; all of them are told the same."""
+    """One way to compute attention; all take the same arguments."""
 
     name: str
 
@@ -43,19 +45,19 @@ class Attention(Protocol):
     def backward(
         self,
         grad_out: Tensor,  # [T, H, E]
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: list[Tensor],
-        grads: tuple[Tensor, Tensor, Tensor],  # of query, key and value; written
+        query: Tensor,  # [T, H, E]
+        key: Tensor,  # [T, G, E]
+        value: Tensor,  # [T, G, E]
+        out: Tensor,  # [T, H, E], of the forward
+        lse: list[Tensor],  # of the forward
+        grads: tuple[Tensor, Tensor, Tensor],  # of query, key and value, in their shapes; written
         cu_seqlens: Sequence[int],
         sliding_window: int | None,
     ) -> None: ...
 
 
 def choose_attention(device: torch.device, dtype: torch.dtype) -> Attention:
-    """The fastest that the device has for this precision."""
+    """The fastest for this device and precision."""
     if device.type == "cpu":
         return FlashOnCpu()
     if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
@@ -64,6 +66,8 @@ def choose_attention(device: torch.device, dtype: torch.dtype) -> Attention:
 
 
 class FlashOnCpu:
+    """torch's flash kernel for CPUs, called for one sequence after the other."""
+
     name = "flash attention, sequence by sequence"
 
     def forward(
@@ -87,8 +91,8 @@ class FlashOnCpu:
                 mask is None,
                 attn_mask=mask,
             )
-            out[start:stop] = attended.squeeze(0).transpose(0, 1)
-            all_lse.append(lse)
+            out[start:stop] = attended.squeeze(0).transpose(0, 1)  # [S, H, E]
+            all_lse.append(lse)  # [1, H, S]
         return all_lse
 
     def backward(
@@ -124,15 +128,17 @@ class FlashOnCpu:
 
 
 class FlashOnCuda:
+    """torch's flash kernel for packed sequences, called once for all of them."""
+
     name = "flash attention for packed sequences"
 
     def __init__(self) -> None:
-        # All layers of a micro-batch ask for the same offsets: they are sent to the GPU once.
+        # All layers of a micro-batch need the same offsets: they are sent to the GPU once.
         self._offsets_of: tuple[int, ...] = ()
         self._offsets = torch.empty(0)
 
     def _on_device(self, cu_seqlens: Sequence[int], device: torch.device) -> tuple[Tensor, int]:
-        """Offsets of the sequences as the kernel wants them, and the longest sequence."""
+        """Offsets of B sequences as the kernel wants them [B + 1], and the longest sequence."""
         wanted = tuple(cu_seqlens)
         if wanted != self._offsets_of:
             offsets = torch.tensor(wanted, dtype=torch.int32)
@@ -222,8 +228,8 @@ class InBlocks:
         all_lse = []
         for rows, seen in _blocks(cu_seqlens, sliding_window):
             scores = _scores(query, key, rows, seen, groups, sliding_window)  # [H, n, S]
-            lse = scores.logsumexp(-1, keepdim=True)
-            weights = (scores - lse).exp_().to(value.dtype)
+            lse = scores.logsumexp(-1, keepdim=True)  # [H, n, 1]
+            weights = (scores - lse).exp_().to(value.dtype)  # [H, n, S]
             out[rows] = torch.matmul(weights, _by_head(value[seen], groups)).transpose(0, 1)
             all_lse.append(lse)
         return all_lse
@@ -247,13 +253,18 @@ class InBlocks:
         scale = 1 / math.sqrt(query.shape[-1])
         blocks = _blocks(cu_seqlens, sliding_window)
         for (rows, seen), lse_of_block in zip(blocks, lse, strict=True):
+            # The softmax once more.
             scores = _scores(query, key, rows, seen, groups, sliding_window)
             weights = (scores - lse_of_block).exp_()  # [H, n, S]
+
+            # Its gradient. The subtracted mean is each query's sum(weights * grad_weights).
             grad = grad_out[rows].transpose(0, 1)  # [H, n, E]
-            shrinkage = (grad * out[rows].transpose(0, 1)).sum(-1, keepdim=True)
+            mean = (grad * out[rows].transpose(0, 1)).sum(-1, keepdim=True)  # [H, n, 1]
             grad_weights = torch.matmul(grad, _by_head(value[seen], groups).transpose(1, 2))
-            grad_scores = (weights * (grad_weights - shrinkage) * scale).to(query.dtype)
+            grad_scores = (weights * (grad_weights - mean) * scale).to(query.dtype)  # [H, n, S]
             weights = weights.to(query.dtype)
+
+            # Queries of the block, and what it adds to the keys and values that it sees.
             grad_query[rows] = torch.matmul(grad_scores, _by_head(key[seen], groups)).transpose(
                 0, 1
             )
@@ -265,26 +276,32 @@ class InBlocks:
             grad_value[seen] += _sum_groups(part, groups)
 
 
+# -------------------------------------------------------------------------------------------------
+# Shapes, masks and scores.
+
+
 def _as_batch(x: Tensor) -> Tensor:
     """[S, H, E] -> [1, H, S, E], a view."""
     return x.transpose(0, 1).unsqueeze(0)
 
 
 def _repeat(x: Tensor, groups: int) -> Tensor:
+    """[S, G, E] -> [S, H, E]: each head of keys or values for its group of queries."""
     return x if groups == 1 else x.repeat_interleave(groups, dim=1)
 
 
 def _sum_groups(x: Tensor, groups: int) -> Tensor:
-    """[S, H, E] -> [S, G, E]: what the heads of a group found, together."""
+    """[S, H, E] -> [S, G, E]: the sum over the heads of a group."""
     return x if groups == 1 else x.unflatten(1, (-1, groups)).sum(2)
 
 
 def _by_head(x: Tensor, groups: int) -> Tensor:
+    """[S, G, E] -> [H, S, E]."""
     return _repeat(x, groups).transpose(0, 1)
 
 
 def _band(length: int, sliding_window: int | None, like: Tensor) -> Tensor | None:
-    """What is added to the scores where a sequence is longer than the window. [S, S]"""
+    """Mask [S, S] to add to the scores, 0 or -inf; None where causal attention needs none."""
     if sliding_window is None or length <= sliding_window:
         return None
     ones = torch.ones(length, length, dtype=torch.bool, device=like.device)
@@ -306,7 +323,10 @@ def _blocks(cu_seqlens: Sequence[int], sliding_window: int | None) -> Iterator[t
 def _scores(
     query: Tensor, key: Tensor, rows: slice, seen: slice, groups: int, sliding_window: int | None
 ) -> Tensor:
-    """Scaled scores of a block of queries, -inf where a key must not be seen. [H, n, S]"""
+    """Scaled scores of a block of queries, -inf where a key must not be seen.
+
+    query: [T, H, E], key: [T, G, E]. Returns: [H, n, S].
+    """
     scores = torch.matmul(query[rows].transpose(0, 1), _by_head(key[seen], groups).transpose(1, 2))
     wide = torch.promote_types(scores.dtype, torch.float32)
     scores = scores.to(wide) * (1 / math.sqrt(query.shape[-1]))

@@ -1,12 +1,14 @@
 """The two decoders, phi and phi3: packed tokens in, hidden states and losses out.
 
-A layer is what comes before attention and what comes after it. Attention itself is handed in as a
-function, so that training (packed sequences) and generation (a cache) run the same layers.
+Parts first: frozen layers with places for adapters, then the decoder layers, then `Decoder`. A
+layer is what comes before attention and what comes after it; attention itself is an argument, so
+that training (packed sequences) and generation (a cache) run the same layers.
 
-Not here: text, files, sampling, and the arithmetic of the operations (ops.py).
+Not here: text, files, sampling, and the arithmetic of the operations (ops.py). This is the plain
+version under autograd; training uses the layers of fused_layers.py on the same weights.
 
-Shapes: T packed tokens, D hidden, H heads, G key-value heads, E head_dim, N trained tokens,
-V vocabulary.
+Shapes: T packed tokens, D hidden or in, O out, F intermediate, H heads, G key-value heads,
+E head_dim, N trained positions, V vocabulary, R rank, X all ranks on a layer, K adapters.
 """
 
 import itertools
@@ -45,7 +47,7 @@ class LoraPair(nn.Module):
         self.lora_B = nn.Parameter(lora_B)  # [len(columns), R]
         self.columns = columns
         self.scaling = scaling
-        self.key = key  # a buffer in all but name: it is made anew, never saved
+        self.key = key  # scalar int64; no buffer, as it is made anew and never saved
 
     def operand(self) -> ops.LoraOperand:
         return ops.LoraOperand(
@@ -59,7 +61,7 @@ class LoraPair(nn.Module):
 
 
 class LoraBank:
-    """The adapters of one layer side by side, for inference; see adapters.py.
+    """The adapters of one layer side by side, for inference; see `lora.AdapterSet`.
 
     Args:
         lora_A: [X, D], or [X, V] of the embedding.
@@ -73,7 +75,7 @@ class LoraBank:
         self._chosen: Tensor | None = None  # [T, X] or [1, X]; None where all is the base model
 
     def choose(self, rows: Tensor | None) -> None:
-        """rows: [T] rows of the factors, or one for all tokens; None for the base model."""
+        """rows: [T] rows of the factors, [1] for all tokens; None for the base model."""
         self._chosen = None if rows is None else self.factors[rows]
 
     def add_to(self, out: Tensor, x: Tensor) -> Tensor:
@@ -107,10 +109,11 @@ class FusedLinear(nn.Module):
         self.bias = _frozen(stop, dtype=dtype, device=device) if spec.bias else None
         self.lora = nn.ModuleList()  # of LoraPair, in the order of the columns
         self.bank: LoraBank | None = None  # in their place, for inference
-        # (x [T, D], W [O, D], b) -> [T, O], where no pair is attached; see gemm.py.
+        # (x [T, D], W [O, D], b) -> [T, O], where no pair is attached; see `fused.Gemm`.
         self.product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = nn.functional.linear
 
     def forward(self, x: Tensor, dropout: ops.Dropout | None = None) -> Tensor:
+        """x: [T, D]. Returns: [T, O]."""
         if self.lora:
             loras = [pair.operand() for pair in self.pairs()]
             return ops.lora_linear(x, self.weight, self.bias, loras, dropout)
@@ -127,9 +130,9 @@ class FusedLinear(nn.Module):
         self.lora = nn.ModuleList(pairs)
 
     def widen(self, extra_columns: int) -> Tensor:
-        """Puts so many further columns, of zeros, beside the weight, which becomes a view.
+        """Puts X extra columns of zeros beside the weight, which becomes a view of the result.
 
-        Returns: [O, D + further], the weight with them; the weight itself where there are none.
+        Returns: [O, D + X]; the weight itself where X is 0.
         """
         if not extra_columns:
             return self.weight.detach()
@@ -140,7 +143,7 @@ class FusedLinear(nn.Module):
         return wide
 
     def named_weights(self) -> dict[str, Tensor]:
-        """Views of the parts under transformers' names."""
+        """Views of the parts, [O, D] and [O] of each, under transformers' names."""
         found = {}
         for name, columns in self.columns.items():
             part = slice(columns.start, columns.stop)
@@ -162,6 +165,7 @@ class Embedding(nn.Module):
         self.bank: LoraBank | None = None
 
     def forward(self, input_ids: Tensor) -> Tensor:
+        """input_ids: [T]. Returns: [T, D]."""
         if self.bank is not None:
             rows = nn.functional.embedding(input_ids, self.weight)
             return self.bank.add_to_rows(rows, input_ids)
@@ -184,6 +188,7 @@ class Norm(nn.Module):
         self.bias = _frozen(size, dtype=dtype, device=device) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: [T, D]. Returns: [T, D]."""
         if self.bias is None:
             return ops.rms_norm(x, self.weight, self.eps)
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
@@ -196,11 +201,12 @@ class Norm(nn.Module):
 
 
 def _frozen(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-    # Left unfilled: every weight is read from a file before it is used.
+    # Not initialized: every weight is read from a file before it is used.
     return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device), requires_grad=False)
 
 
 # -------------------------------------------------------------------------------------------------
+# Decoder layers.
 
 # (layer index, query [T, H, E], key [T, G, E], value [T, G, E]) -> [T, H, E]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -239,23 +245,28 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, rotary: ops.Rotary, attend: Attend, dropout: ops.Dropout | None
     ) -> Tensor:
+        """x: [T, D]. Returns: [T, D]."""
         query, key, value, carried = self.before_attention(x, rotary, dropout)
         return self.after_attention(x, attend(self.index, query, key, value), carried, dropout)
 
     def before_attention(
         self, x: Tensor, rotary: ops.Rotary, dropout: ops.Dropout | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """query, key, value, and what the second half needs besides x and attention's output."""
+        """x: [T, D]. Returns: query [T, H, E], key and value [T, G, E], and what the second half
+        needs besides x and attention's output: [T, F] in Phi-2, None in Phi-3.
+        """
         raise NotImplementedError
 
     def after_attention(
         self, x: Tensor, attended: Tensor, carried: Tensor | None, dropout: ops.Dropout | None
     ) -> Tensor:
+        """x: [T, D], attended: [T, H, E], carried: of `before_attention`. Returns: [T, D]."""
         raise NotImplementedError
 
     def _split_heads(
         self, query: Tensor, key: Tensor, value: Tensor, rotary: ops.Rotary
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, H E], [T, G E] twice -> [T, H, E], [T, G, E] twice; query and key rotated."""
         head_dim = self.config.head_dim
         query = query.unflatten(-1, (self.config.num_attention_heads, head_dim))
         key = key.unflatten(-1, (self.config.num_key_value_heads, head_dim))
@@ -286,16 +297,17 @@ class PhiLayer(DecoderLayer):
             config.key_value_size,
             config.intermediate_size,
         ]
-        fused = self.linears["qkv_fc1"](self.norms["input_layernorm"](x), dropout)
+        fused = self.linears["qkv_fc1"](self.norms["input_layernorm"](x), dropout)  # [T, q|k|v|F]
         query, key, value, inner = fused.split(sizes, dim=-1)
-        return *self._split_heads(query, key, value, rotary), inner
+        query, key, value = self._split_heads(query, key, value, rotary)
+        return query, key, value, inner
 
     def after_attention(
         self, x: Tensor, attended: Tensor, carried: Tensor | None, dropout: ops.Dropout | None
     ) -> Tensor:
         assert carried is not None
-        attention: Tensor = self.linears["dense"](attended.flatten(-2), dropout)
-        mlp: Tensor = self.linears["fc2"](ops.gelu(carried), dropout)
+        attention: Tensor = self.linears["dense"](attended.flatten(-2), dropout)  # [T, D]
+        mlp: Tensor = self.linears["fc2"](ops.gelu(carried), dropout)  # [T, D]
         return attention + mlp + x
 
 
@@ -307,24 +319,28 @@ class Phi3Layer(DecoderLayer):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         config = self.config
         sizes = [config.query_size, config.key_value_size, config.key_value_size]
-        fused = self.linears["qkv_proj"](self.norms["input_layernorm"](x), dropout)
+        fused = self.linears["qkv_proj"](self.norms["input_layernorm"](x), dropout)  # [T, q|k|v]
         query, key, value = fused.split(sizes, dim=-1)
-        return *self._split_heads(query, key, value, rotary), None
+        query, key, value = self._split_heads(query, key, value, rotary)
+        return query, key, value, None
 
     def after_attention(
         self, x: Tensor, attended: Tensor, carried: Tensor | None, dropout: ops.Dropout | None
     ) -> Tensor:
         x = x + self.linears["o_proj"](attended.flatten(-2), dropout)
         gate_up = self.linears["gate_up_proj"](self.norms["post_attention_layernorm"](x), dropout)
-        mlp: Tensor = self.linears["down_proj"](ops.swiglu(gate_up), dropout)
+        mlp: Tensor = self.linears["down_proj"](ops.swiglu(gate_up), dropout)  # [T, D]
         return x + mlp
 
+
+# -------------------------------------------------------------------------------------------------
+# The model.
 
 _LAYERS = {"phi": PhiLayer, "phi3": Phi3Layer}
 
 
 class Decoder(nn.Module):
-    """A frozen Phi model. Its weights are unfilled until `weights.load_weights` has run."""
+    """A frozen Phi model. Its weights are not initialized until `weights.load_weights` has run."""
 
     def __init__(
         self,
@@ -338,7 +354,7 @@ class Decoder(nn.Module):
         self.config = config
         self.dtype = dtype
         self.device = device
-        self.recompute_layers = 0  # so many layers, from the lowest, under autograd
+        self.recompute_layers = 0  # how many layers, from the lowest, autograd recomputes
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, device)
         self.layers = nn.ModuleList(
             _LAYERS[config.model_type](config, index, dtype, device)
@@ -377,7 +393,7 @@ class Decoder(nn.Module):
         attend: Attend,
         dropout: ops.Dropout | None = None,
     ) -> Tensor:
-        """Embedding and layers, with attention as the caller wants it. Returns: [T, D]."""
+        """Embedding and layers, with the caller's attention. Returns: [T, D]."""
         x: Tensor = self.embed_tokens(input_ids)
         for index, layer in enumerate(self.layers):
             if index < self.recompute_layers and torch.is_grad_enabled():
@@ -398,7 +414,10 @@ class Decoder(nn.Module):
         target_positions: Tensor,  # [N], the positions whose next label is trained
         dropout: ops.Dropout | None = None,
     ) -> Tensor:
-        """Summed next-token loss over the trained positions; the head runs on no other."""
+        """Summed next-token loss over the trained positions; the head runs on no other.
+
+        Returns: scalar.
+        """
         row_keys = None if dropout is None else dropout.row_keys[target_positions]
 
         def loss_of_chunk(hidden: Tensor, targets: Tensor, row_keys: Tensor | None) -> Tensor:
@@ -424,18 +443,20 @@ class Decoder(nn.Module):
             position_ids: [T], the tokens' positions in their sequences.
             counts: tokens of each sequence among the T.
             lengths: whole length of each sequence, which decides between longrope's factors.
+
+        Returns: cos and sin, [T, rotary_dim] each.
         """
         config = self.config
         scale = config.long_rope.attention_factor if config.long_rope else 1.0
         frequencies = self._inverse_frequencies(counts, lengths)
-        angles = position_ids.unsqueeze(1).float() * frequencies
-        angles = torch.cat((angles, angles), dim=-1)
+        angles = position_ids.unsqueeze(1).float() * frequencies  # [T, rotary_dim / 2]
+        angles = torch.cat((angles, angles), dim=-1)  # [T, rotary_dim]
         return ops.Rotary(
             (angles.cos() * scale).to(self.dtype), (angles.sin() * scale).to(self.dtype)
         )
 
     def _inverse_frequencies(self, counts: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        """[1, rotary_dim / 2] where all sequences agree, else one row a token."""
+        """[1, rotary_dim / 2] where all sequences have the same, else [T, rotary_dim / 2]."""
         config, long_rope = self.config, self.config.long_rope
         half = config.rotary_dim // 2
         exponents = torch.arange(0, config.rotary_dim, 2).float() / config.rotary_dim

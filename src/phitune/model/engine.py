@@ -4,9 +4,10 @@
 doubt. `FusedEngine` is the fast twin: layers whose backward is written by hand, which keep little
 or, where a plan says so, nothing but their input.
 
-Not here: batches, optimizers, and which layers a plan lets recompute.
+Not here: batches, optimizers, and how many layers a plan lets recompute.
 
-Shapes: T packed tokens, N trained positions, D hidden, V vocabulary, X further columns.
+Shapes: T packed tokens, N trained positions (padding rows included), n rows of a chunk, D hidden,
+V vocabulary, X extra columns.
 """
 
 import itertools
@@ -38,8 +39,8 @@ from phitune.model.fused import (
     blocks,
     choose_gemm,
     cross_entropy_,
-    fill,
     multiplies_bf16,
+    pad,
 )
 from phitune.model.fused_layers import FUSED_LAYERS, FusedLayer, Saved, Shared
 
@@ -119,14 +120,17 @@ class ReferenceEngine(Engine):
         return self._loss_sum(batch, None)
 
     def _loss_sum(self, batch: Packed, dropout: ops.Dropout | None) -> Tensor:
-        hidden = self.decoder(batch.input_ids, batch.position_ids, batch.cu_seqlens, dropout)
+        """Returns: scalar."""
+        hidden = self.decoder(
+            batch.input_ids, batch.position_ids, batch.cu_seqlens, dropout
+        )  # [T, D]
         return self.decoder.loss_sum(hidden, batch.labels, batch.target_positions, dropout)
 
 
 def choose_backend(
     device: torch.device, dtype: torch.dtype, torch_compile: bool
 ) -> tuple[Backend, dict[str, str]]:
-    """What the fused layers are computed with on a device, and in words what that is, and why."""
+    """What the fused layers are computed with on a device, and each choice with its reason."""
     gemm, why = choose_gemm(device, dtype)
     if dtype == torch.float32 and multiplies_bf16(device):
         why += (
@@ -152,11 +156,11 @@ class FusedEngine(Engine):
     Args:
         decoder: with its adapter attached; its linear layers are widened here (see fused.py).
         dropout_rate: of the adapter.
-        recompute_layers: so many layers, from the lowest, keep their input only. The lowest come
-            last in the backward, when the others' memory is free again.
+        recompute_layers: how many layers, from the lowest, keep their input only. The lowest come
+            last in the backward, when the memory of the others is free again.
         torch_compile: compile the work between the products, where that is dependable and pays.
-        keep_freed: on a CPU, keep freed buffers for the next of their kind: faster, but memory
-            falls into pieces, which take up to a sixth more.
+        keep_freed: on a CPU, keep freed buffers for the next of their kind: faster, but fragmented
+            memory takes up to a sixth more.
     """
 
     def __init__(
@@ -193,25 +197,32 @@ class FusedEngine(Engine):
     def _loss_and_gradients(
         self, batch: Packed, dropout: ops.Dropout | None, weight: float
     ) -> Tensor:
+        # Before the layers: memory of the last step, the adapter's new numbers, padding.
         if self.device.type == "cpu" and self._begins_step():
             release_freed_memory()
         self._refresh(prepare_gradients=True)
         embedding = self.decoder.embed_tokens
-        padded = fill(batch, dropout, self.device)
+        padded = pad(batch, dropout, self.device)
+
+        # The embedding, alone under autograd: its adapter's backward is the last step below.
         with torch.set_grad_enabled(embedding.lora is not None):
-            embedded = embedding(padded.input_ids)
+            embedded = embedding(padded.input_ids)  # [T, D]
+
         with torch.no_grad():
+            # Forward, and the loss with its own backward in one pass.
             shared = self._shared(padded)
-            hidden, kept = self._forward(embedded.detach(), padded.rows, shared)
-            keys = shared.keys_of(padded.rows)
-            loss, grad = self._loss(hidden, padded.targets, keys, weight)
+            hidden, kept = self._forward(embedded.detach(), padded.rows, shared)  # [N, D]
+            keys = shared.keys_of(padded.rows)  # [N]
+            loss, grad = self._loss(hidden, padded.targets, keys, weight)  # scalar, [N, D]
             del hidden
+
+            # Backward through the layers, from the top; what a layer kept is freed after it.
             for index in reversed(range(self.lowest, len(self.layers))):
                 layer, saved = self.layers[index], kept.pop()
                 if index < self.recompute_layers:
                     _, saved = layer.forward(saved.x, shared, saved.rows, for_backward_only=True)
                 needs_input = index > self.lowest or embedding.lora is not None
-                below = layer.backward(grad, saved, shared, needs_input=needs_input)
+                below = layer.backward(grad, saved, shared, needs_input=needs_input)  # [T, D]
                 del saved
                 if below is not None:
                     grad = below
@@ -222,9 +233,9 @@ class FusedEngine(Engine):
     @torch.no_grad()
     def _loss_of(self, batch: Packed) -> Tensor:
         self._refresh(prepare_gradients=False)
-        padded = fill(batch, None, self.device)
+        padded = pad(batch, None, self.device)
         shared = self._shared(padded)
-        embedded = self.decoder.embed_tokens(padded.input_ids)
+        embedded = self.decoder.embed_tokens(padded.input_ids)  # [T, D]
         hidden, _ = self._forward(embedded, padded.rows, shared, keep=False)
         return self._loss(hidden, padded.targets, None, None)[0]
 
@@ -236,7 +247,7 @@ class FusedEngine(Engine):
     def _forward(
         self, x: Tensor, last_rows: Tensor, shared: Shared, *, keep: bool = True
     ) -> tuple[Tensor, list[Saved]]:
-        """Hidden states at the rows that matter in the end [N, D], and what the layers keep."""
+        """x: [T, D], last_rows: [N]. Returns: hidden states of these rows [N, D], what is kept."""
         kept: list[Saved] = []
         for index, layer in enumerate(self.layers):
             is_last = index == len(self.layers) - 1
@@ -254,11 +265,12 @@ class FusedEngine(Engine):
         """The summed loss, and in the same pass its gradient, a few rows of logits at a time.
 
         Args:
-            hidden: [N + filler, D], before the final norm; overwritten with the gradient.
-            targets: [N].
+            hidden: [N, D], before the final norm; overwritten with the gradient.
+            targets: one for each row that is no padding.
+            row_keys: [N] of the dropout, None without.
             weight: of the loss; None for the loss alone.
 
-        Returns: the weighted loss, and its gradient with respect to `hidden`.
+        Returns: the weighted loss, and its gradient with respect to `hidden` [N, D].
         """
         wide_dtype = torch.promote_types(hidden.dtype, torch.float32)
         total = hidden.new_zeros((), dtype=wide_dtype)
@@ -272,9 +284,12 @@ class FusedEngine(Engine):
     def _loss_of_chunk(
         self, hidden: Tensor, targets: Tensor, row_keys: Tensor | None, weight: float | None
     ) -> Tensor:
+        """As `_loss`, of a few rows: hidden [n, D], row_keys [n]. Returns: scalar."""
         head, norm = self.head, self.final_norm
-        wide = head.widen(len(hidden), lambda block: norm(hidden[block]), row_keys)
-        low = head.low(wide)
+
+        # Forward: final norm, head, loss.
+        wide = head.widen(len(hidden), lambda block: norm(hidden[block]), row_keys)  # [n, D + X]
+        low = head.low(wide)  # [n, X]
         logits = head.forward(wide)  # [n, V], the largest tensor there is
         del wide
         loss = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
@@ -282,8 +297,10 @@ class FusedEngine(Engine):
             loss += cross_entropy_(logits[block], targets[block], weight)
         if weight is None:
             return loss
-        logits[len(targets) :] = 0.0  # of the filler
-        wide = head.backward(logits, low)  # What was the logits is their gradient now.
+
+        # Backward: the logits hold their gradient now.
+        logits[len(targets) :] = 0.0  # Padding has none.
+        wide = head.backward(logits, low)  # [n, D + X]
         del logits
         for block in blocks(len(hidden), head.width, hidden.device):
             normed, stats = norm.forward(hidden[block])
@@ -292,7 +309,7 @@ class FusedEngine(Engine):
         return loss * weight
 
     def use_kernels(self, kernels: Kernels) -> None:
-        """Takes other kernels than were chosen, to compare them."""
+        """Replaces the kernels that were chosen, to compare them."""
         self.final_norm.kernels = kernels
         for linear in self._linears():
             linear.kernels = kernels
@@ -302,13 +319,14 @@ class FusedEngine(Engine):
                 norm.kernels = kernels
 
     def _refresh(self, *, prepare_gradients: bool) -> None:
+        """Copies the adapters' current numbers into the products."""
         for linear in self._linears():
             linear.refresh()
             if prepare_gradients:
                 linear.prepare_gradients()
 
     def _begins_step(self) -> bool:
-        """Whether nothing was added to the gradients since an optimizer cleared them."""
+        """Whether the gradients were cleared and nothing was added since."""
         pairs = [pair for linear in self._linears() for pair in linear.pairs]
         return any(pair.lora_B.grad is None for pair in pairs)
 

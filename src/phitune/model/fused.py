@@ -1,18 +1,19 @@
-"""The fast twins of the linear and norm operations in ops.py, with their backward by hand.
+"""The frozen layers' fast operations, with their backward by hand: linear with LoRA, norms, loss.
 
-A frozen layer needs no gradient of its weight, so its backward needs neither its input nor, for a
-nonlinearity that is computed again, its output. What the adapters need of the input (A's gradient)
-is computed again block by block, in the processor's cache.
+The plain twins are in ops.py. A frozen layer needs no gradient of its weight, so its backward needs
+neither its input nor, for a nonlinearity that is computed again, its output. What the adapters need
+of the input (A's gradient) is computed again block by block, in the processor's cache.
 
 LoRA rides inside the product of the frozen weight: input and weight are made wider,
 
     out = [x | s dropout(x) A^T] @ [W | B]^T          and          [dx | dlow] = dout @ [W | B],
 
 so that the output is written once and dout is read once. Dropout masks are those of
-`ops.keep_mask`, computed again instead of kept.
+`ops.keep_mask`, computed again instead of kept. The price: the weight is copied once, to be wider.
 
-Shapes: T packed tokens, n tokens of a block, M adapter pairs of a layer, R rank, D in, O out,
-X further columns of a widened layer (the ranks of its pairs, rounded up).
+Shapes: T packed tokens, n tokens of a block, k padding tokens, N trained positions, M adapter pairs
+of a layer, R rank, D in, O out, V vocabulary, X extra columns of a widened layer (the ranks of its
+pairs, rounded up).
 """
 
 import platform
@@ -30,13 +31,11 @@ from phitune.model.attention import Attention
 from phitune.model.decoder import FusedLinear, Norm
 
 # -------------------------------------------------------------------------------------------------
-# A few tokens more, where a CPU's products of odd sizes are slow.
+# Padding tokens, where a CPU's products of odd sizes are slow.
 #
-# The filler is a sequence of its own at the end of a micro-batch: nobody attends to it, nothing of
-# it is trained, and its gradients are zero. Three to six tokens of hundreds; see
+# They are a sequence of their own at the end of a micro-batch: nothing attends to them, nothing of
+# them is trained, and their gradients are zero. Three to six tokens of hundreds; see
 # `architecture.PRODUCT_ROWS`.
-#
-# Shapes: T packed tokens, k filler tokens, N trained positions.
 
 
 class Packed(Protocol):
@@ -56,28 +55,28 @@ class Packed(Protocol):
 
 @dataclass(frozen=True)
 class Padded:
-    """A micro-batch with its filler, as the fused layers compute it."""
+    """A micro-batch with its padding tokens, as the fused layers compute it."""
 
     input_ids: Tensor  # [T + k]
     position_ids: Tensor  # [T + k]
     cu_seqlens: tuple[int, ...]
-    rows: Tensor  # [N + up to k], the trained positions first, then filler
+    rows: Tensor  # [N + up to k], the trained positions first, then padding
     targets: Tensor  # [N], the ids they predict
     row_keys: Tensor | None  # [T + k], see `ops.Dropout`
 
 
-def fill(batch: Packed, dropout: ops.Dropout | None, device: torch.device) -> Padded:
-    """Adds the filler that is wanted on a device, which may be none."""
+def pad(batch: Packed, dropout: ops.Dropout | None, device: torch.device) -> Padded:
+    """Adds the padding tokens that products on this device want: k, which may be 0."""
     tokens, trained = batch.cu_seqlens[-1], len(batch.target_positions)
     count = architecture.padding_tokens(tokens, device.type)
-    targets = batch.labels[batch.target_positions + 1]
+    targets = batch.labels[batch.target_positions + 1]  # [N]
     keys = None if dropout is None else dropout.row_keys
     if not count:
         positions, cu_seqlens = batch.position_ids, batch.cu_seqlens
         rows = batch.target_positions
         return Padded(batch.input_ids, positions, cu_seqlens, rows, targets, keys)
     more_rows = architecture.padded_rows(trained, device.type) - trained
-    places = torch.arange(tokens, tokens + count, device=device)
+    places = torch.arange(tokens, tokens + count, device=device)  # [k]
     return Padded(
         F.pad(batch.input_ids, (0, count)),
         torch.cat((batch.position_ids, places - tokens)),
@@ -89,10 +88,10 @@ def fill(batch: Packed, dropout: ops.Dropout | None, device: torch.device) -> Pa
 
 
 # -------------------------------------------------------------------------------------------------
-# Which matrix product the frozen layers run on.
+# The matrix products (GEMM) that the frozen layers run on.
 #
-# torch's fp32 products on x86 come from MKL, which does not use the whole of AMD's processors;
-# oneDNN, in the same torch, does. benchmarks/cpu_gemm.py measures both.
+# torch's fp32 products on x86 come from MKL, which leaves part of AMD's processors unused; oneDNN,
+# in the same torch, does not. benchmarks/cpu_gemm.py measures both.
 
 
 class Gemm(NamedTuple):
@@ -109,6 +108,7 @@ OUTPUTS_OF_A_SLAB = 640
 
 
 def _onednn_backward(grad: Tensor, weight: Tensor) -> Tensor:
+    """grad: [T, O], weight: [O, D]. Returns: [T, D]."""
     outputs = len(weight)
     if outputs <= MOST_OUTPUTS:
         return _onednn_forward(grad, weight.t(), None)
@@ -120,6 +120,7 @@ def _onednn_backward(grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def _onednn_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x: [T, D], weight: [O, D], bias: [O]. Returns: [T, O]."""
     # The weight must not be a slice of columns: the kernel takes its rows for adjacent.
     result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return result
@@ -130,8 +131,9 @@ ONEDNN = Gemm("oneDNN's products", _onednn_forward, _onednn_backward)
 
 
 def choose_gemm(device: torch.device, dtype: torch.dtype) -> tuple[Gemm, str]:
-    """The products for this device, and why. The rule looks at no clock: a resumed run must
-    choose as the first one did.
+    """The products for this device, and why.
+
+    The rule measures nothing: a resumed run must choose as the first one did.
     """
     if device.type != "cpu" or dtype != torch.float32:
         return STANDARD, f"the choice for {str(dtype).removeprefix('torch.')} on {device.type}"
@@ -145,7 +147,7 @@ def choose_gemm(device: torch.device, dtype: torch.dtype) -> tuple[Gemm, str]:
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether a CPU multiplies bf16 natively, about twice as fast as fp32.
 
-    Others only emulate it, many times slower. torch asks the processor; x86 alone.
+    Others only emulate it, many times slower. torch can tell for x86 alone.
     """
     if device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
         return False
@@ -164,12 +166,14 @@ def _is_amd() -> bool:
 
 
 # -------------------------------------------------------------------------------------------------
+# A frozen linear layer with its adapters.
 
+# Integers as wide as a floating-point element, to mask its bits.
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def blocks(count: int, width: int, device: torch.device) -> Iterator[slice]:
-    """`count` rows of `width` elements, a block at a time."""
+    """`count` rows of `width` elements, a block that fits the cache at a time."""
     rows = architecture.block_rows(width, device.type)
     for start in range(0, count, rows):
         yield slice(start, min(start + rows, count))
@@ -211,26 +215,29 @@ class WidenedLinear:
         self.gemm, self.kernels = backend.gemm, backend.kernels
         self.pairs = linear.pairs()
         self.width = linear.in_features  # D
-        self.bias = linear.bias
-        self.places: list[slice] = []  # of each pair among the further columns
+        self.bias = linear.bias  # [O]
+
+        # The weight, with B of every pair beside it.
+        self.places: list[slice] = []  # of each pair among the extra columns
         position = 0
         for pair in self.pairs:
             self.places.append(slice(position, position + pair.lora_A.shape[0]))
             position = self.places[-1].stop
         self.extra_columns = architecture.extra_columns(position)  # X
         self.weight = linear.widen(self.extra_columns)  # [O, D + X]
+
+        # A of every pair below each other: in the precision of the products, and its gradient.
         like = self.weight
         dtype = torch.promote_types(like.dtype, torch.float32)
-        self.lora_A = like.new_zeros(
-            self.extra_columns, self.width
-        )  # all A, as they are computed with
-        self.grad_A = like.new_zeros(self.extra_columns, self.width, dtype=dtype)
-        self.factors = like.new_zeros(self.extra_columns)  # alpha / r
+        self.lora_A = like.new_zeros(self.extra_columns, self.width)  # [X, D]
+        self.grad_A = like.new_zeros(self.extra_columns, self.width, dtype=dtype)  # [X, D]
+
+        # Scaling and dropout. What dropout keeps is scaled up for what it drops.
+        self.factors = like.new_zeros(self.extra_columns)  # [X], alpha / r
         self.threshold = ops.keep_threshold(dropout_rate)
         for pair, place in zip(self.pairs, self.places, strict=True):
             self.factors[place] = pair.scaling
-        # With dropout, what is kept counts for what is not.
-        self.dropped_factors = self.factors / ops.keep_rate(dropout_rate)
+        self.dropped_factors = self.factors / ops.keep_rate(dropout_rate)  # [X]
         if self.pairs and dropout_rate > 0:
             keys = torch.stack([pair.key for pair in self.pairs])
             self.column_keys = ops.column_keys(keys, self.width)  # [M, D]
@@ -240,7 +247,7 @@ class WidenedLinear:
         return bool(self.pairs)
 
     def refresh(self) -> None:
-        """Takes over what an optimizer or a loader has done to A and B.
+        """Copies A and B, which an optimizer or a loader may have changed, into the products.
 
         Always: a fused optimizer does not count up the version of what it changes.
         """
@@ -251,9 +258,9 @@ class WidenedLinear:
             self.weight[rows, columns] = pair.lora_B.detach()
 
     def prepare_gradients(self) -> None:
-        """Gradients are added to what is there; where there is nothing, they start at zero.
+        """Gradients are added to those that exist; where there are none, they start at zero.
 
-        Those of A lie side by side; what was put in their place (by a checkpoint) is taken over.
+        Those of A are views of one buffer; gradients from elsewhere (a checkpoint) are copied in.
         """
         for pair, place in zip(self.pairs, self.places, strict=True):
             own, grad = self.grad_A[place], pair.lora_A.grad
@@ -272,18 +279,18 @@ class WidenedLinear:
 
         Args:
             count: T.
-            values: the rows of x in a block; computed where they are needed.
+            values: the rows of x in a block [n, D]; computed where they are needed.
             row_keys: [T] of the dropout, None without.
 
         Returns: [T, D + X].
         """
         wide = self.weight.new_empty(count, self.width + self.extra_columns)
         for block in blocks(count, self.width, wide.device):
-            x = wide[block, : self.width]
+            x = wide[block, : self.width]  # [n, D]
             x.copy_(values(block))
             if not self.pairs:
                 continue
-            low = wide[block, self.width :]
+            low = wide[block, self.width :]  # [n, X]
             if row_keys is None:
                 torch.mul(torch.mm(x, self.lora_A.t()), self._factors(None), out=low)
                 continue
@@ -338,10 +345,10 @@ class WidenedLinear:
 
         Returns: [n, D], a view of `grad`.
         """
-        grad_x = grad[block, : self.width]
+        grad_x = grad[block, : self.width]  # [n, D]
         if x is None or not self.pairs:
             return grad_x
-        grad_low = grad[block, self.width :] * self._factors(row_keys)
+        grad_low = grad[block, self.width :] * self._factors(row_keys)  # [n, X]
         if row_keys is None:
             _add_product(self.grad_A, grad_low.t(), x)
             return grad_x.addmm_(grad_low, self.lora_A)
@@ -359,6 +366,7 @@ class WidenedLinear:
         return grad_x
 
     def _add_gradients_of_b(self, grad_out: Tensor, low: Tensor, rows: slice) -> None:
+        """grad_out: [T, O], or as many columns as `rows` of the weight; low: [T, X]."""
         first = rows.start or 0
         for pair, place in zip(self.pairs, self.places, strict=True):
             start, stop = pair.columns.start - first, pair.columns.stop - first
@@ -368,6 +376,7 @@ class WidenedLinear:
             _add_product(pair.lora_B.grad, grad_out[:, start:stop].t(), low[:, place])
 
     def _factors(self, row_keys: Tensor | None) -> Tensor:
+        """[X], with or without dropout's scale."""
         return self.factors if row_keys is None else self.dropped_factors
 
 
@@ -392,6 +401,7 @@ def dropped_low_backward(
     grad_x: Tensor,  # [n, D], added to
     grad_A: Tensor,  # [R, D], added to
 ) -> None:
+    """The backward of `dropped_low`: adds to the gradients of x and of A."""
     kept = keep_bits(row_keys, columns, threshold)
     grad_x.add_(drop(torch.mm(grad_low, lora_A), kept, in_place=True))
     _add_product(grad_A, grad_low.t(), drop(x, kept))
@@ -407,7 +417,7 @@ def keep_bits(row_keys: Tensor, columns: Tensor, threshold: int) -> Tensor:
 
 
 def drop(x: Tensor, kept: Tensor, *, in_place: bool = False) -> Tensor:
-    """x where `kept`, exactly 0 elsewhere; not scaled. One `and` instead of a choice."""
+    """x [n, D] where `kept` [n, D], exactly 0 elsewhere; not scaled. One bitwise `and`."""
     integers = _INTEGERS[x.element_size()]
     bits = kept if integers == kept.dtype else kept.to(integers)
     if in_place:
@@ -417,11 +427,15 @@ def drop(x: Tensor, kept: Tensor, *, in_place: bool = False) -> Tensor:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, where the total may be of higher precision."""
+    """total [a, c] += left [a, b] @ right [b, c], where the total may be of higher precision."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     else:
         total.add_(torch.mm(left, right))
+
+
+# -------------------------------------------------------------------------------------------------
+# Norms, loss, rotary positions and activations.
 
 
 class FusedNorm:
@@ -432,10 +446,11 @@ class FusedNorm:
         self.kernels = backend.kernels
 
     def __call__(self, x: Tensor) -> Tensor:
+        """x: [n, D]. Returns: [n, D]."""
         return self.forward(x)[0]
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """The normed rows, and what `backward` needs besides x."""
+        """The normed rows [n, D] of x [n, D], and the statistics that `backward` needs."""
         if self.bias is None:
             normed, unit, rstd = self.kernels.rms_norm(x, self.weight, self.eps)
             return normed, (unit, rstd)
@@ -445,9 +460,10 @@ class FusedNorm:
         return normed, (mean, rstd)
 
     def backward(self, grad: Tensor, x: Tensor, stats: tuple[Tensor, Tensor]) -> Tensor:
-        """grad: [n, D]. Returns: [n, D]."""
+        """grad, x: [n, D]; stats: of `forward`. Returns: [n, D]."""
         if self.bias is None:
-            found: Tensor = self.kernels.rms_norm_backward(grad, *stats, self.weight)
+            unit, rstd = stats
+            found: Tensor = self.kernels.rms_norm_backward(grad, unit, rstd, self.weight)
             return found
         mean, rstd = stats
         grads: tuple[Tensor, ...] = torch.ops.aten.native_layer_norm_backward(
@@ -466,18 +482,19 @@ def cross_entropy_(logits: Tensor, targets: Tensor, weight: float | None) -> Ten
 
     Returns: scalar, without the weight.
     """
-    log_shares = torch.log_softmax(logits, -1, torch.promote_types(logits.dtype, torch.float32))
-    picked = targets.unsqueeze(1)
+    wide_dtype = torch.promote_types(logits.dtype, torch.float32)
+    log_shares = torch.log_softmax(logits, -1, wide_dtype)  # [n, V]
+    picked = targets.unsqueeze(1)  # [n, 1]
     loss = -log_shares.gather(1, picked).sum()
     if weight is not None:
-        grad = log_shares.exp_()
+        grad = log_shares.exp_()  # softmax minus one at the target
         grad.scatter_add_(1, picked, grad.new_full(picked.shape, -1.0))
         logits.copy_(grad.mul_(weight))
     return loss
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The norm, x / rms(x) and 1 / rms(x), the last two in fp32 at least."""
+    """`ops.rms_norm` [n, D], and in fp32 at least x / rms(x) [n, D] and 1 / rms(x) [n, 1]."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     unit = wide * rstd
@@ -485,13 +502,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Ten
 
 
 def rms_norm_backward(grad: Tensor, unit: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
+    """grad, unit: [n, D]; rstd: [n, 1]; weight: [D]. Returns: [n, D]."""
     grad_unit = (grad * weight).to(unit.dtype)
     along = (grad_unit * unit).mean(-1, keepdim=True)
     return ((grad_unit - unit * along) * rstd).to(grad.dtype)
 
 
 def rotate_(x: Tensor, rotary: ops.Rotary, *, back: bool = False) -> None:
-    """`ops.rotate` in place, or its transpose, which takes gradients back. x: [T, H, E]."""
+    """`ops.rotate` in place; with `back` its transpose, for gradients. x: [T, H, E]."""
     rotary_dim = rotary.cos.shape[-1]
     half = rotary_dim // 2
     cos, sin = rotary.cos[:, None, :half], rotary.sin[:, None, :half]
@@ -504,12 +522,13 @@ def rotate_(x: Tensor, rotary: ops.Rotary, *, back: bool = False) -> None:
 
 
 def gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """grad, x: [n, F]. Returns: [n, F]."""
     result: Tensor = torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
     return result
 
 
 def swiglu_backward(grad: Tensor, gate_up: Tensor, out: Tensor) -> None:
-    """grad: [n, D]; gate_up and out: [n, 2 D]."""
+    """grad: [n, F]; gate_up: [n, 2 F]; out: [n, 2 F], written."""
     gate, up = gate_up.chunk(2, dim=-1)
     grad_gate, grad_up = out.chunk(2, dim=-1)
     torch.mul(grad, torch.nn.functional.silu(gate), out=grad_up)

@@ -2,13 +2,15 @@
 
 Kept of a layer, and no more: its input, the outputs of the products that nonlinear functions read
 (rotated queries and keys in place of the plain ones), attention's output, and a few numbers a
-token. Norm outputs, GELU and SwiGLU, dropout masks are computed again, block by block.
+token. Norm outputs, GELU and SwiGLU, dropout masks are computed again, block by block; that costs
+less time than it takes to write and read them.
 
-The last layer may be told which rows matter to the loss: past its keys and values it computes those
-and no other.
+In the last layer `rows` are the positions that matter to the loss: past its keys and values it
+computes those and no other. Which layers keep only their input is the engine's decision.
 
 Shapes: T packed tokens, N rows that matter (all T, or the trained positions in the last layer),
-D hidden, H heads, G key-value heads, E head_dim, F intermediate, X further columns.
+n rows of a block, D hidden, H heads, G key-value heads, E head_dim, F intermediate, X extra
+columns, P outputs of the first product (q, k, v, and fc1 in Phi-2).
 """
 
 from dataclasses import dataclass, field, fields
@@ -32,6 +34,7 @@ class Shared:
     row_keys: Tensor | None  # [T], see `ops.Dropout`
 
     def keys_of(self, rows: Tensor | None) -> Tensor | None:
+        """rows: [N] positions, None for all. Returns: their keys [N], None without dropout."""
         return self.row_keys if rows is None or self.row_keys is None else self.row_keys[rows]
 
 
@@ -41,12 +44,12 @@ class Saved:
 
     x: Tensor  # [T, D], its input
     rows: Tensor | None  # [N], where not all T
-    projected: Tensor = field(default_factory=lambda: torch.empty(0))  # [T, q|k|v (|fc1)]
+    projected: Tensor = field(default_factory=lambda: torch.empty(0))  # [T, P]: q, k, v (, fc1)
     attended: Tensor = field(default_factory=lambda: torch.empty(0))  # [T, H E]
     lse: list[Tensor] = field(default_factory=list)  # of attention
     inner: Tensor = field(default_factory=lambda: torch.empty(0))  # [N, F] or [N, 2 F]
     middle: Tensor | None = None  # [N, D] between attention and MLP, phi3 only
-    low: dict[str, Tensor | None] = field(default_factory=dict)  # [., X] by linear layer
+    low: dict[str, Tensor | None] = field(default_factory=dict)  # [T or N, X] by linear layer
 
     def tensors(self) -> list[Tensor]:
         """All that is kept, each storage once or more."""
@@ -99,7 +102,7 @@ class FusedLayer:
         raise NotImplementedError
 
     def _heads(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Views of query [T, H, E], key and value [T, G, E]."""
+        """projected: [T, P]. Returns: views of query [T, H, E], key and value [T, G, E]."""
         config = self.config
         sizes = [config.query_size, config.key_value_size, config.key_value_size]
         query, key, value = projected[:, : sum(sizes)].split(sizes, dim=-1)
@@ -124,14 +127,20 @@ class FusedLayer:
     def _attend_backward(
         self, grad: Tensor, saved: Saved, shared: Shared, grad_projected: Tensor
     ) -> None:
-        """grad: [N, H E]. Writes the gradients of the plain q, k and v into `grad_projected`."""
+        """Writes the gradients of q, k and v, before their rotation, into `grad_projected`.
+
+        grad: [N, H E], grad_projected: [T, P].
+        """
         grad_attended = _scattered(grad, saved.rows, len(saved.x)).unflatten(
             -1, (-1, self.config.head_dim)
-        )
+        )  # [T, H, E]
+        query, key, value = self._heads(saved.projected)
         grads = self._heads(grad_projected)
         self.attention.backward(
             grad_attended,
-            *self._heads(saved.projected),
+            query,
+            key,
+            value,
             saved.attended.unflatten(-1, (-1, self.config.head_dim)),
             saved.lse,
             grads,
@@ -142,9 +151,9 @@ class FusedLayer:
         self.kernels.rotate_(grads[1], shared.rotary, back=True)
 
     def _attention_output(self, name: str, saved: Saved, shared: Shared) -> Tensor:
-        """The input of the linear layer behind attention. Returns: [N, H E + X]."""
+        """The input of the linear layer after attention. Returns: [N, H E + X]."""
         linear = self.linears[name]
-        attended = _chosen(saved.attended, saved.rows)
+        attended = _chosen(saved.attended, saved.rows)  # [N, H E]
         wide = linear.widen(
             len(attended), lambda block: attended[block], shared.keys_of(saved.rows)
         )
@@ -156,8 +165,8 @@ class FusedLayer:
     ) -> Tensor:
         """grad: [N, D]. Returns: [N, H E]."""
         linear, keys = self.linears[name], shared.keys_of(saved.rows)
-        attended = _chosen(saved.attended, saved.rows)
-        wide = linear.backward(grad, saved.low[name])
+        attended = _chosen(saved.attended, saved.rows)  # [N, H E]
+        wide = linear.backward(grad, saved.low[name])  # [N, H E + X]
         for block in blocks(len(grad), linear.width, grad.device):
             linear.backward_block(wide, block, attended[block], keys)
         return wide[:, : linear.width]
@@ -165,16 +174,17 @@ class FusedLayer:
     def _mlp_backward(
         self, name: str, grad: Tensor, saved: Saved, keys: Tensor | None, grad_inner: Tensor
     ) -> None:
-        """The way back through the MLP's second linear layer and the activation before it.
+        """The backward of the MLP's second linear layer and of the activation before it.
 
         A function of its own, so that no name keeps the widest buffer alive behind it.
 
         Args:
             grad: [N, D].
+            keys: [N] of the dropout, None without.
             grad_inner: [N, F] or [N, 2 F], written.
         """
         linear = self.linears[name]
-        wide = linear.backward(grad, saved.low[name])
+        wide = linear.backward(grad, saved.low[name])  # [N, F + X]
         for block in blocks(len(grad), linear.width, grad.device):
             inner = saved.inner[block]
             activated = self._activate(inner) if linear.is_adapted else None
@@ -186,28 +196,30 @@ class FusedLayer:
         raise NotImplementedError
 
     def _activate_backward(self, grad: Tensor, inner: Tensor, out: Tensor) -> None:
-        """Its way back. grad: [n, F]; `out` has the shape of `inner`, and is written."""
+        """Its backward. grad: [n, F]; `out` has the shape of `inner`, and is written."""
         raise NotImplementedError
 
     def _input_backward(
         self,
-        linear: WidenedLinear,
-        norm: FusedNorm,
+        names: tuple[str, str],
         wide: Tensor,
         x: Tensor,
         keys: Tensor | None,
         total: Tensor | None,
     ) -> None:
-        """The way back through a norm and the linear layer it feeds.
+        """The backward of a norm and of the linear layer that reads it.
 
         Args:
+            names: of the norm and of the linear layer.
             wide: [T, D + X], from the linear layer's backward.
             x: [T, D], the norm's input.
-            total: [T, D], to which the gradient of x is added; None where nobody needs it.
+            keys: [T] of the dropout, None without.
+            total: [T, D], to which the gradient of x is added; None where it is not needed.
         """
+        norm, linear = self.norms[names[0]], self.linears[names[1]]
         for block in blocks(len(x), linear.width, x.device):
-            normed, stats = norm.forward(x[block])
-            grad = linear.backward_block(wide, block, normed, keys)
+            normed, stats = norm.forward(x[block])  # [n, D]
+            grad = linear.backward_block(wide, block, normed, keys)  # [n, D]
             if total is not None:
                 total[block] += norm.backward(grad, x[block], stats)
 
@@ -220,7 +232,9 @@ class FusedPhiLayer(FusedLayer):
     ) -> tuple[Tensor, Saved]:
         norm, first = self.norms["input_layernorm"], self.linears["qkv_fc1"]
         saved = Saved(x, rows)
-        wide = first.widen(len(x), lambda block: norm(x[block]), shared.row_keys)
+
+        # Norm, then q, k, v and fc1 in one product; in the last layer fc1 for some rows only.
+        wide = first.widen(len(x), lambda block: norm(x[block]), shared.row_keys)  # [T, D + X]
         saved.low["qkv_fc1"] = first.low(wide)
         attention, mlp = self._parts()
         if rows is None:
@@ -232,12 +246,14 @@ class FusedPhiLayer(FusedLayer):
         del wide
         self._attend(saved, shared)
 
-        # What follows is not read by the backward, except for the adapters' small numbers.
+        # The output. The backward reads nothing of it but `low`.
         fc2, keys, inner = self.linears["fc2"], shared.keys_of(rows), saved.inner
-        attended = self._attention_output("dense", saved, shared)
-        out = x if for_backward_only else self.linears["dense"].forward(attended)
+        attended = self._attention_output("dense", saved, shared)  # [N, H E + X]
+        out = x if for_backward_only else self.linears["dense"].forward(attended)  # [N, D]
         del attended
-        activated = fc2.widen(len(inner), lambda block: self._activate(inner[block]), keys)
+        activated = fc2.widen(
+            len(inner), lambda block: self._activate(inner[block]), keys
+        )  # [N, F + X]
         saved.low["fc2"] = fc2.low(activated)
         if not for_backward_only:
             out += fc2.forward(activated)
@@ -250,29 +266,29 @@ class FusedPhiLayer(FusedLayer):
         first = self.linears["qkv_fc1"]
         attention, mlp = self._parts()
         rows, keys, tokens = saved.rows, shared.keys_of(saved.rows), len(saved.x)
-        if rows is None:
-            grad_projected = torch.empty_like(saved.projected)
-            grad_inner = grad_projected[:, mlp]
-        else:
-            grad_projected = torch.empty_like(saved.projected)
-            grad_inner = torch.empty_like(saved.inner)
 
+        # Back through the MLP's second half and attention, into the first product's outputs.
+        grad_projected = torch.empty_like(saved.projected)  # [T, P]
+        grad_inner = grad_projected[:, mlp] if rows is None else torch.empty_like(saved.inner)
         self._mlp_backward("fc2", grad, saved, keys, grad_inner)
-        grad_attended = self._attention_output_backward("dense", grad, saved, shared)
+        grad_attended = self._attention_output_backward("dense", grad, saved, shared)  # [N, H E]
         self._attend_backward(grad_attended, saved, shared, grad_projected)
         del grad_attended
 
-        low = saved.low["qkv_fc1"]
+        # Back through the first product.
+        low = saved.low["qkv_fc1"]  # [T, X]
         if rows is None:
-            wide = first.backward(grad_projected, low, needs_input=needs_input)
+            wide = first.backward(grad_projected, low, needs_input=needs_input)  # [T, D + X]
         else:
             wide = first.backward(grad_projected, low, needs_input=needs_input, rows=attention)
             low = None if low is None else low[rows]
             wide[rows] += first.backward(grad_inner, low, needs_input=needs_input, rows=mlp)
         del grad_projected, grad_inner
-        total = _scattered(grad, rows, tokens) if needs_input else None
-        norm = self.norms["input_layernorm"]
-        self._input_backward(first, norm, wide, saved.x, shared.row_keys, total)
+
+        # Back through the norm; the residual passes the gradient on as it is.
+        total = _scattered(grad, rows, tokens) if needs_input else None  # [T, D]
+        names = ("input_layernorm", "qkv_fc1")
+        self._input_backward(names, wide, saved.x, shared.row_keys, total)
         return total
 
     def _activate(self, inner: Tensor) -> Tensor:
@@ -293,35 +309,40 @@ class FusedPhi3Layer(FusedLayer):
     def forward(
         self, x: Tensor, shared: Shared, rows: Tensor | None, *, for_backward_only: bool = False
     ) -> tuple[Tensor, Saved]:
-        qkv, gate_up, down = (
-            self.linears[name] for name in ("qkv_proj", "gate_up_proj", "down_proj")
-        )
-        norm, second_norm = (
-            self.norms[name] for name in ("input_layernorm", "post_attention_layernorm")
-        )
+        qkv, gate_up = self.linears["qkv_proj"], self.linears["gate_up_proj"]
+        down, keys = self.linears["down_proj"], shared.keys_of(rows)
+        norm, second_norm = self.norms["input_layernorm"], self.norms["post_attention_layernorm"]
         saved = Saved(x, rows)
-        wide = qkv.widen(len(x), lambda block: norm(x[block]), shared.row_keys)
+
+        # Norm, q, k, v and attention, over all rows.
+        wide = qkv.widen(len(x), lambda block: norm(x[block]), shared.row_keys)  # [T, D + X]
         saved.low["qkv_proj"] = qkv.low(wide)
-        saved.projected = qkv.forward(wide)
+        saved.projected = qkv.forward(wide)  # [T, P]
         del wide
         self._attend(saved, shared)
 
-        keys = shared.keys_of(rows)
-        attended = self._attention_output("o_proj", saved, shared)
-        middle = saved.middle = self.linears["o_proj"].forward(attended)
+        # Attention's output and the residual; from here on in the last layer for some rows only.
+        attended = self._attention_output("o_proj", saved, shared)  # [N, H E + X]
+        middle = saved.middle = self.linears["o_proj"].forward(attended)  # [N, D]
         del attended
         middle += _chosen(x, rows)
-        wide = gate_up.widen(len(middle), lambda block: second_norm(middle[block]), keys)
+
+        # Norm, gate and up.
+        wide = gate_up.widen(
+            len(middle), lambda block: second_norm(middle[block]), keys
+        )  # [N, D + X]
         saved.low["gate_up_proj"] = gate_up.low(wide)
-        inner = saved.inner = gate_up.forward(wide)
+        inner = saved.inner = gate_up.forward(wide)  # [N, 2 F]
         del wide
 
-        # What follows is not read by the backward, except for the adapter's small numbers.
-        activated = down.widen(len(inner), lambda block: self._activate(inner[block]), keys)
+        # The output. The backward reads nothing of it but `low`.
+        activated = down.widen(
+            len(inner), lambda block: self._activate(inner[block]), keys
+        )  # [N, F + X]
         saved.low["down_proj"] = down.low(activated)
         if for_backward_only:
             return middle, saved
-        out = down.forward(activated)
+        out = down.forward(activated)  # [N, D]
         out += middle
         return out, saved
 
@@ -332,23 +353,29 @@ class FusedPhi3Layer(FusedLayer):
         rows, keys, middle = saved.rows, shared.keys_of(saved.rows), saved.middle
         assert middle is not None
 
-        grad_inner = torch.empty_like(saved.inner)
+        # Back through the MLP and its norm; `grad` takes up what flows to the middle.
+        grad_inner = torch.empty_like(saved.inner)  # [N, 2 F]
         self._mlp_backward("down_proj", grad, saved, keys, grad_inner)
-        wide = gate_up.backward(grad_inner, saved.low["gate_up_proj"])
+        wide = gate_up.backward(grad_inner, saved.low["gate_up_proj"])  # [N, D + X]
         del grad_inner
-        norm = self.norms["post_attention_layernorm"]
-        self._input_backward(gate_up, norm, wide, middle, keys, total=grad)
+        names = ("post_attention_layernorm", "gate_up_proj")
+        self._input_backward(names, wide, middle, keys, total=grad)
         del wide
 
-        grad_attended = self._attention_output_backward("o_proj", grad, saved, shared)
-        grad_projected = torch.empty_like(saved.projected)
+        # Back through attention.
+        grad_attended = self._attention_output_backward("o_proj", grad, saved, shared)  # [N, H E]
+        grad_projected = torch.empty_like(saved.projected)  # [T, P]
         self._attend_backward(grad_attended, saved, shared, grad_projected)
         del grad_attended
-        wide = qkv.backward(grad_projected, saved.low["qkv_proj"], needs_input=needs_input)
+
+        # Back through q, k, v and the first norm.
+        wide = qkv.backward(
+            grad_projected, saved.low["qkv_proj"], needs_input=needs_input
+        )  # [T, D + X]
         del grad_projected
-        total = _scattered(grad, rows, len(saved.x)) if needs_input else None
-        norm = self.norms["input_layernorm"]
-        self._input_backward(qkv, norm, wide, saved.x, shared.row_keys, total)
+        total = _scattered(grad, rows, len(saved.x)) if needs_input else None  # [T, D]
+        names = ("input_layernorm", "qkv_proj")
+        self._input_backward(names, wide, saved.x, shared.row_keys, total)
         return total
 
     def _activate(self, inner: Tensor) -> Tensor:
@@ -362,11 +389,12 @@ FUSED_LAYERS: dict[str, type[FusedLayer]] = {"phi": FusedPhiLayer, "phi3": Fused
 
 
 def _chosen(x: Tensor, rows: Tensor | None) -> Tensor:
+    """x: [T, D], rows: [N] or None for all. Returns: [N, D]."""
     return x if rows is None else x[rows]
 
 
 def _scattered(x: Tensor, rows: Tensor | None, count: int) -> Tensor:
-    """Rows back in their places among `count`, zeros between them."""
+    """x [N, D] back in its places among `count` rows, zeros between them. Returns: [count, D]."""
     if rows is None:
         return x
     return x.new_zeros(count, x.shape[1]).index_copy_(0, rows, x)

@@ -1,10 +1,13 @@
-"""Adapters: how one starts, and PEFT's files in both directions. Its modules: `targets.py`.
+"""LoRA adapters: how one starts, PEFT's files in both directions, and several on one model.
 
 Semantics and names are PEFT's, so that an adapter written here loads there and the other way
 round: A starts Kaiming-uniform and B at zero (for the embedding A at zero and B normal), updates
 count alpha / r times, dropout sits in front of A.
 
-Shapes: R rank, D in, O out, V vocabulary.
+Which modules are adapted is in targets.py, the arithmetic in ops.py and fused.py. Only plain LoRA
+is read: DoRA, rank patterns and the like are refused by name.
+
+Shapes: R rank, D in, O out, V vocabulary, T tokens, K adapters, X all their ranks on a layer.
 """
 
 import math
@@ -63,7 +66,7 @@ class Adapter:
         return sum(parameter.numel() for parameter in self.parameters())
 
     def tensors(self) -> dict[str, Tensor]:
-        """All matrices under PEFT's names."""
+        """All matrices, A [R, D] and B [O, R], under PEFT's names."""
         found = {}
         for module, pair in self.pairs.items():
             name_A, name_B = _peft_names(module)
@@ -76,13 +79,17 @@ class Adapter:
             tensor.copy_(tensors[name])
 
 
+# -------------------------------------------------------------------------------------------------
+# On a decoder.
+
+
 def attach(
     decoder: Decoder, spec: LoraSpec, seed: int, device: torch.device | None = None
 ) -> Adapter:
-    """Puts a fresh adapter on a decoder, in the place of one that was there.
+    """Puts a new adapter on a decoder, in the place of one that was there.
 
-    Every module draws its start from the seed and its own name: it does not depend on which other
-    modules are adapted.
+    Every module draws its first numbers from the seed and its own name: they do not depend on which
+    other modules are adapted.
 
     Args:
         device: where the adapter's matrices are, if not where the decoder is.
@@ -96,15 +103,15 @@ def attach(
         if module == EMBEDDING_MODULE:
             vocab_size, hidden_size = decoder.embed_tokens.weight.shape
             columns = range(hidden_size)
-            lora_A = torch.zeros(spec.rank, vocab_size, dtype=dtype)
-            lora_B = torch.randn(hidden_size, spec.rank, generator=generator, dtype=dtype)
+            lora_A = torch.zeros(spec.rank, vocab_size, dtype=dtype)  # [R, V]
+            lora_B = torch.randn(hidden_size, spec.rank, generator=generator, dtype=dtype)  # [D, R]
         else:
             linear = linears[module]
             columns = linear.columns[module]
             # Kaiming-uniform with a = sqrt(5): bounds of 1 / sqrt(fan_in).
             lora_A = torch.rand(spec.rank, linear.in_features, generator=generator, dtype=dtype)
-            lora_A = (2 * lora_A - 1) / math.sqrt(linear.in_features)
-            lora_B = torch.zeros(len(columns), spec.rank, dtype=dtype)
+            lora_A = (2 * lora_A - 1) / math.sqrt(linear.in_features)  # [R, D]
+            lora_B = torch.zeros(len(columns), spec.rank, dtype=dtype)  # [O, R]
         pairs[module] = LoraPair(
             lora_A.to(device),
             lora_B.to(device),
@@ -135,6 +142,10 @@ def detach(decoder: Decoder) -> None:
         linear.lora, linear.bank = nn.ModuleList(), None
 
 
+# -------------------------------------------------------------------------------------------------
+# PEFT's files.
+
+
 def save_adapter(adapter: Adapter, folder: Path, base_model_name: str) -> None:
     """Writes adapter_config.json and adapter_model.safetensors into an existing folder."""
     tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter.tensors().items()}
@@ -160,19 +171,12 @@ def load_adapter(
     Raises:
         ModelError: files missing or damaged, another base, or a kind of adapter that is not built.
     """
+    # Both files.
     raw = _read_adapter_config(folder / CONFIG_FILE)
     path = folder / WEIGHTS_FILE
-    try:
-        if path.exists():
-            read_header(path)
-        tensors = load_file(path)
-    except FileNotFoundError:
-        why = ""
-        if path.with_suffix(".bin").exists():
-            why = "; loading the pickle beside it would run code, save the adapter as safetensors"
-        raise ModelError(f"{path}: missing{why}") from None
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: damaged or not a safetensors file: {error}") from None
+    tensors = _read_tensors(path)
+
+    # What they hold: one pair of matrices for each module that the model knows.
     known = (EMBEDDING_MODULE, *decoder.fused_linears())
     modules = tuple(name for name in known if _peft_names(name)[0] in tensors)
     spec = LoraSpec(
@@ -182,13 +186,15 @@ def load_adapter(
         modules=modules,
         use_rslora=bool(raw.get("use_rslora")),
     )
-    # PEFT adds the base's own rows when it adapts the embedding; they say nothing new.
+    # PEFT adds the base's own rows when it adapts the embedding; they are not needed.
     given = {name: tensor for name, tensor in tensors.items() if ".base_layer." not in name}
     _check_numbers(path, given, spec)
+
+    # Names and shapes, against those of a new adapter of this kind.
     adapter = attach(decoder, spec, seed, device)
     expected = adapter.tensors()
     problems = [f"{name}: missing" for name in expected.keys() - given.keys()]
-    problems += _strangers(given.keys() - expected.keys(), known, decoder.config)
+    problems += _unknown_tensors(given.keys() - expected.keys(), known, decoder.config)
     problems += [
         f"{name}: shape {tuple(given[name].shape)}, expected {tuple(tensor.shape)}"
         for name, tensor in expected.items()
@@ -206,6 +212,20 @@ def load_adapter(
     with torch.no_grad():
         adapter.load_tensors(given)
     return adapter
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.exists():
+            read_header(path)
+        return load_file(path)
+    except FileNotFoundError:
+        why = ""
+        if path.with_suffix(".bin").exists():
+            why = "; loading the pickle beside it would run code, save the adapter as safetensors"
+        raise ModelError(f"{path}: missing{why}") from None
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: damaged or not a safetensors file: {error}") from None
 
 
 def _check_numbers(path: Path, tensors: dict[str, Tensor], spec: LoraSpec) -> None:
@@ -228,8 +248,10 @@ def _check_numbers(path: Path, tensors: dict[str, Tensor], spec: LoraSpec) -> No
             )
 
 
-def _strangers(names: Iterable[str], known: Collection[str], config: ModelConfig) -> list[str]:
-    """Tensors that the model has no place for; of a module that it lacks only the module."""
+def _unknown_tensors(
+    names: Iterable[str], known: Collection[str], config: ModelConfig
+) -> list[str]:
+    """Tensors that the model does not have; of a module that it lacks only the module."""
     foreign = FAMILIES[config.model_type].foreign
     problems: dict[str, None] = {}
     for name in names:
@@ -291,8 +313,8 @@ def compare_with_memory(adapter: Adapter, folder: Path) -> None:
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal to the last bit, on whatever device."""
-    one, other = (tensor.detach().cpu().contiguous() for tensor in (one, other))
+    """Whether two tensors of any shape are equal to the last bit, on whatever device."""
+    one, other = one.detach().cpu().contiguous(), other.detach().cpu().contiguous()
     is_alike = one.dtype == other.dtype and one.shape == other.shape
     return is_alike and one.numpy().tobytes() == other.numpy().tobytes()
 
@@ -374,15 +396,13 @@ def _read_adapter_config(path: Path) -> dict[str, Any]:
 
 
 # -------------------------------------------------------------------------------------------------
-# Several adapters on one frozen decoder, for inference: each token is computed with its own.
+# Several adapters on one frozen decoder, for inference: each token has its own.
 #
 # All adapters of a linear layer are one pair of matrices, A below A and B beside B. A token's
 # factors are zero for the adapters that are not its own, so that a batch that mixes them (and the
 # base model, whose factors are all zero) is still two small products a layer:
 #
 #     out = x W^T + b + (factors * x A^T) B^T
-#
-# Shapes: T tokens, K adapters, X all their ranks on a layer together, D in, O out, V vocabulary.
 
 
 class AdapterSet:
@@ -405,9 +425,9 @@ class AdapterSet:
                 continue
             rank = sum(pair.lora_A.shape[0] for _, pair in pairs)
             bank = LoraBank(
-                linear.weight.new_zeros(rank, width),
-                linear.weight.new_zeros(outputs, rank),
-                linear.weight.new_zeros(self.count + 1, rank),
+                linear.weight.new_zeros(rank, width),  # [X, D]
+                linear.weight.new_zeros(outputs, rank),  # [O, X]
+                linear.weight.new_zeros(self.count + 1, rank),  # [K + 1, X]
             )
             place = 0
             for index, pair in pairs:
@@ -422,7 +442,7 @@ class AdapterSet:
         self._put_on_embedding(decoder, adapters)
 
     def choose(self, choice: Sequence[int | None]) -> None:
-        """Says which adapter each token of the coming forward passes is computed with.
+        """Chooses the adapter of each token in the forward passes that follow.
 
         Args:
             choice: [T] numbers of adapters, None for the base model; or one for all tokens.

@@ -1,11 +1,12 @@
 """Every operation of the decoders in plain torch: the definition, and the truth for tests.
 
-Nothing here holds state or knows a model. Attention runs sequence by sequence, so that packed
-neighbours cannot see each other; dropout masks are a function of integers, so that a backward or
-a recomputation finds the same mask again without storing it.
+Nothing here holds state or knows a model; speed is left to the fast twins (fused.py, attention.py).
+Attention runs sequence by sequence, so that packed neighbours cannot see each other. Dropout masks
+are a function of integers, so that a backward or a recomputation finds the same mask again without
+storing it.
 
-Shapes: T packed tokens, H heads, G key-value heads, E head_dim, D in, O out, R rank, N trained
-tokens, V vocabulary.
+Shapes: T packed tokens, H heads, G key-value heads, E head_dim, D in, O out, F intermediate,
+R rank, M adapter pairs of a layer, N trained positions, V vocabulary.
 """
 
 import itertools
@@ -49,33 +50,46 @@ class LoraOperand(NamedTuple):
     key: Tensor  # scalar int64: which mask is this pair's own; see `module_key`
 
 
+# -------------------------------------------------------------------------------------------------
+# Norms and activations.
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """x: [T, D], weight and bias: [D]. Returns: [T, D]."""
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight, the statistics in fp32 at least, as the Phi-3 models were trained."""
+    """x / rms(x) * weight, the statistics in fp32 at least, as the Phi-3 models were trained.
+
+    x: [T, D], weight: [D]. Returns: [T, D].
+    """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight * wide.to(x.dtype)
 
 
 def gelu(x: Tensor) -> Tensor:
-    """The tanh form, `gelu_new` in config.json."""
+    """The tanh form, `gelu_new` in config.json. x: [T, F]. Returns: [T, F]."""
     return F.gelu(x, approximate="tanh")
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up. gate_up: [T, 2 F]. Returns: [T, F]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
+# -------------------------------------------------------------------------------------------------
+# Rotary positions and attention.
+
+
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Rotates the leading dimensions of each head; the rest passes. x: [T, H, E]."""
+    """Rotates the leading dimensions of each head; the rest passes. x: [T, H, E]. Returns: same."""
     rotary_dim = rotary.cos.shape[-1]
     turned, passed = x[..., :rotary_dim], x[..., rotary_dim:]
     first, second = turned.chunk(2, dim=-1)
-    half = torch.cat((-second, first), dim=-1)
+    half = torch.cat((-second, first), dim=-1)  # [T, H, rotary_dim]
     turned = turned * rotary.cos.unsqueeze(1) + half * rotary.sin.unsqueeze(1)
     return torch.cat((turned, passed), dim=-1)
 
@@ -97,7 +111,7 @@ def attention(
         seen = None
         if sliding_window is not None and length > sliding_window:
             ones = torch.ones(length, length, dtype=torch.bool, device=query.device)
-            seen = ones.tril() & ones.triu(1 - sliding_window)
+            seen = ones.tril() & ones.triu(1 - sliding_window)  # [length, length]
         outputs.append(
             F.scaled_dot_product_attention(
                 query[start:stop].transpose(0, 1).unsqueeze(0),
@@ -113,7 +127,12 @@ def attention(
 
 
 def _repeat_heads(x: Tensor, query: Tensor) -> Tensor:
+    """x: [T, G, E], query: [T, H, E]. Returns: [T, H, E]."""
     return x.repeat_interleave(query.shape[1] // x.shape[1], dim=1)
+
+
+# -------------------------------------------------------------------------------------------------
+# Linear layers and the embedding, with their adapters.
 
 
 def lora_linear(
@@ -128,9 +147,11 @@ def lora_linear(
     PEFT's semantics: every pair has a dropout mask of its own. Adapters are kept in fp32 and take
     part in the precision of x. Returns: [T, O].
     """
-    out = F.linear(x, weight, bias)
+    out = F.linear(x, weight, bias)  # [T, O]
     if not loras:
         return out
+
+    # Down: every pair reads its own dropped x.
     scale = 1.0
     dropped_x = x.expand(len(loras), *x.shape)  # [M, T, D] for M pairs
     if dropout is not None:
@@ -139,6 +160,8 @@ def lora_linear(
         scale = 1 / keep_rate(dropout.p)
     lora_A = torch.stack([lora.lora_A for lora in loras]).to(x.dtype)  # [M, R, D]
     low = torch.bmm(dropped_x, lora_A.transpose(1, 2))  # [M, T, R]
+
+    # Up: each pair's columns, zeros where no pair writes.
     updates = []
     position = 0
     for index, lora in enumerate(loras):
@@ -157,10 +180,14 @@ def lora_embedding(
 ) -> Tensor:
     """Rows of the table plus scaling * A[:, id]^T B^T; no dropout, as in PEFT.
 
-    lora_A: [R, V], lora_B: [D, R]. Returns: [T, D].
+    input_ids: [T], weight: [V, D], lora_A: [R, V], lora_B: [D, R]. Returns: [T, D].
     """
-    low = F.embedding(input_ids, lora_A.T).to(weight.dtype)
+    low = F.embedding(input_ids, lora_A.T).to(weight.dtype)  # [T, R]
     return F.embedding(input_ids, weight) + F.linear(low, lora_B.to(weight.dtype)) * scaling
+
+
+# -------------------------------------------------------------------------------------------------
+# Loss.
 
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
@@ -179,7 +206,7 @@ def chunked_loss_sum(
     """The loss over trained positions, a few rows at a time: their logits never exist together.
 
     The backward computes each chunk's logits again instead of keeping them, unless there is only
-    one chunk.
+    one chunk. Returns: scalar.
     """
     rows = architecture.loss_chunk_rows(vocab_size, hidden.device.type)
     if len(targets) <= rows:
@@ -199,18 +226,21 @@ def chunked_loss_sum(
     return total
 
 
-# Dropout masks: an element is kept or dropped by the product of a key of its row and a key of its
-# column. Both keys are well-mixed odd numbers, so the upper bits of the product are too; one
-# multiplication and one comparison an element is all it costs, the same on every device.
+# -------------------------------------------------------------------------------------------------
+# Dropout masks.
+#
+# An element is kept or dropped by the product of a key of its row and a key of its column. Both
+# keys are well-mixed odd numbers, so the upper bits of the product are too. The cost is one
+# multiplication and one comparison an element, and the mask is the same on every device.
 
 _GOLDEN = 0x9E3779B9
 _LEVELS = 2**31  # p is honoured to one part in this many.
 
 
 def module_key(seed: int, name: str) -> Tensor:
-    """A 32-bit key of a module's own, so that its masks are independent of its neighbours'.
+    """A 32-bit key of a module's own, so that its masks are independent of other modules'.
 
-    Returns: scalar int64; as a number it would be compiled into each layer's code.
+    Returns: scalar int64; as a Python number it would be compiled into each layer's code.
     """
     return torch.tensor(zlib.crc32(f"{seed}/{name}".encode()))
 
@@ -221,13 +251,13 @@ def row_keys(
     """A 32-bit key for each token, from its place in the optimizer step. Returns: [T] int32.
 
     A token's key is made of the step, of its sequence's slot in the step and of its position, not
-    of the micro-batch: cutting a step into other micro-batches leaves every mask as it was.
+    of the micro-batch: splitting a step into other micro-batches leaves every mask as it was.
     """
     keys = []
     for slot, (start, stop) in zip(slots, itertools.pairwise(cu_seqlens), strict=True):
         base = zlib.crc32(f"{seed}/{step}/{slot}".encode())
         keys.append(_spread(stop - start, torch.tensor(base)))
-    return torch.cat(keys).to(device)
+    return torch.cat(keys).to(device)  # [T]
 
 
 def column_keys(keys: Tensor, width: int) -> Tensor:
@@ -247,12 +277,12 @@ def keep_threshold(p: float) -> int:
 
 def keep_mask(dropout: Dropout, columns: Tensor) -> Tensor:
     """True where an element is kept. columns: [M, D], see `column_keys`. Returns: [M, T, D]."""
-    product = dropout.row_keys.unsqueeze(1) * columns.unsqueeze(1)
+    product = dropout.row_keys.unsqueeze(1) * columns.unsqueeze(1)  # [M, T, D]
     return product.bitwise_right_shift_(1) < keep_threshold(dropout.p)
 
 
 def _spread(count: int, key: Tensor) -> Tensor:
-    """`count` well-mixed odd 32-bit numbers that belong to each key. Returns: [..., count]."""
+    """`count` well-mixed odd 32-bit numbers of each key. key: [..., 1]. Returns: [..., count]."""
     counter = (torch.arange(1, count + 1, device=key.device) * _GOLDEN + key) & 0xFFFFFFFF
     return _mix(counter.to(torch.int32)).bitwise_or_(1)
 

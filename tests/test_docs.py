@@ -305,6 +305,10 @@ def test_what_is_made_from_the_code_is_up_to_date() -> None:
         assert path.read_text(encoding="utf-8") == text, f"{path}: run make docs"
 
 
+def test_the_modules_are_listed_as_they_describe_themselves() -> None:
+    assert build_docs.ARCHITECTURE.read_text(encoding="utf-8") == build_docs.architecture()
+
+
 def test_every_setting_says_when_to_change_it() -> None:
     assert build_docs.problems(GUIDE.read_text(encoding="utf-8")) == []
 

@@ -1,8 +1,9 @@
 """Write the parts of the documentation that follow from the code.
 
-``docs/training.md`` is written by hand but for what stands between the markers of a part; the
-configurations in ``examples/`` are made whole.  A test fails when a committed file differs from
-what this program makes, so the documents cannot drift from the code.  Run it from anywhere::
+``docs/training.md`` and ``docs/architecture.md`` are written by hand but for what stands between
+the markers of a part; the configurations in ``examples/`` are made whole.  A test fails when a
+committed file differs from what this program makes, so the documents cannot drift from the code.
+Run it from anywhere::
 
     python tools/build_docs.py      # or `make docs`
 
@@ -13,8 +14,10 @@ code is 1.  Weights are not needed, and nothing is fetched.
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,8 @@ from phitune.config import (
 
 ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / "docs" / "training.md"
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+SOURCE = ROOT / "src" / "phitune"
 COLUMNS = ("setting", "takes", "default", "recommended", "what it does", "when to change it")
 NOTHING = "-"
 
@@ -49,7 +54,17 @@ def made() -> dict[Path, str]:
     for name, make in parts.items():
         guide = replace_part(guide, name, make)
     examples = docs_presets.examples()
-    return {GUIDE: guide, **{ROOT / "examples" / name: text for name, text in examples.items()}}
+    return {
+        GUIDE: guide,
+        ARCHITECTURE: architecture(),
+        **{ROOT / "examples" / name: text for name, text in examples.items()},
+    }
+
+
+def architecture() -> str:
+    """docs/architecture.md with the modules as they are now."""
+    text = ARCHITECTURE.read_text(encoding="utf-8")
+    return replace_part(text, "modules", lambda before: modules_tree(SOURCE))
 
 
 def replace_part(document: str, name: str, make: Callable[[str], str]) -> str:
@@ -63,7 +78,7 @@ def replace_part(document: str, name: str, make: Callable[[str], str]) -> str:
     """
     begin, end = f"<!-- made by tools/build_docs.py: {name} -->\n", f"<!-- end of {name} -->\n"
     if document.count(begin) != 1 or document.count(end) != 1:
-        raise ValueError(f"{GUIDE}: needs the lines {begin.strip()} and {end.strip()} once each")
+        raise ValueError(f"needs the lines {begin.strip()} and {end.strip()} once each")
     head, rest = document.split(begin)
     before, tail = rest.split(end)
     return f"{head}{begin}\n{make(before).strip()}\n\n{end}{tail}"
@@ -189,6 +204,38 @@ def _escaped(cell: str) -> str:
 
 def _line(cells: tuple[str, ...] | list[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+# --- the modules ----------------------------------------------------------------------------------
+
+NAME_WIDTH, LINE_WIDTH = 24, 110
+
+
+def modules_tree(source: Path) -> str:
+    """Every module with the first line of its docstring, in its package: a block of Markdown."""
+    lines = [f"{source.name}/"]
+    top = [path for path in source.glob("*.py") if path.stem not in ("__init__", "__main__")]
+    lines += [_module_line(path.name, path, 2) for path in sorted(top)]
+    for package in sorted(source.glob("*/__init__.py")):
+        folder = package.parent
+        lines += ["", _module_line(f"{folder.name}/", package, 2)]
+        inside = sorted(path for path in folder.glob("*.py") if path != package)
+        lines += [_module_line(path.name, path, 4) for path in inside]
+    return "\n".join(["```text", *lines, "```"])
+
+
+def _module_line(name: str, path: Path, indent: int) -> str:
+    """A name and what its module says of itself, on as many lines as that takes."""
+    said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    if not said:
+        raise ValueError(f"{path}: a module begins with a docstring")
+    head = f"{' ' * indent}{name}".ljust(NAME_WIDTH)
+    return textwrap.fill(
+        said.split("\n\n")[0].replace("\n", " ").replace("`", ""),
+        LINE_WIDTH,
+        initial_indent=head + " " * (not head.endswith(" ")),
+        subsequent_indent=" " * NAME_WIDTH,
+    )
 
 
 def main() -> int:

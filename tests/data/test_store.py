@@ -88,7 +88,7 @@ def test_the_second_start_reads_no_row_and_gives_the_same(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = prepared(data, validation_split=0.2, sample_prompts=["x"])
-    monkeypatch.setattr(store_module, "_write", None)
+    monkeypatch.setattr(store_module, "StoreWriter", None)
     again = prepared(data, validation_split=0.2, sample_prompts=["x"])
     assert list(first.train_rows) == list(again.train_rows)
     assert list(first.validation_rows) == list(again.validation_rows)
@@ -224,7 +224,7 @@ def test_a_place_that_cannot_be_written_costs_the_cache_not_the_run(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     found = prepared(data, validation_split=0)
     assert len(found.train_rows) == 40
-    assert "nothing can be kept there" in found.warnings[0]
+    assert "tokens cannot be kept there" in found.warnings[0]
 
 
 def test_a_full_disk_is_one_error(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

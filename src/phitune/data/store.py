@@ -1,16 +1,20 @@
-"""Tokenised rows on disk: written once, in their order; read through memory maps, in any order.
+"""Tokenised rows on disk: encoded once, kept in the user's cache folder, read through memory maps.
 
-A store is a folder with one file for each column and a manifest with their sizes and checksums.
-Numbers are little-endian. What stays in memory of a store is a few pages: those that were read are
-given back now and then, so that a pass over all rows does not gather the whole file.
+A store is a folder with one file for each column and a manifest with their sizes and checksums. It
+is written in the order of the rows and read in any order; every opening verifies all of it. Of a
+store a few pages are in memory: those that were read are released now and then, so that a pass over
+all rows does not gather the whole file. Numbers are little-endian.
 
-    ids         per token   its id, uint16 where the vocabulary fits
+    ids         per token   its id, uint16 if the vocabulary fits, else uint32
     ends        per row     where its ids end, uint64
     spans       per span    start and stop of a trained part, within its row, uint32
     span_ends   per row     where its spans end, uint64
     trained     per row     number of its trained tokens, uint32
-    places      per row     file (its number, << 40) and line, uint64
-    questions   per row     64 bits of a hash of its question, for the split
+    places      per row     number of its file << 40 | line, uint64
+    questions   per row     hash of its question, for the split, uint64
+
+The cache finds a store again by a hash of everything that decides its content, this package's own
+code included. max_length does not: rows are kept whole, and left out on reading. No torch here.
 """
 
 import hashlib
@@ -42,11 +46,245 @@ from phitune.data.prompt import PromptFormat
 from phitune.data.tokenizer import EncodedRow, TokenizedExample, labels_of
 from phitune.errors import DataError, PhituneError
 
+# Called while rows are encoded: rows done, bytes of the files read, bytes of the files.
+Progress = Callable[[int, int, int], None]
+
+
+class DamagedStoreError(PhituneError):
+    """A store that is not what its manifest says; nothing of it is used."""
+
+
+# --- A data set as tokens: from the cache, or encoded --------------------------------------------
+
+_ROWS_BETWEEN_PROGRESS = 1000
+
+
+@dataclass(frozen=True)
+class TokenizedData:
+    """A data set as tokens, with notes and warnings for the user."""
+
+    store: "TokenStore"
+    notes: list[str]
+    warnings: list[str]
+    is_completion: bool  # of all its files
+
+
+def tokenized(
+    source: Path,
+    part: Part,
+    settings: Settings,
+    coder: Coder,
+    progress: Progress | None = None,
+) -> TokenizedData:
+    """A data set as tokens: from the cache, or read, checked and encoded.
+
+    Raises:
+        DataError: the data cannot be used, or its tokens cannot be written.
+    """
+    stream = open_stream(source, part, settings, coder.prompt_format)
+    encoding = _Encoding(stream, coder, settings.train_on_prompt, progress)
+    warnings: list[str] = []
+    store = None
+    if settings.cache:
+        store = _from_cache(_key(stream, settings, coder), encoding, warnings)
+    if store is None:
+        store = _for_this_run(encoding)
+    notes: list[str] = []
+    if not stream.formats:  # Nothing was read: the store comes from the cache.
+        stream.restore(store.about)
+        notes = [f"{source}: its tokens are taken from the cache, {store.folder}"]
+    if stream.skipped:
+        warnings.append(stream.skipped)
+    formats = {row_format.name for row_format in stream.formats.values()}
+    return TokenizedData(
+        store, stream.notes + notes, warnings, is_completion=formats == {"completion"}
+    )
+
+
+def open_stream(
+    source: Path, part: Part, settings: Settings, prompt_format: PromptFormat
+) -> ExampleStream:
+    """The rows of a data set as these settings read them."""
+    return read_examples(
+        source,
+        data_format=settings.data_format,
+        columns=settings.columns,
+        on_bad_row=settings.on_bad_row,
+        refusal=prompt_format.refusal,
+        part=part,
+    )
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """A stream that is to be encoded, if the cache does not have its tokens."""
+
+    stream: ExampleStream
+    coder: Coder
+    train_on_prompt: bool
+    progress: Progress | None
+
+    def write(self, folder: Path) -> None:
+        """Makes a folder, and in it the store of all rows."""
+        total = self.stream.bytes
+        try:
+            folder.mkdir()
+            writer = StoreWriter(folder, self.coder.tokenizer.size, self.stream.files)
+            try:
+                rows = self.coder.encode_rows(self.stream, train_on_prompt=self.train_on_prompt)
+                for row in rows:
+                    writer.add(row)
+                    if self.progress and writer.rows % _ROWS_BETWEEN_PROGRESS == 0:
+                        self.progress(writer.rows, self.stream.bytes_read.total, total)
+                writer.finish(self.stream.findings())
+            finally:
+                writer.close()
+        except OSError as error:
+            raise DataError(
+                f"{folder.parent}: the tokens cannot be written: {error.strerror or error}; free"
+                " disk space, or name another folder with XDG_CACHE_HOME (with --no-cache: TMPDIR)"
+            ) from None
+
+
+# --- The cache: stores by the hash of what decides their content ---------------------------------
+#
+# An entry is written beside its place and renamed, so it is complete or not there at all, also when
+# two runs write it at once.
+
+_EDGE = 2**16  # bytes of a file's beginning and end that are in its identity
+_UNUSED_DAYS, _ABANDONED_DAYS = 30, 1
+_DAY = 24 * 60 * 60  # seconds
+_NEW = ".new"
+
+
+def cache_folder() -> Path:
+    """Where tokenised data sets are kept."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "phitune" / "tokens"
+
+
+def _from_cache(name: str, encoding: _Encoding, warnings: list[str]) -> "TokenStore | None":
+    """The entry of this name, encoded if there is none; None if the cache cannot be written."""
+    root = cache_folder()
+    entry = root / name
+    files = encoding.stream.files
+    if entry.exists():
+        try:
+            store = TokenStore(entry, files)
+        except DamagedStoreError as error:
+            warnings.append(f"{entry}: is damaged ({error}); the data is tokenised again")
+        else:
+            with suppress(
+                OSError
+            ):  # Its time says when it was last used; read-only ones have none.
+                os.utime(entry / MANIFEST)
+            return store
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        warnings.append(f"{root}: tokens cannot be kept there ({error.strerror}); see --no-cache")
+        return None
+    if not os.access(root, os.W_OK):
+        warnings.append(f"{root}: tokens cannot be kept there (not writable); see --no-cache")
+        return None
+    _remove_unused(root)
+    with tempfile.TemporaryDirectory(
+        prefix=f"{name}.", suffix=_NEW, dir=root, ignore_cleanup_errors=True
+    ) as new:
+        made = Path(new) / "entry"
+        encoding.write(made)
+        if entry.exists() and not _is_whole(entry, files):
+            with suppress(FileNotFoundError):  # Another run was first.
+                entry.rename(Path(new) / "damaged")
+        try:
+            made.rename(entry)
+        except OSError:
+            # Another run was first, with the same tokens.
+            if not _is_whole(entry, files):
+                raise
+    return TokenStore(entry, files)
+
+
+def _for_this_run(encoding: _Encoding) -> "TokenStore":
+    """A store in a temporary folder, removed when nobody uses it any more."""
+    folder = Path(tempfile.mkdtemp(prefix="phitune-tokens-"))
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        encoding.write(folder / "entry")
+        store = TokenStore(folder / "entry", encoding.stream.files)
+        stack.pop_all()
+    weakref.finalize(store, shutil.rmtree, folder, ignore_errors=True)
+    return store
+
+
+def _is_whole(entry: Path, files: Sequence[Path]) -> bool:
+    try:
+        TokenStore(entry, files)
+    except DamagedStoreError:
+        return False
+    return True
+
+
+def _remove_unused(root: Path) -> None:
+    """Removes entries that no run has opened for a month, and what killed runs left behind."""
+    now = time.time()
+    for entry in root.iterdir():
+        new = entry.name.endswith(_NEW)
+        sign = entry if new else entry / MANIFEST
+        try:
+            age = (now - sign.stat().st_mtime) / _DAY
+        except OSError:  # Being written or removed by another run.
+            continue
+        if age > (_ABANDONED_DAYS if new else _UNUSED_DAYS):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _key(stream: ExampleStream, settings: Settings, coder: Coder) -> str:
+    """The name of an entry: 32 digits that change with anything that changes its tokens."""
+    decides: dict[str, Any] = {
+        "layout": LAYOUT,
+        "code": _code(),
+        "tokenizers": version("tokenizers"),
+        "tokenizer": coder.tokenizer.fingerprint,
+        "prompt_format": repr(coder.prompt_format),
+        "train_on_prompt": settings.train_on_prompt,
+        "data_format": settings.data_format,
+        "columns": settings.columns,
+        "on_bad_row": settings.on_bad_row,
+        "files": [_identity(path) for path in stream.files],
+    }
+    text = json.dumps(decides, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+def _identity(path: Path) -> list[str | int]:
+    """What distinguishes a file from others, and from itself before a change."""
+    try:
+        found = path.stat()
+        with path.open("rb") as file:
+            checksum = zlib.crc32(file.read(_EDGE))
+            file.seek(max(0, found.st_size - _EDGE))
+            checksum = zlib.crc32(file.read(_EDGE), checksum)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+    return [str(path.absolute()), found.st_size, found.st_mtime_ns, checksum]
+
+
+def _code() -> str:
+    """A hash of this package's version and of the code that turns files into tokens."""
+    digest = hashlib.sha256(version("phitune").encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+# --- A store on disk -----------------------------------------------------------------------------
+
 LAYOUT = 1
 MANIFEST = "manifest.json"
 _SHORT_IDS = 2**16
 _LINE_BITS = 40
-# Column to the code of its numbers in `array` and in numpy; the ids' depends on the vocabulary.
+# Column to the code of its numbers in `array`; that of the ids depends on the vocabulary.
 _TYPES = {
     "ends": "Q",
     "spans": "I",
@@ -56,18 +294,14 @@ _TYPES = {
     "questions": "Q",
 }
 _NUMPY = {"H": "<u2", "I": "<u4", "Q": "<u8"}
-_CHUNK = 2**18  # numbers read at once where a whole column is gone through
+_CHUNK = 2**18  # numbers read at once in a pass over a column
 _FLUSH_TOKENS = 2**18
-# A row that is read maps some 64 KiB of each file, what the system reads around it included.
+# A row that is read maps about 64 KiB of each file, since the system reads ahead.
 _ROWS_BETWEEN_RELEASES = 32
 
 
-class DamagedStoreError(PhituneError):
-    """A store that is not what its manifest says; nothing of it is used."""
-
-
 class StoreWriter:
-    """Writes rows as they come; holds a few thousand at a time."""
+    """Writes rows as they come; a few thousand are in memory at a time."""
 
     def __init__(self, folder: Path, vocab_size: int, sources: Sequence[Path]) -> None:
         """Starts a store in an empty folder, for rows of these files."""
@@ -105,7 +339,7 @@ class StoreWriter:
         """Writes what is left, and the manifest last.
 
         Args:
-            about: kept in the manifest for the reader, in plain types.
+            about: kept in the manifest for the reader, in JSON's types.
         """
         self._flush()
         self.close()
@@ -144,10 +378,10 @@ class TokenStore:
     """A finished store, verified."""
 
     def __init__(self, folder: Path, sources: Sequence[Path]) -> None:
-        """Opens a store and reads all of it once, to see that it is whole.
+        """Opens a store and reads all of it once, to verify it.
 
         Args:
-            sources: the files of its rows, by whatever names they have now.
+            sources: the files of its rows, by the names they have now.
 
         Raises:
             DamagedStoreError: it is not, or not a store of this layout.
@@ -164,11 +398,13 @@ class TokenStore:
         for name, column in manifest["columns"].items():
             _verify(self._path(name), column["bytes"], column["crc32"])
         self._maps: list[mmap.mmap] = []
-        names = ("ids", "ends", "spans", "span_ends", "trained", "places")
-        self._ids, self._ends, self._spans, self._span_ends, self._trained, self._places = (
-            self._map(name) for name in names
-        )
-        self._read = 0
+        self._ids = self._map("ids")  # [tokens]
+        self._ends = self._map("ends")  # [rows]
+        self._spans = self._map("spans")  # [2 * spans]
+        self._span_ends = self._map("span_ends")  # [rows]
+        self._trained = self._map("trained")  # [rows]
+        self._places = self._map("places")  # [rows]
+        self._rows_read = 0
 
     @property
     def sources(self) -> Sequence[Path]:
@@ -177,8 +413,8 @@ class TokenStore:
 
     def example(self, index: int) -> TokenizedExample:
         """One row."""
-        self._read += 1
-        if self._read % _ROWS_BETWEEN_RELEASES == 0:
+        self._rows_read += 1
+        if self._rows_read % _ROWS_BETWEEN_RELEASES == 0:
             self._release()
         start = int(self._ends[index - 1]) if index else 0
         ids = self._ids[start : int(self._ends[index])].tolist()
@@ -194,18 +430,18 @@ class TokenStore:
         return f"{self._sources[place >> _LINE_BITS]}:{place & ((1 << _LINE_BITS) - 1)}"
 
     def lengths(self, indices: NDArray[np.uint32]) -> Iterator[NDArray[np.uint32]]:
-        """Tokens of these rows, in pieces."""
+        """Tokens of these rows, in pieces of at most _CHUNK. [rows]"""
         for rows in self._pieces(indices):
             before = np.where(rows > 0, self._ends[rows - (rows > 0)], 0)
             yield (self._ends[rows] - before).astype(np.uint32)
 
     def trained(self, indices: NDArray[np.uint32]) -> Iterator[NDArray[np.uint32]]:
-        """Trained tokens of these rows, in pieces."""
+        """Trained tokens of these rows, in pieces of at most _CHUNK. [rows]"""
         for rows in self._pieces(indices):
             yield self._trained[rows]
 
     def questions(self) -> Iterator[NDArray[np.uint64]]:
-        """64 bits of each row that rows with the same question share, in pieces."""
+        """`question_hash` of all rows, in pieces of at most _CHUNK. [rows]"""
         with self._path("questions").open("rb") as file:
             while len(piece := np.fromfile(file, self._types["questions"], _CHUNK)):
                 yield piece
@@ -227,14 +463,14 @@ class TokenStore:
         return np.frombuffer(mapped, self._types[name])
 
     def _release(self) -> None:
-        """Gives the pages that were read back; the system keeps them as long as it has room."""
+        """Releases the pages that were read; the system keeps them while memory is free."""
         if hasattr(mmap, "MADV_DONTNEED"):
             for mapped in self._maps:
                 mapped.madvise(mmap.MADV_DONTNEED)
 
 
 class TokenRows(Sequence[TokenizedExample]):
-    """Some rows of a store, in order; four bytes of memory for each."""
+    """Some rows of a store, in order; takes four bytes of memory for each."""
 
     def __init__(self, store: TokenStore, indices: NDArray[np.uint32]) -> None:
         self.store = store
@@ -258,9 +494,9 @@ class TokenRows(Sequence[TokenizedExample]):
 
     @property
     def fingerprint(self) -> str:
-        """16 digits that change with any token, any trained part, and which rows these are.
+        """16 digits that change with any token, any trained part, and the choice of rows.
 
-        Where the rows lie in their files is not among it.
+        Files and lines of the rows are not part of it.
         """
         digest = hashlib.sha256(self.indices.astype("<u4").tobytes())
         for name in ("ids", "ends", "spans", "span_ends"):
@@ -268,11 +504,11 @@ class TokenRows(Sequence[TokenizedExample]):
         return digest.hexdigest()[:16]
 
     def lengths(self) -> NDArray[np.uint32]:
-        """Tokens of each row. [len]"""
+        """Tokens of each row. [rows]"""
         return _joined(self.store.lengths(self.indices), len(self))
 
     def trained(self) -> NDArray[np.uint32]:
-        """Trained tokens of each row. [len]"""
+        """Trained tokens of each row. [rows]"""
         return _joined(self.store.trained(self.indices), len(self))
 
     @cached_property
@@ -290,7 +526,7 @@ class TokenRows(Sequence[TokenizedExample]):
         return max((int(part.max()) for part in parts), default=0)
 
     def longest_rows(self, count: int) -> list[TokenizedExample]:
-        """The longest first; of equally long ones, the first."""
+        """The longest rows, longest first; of equally long ones, the first in order."""
         lengths = self.lengths()
         count = min(count, len(lengths))
         if not count:
@@ -304,7 +540,7 @@ class TokenRows(Sequence[TokenizedExample]):
 
 
 def _joined(parts: Iterator[NDArray[np.uint32]], length: int) -> NDArray[np.uint32]:
-    """The pieces as one array, which is all there is of them at any time."""
+    """The pieces as one array, without holding all of them beside it. [rows]"""
     found = np.empty(length, np.uint32)
     at = 0
     for part in parts:
@@ -314,7 +550,7 @@ def _joined(parts: Iterator[NDArray[np.uint32]], length: int) -> NDArray[np.uint
 
 
 def question_hash(example: Example) -> int:
-    """64 bits that rows with the same question share; a completion is its own question."""
+    """64 bits that are the same for the same question; a completion is its own question."""
     digest = hashlib.blake2b(digest_size=8)
     for turn in example.turns if example.is_completion else example.question:
         digest.update(f"{turn.role}\0{turn.content}\0".encode())
@@ -328,7 +564,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise DamagedStoreError(f"{MANIFEST}: {error}") from None
     if not isinstance(document, dict) or _checksum(document) != checksum:
-        raise DamagedStoreError(f"{MANIFEST}: its checksum is not right")
+        raise DamagedStoreError(f"{MANIFEST}: its checksum is wrong")
     if document["layout"] != LAYOUT:
         raise DamagedStoreError(f"{MANIFEST}: layout {document['layout']}, expected {LAYOUT}")
     return document
@@ -345,245 +581,8 @@ def _verify(path: Path, size: int, checksum: int) -> None:
     except OSError as error:
         raise DamagedStoreError(f"{path.name}: {error.strerror or error}") from None
     if found != checksum:
-        raise DamagedStoreError(f"{path.name}: its checksum is not right")
+        raise DamagedStoreError(f"{path.name}: its checksum is wrong")
 
 
 def _checksum(content: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
-
-
-# -------------------------------------------------------------------------------------------------
-# Data is tokenised once: the rows as tokens in the user's cache folder, found again by what made
-# them.
-#
-# The name of an entry is a hash of everything that decides what is in it: the files (path, size,
-# time of change, and their first and last bytes), the tokenizer, the prompt format, how rows are
-# read, and this package's own code. max_length is not among it: rows are kept whole, and left out
-# on reading.
-#
-# An entry is written beside its place and renamed, so it is there whole or not at all, also where
-# two runs write it at once; it is verified at every opening, and built again where it is damaged.
-
-# Told how many rows are done, and how many bytes of the files on disk, of how many.
-Progress = Callable[[int, int, int], None]
-
-_EDGE = 2**16
-_UNUSED_DAYS, _ABANDONED_DAYS = 30, 1
-_DAY = 24 * 60 * 60
-_NEW = ".new"
-_ROWS_BETWEEN_TELLING = 1000
-
-
-@dataclass(frozen=True)
-class TokenizedData:
-    """A data set as tokens, and what is to be said about it."""
-
-    store: TokenStore
-    notes: list[str]
-    warnings: list[str]
-    is_completion: bool  # of all its files
-
-
-def cache_folder() -> Path:
-    """Where tokenised data sets are kept."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "phitune" / "tokens"
-
-
-def tokenized(
-    source: Path,
-    part: Part,
-    settings: Settings,
-    coder: Coder,
-    progress: Progress | None = None,
-) -> TokenizedData:
-    """A data set as tokens: from the cache, or read, checked and encoded.
-
-    Raises:
-        DataError: the data cannot be used, or there is no room for its tokens.
-    """
-    stream = open_stream(source, part, settings, coder.prompt_format)
-    warnings: list[str] = []
-
-    def build(folder: Path) -> None:
-        _write(folder, stream, settings, coder, progress)
-
-    store = None
-    if settings.cache:
-        name = _key(stream, settings, coder)
-        store = _from_cache(name, stream.files, build, warnings)
-    if store is None:
-        store = _in_passing(stream.files, build)
-    kept = not stream.formats  # Nothing was read.
-    if kept:
-        stream.restore(store.about)
-    notes = stream.notes
-    if kept:
-        notes.append(f"{source}: its tokens are taken from the cache, {store.folder}")
-    if stream.skipped:
-        warnings.append(stream.skipped)
-    formats = {form.name for form in stream.formats.values()}
-    return TokenizedData(store, notes, warnings, is_completion=formats == {"completion"})
-
-
-def open_stream(
-    source: Path, part: Part, settings: Settings, prompt_format: PromptFormat
-) -> ExampleStream:
-    """The rows of a data set as these settings read them."""
-    return read_examples(
-        source,
-        data_format=settings.data_format,
-        columns=settings.columns,
-        on_bad_row=settings.on_bad_row,
-        refusal=prompt_format.refusal,
-        part=part,
-    )
-
-
-def _write(
-    folder: Path,
-    stream: ExampleStream,
-    settings: Settings,
-    coder: Coder,
-    progress: Progress | None,
-) -> None:
-    rows = coder.encode_rows(stream, train_on_prompt=settings.train_on_prompt)
-    total = stream.bytes
-    writer = StoreWriter(folder, coder.tokenizer.size, stream.files)
-    try:
-        for row in rows:
-            writer.add(row)
-            if progress and writer.rows % _ROWS_BETWEEN_TELLING == 0:
-                progress(writer.rows, stream.bytes_read.total, total)
-        writer.finish(stream.findings())
-    finally:
-        writer.close()
-
-
-def _from_cache(
-    name: str, files: Sequence[Path], build: Callable[[Path], None], warnings: list[str]
-) -> TokenStore | None:
-    """The entry of this name, built where there is none; None where nothing can be kept."""
-    root = cache_folder()
-    entry = root / name
-    if entry.exists():
-        try:
-            store = TokenStore(entry, files)
-        except DamagedStoreError as error:
-            warnings.append(f"{entry}: is damaged ({error}); the data is tokenised again")
-        else:
-            with suppress(OSError):  # The time says that it is in use; a read-only one stays.
-                os.utime(entry / MANIFEST)
-            return store
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        warnings.append(f"{root}: nothing can be kept there ({error.strerror}); see --no-cache")
-        return None
-    if not os.access(root, os.W_OK):
-        warnings.append(f"{root}: nothing can be kept there (not writable); see --no-cache")
-        return None
-    _remove_unused(root)
-    with tempfile.TemporaryDirectory(
-        prefix=f"{name}.", suffix=_NEW, dir=root, ignore_cleanup_errors=True
-    ) as new:
-        made = Path(new) / "entry"
-        _built(made, build)
-        if entry.exists() and not _is_whole(entry, files):
-            with suppress(FileNotFoundError):  # Another run was first.
-                entry.rename(Path(new) / "damaged")
-        try:
-            made.rename(entry)
-        except OSError:
-            # Another run was first, with the same tokens.
-            if not _is_whole(entry, files):
-                raise
-    return TokenStore(entry, files)
-
-
-def _in_passing(files: Sequence[Path], build: Callable[[Path], None]) -> TokenStore:
-    """A store for this run only."""
-    folder = Path(tempfile.mkdtemp(prefix="phitune-tokens-"))
-    with ExitStack() as stack:
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        _built(folder / "entry", build)
-        store = TokenStore(folder / "entry", files)
-        stack.pop_all()
-    weakref.finalize(store, shutil.rmtree, folder, ignore_errors=True)
-    return store
-
-
-def _built(folder: Path, build: Callable[[Path], None]) -> None:
-    try:
-        folder.mkdir()
-        build(folder)
-    except OSError as error:
-        raise DataError(
-            f"{folder.parent}: the tokens cannot be written: {error.strerror or error}; make room,"
-            " or name another folder with XDG_CACHE_HOME (with --no-cache: TMPDIR)"
-        ) from None
-
-
-def _is_whole(entry: Path, files: Sequence[Path]) -> bool:
-    try:
-        TokenStore(entry, files)
-    except DamagedStoreError:
-        return False
-    return True
-
-
-def _remove_unused(root: Path) -> None:
-    """Makes room: entries that no run has opened for a month, and what killed runs left."""
-    now = time.time()
-    for entry in root.iterdir():
-        new = entry.name.endswith(_NEW)
-        sign = entry if new else entry / MANIFEST
-        try:
-            age = (now - sign.stat().st_mtime) / _DAY
-        except OSError:  # Being written or removed by another run.
-            continue
-        if age > (_ABANDONED_DAYS if new else _UNUSED_DAYS):
-            shutil.rmtree(entry, ignore_errors=True)
-
-
-def _key(
-    stream: ExampleStream,
-    settings: Settings,
-    coder: Coder,
-) -> str:
-    """The name of an entry: 32 digits that change with anything that changes its tokens."""
-    decides: dict[str, Any] = {
-        "layout": LAYOUT,
-        "code": _code(),
-        "tokenizers": version("tokenizers"),
-        "tokenizer": coder.tokenizer.fingerprint,
-        "prompt_format": repr(coder.prompt_format),
-        "train_on_prompt": settings.train_on_prompt,
-        "data_format": settings.data_format,
-        "columns": settings.columns,
-        "on_bad_row": settings.on_bad_row,
-        "files": [_identity(path) for path in stream.files],
-    }
-    text = json.dumps(decides, sort_keys=True)
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]
-
-
-def _identity(path: Path) -> list[str | int]:
-    """What tells a file from another, and from itself before a change."""
-    try:
-        found = path.stat()
-        with path.open("rb") as file:
-            checksum = zlib.crc32(file.read(_EDGE))
-            file.seek(max(0, found.st_size - _EDGE))
-            checksum = zlib.crc32(file.read(_EDGE), checksum)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-    return [str(path.absolute()), found.st_size, found.st_mtime_ns, checksum]
-
-
-def _code() -> str:
-    """This package's version, and the code that turns files into tokens."""
-    digest = hashlib.sha256(version("phitune").encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()

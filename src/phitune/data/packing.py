@@ -1,9 +1,10 @@
-"""Token lists to packed batches, in a seeded order.
+"""Rows to packed batches, in the seeded order of an epoch.
 
-A batch is its sequences laid end to end; `cu_seqlens` says where each begins. There is no padding,
-so every position that is computed is a token of the data.
+A batch is its rows laid end to end; `cu_seqlens` says where each begins. There is no padding, so
+every position that is computed is a token of the data. The order is a pure function of seed and
+epoch, so that a resumed run takes it up at any step.
 
-Shapes: T packed tokens, B sequences, N trained tokens.
+Shapes: T packed tokens, B rows, N trained tokens.
 """
 
 import random
@@ -19,15 +20,15 @@ from phitune.data.tokenizer import IGNORE_INDEX, TokenizedExample
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences end to end. `cu_seqlens` stays on the host: it steers loops, it is not computed on.
+    """Rows end to end. `cu_seqlens` stays on the host, where loops over rows read it.
 
-    `slots` are the places of the sequences in their optimizer step (0, 1, ...). They decide the
-    dropout masks, which therefore do not depend on how a step is split into micro-batches.
+    `slots` are the places of the rows in their optimizer step (0, 1, ...). They decide the dropout
+    masks, which therefore do not depend on how a step is split into micro-batches.
     """
 
     input_ids: Tensor  # [T] int64
-    labels: Tensor  # [T] int64, IGNORE_INDEX where nothing is to be learnt
-    position_ids: Tensor  # [T] int64, from 0 in each sequence
+    labels: Tensor  # [T] int64, IGNORE_INDEX where nothing is trained
+    position_ids: Tensor  # [T] int64, from 0 in each row
     target_positions: Tensor  # [N] int64, the positions whose next token is trained
     cu_seqlens: tuple[int, ...]  # B + 1 offsets, from 0 to T
     slots: tuple[int, ...]  # B
@@ -50,7 +51,11 @@ class Batch:
 
 
 def pack(rows: Sequence[TokenizedExample], first_slot: int = 0) -> Batch:
-    """Lays rows end to end; the first token of a row is never a target of the row before it."""
+    """Lays rows end to end; the first token of a row is not a target of the row before it.
+
+    Args:
+        first_slot: the place of the first row in its optimizer step.
+    """
     cu_seqlens = [0]
     input_ids: list[int] = []
     labels: list[int] = []
@@ -87,7 +92,7 @@ def epoch_steps(
     Args:
         first_step: steps of the epoch that are skipped.
     """
-    order = array("I", range(num_rows))  # Four bytes a row.
+    order = array("I", range(num_rows))  # four bytes a row
     random.Random(f"{seed}/{epoch}").shuffle(order)
     for start in range(first_step * rows_per_step, num_rows, rows_per_step):
         yield order[start : start + rows_per_step]
@@ -112,6 +117,6 @@ def micro_batches(rows: Sequence[TokenizedExample], step: Sequence[int], size: i
 
 
 def batches(rows: Sequence[TokenizedExample], batch_size: int) -> Iterator[Batch]:
-    """All rows in their order, for evaluation."""
+    """All rows in order, for evaluation."""
     for start in range(0, len(rows), batch_size):
         yield pack(rows[start : start + batch_size])

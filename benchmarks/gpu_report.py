@@ -130,8 +130,6 @@ def parity_table(rows: list[Row]) -> list[str]:
             "theirs": plain("theirs, plain", error),
             "theirs, autocast": plain("theirs, autocast", error),
             "theirs, bf16 throughout": plain("theirs, bf16 throughout", error),
-            "difference": plain("difference", error),
-            "largest of a tensor": plain("largest difference of a tensor", error),
             "ours / theirs": plain("ours / theirs", ".3f"),
             "goal": plain("goal"),
             "met": yes("met"),

@@ -21,6 +21,12 @@ from phitune.model.files import ASSETS
 # Before anything that reads them is imported, here and in processes of the tests' own.
 # Two workers with two threads each would wait for one another on two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# torch.compile keeps what it made by the code alone: what it made for AVX-512 is no use without.
+if "ATEN_CPU_CAPABILITY" in os.environ:
+    os.environ.setdefault(
+        "TORCHINDUCTOR_CACHE_DIR",
+        f"{tempfile.gettempdir()}/torchinductor-{os.environ['ATEN_CPU_CAPABILITY']}",
+    )
 # Nothing a test does may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Nor for the cache of the person who runs the tests.

@@ -1,12 +1,12 @@
 """Tiny random models in transformers' layout, with peft on top: the independent reference."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -59,13 +59,15 @@ def random_model(
             norm = "norm" in name and name.endswith("weight")
             parameter.copy_(torch.randn_like(parameter) * spread + (1.0 if norm else 0.0))
     model = model.to(dtype).eval()
-    if dtype == torch.float64:
-        _lift_norms(model)
-    return model
+    return in_fp64(model) if dtype == torch.float64 else model
 
 
-def _lift_norms(model: nn.Module) -> None:
-    """Phi3RMSNorm computes in fp32 even when asked for fp64; here it does what it was asked."""
+def in_fp64(model: Any) -> Any:
+    """A copy of a model, with an adapter or without, that computes in fp64: the truth.
+
+    Phi3RMSNorm computes in fp32 even when asked for fp64; here it does what it was asked.
+    """
+    model = copy.deepcopy(model).double()
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         rms = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
@@ -75,6 +77,7 @@ def _lift_norms(model: nn.Module) -> None:
         if type(module).__name__ == "Phi3RMSNorm":
             type(module).forward_fp64 = forward
             module.forward = forward.__get__(module)
+    return model
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> Path:

@@ -1,12 +1,12 @@
-"""Rows of random tokens, and how far two tensors are apart."""
+"""Rows of random tokens, and what a decoder computes of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from helpers.models import VOCAB_SIZE
-from phitune.data.packing import Batch
+from phitune.data.packing import Batch, pack
 from phitune.data.tokenizer import IGNORE_INDEX, TokenizedExample
 from phitune.model.architecture import read_model_config
 from phitune.model.decoder import Decoder
@@ -29,12 +29,6 @@ def random_rows(
     return rows
 
 
-def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """The largest difference, relative to the largest value."""
-    ours, theirs = ours.detach(), theirs.detach()
-    return float((ours - theirs).abs().max() / theirs.abs().max())
-
-
 def open_decoder(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
     return load_decoder(folder, read_model_config(folder), dtype, torch.device("cpu"))
 
@@ -47,3 +41,14 @@ def logits_of(decoder: Decoder, batch: Batch) -> torch.Tensor:
 def loss_sum_of(decoder: Decoder, batch: Batch) -> torch.Tensor:
     hidden = decoder(batch.input_ids, batch.position_ids, batch.cu_seqlens)
     return decoder.loss_sum(hidden, batch.labels, batch.target_positions)
+
+
+def logits_after(decoder: Decoder, prompt: Sequence[int]) -> Callable[[list[int]], torch.Tensor]:
+    """The logits [V] of the token that follows the prompt and an answer's first tokens."""
+
+    @torch.no_grad()
+    def after(ids: list[int]) -> torch.Tensor:
+        whole = [*prompt, *ids]
+        return logits_of(decoder, pack([TokenizedExample(whole, [IGNORE_INDEX] * len(whole))]))[-1]
+
+    return after

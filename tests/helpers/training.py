@@ -5,6 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+import torch
+
+from helpers.numerics import assert_equal_in_fp64
 from phitune.config import Settings
 from phitune.data.tokenizer import TokenizedExample
 from phitune.errors import NonFiniteError, OutOfMemoryError
@@ -119,3 +123,23 @@ def snapshot(state: TrainingState) -> tuple[dict[str, Any], dict[str, bytes]]:
 
 def bytes_of(adapter: Adapter) -> bytes:
     return b"".join(t.numpy().tobytes() for t in adapter.tensors().values())
+
+
+def assert_same_training(ours: tuple[Recorded, Adapter], theirs: tuple[Recorded, Adapter]) -> None:
+    """Two runs in fp64 came to the same adapter by the same losses."""
+    assert_equal_in_fp64(
+        *({**_curve(recorded), **adapter.tensors()} for recorded, adapter in (ours, theirs))
+    )
+    # A step's loss is summed over its micro-batches in fp32, whatever the model computes in.
+    losses = [[step.loss for step in recorded.steps] for recorded, _ in (ours, theirs)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def _curve(recorded: Recorded) -> dict[str, torch.Tensor]:
+    values = {
+        "gradient norms": [step.grad_norm for step in recorded.steps],
+        "validation losses": [e.validation_loss for e, _ in recorded.evaluations if e],
+    }
+    return {
+        name: torch.tensor(value, dtype=torch.float64) for name, value in values.items() if value
+    }

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.numerics import BF16_MARGIN, assert_as_exact_as, assert_equal_in_fp64, error
 from helpers.reference import (
     CONFIGS,
+    in_fp64,
     phi3_config,
     phi_config,
     random_model,
@@ -14,22 +16,59 @@ from helpers.reference import (
     their_loss_sum,
     with_random_lora,
 )
-from helpers.rows import logits_of, loss_sum_of, open_decoder, random_rows, relative
+from helpers.rows import logits_of, loss_sum_of, open_decoder, random_rows
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from phitune.data.packing import pack
 from phitune.data.tokenizer import TokenizedExample
 from phitune.model import ops
+from phitune.model.decoder import Decoder
 from phitune.model.lora import LoraSpec, attach, detach, load_adapter, save_adapter
 from phitune.model.targets import resolve_targets
 
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+pytestmark = pytest.mark.numerics
 
 
 def their_logits(model: torch.nn.Module, rows: list[TokenizedExample]) -> torch.Tensor:
     """One row at a time: no padding and no neighbours on their side. Returns: [T, V]."""
     return torch.cat([model(torch.tensor([row.input_ids])).logits[0] for row in rows])
+
+
+def their_results(
+    model: PreTrainedModel, rows: list[TokenizedExample]
+) -> tuple[PeftModel, dict[str, torch.Tensor]]:
+    """The model with a random adapter; logits without and with it, loss and gradients."""
+    found = {}
+    with torch.no_grad():
+        found["base logits"] = their_logits(model, rows)
+    tuned = with_random_lora(model, r=4, lora_alpha=10, target_modules="all-linear")
+    with torch.no_grad():
+        found["tuned logits"] = their_logits(tuned, rows)
+    loss = their_loss_sum(tuned, rows)
+    loss.backward()
+    found["loss"] = loss
+    for name, parameter in tuned.named_parameters():
+        if "lora_" in name:
+            name = name.removeprefix("base_model.model.").removesuffix(".default.weight")
+            assert parameter.grad is not None
+            found[name] = parameter.grad
+    return tuned, found
+
+
+def assert_same_logits(decoder: Decoder, peft_model: PeftModel) -> None:
+    """Ours in fp32 are as exact as those of transformers and peft are."""
+    rows = random_rows()
+    with torch.no_grad():
+        ours, theirs, truth = (
+            {"logits": logits}
+            for logits in (
+                logits_of(decoder, pack(rows)),
+                their_logits(peft_model, rows),
+                their_logits(in_fp64(peft_model), rows),
+            )
+        )
+    assert_as_exact_as(ours, theirs, truth)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
@@ -44,36 +83,28 @@ def test_logits_loss_and_every_gradient_equal_the_reference(
     decoder = open_decoder(save_model(model, tmp_path / "model"), dtype)
     rows = random_rows()
     batch = pack(rows)
-    differences = {}
-    with torch.no_grad():
-        base = relative(logits_of(decoder, batch), their_logits(model, rows))
-    differences["base logits"] = base
+    true_model = in_fp64(model)
+    peft_model, theirs = their_results(model, rows)
 
-    peft_model = with_random_lora(model, r=4, lora_alpha=10, target_modules="all-linear")
+    ours = {}
+    with torch.no_grad():
+        ours["base logits"] = logits_of(decoder, batch)
     peft_model.save_pretrained(tmp_path / "adapter")
     adapter = load_adapter(decoder, tmp_path / "adapter")
     assert adapter.spec.modules == resolve_targets(decoder.config, ["all-linear"], None)
     with torch.no_grad():
-        ours, theirs = logits_of(decoder, batch), their_logits(peft_model, rows)
-    differences["tuned logits"] = relative(ours, theirs)
-
-    loss, reference_loss = loss_sum_of(decoder, batch), their_loss_sum(peft_model, rows)
-    differences["loss"] = relative(loss, reference_loss)
+        ours["tuned logits"] = logits_of(decoder, batch)
+    loss = loss_sum_of(decoder, batch)
     loss.backward()
-    reference_loss.backward()
-    gradients = {
-        name.replace(".default", ""): parameter.grad
-        for name, parameter in peft_model.named_parameters()
-        if "lora_" in name
-    }
+    ours["loss"] = loss
     for module, pair in adapter.pairs.items():
         for side in ("lora_A", "lora_B"):
-            expected = gradients[f"base_model.model.{module}.{side}.weight"]
-            differences[f"{module}.{side}"] = relative(getattr(pair, side).grad, expected)
-    assert len(differences) == 3 + len(gradients)
-    record_property("largest relative difference", max(differences.values()))
-    too_large = {name: size for name, size in differences.items() if size >= TOLERANCE[dtype]}
-    assert not too_large
+            ours[f"{module}.{side}"] = getattr(pair, side).grad
+    if dtype == torch.float64:
+        assert_equal_in_fp64(ours, theirs)
+    else:
+        _, truth = their_results(true_model, rows)
+        record_property("ours / theirs", assert_as_exact_as(ours, theirs, truth))
 
 
 @pytest.mark.parametrize(
@@ -106,10 +137,10 @@ def test_adapter_written_here_gives_the_same_logits_in_peft(
     rows = random_rows()
     with torch.no_grad():
         base_logits = their_logits(base, rows)
-        theirs = their_logits(PeftModel.from_pretrained(base, tmp_path / "adapter").eval(), rows)
-        ours = logits_of(decoder, pack(rows))
-    assert relative(ours, theirs) < 1e-5
-    assert relative(base_logits, theirs) > 1e-2  # The adapter says something.
+        tuned = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+        moved = error({"logits": base_logits}, {"logits": their_logits(tuned, rows)})
+    assert moved > 1e-2  # The adapter does something.
+    assert_same_logits(decoder, tuned)
 
 
 def test_adapter_of_peft_with_rslora_and_some_layers_loads_here(tmp_path: Path) -> None:
@@ -126,9 +157,7 @@ def test_adapter_of_peft_with_rslora_and_some_layers_loads_here(tmp_path: Path) 
     peft_model.save_pretrained(tmp_path / "adapter")
     adapter = load_adapter(decoder, tmp_path / "adapter")
     assert adapter.spec.modules == ("model.layers.1.self_attn.q_proj", "model.layers.1.mlp.fc2")
-    rows = random_rows()
-    with torch.no_grad():
-        assert relative(logits_of(decoder, pack(rows)), their_logits(peft_model, rows)) < 1e-5
+    assert_same_logits(decoder, peft_model)
 
 
 def test_adapter_of_peft_on_the_embedding_loads_here(tmp_path: Path) -> None:
@@ -137,9 +166,7 @@ def test_adapter_of_peft_on_the_embedding_loads_here(tmp_path: Path) -> None:
     peft_model = with_random_lora(model, r=4, target_modules=["embed_tokens", "q_proj"])
     peft_model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
     load_adapter(decoder, tmp_path / "adapter")
-    rows = random_rows()
-    with torch.no_grad():
-        assert relative(logits_of(decoder, pack(rows)), their_logits(peft_model, rows)) < 1e-5
+    assert_same_logits(decoder, peft_model)
 
 
 def test_a_second_adapter_takes_the_place_of_the_first_and_none_leaves_the_base(
@@ -186,13 +213,15 @@ def test_dropout_masks_injected_into_peft_give_the_same_gradients(tmp_path: Path
     hidden = decoder(batch.input_ids, batch.position_ids, batch.cu_seqlens, dropout)
     loss = decoder.loss_sum(hidden, batch.labels, batch.target_positions, dropout)
     reference_loss = their_loss_sum(peft_model, rows)
-    assert relative(loss, reference_loss) < 1e-10
     loss.backward()
     reference_loss.backward()
+    ours, theirs = {"loss": loss}, {"loss": reference_loss}
     for module, pair in adapter.pairs.items():
         layer = peft_model.base_model.model.get_submodule(module)
-        assert relative(pair.lora_A.grad, layer.lora_A["default"].weight.grad) < 1e-10
-        assert relative(pair.lora_B.grad, layer.lora_B["default"].weight.grad) < 1e-10
+        for side in ("lora_A", "lora_B"):
+            ours[f"{module}.{side}"] = getattr(pair, side).grad
+            theirs[f"{module}.{side}"] = getattr(layer, side)["default"].weight.grad
+    assert_equal_in_fp64(ours, theirs)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -201,7 +230,7 @@ def test_bf16_is_as_close_to_the_truth_as_the_reference_in_bf16(kind: str, tmp_p
     decoder = open_decoder(save_model(model, tmp_path), torch.bfloat16)
     rows = random_rows()
     with torch.no_grad():
-        truth = their_logits(model, rows)
-        theirs = their_logits(model.to(torch.bfloat16), rows).float()
-        ours = logits_of(decoder, pack(rows)).float()
-    assert (ours - truth).norm() <= 1.1 * (theirs - truth).norm()
+        truth = {"logits": their_logits(in_fp64(model), rows)}
+        theirs = {"logits": their_logits(model.to(torch.bfloat16), rows)}
+        ours = {"logits": logits_of(decoder, pack(rows))}
+    assert_as_exact_as(ours, theirs, truth, BF16_MARGIN)

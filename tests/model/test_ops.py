@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.rows import logits_of, loss_sum_of, open_decoder, random_rows, relative
+from helpers.numerics import assert_as_exact_as, assert_equal_in_fp64
+from helpers.rows import logits_of, loss_sum_of, open_decoder, random_rows
 
 from phitune.data.packing import pack
 from phitune.model import architecture, ops
@@ -13,6 +14,8 @@ from phitune.model.decoder import Decoder, DecoderLayer
 from phitune.model.device import force_compile
 from phitune.model.lora import Adapter, LoraSpec, attach
 from phitune.model.targets import resolve_targets
+
+pytestmark = pytest.mark.numerics
 
 CPU = torch.device("cpu")
 
@@ -31,7 +34,7 @@ def with_adapter(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Deco
 
 def gradients_of(
     decoder: Decoder, adapter: Adapter, slots: list[list[int]], p: float
-) -> list[torch.Tensor]:
+) -> dict[str, torch.Tensor]:
     """Gradients of a step over six rows, cut into micro-batches of these slots."""
     rows = random_rows()
     for parameter in adapter.parameters():
@@ -44,9 +47,11 @@ def gradients_of(
             dropout = ops.Dropout(p, keys)
         hidden = decoder(batch.input_ids, batch.position_ids, batch.cu_seqlens, dropout)
         decoder.loss_sum(hidden, batch.labels, batch.target_positions, dropout).backward()
-    return [
-        parameter.grad.clone() for parameter in adapter.parameters() if parameter.grad is not None
-    ]
+    found = {}
+    for module, pair in adapter.pairs.items():
+        for side in ("lora_A", "lora_B"):
+            found[f"{module}.{side}"] = getattr(pair, side).grad.clone()
+    return found
 
 
 def test_packed_equals_one_by_one(model_folder: Path) -> None:
@@ -55,9 +60,11 @@ def test_packed_equals_one_by_one(model_folder: Path) -> None:
     with torch.no_grad():
         together = logits_of(decoder, pack(rows))
         apart = torch.cat([logits_of(decoder, pack([row])) for row in rows])
-        assert relative(together, apart) < 1e-12
-        losses = sum(loss_sum_of(decoder, pack([row])) for row in rows)
-        assert relative(loss_sum_of(decoder, pack(rows)), torch.as_tensor(losses)) < 1e-12
+        losses = torch.stack([loss_sum_of(decoder, pack([row])) for row in rows])
+        assert_equal_in_fp64(
+            {"logits": together, "loss": loss_sum_of(decoder, pack(rows))},
+            {"logits": apart, "loss": losses.sum()},
+        )
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2])
@@ -65,8 +72,7 @@ def test_accumulation_8x1_equals_1x8_with_and_without_dropout(model_folder: Path
     decoder, adapter = with_adapter(model_folder, torch.float64)
     whole = gradients_of(decoder, adapter, [[0, 1, 2, 3, 4, 5]], p)
     for slots in ([[0], [1], [2], [3], [4], [5]], [[0, 1], [2, 3, 4], [5]]):
-        for ours, theirs in zip(gradients_of(decoder, adapter, slots, p), whole, strict=True):
-            assert relative(ours, theirs) < 1e-10
+        assert_equal_in_fp64(gradients_of(decoder, adapter, slots, p), whole)
 
 
 def test_perturbing_a_neighbour_changes_nothing_bit_for_bit(model_folder: Path) -> None:
@@ -91,7 +97,7 @@ def test_recomputed_equals_stored_bit_for_bit(model_folder: Path) -> None:
     stored = gradients_of(decoder, adapter, [[0, 1, 2, 3, 4, 5]], 0.2)
     decoder.recompute_layers = 3
     recomputed = gradients_of(decoder, adapter, [[0, 1, 2, 3, 4, 5]], 0.2)
-    assert all(map(torch.equal, stored, recomputed))
+    assert all(torch.equal(recomputed[name], stored[name]) for name in stored)
 
 
 def test_loss_in_chunks_equals_loss_at_once(
@@ -101,8 +107,7 @@ def test_loss_in_chunks_equals_loss_at_once(
     at_once = gradients_of(decoder, adapter, [[0, 1, 2, 3, 4, 5]], 0.2)
     monkeypatch.setitem(architecture.LOSS_CHUNK_BYTES, "cpu", 4 * 120 * 7)  # seven rows
     in_chunks = gradients_of(decoder, adapter, [[0, 1, 2, 3, 4, 5]], 0.2)
-    for ours, theirs in zip(in_chunks, at_once, strict=True):
-        assert relative(ours, theirs) < 1e-12
+    assert_equal_in_fp64(in_chunks, at_once)
 
 
 def test_dropout_keeps_the_right_share() -> None:
@@ -165,7 +170,9 @@ def test_hash_is_lowbias32() -> None:
 def test_compiled_layers_equal_plain_ones_and_share_their_code(
     kind: str, backend: str, phi_folder: Path, phi3_folder: Path
 ) -> None:
-    decoder, adapter = with_adapter({"phi": phi_folder, "phi3": phi3_folder}[kind])
+    folder = {"phi": phi_folder, "phi3": phi3_folder}[kind]
+    truth = gradients_of(*with_adapter(folder, torch.float64), [[0, 1], [2, 3, 4, 5]], 0.1)
+    decoder, adapter = with_adapter(folder)
     plain = gradients_of(decoder, adapter, [[0, 1], [2, 3, 4, 5]], 0.1)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -173,7 +180,6 @@ def test_compiled_layers_equal_plain_ones_and_share_their_code(
         assert isinstance(layer, DecoderLayer)
         force_compile(layer, backend)
     compiled = gradients_of(decoder, adapter, [[0, 1], [2, 3, 4, 5]], 0.1)
-    for ours, theirs in zip(compiled, plain, strict=True):
-        assert relative(ours, theirs) < 1e-5
+    assert_as_exact_as(compiled, plain, truth)
     # Two halves of a layer, and no more than one version without a gradient in front of the first.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.rows import open_decoder, random_rows
-from helpers.training import Data, Training, bytes_of
+from helpers.training import Data, Training, assert_same_training, bytes_of
 
 import phitune.trainer
 import phitune.training.saver
@@ -145,8 +145,10 @@ def test_every_split_divides_the_step(rows: int, steps: int) -> None:
 # --- the loop -------------------------------------------------------------------------------------
 
 
-def prepared(folder: Path, engine: str = "fused") -> tuple[FusedEngine | ReferenceEngine, Adapter]:
-    decoder = open_decoder(folder)
+def prepared(
+    folder: Path, engine: str = "fused", dtype: torch.dtype = torch.float32
+) -> tuple[FusedEngine | ReferenceEngine, Adapter]:
+    decoder = open_decoder(folder, dtype)
     modules = resolve_targets(decoder.config, ["all-linear"], None)
     adapter = attach(decoder, LoraSpec(4, 16, 0.1, modules), seed=0)
     return FusedEngine(decoder, 0.1) if engine == "fused" else ReferenceEngine(decoder), adapter
@@ -191,8 +193,9 @@ def failing(
 def test_a_step_that_does_not_fit_begins_again_and_its_losses_are_the_same(
     phi_folder: Path, engine: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = trained(*prepared(phi_folder, engine)).recorded
-    made, adapter = prepared(phi_folder, engine)
+    made, expected = prepared(phi_folder, engine, torch.float64)
+    whole = trained(made, expected).recorded
+    made, adapter = prepared(phi_folder, engine, torch.float64)
     failing(made, monkeypatch, lambda rows, layers: rows == 1 and layers >= 2, 2, error)
     split = trained(made, adapter).recorded
     assert [(each.now.micro_batch, each.now.recompute_layers) for each in split.out_of_memory] == [
@@ -202,14 +205,7 @@ def test_a_step_that_does_not_fit_begins_again_and_its_losses_are_the_same(
         (1, 2),
     ]
     assert {each.step for each in split.out_of_memory} == {2}
-    assert len(split.steps) == len(whole.steps)
-    for ours, theirs in zip(split.steps, whole.steps, strict=True):
-        assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
-        assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-5)
-    for (ours, _), (theirs, _) in zip(split.evaluations, whole.evaluations, strict=True):
-        assert ours
-        assert theirs
-        assert ours.validation_loss == pytest.approx(theirs.validation_loss, rel=1e-6)
+    assert_same_training((split, adapter), (whole, expected))
 
 
 def test_what_lay_in_pieces_is_tried_once_more_before_the_cut_changes(

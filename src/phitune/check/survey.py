@@ -250,11 +250,15 @@ class Sample:
     spans: tuple[Span, ...]
 
     @property
-    def heading(self) -> str:
-        heading = f"{self.title}: {self.file}:{self.line}"
+    def place(self) -> str:
+        return f"{self.file}:{self.line}"
+
+    @property
+    def counts(self) -> str:
+        """What follows the place in a heading; empty without a tokenizer."""
         if self.tokens is None:
-            return heading
-        return f"{heading}, {self.tokens:,} tokens, {self.trained_tokens:,} trained"
+            return ""
+        return f", {self.tokens:,} tokens, {self.trained_tokens:,} trained"
 
 
 class SampleChooser:

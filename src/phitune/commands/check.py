@@ -219,7 +219,8 @@ def _samples(report: "Report", console: Console, *, whole: bool) -> RenderableTy
     parts: list[RenderableType] = [legend]
     for sample in report.samples:
         text = sample_text(sample, marks, whole=whole)
-        parts += [Text(""), Text(visible(sample.heading), style="bold")]
+        heading = f"{sample.title}: {visible(sample.place)}{sample.counts}"
+        parts += [Text(""), Text(heading, style="bold")]
         parts.append(Padding(text, (0, 0, 0, 2), expand=False))
     return section("Rows as the model sees them", Group(*parts))
 

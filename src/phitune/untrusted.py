@@ -6,7 +6,6 @@ folders are made of links into the hub's own store, and those are followed.
 """
 
 import json
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -116,19 +115,6 @@ def whole(
             f"{key} is {_shown(value)}, expected a whole number from {least:,} to {most:,}"
         )
     return int(value)
-
-
-def real(
-    raw: Mapping[str, Any], key: str, least: float, most: float, default: float | None = None
-) -> float:
-    """A number in an object that was read, as `whole`."""
-    value: Any = raw.get(key)
-    value = default if value is None else value
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    # What is not a number at all (NaN) is in no range.
-    if not is_number or not least <= value <= most or not math.isfinite(value):
-        raise ModelError(f"{key} is {_shown(value)}, expected a number from {least:g} to {most:g}")
-    return float(value)
 
 
 def flag(raw: Mapping[str, Any], key: str) -> bool:

@@ -1,52 +1,56 @@
 """config.json to ModelConfig, and the table of the two Phi families.
 
 `phi` covers Phi-1, Phi-1.5 and Phi-2; `phi3` covers Phi-3-mini and -medium, Phi-3.5-mini, Phi-4 and
-Phi-4-mini. Layer names are those of transformers: LoRA targets and files on disk use them.
-No torch here.
+Phi-4-mini. Layer names are those of transformers: LoRA targets and files on disk use them. Sizes of
+the engine's buffers are here too, as the planner adds up by the same functions.
 
 config.json comes in two spellings, the hub's (rope_theta, rope_scaling, partial_rotary_factor at
-the top) and that of transformers 5 (all inside rope_parameters); both are read.
+the top) and that of transformers 5 (all inside rope_parameters); both are read. What a file asks
+for beyond what is built is refused by name. Nothing here loads torch.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from phitune.errors import ModelError, listing
-from phitune.untrusted import flag, read_object, real, whole
+from phitune.untrusted import read_object
 
 # -------------------------------------------------------------------------------------------------
-# Sizes of the buffers that the engine works in, shared with the planner. No torch here.
+# Sizes of the buffers that the engine works in, shared with the planner.
 
-# Logits of this many bytes, were they in fp32, exist at a time: so many that the product does not
-# notice. On a CPU more rows make it no faster; wide accelerators want more.
+# Logits of this many bytes, were they in fp32, exist at a time: enough for the product to run at
+# full speed. On a CPU more rows make it no faster; wide accelerators want more.
 LOSS_CHUNK_BYTES = {"cpu": 2**25}
 LOSS_CHUNK_BYTES_ELSEWHERE = 2**26
-# Products of whole multiples of so many rows waste the least.
+# Products of multiples of this number of rows waste the least.
 LOSS_CHUNK_ROWS = 32
 # A CPU's products are up to a third slower where the number of rows is no multiple of this.
 PRODUCT_ROWS = {"cpu": 4}
 # Elements of a block of rows: on a CPU what fits its caches, elsewhere what keeps buffers small.
 BLOCK_ELEMENTS = {"cpu": 2**18}
 BLOCK_ELEMENTS_ELSEWHERE = 2**23
-# A widened weight keeps its rows aligned: further columns come in multiples of this.
-FURTHER_COLUMNS = 16
+# A widened weight keeps its rows aligned: extra columns come in multiples of this.
+EXTRA_COLUMNS = 16
 # Queries whose scores exist at a time, where attention is computed in blocks.
 QUERIES_PER_BLOCK = 256
 
 
 def loss_chunk_rows(vocab_size: int, device: str) -> int:
-    """So many rows of logits exist at a time, on a kind of device (cpu, cuda, mps)."""
+    """Rows of logits that exist at a time, on a kind of device (cpu, cuda, mps)."""
     rows = LOSS_CHUNK_BYTES.get(device, LOSS_CHUNK_BYTES_ELSEWHERE) // (4 * vocab_size)
     return max(1, rows - rows % LOSS_CHUNK_ROWS if rows > LOSS_CHUNK_ROWS else rows)
 
 
 def padding_tokens(tokens: int, device: str) -> int:
-    """Tokens that a micro-batch is filled up with, so that its products have handy sizes.
+    """Padding tokens of a micro-batch, so that its products have fast sizes.
 
-    One less than a handy number of rows at least: so many may be missing to the trained positions.
+    At least one less than a multiple, as the trained positions may need that many.
     """
     multiple = PRODUCT_ROWS.get(device, 1)
     least = multiple - 1
@@ -54,7 +58,7 @@ def padding_tokens(tokens: int, device: str) -> int:
 
 
 def padded_rows(rows: int, device: str) -> int:
-    """So many rows of trained positions, filled up to a handy number."""
+    """The number of trained positions, rounded up to a fast number of rows."""
     return rows + -rows % PRODUCT_ROWS.get(device, 1)
 
 
@@ -64,11 +68,12 @@ def block_rows(width: int, device: str) -> int:
 
 
 def extra_columns(total_rank: int) -> int:
-    """The columns that adapters of so many ranks together add to a layer's weight."""
-    return -(-total_rank // FURTHER_COLUMNS) * FURTHER_COLUMNS
+    """The columns that adapters with this sum of ranks add to a layer's weight."""
+    return -(-total_rank // EXTRA_COLUMNS) * EXTRA_COLUMNS
 
 
 # -------------------------------------------------------------------------------------------------
+# What a model is made of.
 
 EMBED_TOKENS, LM_HEAD = "embed_tokens", "lm_head"
 # No model of these families comes near: Phi-4's sizes are under a fifth of them.
@@ -293,36 +298,156 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
             f"model_type {model_type!r} is not one of phi (Phi-1, 1.5, 2) and"
             " phi3 (Phi-3, 3.5-mini, 4)"
         )
-    rope = _rope_parameters(raw)
-    hidden_size = whole(raw, "hidden_size", 1, MAX_WIDTH)
-    heads = whole(raw, "num_attention_heads", 1, MAX_HEADS)
-    head_dim = whole(raw, "head_dim", 1, MAX_HEAD_DIM, default=hidden_size // heads)
+    rope = _rope_settings(raw)
+    if not raw.get("sliding_window"):  # Files write 0 and false for none, too.
+        raw = {key: value for key, value in raw.items() if key != "sliding_window"}
+    sizes = _checked(_PhiValues if model_type == "phi" else _Phi3Values, raw)
+    rotation = _checked(_RopeValues, rope)
     whole_head = 0.5 if model_type == "phi" else 1.0
-    rotary_factor = real(rope, "partial_rotary_factor", 0, 1, default=whole_head)
-    rotary_dim = int(head_dim * rotary_factor)
-    window = raw.get("sliding_window")
+    rotary_factor = rotation.partial_rotary_factor
+    rotary_dim = int(sizes.size_of_head * (whole_head if rotary_factor is None else rotary_factor))
     config = ModelConfig(
         model_type=model_type,
-        vocab_size=whole(raw, "vocab_size", 1, MAX_VOCABULARY),
-        hidden_size=hidden_size,
-        intermediate_size=whole(raw, "intermediate_size", 1, MAX_WIDTH),
-        num_hidden_layers=whole(raw, "num_hidden_layers", 1, MAX_LAYERS),
-        num_attention_heads=heads,
-        num_key_value_heads=whole(raw, "num_key_value_heads", 1, heads, default=heads),
-        head_dim=head_dim,
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.intermediate_size,
+        num_hidden_layers=sizes.num_hidden_layers,
+        num_attention_heads=sizes.num_attention_heads,
+        num_key_value_heads=sizes.key_value_heads,
+        head_dim=sizes.size_of_head,
         rotary_dim=rotary_dim,
-        rope_theta=real(rope, "rope_theta", 1, 1e15, default=10_000.0),
-        long_rope=_long_rope(raw, rope, rotary_dim),
-        norm_eps=real(raw, "layer_norm_eps" if model_type == "phi" else "rms_norm_eps", 0, 1),
-        max_position_embeddings=whole(raw, "max_position_embeddings", 1, MAX_POSITIONS),
-        sliding_window=whole(raw, "sliding_window", 1, MAX_POSITIONS) if window else None,
-        tie_word_embeddings=flag(raw, "tie_word_embeddings"),
+        rope_theta=rotation.rope_theta,
+        long_rope=_long_rope(raw, rope, sizes.max_position_embeddings, rotary_dim),
+        norm_eps=sizes.norm_eps,
+        max_position_embeddings=sizes.max_position_embeddings,
+        sliding_window=sizes.sliding_window,
+        tie_word_embeddings=sizes.tie_word_embeddings,
     )
     _refuse_unknown_features(raw, config)
     return config
 
 
-def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
+# -------------------------------------------------------------------------------------------------
+# The values in config.json, each with its type and range. null is taken as missing.
+
+
+def _whole(least: int, most: int, default: Any = ...) -> Any:
+    expected = f"a whole number from {least:,} to {most:,}"
+    return Field(default, ge=least, le=most, description=expected)
+
+
+def _real(least: float, most: float, default: Any = ...) -> Any:
+    expected = f"a number from {least:g} to {most:g}"
+    return Field(default, ge=least, le=most, description=expected)
+
+
+class _Values(BaseModel):
+    # Strict: true is no number, and "8" is none either.
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class _SizeValues(_Values):
+    vocab_size: int = _whole(1, MAX_VOCABULARY)
+    hidden_size: int = _whole(1, MAX_WIDTH)
+    intermediate_size: int = _whole(1, MAX_WIDTH)
+    num_hidden_layers: int = _whole(1, MAX_LAYERS)
+    num_attention_heads: int = _whole(1, MAX_HEADS)
+    num_key_value_heads: int | None = _whole(1, MAX_HEADS, default=None)
+    head_dim: int | None = _whole(1, MAX_HEAD_DIM, default=None)
+    max_position_embeddings: int = _whole(1, MAX_POSITIONS)
+    sliding_window: int | None = _whole(1, MAX_POSITIONS, default=None)
+    tie_word_embeddings: bool = Field(default=False, description="true or false")
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def size_of_head(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def norm_eps(self) -> float:
+        raise NotImplementedError
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> "_SizeValues":
+        heads, size = self.num_attention_heads, self.size_of_head
+        if self.key_value_heads > heads:
+            raise ValueError(
+                f"num_key_value_heads is {self.key_value_heads}, expected a whole number from 1 to"
+                f" {heads:,}"
+            )
+        if not 1 <= size <= MAX_HEAD_DIM:
+            raise ValueError(
+                f"head_dim is {size}, expected a whole number from 1 to {MAX_HEAD_DIM:,}"
+            )
+        return self
+
+
+class _PhiValues(_SizeValues):
+    layer_norm_eps: float = _real(0, 1)
+
+    @property
+    def norm_eps(self) -> float:
+        return self.layer_norm_eps
+
+
+class _Phi3Values(_SizeValues):
+    rms_norm_eps: float = _real(0, 1)
+
+    @property
+    def norm_eps(self) -> float:
+        return self.rms_norm_eps
+
+
+class _RopeValues(_Values):
+    rope_theta: float = _real(1, 1e15, default=10_000.0)
+    partial_rotary_factor: float | None = _real(0, 1, default=None)
+
+
+_Factors = Annotated[list[Annotated[float, _real(1e-6, 1e6)]], Field(max_length=MAX_HEAD_DIM)]
+_FACTOR, _FACTORS = "a number from 1e-06 to 1e+06", "a list of numbers from 1e-06 to 1e+06"
+
+
+class _LongRopeValues(_Values):
+    short_factor: _Factors = Field(description=_FACTORS)
+    long_factor: _Factors = Field(description=_FACTORS)
+    original_max_position_embeddings: int = _whole(2, MAX_POSITIONS)
+    attention_factor: float | None = _real(0, 1e6, default=None)
+    factor: float = _real(0, 1e9, default=0.0)
+
+
+V = TypeVar("V", bound=_Values)
+
+
+def _checked(values: type[V], raw: Mapping[str, Any]) -> V:
+    """The values that a model of values names, out of an object that was read.
+
+    Raises:
+        ModelError: naming every value that is missing, of another type or out of range.
+    """
+    try:
+        return values.model_validate({k: value for k, value in raw.items() if value is not None})
+    except ValidationError as error:
+        problems = [_in_words(values, problem) for problem in error.errors(include_url=False)]
+    raise ModelError(problems[0] if len(problems) == 1 else f"\n{listing(problems)}")
+
+
+def _in_words(values: type[_Values], problem: ErrorDetails) -> str:
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    name, *index = problem["loc"]
+    value = "missing" if problem["type"] == "missing" else repr(problem["input"])
+    if len(value) > 40:
+        value = value[:40] + "..."
+    expected = values.model_fields[str(name)].description
+    if index:
+        return f"{name}[{index[0]}] is {value}, expected {_FACTOR}"
+    return f"{name} is {value}, expected {expected}"
+
+
+def _rope_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary settings gathered from either spelling."""
     found = {key: raw[key] for key in ("rope_theta", "partial_rotary_factor") if key in raw}
     for name in ("rope_scaling", "rope_parameters"):
@@ -333,35 +458,33 @@ def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _long_rope(raw: Mapping[str, Any], rope: Mapping[str, Any], rotary_dim: int) -> LongRope | None:
+def _long_rope(
+    raw: Mapping[str, Any], rope: Mapping[str, Any], longest: int, rotary_dim: int
+) -> LongRope | None:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return None
     if kind not in ("longrope", "su"):
         raise ModelError(f"rotary scaling {kind!r} is not built; only longrope is")
-    longest = whole(raw, "max_position_embeddings", 1, MAX_POSITIONS)
     name = "original_max_position_embeddings"
-    original = whole(rope if rope.get(name) else raw, name, 2, MAX_POSITIONS, default=longest)
-    short, long = (_factors(rope, name) for name in ("short_factor", "long_factor"))
+    original = rope.get(name) or raw.get(name)
+    given = {**rope, name: longest if original is None else original}
+    if rope.get("attention_factor") is not None:
+        given.pop("factor", None)  # It says nothing then.
+    values = _checked(_LongRopeValues, given)
+    short, long = tuple(values.short_factor), tuple(values.long_factor)
     if not len(short) == len(long) == rotary_dim // 2:
         raise ModelError(
             f"longrope has {len(short)} short and {len(long)} long factors,"
             f" expected {rotary_dim // 2} of each"
         )
-    if rope.get("attention_factor") is not None:
-        return LongRope(short, long, original, real(rope, "attention_factor", 0, 1e6))
-    factor = real(rope, "factor", 0, 1e9, default=longest / original) or longest / original
+    original = values.original_max_position_embeddings
+    if values.attention_factor is not None:
+        return LongRope(short, long, original, values.attention_factor)
+    factor = values.factor or longest / original
     # Section 3.1 of LongRoPE (arXiv:2402.13753): keeps the attention's entropy.
     attention_factor = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     return LongRope(short, long, original, attention_factor)
-
-
-def _factors(rope: Mapping[str, Any], name: str) -> tuple[float, ...]:
-    listed = rope.get(name)
-    if not isinstance(listed, list | tuple) or len(listed) > MAX_HEAD_DIM:
-        raise ModelError(f"{name} is not a list of numbers")
-    numbered = {f"{name}[{index}]": value for index, value in enumerate(listed)}
-    return tuple(real(numbered, key, 1e-6, 1e6) for key in numbered)
 
 
 def _refuse_unknown_features(raw: Mapping[str, Any], config: ModelConfig) -> None:

@@ -27,14 +27,14 @@ MAX_LINE = 1000  # characters of an error's line that are shown
 # itself, have `run(argv) -> exit code`.
 COMMANDS = {
     "train": "fine-tune a model on a file of prompts and responses",
-    "chat": "talk to a model, tuned or not",
-    "compare": "base model and adapters side by side: answers, stops, likelihoods",
-    "evaluate": "numbers on what a fine-tune changed: loss, answers, forgetting",
-    "export": "an adapter for PEFT, merged into its model or for llama.cpp, proven the same",
-    "check": "what is in a data set, and what will be trained on it",
-    "plan": "what a run would take: memory, time, and which settings fit",
-    "layers": "what a model is made of, and which layers your data wants to move",
-    "doctor": "what this machine has, and what training would use of it",
+    "chat": "chat with a base model or a fine-tuned one",
+    "compare": "show the answers of the base model and of adapters side by side",
+    "evaluate": "measure what a fine-tune changed: loss, answers, forgetting",
+    "export": "write an adapter for PEFT, merged into its model, or for llama.cpp, and verify it",
+    "check": "show what is in a data set, and what will be trained on it",
+    "plan": "show what a run would take: memory, time, and which settings fit",
+    "layers": "show what a model is made of, and which layers your data would change most",
+    "doctor": "show what this machine has, and what training would use of it",
 }
 
 
@@ -54,10 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         trainer_of(words[1:]).train()
         return 0
     except PhituneError as error:
-        _tell(str(error))
+        _print_error(str(error))
         return error.exit_code
     except Interrupted as stopped:
-        _tell(str(stopped))
+        _print_error(str(stopped))
         return stopped.exit_code
     except KeyboardInterrupt:
         print("phitune: interrupted", file=sys.stderr)
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        _tell(f"{where}{error.strerror or error}")
+        _print_error(f"{where}{error.strerror or error}")
         return 1
     except Exception as error:  # The last resort: a fault of ours, reported without a traceback.
         import tempfile
@@ -82,14 +82,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             "w", prefix="phitune-", suffix=".log", delete=False, encoding="utf-8"
         ) as log:
             log.write(trace)
-        _tell(
+        _print_error(
             f"internal error: {type(error).__name__}: {error}\n"
             f"This is a fault of phitune, please report it with {log.name}"
         )
         return 1
 
 
-def _tell(what: str) -> None:
+def _print_error(what: str) -> None:
     """Prints an error. What it quotes may come from anywhere: made harmless, and kept short."""
     lines = [
         "".join(shortened(line, MAX_LINE, MAX_LINE // 4))

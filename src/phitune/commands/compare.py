@@ -503,6 +503,13 @@ class CompareOptions(SamplingOptions, ModelOptions):
     )
     several_adapters = True
 
+    adapter_path: list[Path] = option(
+        [],
+        "a run directory or an adapter folder; may be given several times",
+        group="model",
+        metavar="RUN_OR_ADAPTER",
+        form="repeated",
+    )
     questions_file: Path | None = option(
         None,
         "YAML file with 'questions:', a list of texts or of entries with question and expected",

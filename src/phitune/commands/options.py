@@ -338,9 +338,9 @@ def _add_flags(
         if title and title not in groups:
             groups[title] = parser.add_argument_group(title)
         group = groups[title] if title else parser
-        help_text = _help(field)
-        if listed is not None:
-            help_text = (listed[name] or help_text) if name in listed else argparse.SUPPRESS
+        help_text = _help(field, listed.get(name, "") if listed else "")
+        if listed is not None and name not in listed:
+            help_text = argparse.SUPPRESS
         _add_flag(group.add_argument, _flag(name, field), field, help_text)
 
 
@@ -368,8 +368,8 @@ def _flag(name: str, field: FieldInfo) -> str:
     return field.alias or name
 
 
-def _help(field: FieldInfo) -> str:
-    words = str(field.description)
+def _help(field: FieldInfo, other_words: str = "") -> str:
+    words = other_words or str(field.description)
     if extra_of(field, "form") != "switch" and (default := default_text(field.default)):
         words += f" [{default}]"
     if bounds := recommended_range(field):

@@ -169,7 +169,7 @@ def test_validation_rows_that_are_not_to_be_had(
     # A run that was stopped left nothing that tells whether the rows are the same.
     (place / "run" / "evaluation.json").unlink()
     (note,) = document_of(capsys, "--adapter_path run --from_validation 2")["notes"]
-    assert "cannot be told" in note
+    assert "it is not known" in note
 
 
 def test_texts_without_questions_cannot_be_asked(

@@ -109,7 +109,7 @@ def test_figures_are_those_of_the_transformers_backend(trained_run: Path, *, tun
     from phitune.inference.harness import HarnessModel
 
     loaded = open_model([trained_run])
-    ours = HarnessModel(loaded, 0 if tuned else None, in_trained_form=False)
+    ours = HarnessModel(loaded, 0 if tuned else None, in_trained_format=False)
     theirs = HFLM(
         pretrained=str(loaded.folder),
         tokenizer=str(loaded.folder),
@@ -139,7 +139,7 @@ def test_the_trained_form_has_the_tokens_of_training(trained_run: Path) -> None:
     from phitune.inference.harness import HarnessModel
 
     loaded = open_model([trained_run])
-    model = HarnessModel(loaded, 0, in_trained_form=True)
+    model = HarnessModel(loaded, 0, in_trained_format=True)
     question, answer = "What is the capital of Portugal?", "Ahoy! It is Lisbon, matey."
     context = model.apply_chat_template([{"role": "user", "content": question}])
     turns = (Turn("user", question), Turn("assistant", answer))

@@ -1,11 +1,11 @@
-"""A conversation: what was said, what of it the model sees, and the answer as it comes.
+"""A conversation with one model: its turns, what of them the model sees, the answer as it comes.
 
-A turn is encoded from its text, as training does it, so that a conversation that was written to a
+A turn is encoded from its text, as training does it, so that a conversation that is written to a
 file and trained on gives the same ids. Of a prompt only what the cache does not hold is computed.
 
-When a conversation outgrows the model's positions, its oldest exchanges are no longer sent: so many
-that a quarter of the positions is free again, since whatever moves the beginning makes the whole
-prompt be computed anew. The system turn stays.
+When a conversation outgrows the model's positions, its oldest exchanges are no longer sent. Enough
+are left out at once to free a quarter of the positions, because every change of the beginning makes
+the whole prompt be computed again. The system turn stays.
 
 No terminal and no files here.
 """
@@ -31,18 +31,20 @@ from phitune.inference.generate import (
 from phitune.inference.loaded import Answer, LoadedModel
 from phitune.model.device import is_out_of_memory
 
-# -------------------------------------------------------------------------------------------------
-# An answer's tokens as text while they come.
-#
-# A character may be several tokens, so text is held back until its last character is whole. What
-# was given out is never taken back: the pieces together are the answer's text.
-
+# Of the positions, what stays in use where a conversation has to be shortened.
+KEPT_SHARE = 0.75
 # What decoders write where bytes are not a whole character (yet).
 _BROKEN = "\ufffd"
 
 
+# --- an answer's text while it comes ------------------------------------------------------------
+
+
 class TextStream:
     """Tokens in, text out, without special tokens.
+
+    A character may be several tokens, so text is held back until its last character is whole. What
+    was returned is never taken back: the pieces together are the answer's text.
 
     Args:
         prompt_ids: what the answer follows.
@@ -56,7 +58,7 @@ class TextStream:
         self._before = prompt_ids[-1:]
         self._waiting: list[int] = []
         self._decoded = ""
-        self.text = ""  # all that was given out
+        self.text = ""  # all that was returned
 
     def add(self, token: int) -> str:
         """The text that this token completes."""
@@ -65,15 +67,15 @@ class TextStream:
         self._waiting.append(token)
         # Cut only where characters end, pieces decode one by one to what they decode to together.
         piece = self._tokenizer.decode_answer(self._waiting, self._before)
-        return "" if piece.endswith(_BROKEN) else self._give(piece)
+        return "" if piece.endswith(_BROKEN) else self._returned(piece)
 
     def end(self) -> str:
         """What was held back of an answer that ended within a character."""
         if not self._waiting:
             return ""
-        return self._give(self._tokenizer.decode_answer(self._waiting, self._before))
+        return self._returned(self._tokenizer.decode_answer(self._waiting, self._before))
 
-    def _give(self, piece: str) -> str:
+    def _returned(self, piece: str) -> str:
         self._before, self._waiting = self._waiting[-1:], []
         self._decoded += piece
         text = self._format.response(self._decoded)
@@ -82,10 +84,7 @@ class TextStream:
         return new
 
 
-# -------------------------------------------------------------------------------------------------
-
-# Of the positions, what is left in use where a conversation has to be shortened.
-KEPT_SHARE = 0.75
+# --- the conversation ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -189,7 +188,7 @@ class Chat:
         self._drawn = 0
 
     def reset(self) -> None:
-        """Forgets what was said; the settings stay, and draws begin anew."""
+        """Forgets the conversation; the settings stay, and draws begin again."""
         self.exchanges, self.forgotten, self._drawn = [], 0, 0
 
     def take_back(self) -> str:
@@ -207,13 +206,13 @@ class Chat:
     def ask(self, question: str) -> Generator[str, None, None]:
         """The answer, piece by piece, as the next exchange of the conversation.
 
-        An answer that is given up early (an exception on the way, or `close` of the iterator)
-        stays as far as it came, if it came to any text.
+        An answer that ends early (an exception on the way, or `close` of the iterator) stays as
+        far as it came, if it came to any text.
 
         Raises:
             SettingsError: the question alone does not fit, or is not text; before anything is
                 computed.
-            OutOfMemoryError: while it is computed; the cache is given up.
+            OutOfMemoryError: while it is computed; the cache is freed.
         """
         if any("\ud800" <= letter <= "\udfff" for letter in question):
             raise SettingsError("the question holds bytes that are not UTF-8")
@@ -251,42 +250,42 @@ class Chat:
 
         Empty answers, which no row may have, are left out with their questions.
         """
-        told = [exchange for exchange in self.exchanges if exchange.answer.text.strip()]
-        turns = [turn for exchange in told for turn in exchange.turns]
+        answered = [exchange for exchange in self.exchanges if exchange.answer.text.strip()]
+        turns = [turn for exchange in answered for turn in exchange.turns]
         system = [Turn("system", self.system)] if self.system else []
         return [{"role": turn.role, "content": turn.content} for turn in (*system, *turns)]
 
     def cache_bytes(self, positions: int) -> int:
-        """What the cache of so many tokens takes."""
+        """Size of a cache of this many tokens."""
         decoder = self.model.decoder
         return cache_bytes(decoder.config, 1, positions, decoder.dtype.itemsize)
 
     def _turns(self, exchanges: Sequence[Exchange], question: str) -> list[Turn]:
         system = [Turn("system", self.system)] if self.system else []
-        said = [turn for exchange in exchanges for turn in exchange.turns]
-        return [*system, *said, Turn("user", question)]
+        earlier = [turn for exchange in exchanges for turn in exchange.turns]
+        return [*system, *earlier, Turn("user", question)]
 
     def _fit(self, question: str) -> list[int]:
-        """The ids of a prompt that leaves room for the answer; oldest exchanges go first."""
-        room = self.context_length - self.max_new_tokens
+        """The ids of a prompt with positions left for the answer; the oldest exchanges go first."""
+        free = self.context_length - self.max_new_tokens
 
         def prompt_ids(forgotten: int) -> list[int]:
             turns = self._turns(self.exchanges[forgotten:], question)
             return self.model.coder(self._choice).encode(turns)
 
         ids = prompt_ids(self.forgotten)
-        if len(ids) <= room:
+        if len(ids) <= free:
             return ids
         most = len(self.exchanges)
         alone = prompt_ids(most)
-        if len(alone) > room:
+        if len(alone) > free:
             raise SettingsError(
                 f"the question takes {len(alone):,} tokens"
                 + (", its system text included," if self.system else "")
-                + f" and {room:,} are free: {self.context_length:,} positions less"
+                + f" and {free:,} are free: {self.context_length:,} positions less"
                 f" {self.max_new_tokens:,} for the answer (max_new_tokens)"
             )
-        kept = max(room * KEPT_SHARE, len(alone))
+        kept = max(free * KEPT_SHARE, len(alone))
         candidates = range(self.forgotten + 1, most)
         found = bisect_left(candidates, True, key=lambda n: len(prompt_ids(n)) <= kept)
         self.forgotten = candidates[found] if found < len(candidates) else most

@@ -214,7 +214,8 @@ def answer_rows(
             f"{example.file}:{example.line}",
             example.turns[-2].content,
             example.turns[-1].content,
-            *found[row],
+            base=found[row][0],
+            tuned=found[row][1],
         )
         for row, example in enumerate(asked)
     ]
@@ -301,11 +302,10 @@ def choose(rows: int, limit: int, seed: int) -> list[int]:
 
 def loss_measures(losses: RowLosses, seed: int) -> list[Measure]:
     """Mean loss over trained tokens, and its exponential."""
-    parts = (losses.base, losses.tuned, losses.tokens)
-    return [
-        Measure(LOSS, paired_difference(*parts, seed=seed), "lower"),
-        Measure(PERPLEXITY, paired_difference(*parts, seed=seed, transform=np.exp), "lower"),
-    ]
+    base, tuned, tokens = losses.base, losses.tuned, losses.tokens
+    loss = paired_difference(base, tuned, tokens, seed=seed)
+    perplexity = paired_difference(base, tuned, tokens, seed=seed, transform=np.exp)
+    return [Measure(LOSS, loss, "lower"), Measure(PERPLEXITY, perplexity, "lower")]
 
 
 def answer_measures(answers: Sequence[AnsweredRow], seed: int) -> list[Measure]:

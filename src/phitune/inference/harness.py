@@ -1,8 +1,11 @@
-"""Our model as a model of the LM Evaluation Harness, which is imported here and nowhere else.
+"""Base and adapter through the LM Evaluation Harness, which is imported here and nowhere else.
 
-The harness asks for likelihoods of text and for text, and knows no tokens; texts are encoded as its
-own transformers backend does it, with one exception: a question in the form that was trained
-(`apply_chat_template`) has exactly the tokens of training.
+The harness measures; what is added are intervals of the differences, from its figures of each
+question, where its own figure is a mean of these. It asks for likelihoods of text and for text, and
+knows no tokens: texts are encoded as its own transformers backend does it, with one exception: a
+question in the trained format (`apply_chat_template`) has exactly the tokens of training.
+
+Tasks that run code which the model writes are refused.
 """
 
 import contextlib
@@ -10,11 +13,11 @@ import difflib
 import io
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -49,14 +52,13 @@ except ModuleNotFoundError as error:
         " pip install 'phitune[eval]'"
     ) from None
 
-# -------------------------------------------------------------------------------------------------
-# `phitune evaluate --tasks`: base and adapter through the LM Evaluation Harness, side by side.
-#
-# The harness measures; what is added are intervals of the differences, from its figures of each
-# question, where its own figure is a mean of these.
-
 _NAME = "lm_eval"
 _SAME = 1e-6
+_MAX_NEW_TOKENS = 256  # the harness' own, where a task names none
+_SEQUENCES = 32
+_SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
+# What a task may ask of generation besides: its value where it changes nothing.
+_NEUTRAL = {"num_beams": 1, "min_length": 0, "num_return_sequences": 1}
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class TaskResults:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the many bars and remarks of the harness; what fails is raised, and we say it."""
+    """Without the progress bars and log lines of the harness; what fails is raised."""
     for name in (_NAME, "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with contextlib.redirect_stderr(io.StringIO()):
@@ -157,9 +159,9 @@ def evaluate_tasks(
         model = HarnessModel(
             loaded,
             choice,
-            in_trained_form=tasks.apply_chat_template,
+            in_trained_format=tasks.apply_chat_template,
             seed=tasks.seed,
-            told=lambda what, done, total, who=who: progress(f"{who}: {what}", done, total),  # type: ignore[misc]
+            progress=_prefixed(f"{who}: ", progress),
         )
         results = evaluate(
             model,
@@ -179,6 +181,13 @@ def evaluate_tasks(
         for measure in _measures_of(task, base, tuned, tasks.seed)
     ]
     return TaskResults(tuple(measures), base["results"], tuned["results"], version(_NAME))
+
+
+def _prefixed(prefix: str, progress: Progress) -> Progress:
+    def show(what: str, done: int, total: int) -> None:
+        progress(prefix + what, done, total)
+
+    return show
 
 
 def _measures_of(task: str, base: Any, tuned: Any, seed: int) -> list[Measure]:
@@ -211,30 +220,39 @@ def paired(
     """The harness' two figures with an interval, where they are a mean of its figures of each
     question, or of (log-probability, length) pairs; without one elsewhere.
     """
-    for sums, weights, transform in _readings(base, tuned):
-        compared = paired_difference(*sums, weights, seed=seed, transform=transform)
-        if _close(compared.base, of_base) and _close(compared.tuned, of_tuned):
-            return compared
+    for reading in _readings(base, tuned):
+        ours = paired_difference(
+            reading.base, reading.tuned, reading.weights, seed=seed, transform=reading.transform
+        )
+        if _close(ours.base, of_base) and _close(ours.tuned, of_tuned):
+            return ours
     return PairedDifference(of_base, of_tuned, len(base))
 
 
 _Array = NDArray[np.float64]
-_Reading = tuple[tuple[_Array, _Array], _Array | None, Transform | None]
+
+
+class _Reading(NamedTuple):
+    """One way to make a figure of those of n questions: sum / weight, transformed."""
+
+    base: _Array  # [n]
+    tuned: _Array  # [n]
+    weights: _Array | None = None  # [n]
+    transform: Transform | None = None
 
 
 def _readings(base: Sequence[Any], tuned: Sequence[Any]) -> list[_Reading]:
     """Ways in which the harness makes one figure of many."""
     if len(base) != len(tuned) or not base:
         return []
-    pairs = (list(base), list(tuned))
-    if all(isinstance(value, int | float) for part in pairs for value in part):
-        sums = (np.array(base, float), np.array(tuned, float))
-        return [(sums, None, None), (sums, None, _exp_of_minus)]
-    if all(isinstance(value, tuple | list) and len(value) == 2 for part in pairs for value in part):
-        both = np.array([[value[0] for value in part] for part in pairs], float)
+    values = [*base, *tuned]
+    if all(isinstance(value, int | float) for value in values):
+        first, second = np.array(base, float), np.array(tuned, float)
+        return [_Reading(first, second), _Reading(first, second, None, _exp_of_minus)]
+    if all(isinstance(value, tuple | list) and len(value) == 2 for value in values):
+        first, second = (np.array([value[0] for value in part], float) for part in (base, tuned))
         weights = np.array([value[1] for value in base], float)
-        sums = (both[0], both[1])
-        return [(sums, weights, _exp_of_minus), (sums, weights, _bits)]
+        return [_Reading(first, second, weights, transform) for transform in (_exp_of_minus, _bits)]
     return []
 
 
@@ -277,15 +295,7 @@ def tasks_as_json(
     }
 
 
-# -------------------------------------------------------------------------------------------------
-
-# (what, done, in all)
-Told = Callable[[str, int, int], None]
-_MAX_NEW_TOKENS = 256  # the harness' own, where a task names none
-_SEQUENCES = 32
-_SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
-# What a task may ask of generation besides: its value where it changes nothing.
-_NEUTRAL = {"num_beams": 1, "min_length": 0, "num_return_sequences": 1}
+# --- our model as a model of the harness ----------------------------------------------------------
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]
@@ -296,13 +306,14 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         loaded: LoadedModel,
         choice: int | None,
         *,
-        in_trained_form: bool,
+        in_trained_format: bool,
         seed: int = 42,
-        told: Told = lambda what, done, total: None,
+        progress: Progress = lambda what, done, total: None,
     ) -> None:
         super().__init__()
-        self._loaded, self._choice, self._seed, self._told = loaded, choice, seed, told
-        self._in_trained_form = in_trained_form
+        self._loaded, self._choice, self._seed = loaded, choice, seed
+        self._progress = progress
+        self._in_trained_format = in_trained_format
         self._tokenizer = loaded.coder(choice).tokenizer
         self._format = loaded.coder(choice).prompt_format
         question = (Turn("user", "a"), Turn("assistant", "b"))
@@ -329,11 +340,11 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
         """Ids, with special tokens in the text taken as such, and the token that a tokenizer puts
-        in front, unless it is there or the form that was trained has none.
+        in front, unless it is there or the trained format has none.
         """
         tokenizer = self._tokenizer
         ids = tokenizer.encode([Segment(string, control=True)])
-        adds = add_special_tokens is not False and not self._in_trained_form
+        adds = add_special_tokens is not False and not self._in_trained_format
         if tokenizer.bos_token and adds and ids[:1] != [tokenizer.token_id(tokenizer.bos_token)]:
             ids.insert(0, tokenizer.token_id(tokenizer.bos_token))
         return ids
@@ -343,7 +354,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        """(log-probability, whether greedy decoding would say it) of each continuation."""
+        """(log-probability, whether greedy decoding gives it) of each continuation."""
         rows = []
         for _request, context, continuation in requests:
             ids = [*context, *continuation][-(self.max_length + 1) :]
@@ -360,7 +371,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         )
         for done, (index, (losses,)) in enumerate(zip(order, scored, strict=True), start=1):
             found[index] = (-float(losses.losses.sum()), bool(losses.is_greedy.all()))
-            self._told("likelihoods", done, len(rows))
+            self._progress("likelihoods", done, len(rows))
         return found
 
     def loglikelihood(
@@ -395,7 +406,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             for index, text in zip(batch, texts, strict=True):
                 found[index] = text
             done += len(batch)
-            self._told("answers", done, len(requests))
+            self._progress("answers", done, len(requests))
         return found
 
     def _generations(
@@ -425,7 +436,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     def _prompt(self, context: str, max_new_tokens: int) -> list[int]:
         """Ids of a context; of one that is too long, the end."""
-        if self._in_trained_form:
+        if self._in_trained_format:
             context = context.removesuffix(self._answer_start)
         return self.tok_encode(context)[-(self.max_length - max_new_tokens) :]
 
@@ -438,7 +449,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         def text(row: int) -> str:
             # Decoded alone, as the harness' own backend does: of a text that begins, some
             # tokenizers drop the first space.
-            before = prompts[row] if self._in_trained_form else []
+            before = prompts[row] if self._in_trained_format else []
             return self._tokenizer.decode_answer(answers[row], before)
 
         decoding = Decoding(limit, loaded.stop_ids, sampling)
@@ -450,18 +461,18 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
                 if any(stop in text(row) for stop in until):
                     complete.add(row)
         texts = [text(row) for row in range(len(prompts))]
-        if self._in_trained_form:
+        if self._in_trained_format:
             texts = [self._format.response(text) for text in texts]
         for stop in until:
             texts = [text.split(stop)[0] for text in texts]
         return texts
 
-    # --- the form that was trained ----------------------------------------------------------------
+    # --- the trained format ----------------------------------------------------------------
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A conversation in the form that was trained.
+        """A conversation in the trained format.
 
         It ends with what an answer begins with (the space after `Output:`), which the harness moves
         to the continuations it asks about; or, without `add_generation_prompt`, with the beginning

@@ -1,4 +1,4 @@
-"""A base model and the adapters on it, ready to answer: from folders to `ServedModel`.
+"""A base model and the adapters on it, ready to answer: from folders to `LoadedModel`.
 
 What a run knows travels with its adapter: the base model's name, the tokenizer, the prompt format
 (as the chat template that renders it) and the stop ids. Nothing of it is asked again.
@@ -123,14 +123,14 @@ class LoadedModel:
 
 @contextmanager
 def memory_errors(remedy: str) -> Iterator[None]:
-    """Turns a device that has no room into an error that says what to do."""
+    """Turns a failed allocation into an error that names the remedy."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        said = str(error).splitlines() or ["no room"]
-        raise OutOfMemoryError(f"out of memory: {said[0]}\n{remedy}") from None
+        reason = str(error).splitlines() or ["an allocation failed"]
+        raise OutOfMemoryError(f"out of memory: {reason[0]}\n{remedy}") from None
 
 
 def open_model(
@@ -259,14 +259,14 @@ def base_model_name(named: Mapping[Path, str]) -> str:
     listed = "\n".join(f"  {folder}: {name}" for folder, name in named.items())
     raise ModelError(
         f"the adapters are of different base models:\n{listed}\n"
-        "Only adapters of one base can be loaded together; --model_name overrules their words."
+        "Only adapters of one base can be loaded together; --model_name overrules what they name."
     )
 
 
 def _other_bases(named: Mapping[Path, str], model_name: str) -> list[str]:
     """A warning for each adapter that names another base than the one asked for."""
     return [
-        f"{folder} was trained on {name}, and answers on {model_name} as --model_name says"
+        f"{folder} was trained on {name}, and is used on {model_name} because of --model_name"
         for folder, name in named.items()
         if name != model_name and _resolved(name) != _resolved(model_name)
     ]

@@ -24,7 +24,7 @@ from phitune.untrusted import read_object
 if TYPE_CHECKING:
     from phitune.data.store import Progress, TokenRows
 
-# Whether rows are the same is seen from the tokens of so many of them, spread evenly.
+# Whether rows are the same is seen from the tokens of this many of them, spread evenly.
 _DIGESTED_ROWS = 2000
 # Two runs that differ in none of these settings have the same validation rows.
 _DECIDES_THE_SPLIT = (
@@ -177,8 +177,8 @@ def rows_of_run(
     notes = list(data.warnings)
     if not run.digest:
         notes.append(
-            f"{run.path}: holds no {EVALUATION}, so whether the data is still the same cannot be"
-            " told"
+            f"{run.path}: holds no {EVALUATION}, so it is not known whether the data is still the"
+            " same"
         )
     return DataRows.of_run(
         rows, settings, coder.prompt_format, notes, run.recorded, is_verified=bool(run.digest)
@@ -195,7 +195,7 @@ def rows_of_data(
     """All rows of a data set, with a run's settings where they are not about its own data.
 
     Args:
-        changes: settings that say otherwise, such as data_format, columns and max_length.
+        changes: settings that differ from the run's, such as data_format, columns and max_length.
 
     Raises:
         DataError: it cannot be used.

@@ -72,9 +72,9 @@ def token_losses(
         by_choice = []
         for choice in choices:
             on_decoder.choose([choice])
-            losses, is_greedy = target_losses(decoder, batch)
-            parts = zip(losses.split(trained), is_greedy.split(trained), strict=True)
-            by_choice.append([TokenLosses(*part) for part in parts])
+            losses, is_greedy = target_losses(decoder, batch)  # [N] each, of all rows
+            by_row = zip(losses.split(trained), is_greedy.split(trained), strict=True)
+            by_choice.append([TokenLosses(of_row, greedy) for of_row, greedy in by_row])
         yield from zip(*by_choice, strict=True)
 
 

@@ -1,6 +1,7 @@
 """One run at a time in a folder; what a killed run left holds nobody up."""
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -9,14 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
 from phitune.errors import ResumeError
-from phitune.training import rundir
-from phitune.training.rundir import LOCK, check_output_dir, refuse_if_held, run_lock
+from phitune.training.rundir import HOLDER, LOCK, check_output_dir, refuse_if_held, run_lock
 
-HOLDER = """
+HOLDER_PROGRAM = """
 import sys, time
 from pathlib import Path
 from phitune.training.rundir import run_lock
@@ -29,7 +28,7 @@ with run_lock(Path(sys.argv[1])):
 @pytest.fixture
 def holder(tmp_path: Path) -> "subprocess.Popen[str]":
     """Another process that holds tmp_path."""
-    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    command = [sys.executable, "-c", HOLDER_PROGRAM, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         assert process.stdout.readline() == "held\n"
@@ -58,38 +57,47 @@ def test_a_lock_that_a_killed_run_left_is_nobodys(
     refuse_if_held(tmp_path)
     check_output_dir(tmp_path, overwrite=False)
     with run_lock(tmp_path):
-        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+        assert json.loads((tmp_path / HOLDER).read_text())["pid"] == os.getpid()
         with pytest.raises(ResumeError), run_lock(tmp_path):
             pass
     assert list(tmp_path.iterdir()) == []
 
 
-def test_where_the_file_system_cannot_lock_the_files_words_decide(
+WITHOUT_LOCKS = """
+import errno, fcntl
+def cannot(*args):
+    raise OSError(errno.ENOLCK, "No locks available")
+fcntl.flock = cannot
+"""
+
+
+def test_where_the_file_system_cannot_lock_the_file_is_the_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def cannot(*args: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(rundir.fcntl, "flock", cannot)
-    me = {"pid": os.getpid(), "started": psutil.Process().create_time()}
-    here = socket.gethostname()
-    lines = {
-        "alive": ({**me, "host": here}, True),
-        "another start": ({**me, "started": 1.0, "host": here}, False),
-        "dead": ({"pid": 2**22 - 3, "started": 1.0, "host": here}, False),
-        "elsewhere": ({**me, "host": "another-host"}, True),
-    }
-    for name, (holder, held) in lines.items():
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / LOCK).write_text(json.dumps(holder))
-        if held:
-            with pytest.raises(ResumeError, match=f"remove .*{LOCK}"), run_lock(folder):
-                pass
-        else:
-            with run_lock(folder):
-                pass
-    for text in ("", "{", "[]", '{"pid": "x"}'):
-        (tmp_path / LOCK).write_text(text)
-        with run_lock(tmp_path):
+    monkeypatch.setattr(fcntl, "flock", cannot)
+    refused = pytest.raises(ResumeError, match=f"remove .*{LOCK}")
+    with run_lock(tmp_path), refused, run_lock(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    command = [sys.executable, "-c", WITHOUT_LOCKS + HOLDER_PROGRAM, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(ResumeError, match=f"process {process.pid}"), run_lock(tmp_path):
             pass
+        process.kill()
+    with run_lock(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": "x"}'])
+def test_a_note_that_says_nothing_stops_nobody(tmp_path: Path, text: str) -> None:
+    (tmp_path / HOLDER).write_text(text)
+    (tmp_path / LOCK).write_text(text)
+    refuse_if_held(tmp_path)
+    with run_lock(tmp_path):
+        pass

@@ -7,25 +7,26 @@
     checkpoints/    what it takes to go on, see `checkpoint.py`
     summary.json    written last, when training has ended: what came out
     evaluation.json base against tuned on a few validation rows, and what tells these rows again
-    run.lock        there while a run is at work
+    run.lock        there while a run is at work; run.pid says which process it is
 
 Whatever is replaced is replaced as a whole: a killed run leaves the adapter before (adapter.old/ if
 it was killed between two renames) or the adapter after, never half of one. `repair` completes that.
 """
 
 import datetime
+import errno
 import json
 import os
 import platform
 import shutil
-import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-import psutil
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from phitune.data.prepare import PreparedData
 from phitune.errors import ResumeError, SettingsError
@@ -51,42 +52,35 @@ from phitune.training.events import (
 )
 
 # -------------------------------------------------------------------------------------------------
-# One run at a time in a run directory.
+# One run at a time in a run directory: a lock, and a note for people about who holds it.
 #
-# The lock is the system's own (flock), which ends with the process however that ends: a lock file
-# that a killed run left does not hold anybody up. The file also names process and host, for
-# people, and for file systems that cannot lock.
+# The lock is the system's own, which ends with the process however that ends, so that what a
+# killed run left behind stops nobody. Where a file system has no locks, the file itself is the
+# lock, until the process that made it is gone.
 
-if sys.platform != "win32":
-    import fcntl
-
-LOCK = "run.lock"
-# Start times of a process are read in ticks; two readings differ by less than this.
-_SAME_START_SECONDS = 1.0
+LOCK, HOLDER = "run.lock", "run.pid"
 
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Holds a run directory, which is made if need be, for this process.
+    """Holds a run directory, which is created if it is not there, for this process.
 
     Raises:
         ResumeError: another run holds it.
     """
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK
-    descriptor = _acquire(path)
+    lock = _acquire(folder)
     try:
-        me = psutil.Process()
-        about = {"pid": me.pid, "started": me.create_time(), "host": platform.node()}
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, json.dumps(about).encode())
+        note = {"pid": os.getpid(), "host": platform.node()}
+        (folder / HOLDER).write_text(json.dumps(note), encoding="utf-8")
         yield
     finally:
-        # Removed before it is let go: who waits for the name finds a file that is nobody's.
-        with suppress(OSError):
-            path.unlink()
-        os.close(descriptor)
+        # Removed before the release: who waits for the name finds a file that is nobody's.
+        for name in (HOLDER, LOCK):
+            with suppress(OSError):
+                (folder / name).unlink()
+        lock.release()
         if made:
             with suppress(OSError):  # Where the run came to nothing, nothing is left of it.
                 folder.rmdir()
@@ -96,75 +90,50 @@ def refuse_if_held(folder: Path) -> None:
     """An early look, before anything costly is done; `run_lock` decides.
 
     Raises:
-        ResumeError: a run of another process that is alive on this host holds the folder.
+        ResumeError: another process holds the folder.
     """
-    holder = _holder(folder / LOCK)
-    if holder is None or holder["pid"] == os.getpid() or holder["host"] != platform.node():
-        return
-    if _is_alive(holder):
-        raise _refusal(folder / LOCK)
+    holder = _holder(folder)
+    if (folder / LOCK).exists() and not (holder and holder["pid"] == os.getpid()):
+        with suppress(PermissionError):
+            _acquire(folder).release()
 
 
-def _acquire(path: Path) -> int:
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            held = _held_by_another(descriptor, path)
-            if held:
-                raise _refusal(path)
-            if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
-                return descriptor
-        except BaseException:  # A signal too: an open descriptor would keep the lock.
-            os.close(descriptor)
-            raise
-        os.close(descriptor)  # The run before removed this file while it was opened.
-
-
-def _held_by_another(descriptor: int, path: Path) -> bool:
-    """Takes the lock where it is free."""
-    if sys.platform != "win32":
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return False
-        except BlockingIOError:
-            return True
-        except OSError:
-            pass  # This file system has no locks: the file's words have to do.
-    holder = _holder(path)
-    if holder is None:
-        return False
-    # Whether a process on another host is alive cannot be asked from here.
-    return holder["host"] != platform.node() or _is_alive(holder)
-
-
-def _holder(path: Path) -> dict[str, Any] | None:
-    """What a lock file says; None where there is none, or nothing that could be read."""
+def _acquire(folder: Path) -> BaseFileLock:
+    path = folder / LOCK
+    was_there = path.exists()
     try:
-        holder = json.loads(path.read_bytes())
-        return {
-            "pid": int(holder["pid"]),
-            "started": float(holder["started"]),
-            "host": str(holder["host"]),
-        }
+        try:
+            lock: BaseFileLock = FileLock(path, timeout=0)
+            with warnings.catch_warnings():  # That a file system has no locks needs no remedy.
+                warnings.simplefilter("ignore")
+                lock.acquire()
+        except OSError as error:
+            if error.errno != errno.ENOLCK:
+                raise
+            if not was_there:  # Made by the attempt, it would count as somebody's.
+                path.unlink(missing_ok=True)
+            lock = SoftFileLock(path, timeout=0)
+            lock.acquire()
+    except Timeout:
+        raise _refusal(folder) from None
+    return lock
+
+
+def _holder(folder: Path) -> dict[str, Any] | None:
+    """The note about who holds a folder; None where there is none that can be read."""
+    try:
+        note = json.loads((folder / HOLDER).read_text(encoding="utf-8"))
+        return {"pid": int(note["pid"]), "host": str(note["host"])}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
-def _is_alive(holder: dict[str, Any]) -> bool:
-    try:
-        started = psutil.Process(holder["pid"]).create_time()
-    except psutil.Error:
-        return False
-    # Numbers of processes are given again; the time of the start tells them apart.
-    return bool(abs(started - holder["started"]) < _SAME_START_SECONDS)
-
-
-def _refusal(path: Path) -> ResumeError:
-    holder = _holder(path)
+def _refusal(folder: Path) -> ResumeError:
+    holder = _holder(folder)
     who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
     return ResumeError(
-        f"{path.parent}: {who} is training in it; wait for it, stop it, or choose another"
-        f" --output_dir. If there is no such process any more, remove {path}"
+        f"{folder}: {who} is training in it; wait for it, stop it, or choose another"
+        f" --output_dir. If there is no such process any more, remove {folder / LOCK}"
     )
 
 
@@ -217,7 +186,7 @@ def check_output_dir(path: Path, *, overwrite: bool, resuming: bool = False) -> 
     if not path.is_dir():
         return
     refuse_if_held(path)
-    names = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK)
+    names = sorted(entry.name for entry in path.iterdir() if entry.name not in (LOCK, HOLDER))
     ours = {name: _ours(name) for name in names}
     if resuming and set(_RESULTS).isdisjoint(ours.values()):
         overwrite = True

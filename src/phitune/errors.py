@@ -1,7 +1,7 @@
-"""The errors a user can meet, each with the exit code of the process it ends.
+"""The errors that a user can meet, each with the exit code of the process it ends.
 
-A message names the value, the place and the remedy. Anything else that escapes is a mistake of
-ours and is reported as such by the command line.
+A message names the value, the place, the cause and the remedy. Access tokens are removed from every
+message. Any other exception that reaches the command line is reported as a fault of phitune.
 """
 
 import os
@@ -9,13 +9,13 @@ import re
 from collections.abc import Sequence
 
 _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
-_SHORTEST_TOKEN = 8  # Anything shorter might be a word of the message.
-# The hub's tokens, what stands before the @ of an address, and what follows "Bearer".
+_SHORTEST_TOKEN = 8  # characters; anything shorter might be a word of the message
+# Tokens of the hub, user and password in a URL, and what follows "Bearer".
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^/\s@]+(?=@)|(?<=\b[Bb]earer )[\w.~+/=-]+")
 
 
 def without_tokens(text: str) -> str:
-    """The text with access tokens taken out, for all that is shown or written of an error."""
+    """The text without access tokens, for everything that is shown or written of an error."""
     for name in _TOKEN_VARIABLES:
         token = os.environ.get(name, "").strip()
         if len(token) >= _SHORTEST_TOKEN:
@@ -24,7 +24,7 @@ def without_tokens(text: str) -> str:
 
 
 class PhituneError(Exception):
-    """Something the user can put right; the message says how."""
+    """Something that the user can correct; the message says how."""
 
     exit_code = 1
 
@@ -39,7 +39,7 @@ class SettingsError(PhituneError):
 
 
 class DataError(PhituneError):
-    """A data file that cannot be read as asked; carries every problem found."""
+    """Data that cannot be used; names every problem found."""
 
     exit_code = 2
 
@@ -51,43 +51,43 @@ class ModelError(PhituneError):
 
 
 class NonFiniteError(PhituneError):
-    """The loss or a gradient stopped being a number; no update was applied."""
+    """A loss or a gradient is not finite; no update was applied."""
 
     exit_code = 3
 
 
 class ResumeError(PhituneError):
-    """A run that cannot be gone on with: damaged, in use, or not what it was."""
+    """A run that cannot be resumed: damaged, in use, or changed."""
 
     exit_code = 2
 
 
 class CheckpointError(PhituneError):
-    """A run came to its end, but its last checkpoint could not be written."""
+    """A run ended, but its last checkpoint could not be written."""
 
     exit_code = 1
 
 
 class SavedAdapterError(PhituneError):
-    """The adapter on disk is not the one in memory; never to be taken for a success."""
+    """The adapter on disk is not the one in memory; such a run must not count as a success."""
 
     exit_code = 1
 
 
 class OutOfMemoryError(PhituneError):
-    """The device has no room for the model or a micro-batch."""
+    """The device has not enough memory for the model or a micro-batch."""
 
     exit_code = 4
 
 
 class ExportError(PhituneError):
-    """An export that is not the model it was made from, or cannot be written."""
+    """An export that differs from the model it was made from, or cannot be written."""
 
     exit_code = 1
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended a run after its checkpoint was written; the message says how to go on."""
+    """A signal ended a run after its checkpoint was written; the message says how to resume."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -98,7 +98,7 @@ MAX_LISTED = 20
 
 
 def listing(problems: Sequence[str], limit: int = MAX_LISTED) -> str:
-    """Indents the first `limit` problems, one a line, and counts the rest."""
+    """The first `limit` problems, indented, one a line, and the number of the others."""
     lines = [f"  {problem}" for problem in problems[:limit]]
     if len(problems) > limit:
         lines.append(f"  ... and {len(problems) - limit} more")

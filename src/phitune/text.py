@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Control characters but tab and line feed, and the marks that turn the direction of what follows
-# them. In a terminal the first would be commands; the second would show text in another order.
+# Control characters except tab and line feed, which are commands to a terminal, and marks that
+# change the direction of writing, which show text in another order.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2028\u2029\u2066-\u2069\ufeff]")
 
 
@@ -30,7 +30,7 @@ def shortened(text: str, first: int, last: int) -> tuple[str, str, str]:
 
 
 def marks_of(console: "Console") -> tuple[str, str] | None:
-    """What stands around marked text on a console without colour; None where there is colour."""
+    """Brackets for marked text on a console without colour; None if it has colour."""
     if console.is_terminal and console.color_system and not console.no_color:
         return None
     return ("⟦", "⟧") if console.encoding.lower().startswith("utf") else ("[[", "]]")

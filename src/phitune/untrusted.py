@@ -1,8 +1,11 @@
-"""Small files of models and adapters, which come from anywhere: read within limits, or refused.
+"""Small files of models and adapters, which come from strangers: read within limits, or refused.
 
-A file is read only if it lies in its folder. A link out of it is refused: a stranger's folder
-could pass a private file off as its own, and it would be copied along with the rest. The hub's
-folders are made of links into the hub's own store, and those are followed.
+A file is read only if it lies in its folder. A link out of it is refused: a stranger's folder could
+present a private file as its own, and it would be copied along with the rest. The hub's folders
+consist of links into the hub's own store, and those are followed. JSON is read within limits of
+size, depth, entries and digits; `whole` and `flag` check single values.
+
+Tensors are not read here (see model/weights.py), nor tokenizers (data/tokenizer.py).
 """
 
 import json
@@ -14,7 +17,7 @@ from typing import Any
 
 from phitune.errors import ModelError
 
-MAX_BYTES = 8 * 2**20  # of a file that `read_object` or `read_text` reads, if no other is named
+MAX_BYTES = 8 * 2**20  # of a file, if the caller names no other limit
 MAX_DEPTH = 64  # of objects in objects
 MAX_DIGITS = 20  # of a whole number
 MAX_PARTS = 2**20  # entries, lists and objects; a tokenizer of 200,000 tokens has 800,000
@@ -22,7 +25,7 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def own_file(path: Path) -> Path | None:
-    """The same path, if it is a file of its folder; None if there is none.
+    """The same path if it is a file of its folder; None if there is no such file.
 
     Raises:
         ModelError: a link that leads out of the folder.
@@ -52,7 +55,7 @@ def read_text(path: Path, if_missing: str, max_bytes: int = MAX_BYTES) -> str:
     """The text in a small file.
 
     Args:
-        if_missing: what to say where there is no such file.
+        if_missing: what the error says if there is no such file.
 
     Raises:
         ModelError: missing, a link out of its folder, too large, or not text in UTF-8.
@@ -61,7 +64,7 @@ def read_text(path: Path, if_missing: str, max_bytes: int = MAX_BYTES) -> str:
         raise ModelError(f"{path}: missing; {if_missing}")
     try:
         with path.open("rb") as file:
-            # Python sets aside at once as much as it is asked to read.
+            # Python allocates as many bytes as it is asked to read, whatever the file has.
             size = min(os.fstat(file.fileno()).st_size, max_bytes)
             content = file.read(size + 1)
         if len(content) > max_bytes:
@@ -78,7 +81,7 @@ def read_object(path: Path, if_missing: str, max_bytes: int = MAX_BYTES) -> dict
     """The object in a JSON file.
 
     Raises:
-        ModelError: as `read_text`; or not JSON, not an object, or nothing that anyone writes.
+        ModelError: as `read_text`; or not JSON, not an object, or beyond the limits.
     """
     text = read_text(path, if_missing, max_bytes)
     try:
@@ -87,7 +90,7 @@ def read_object(path: Path, if_missing: str, max_bytes: int = MAX_BYTES) -> dict
         content = json.loads(text, parse_int=_whole_number)
         _check_depth(content)
         if _SURROGATE.search(text):
-            # Halves of letters: such texts can be neither encoded nor written.
+            # Half a surrogate pair: such texts can be neither encoded nor written.
             json.dumps(content, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: cannot be read: {error}") from None
@@ -103,10 +106,10 @@ def write_object(path: Path, content: dict[str, Any]) -> None:
 def whole(
     raw: Mapping[str, Any], key: str, least: int, most: int, default: int | None = None
 ) -> int:
-    """A whole number in an object that was read; null is taken as missing.
+    """A whole number in an object that was read; null counts as missing.
 
     Raises:
-        ModelError: missing without a default, something else, or out of range.
+        ModelError: missing without a default, of another type, or out of range.
     """
     value: Any = raw.get(key)
     value = default if value is None else value
@@ -118,7 +121,7 @@ def whole(
 
 
 def flag(raw: Mapping[str, Any], key: str) -> bool:
-    """A true or false in an object that was read; false where it is missing or null."""
+    """True or false in an object that was read; false if it is missing or null."""
     value = raw.get(key)
     if value is not None and not isinstance(value, bool):
         raise ModelError(f"{key} is {_shown(value)}, expected true or false")
@@ -128,8 +131,8 @@ def flag(raw: Mapping[str, Any], key: str) -> bool:
 def _shown(value: object) -> str:
     if value is None:
         return "missing"
-    said = repr(value)
-    return said if len(said) <= 40 else said[:40] + "..."
+    shown = repr(value)
+    return shown if len(shown) <= 40 else shown[:40] + "..."
 
 
 def _whole_number(digits: str) -> int:

@@ -148,8 +148,8 @@ class ChatFormat:
     """The model's own chat template: what it writes around the texts of a conversation.
 
     The template is rendered with placeholders, once for each sequence of roles, and the texts are
-    put in afterwards. So its special tokens are told from those that a user typed, and a template
-    that strips texts does not edit them.
+    put in afterwards. So its special tokens are distinguished from those that a user typed, and a
+    template that strips texts does not edit them.
     """
 
     end_token: str

@@ -133,7 +133,7 @@ class Position:
 
 
 class View(Protocol):
-    """Shows a run while it goes on."""
+    """Shows a run while it trains."""
 
     def start(self, total: Position, done: Position) -> None: ...
 
@@ -265,7 +265,7 @@ def warning_lines(event: Event, data: PreparedData) -> list[str]:
         case StepDone(metrics, LossSpike() as spike):
             return [
                 f"step {metrics.step}: loss spike: {metrics.loss:.4f}, about {spike.usual:.4f} in"
-                " the steps before; training goes on. The rows of the step are in metrics.jsonl"
+                " the steps before; training continues. The rows of the step are in metrics.jsonl"
             ]
         case NumbersRefused(numbers):
             part = data.validation_rows if numbers.is_validation else data.train_rows

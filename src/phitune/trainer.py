@@ -88,8 +88,8 @@ from phitune.training.resume import (
     Provenance,
     Resumption,
     data_fingerprints,
+    run_to_resume,
     surroundings,
-    take_up,
     with_absolute_paths,
 )
 from phitune.training.rundir import (
@@ -153,7 +153,7 @@ class Phi2LoRATrainer:
             config_path = None if config is None else Path(config)
             resolved = resolve(arguments, config_path, origin="argument")
 
-        self._resumption = take_up(resolved)
+        self._resumption = run_to_resume(resolved)
         self._asked = with_absolute_paths(resolved)
         if self._resumption:
             resolved, self._asked = self._resumption.effective, self._resumption.asked
@@ -521,7 +521,7 @@ class Phi2LoRATrainer:
             self._say(note)
         threads = self._resumption.threads_to_use(now)
         torch.set_num_threads(threads)
-        return self._resumption.going_on(now, threads)
+        return self._resumption.resumed(now, threads)
 
     def _rewind(self, resumption: Resumption, run: RunDirectory, state: TrainingState) -> None:
         """Removes what was written after the checkpoint: the run is as it was then."""

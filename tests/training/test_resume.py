@@ -383,7 +383,7 @@ def test_what_differs_is_refused_with_a_list(
     data.write_text(text.replace("It is 7, matey", "It is 8, matey"))
     assert phitune("train --resume run") == 2
     said = capsys.readouterr().err
-    assert "the run was made of something else" in said
+    assert "the data or the base model changed" in said
     assert "rows: then " in said
     data.write_text(text)
     assert contents(place / "run") == before
@@ -467,8 +467,8 @@ def test_what_may_be_changed_is_changed_and_recorded(
         ("train --resume .", "is not a run, it has no config.yaml"),
         ("train --resume auto", "name the run's folder with --output_dir"),
         ("train --resume run --overwrite", "resume and overwrite contradict each other"),
-        ("train --resume run --output_dir other", "a run goes on in its own folder"),
-        ("train --resume_with epochs=3", "name a run: --resume"),
+        ("train --resume run --output_dir other", "a run is resumed in its own folder"),
+        ("train --resume_with epochs=3", "name the run with --resume"),
     ],
 )
 def test_a_resume_that_makes_no_sense_is_refused(

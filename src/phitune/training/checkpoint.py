@@ -121,7 +121,7 @@ class LineFile:
     def write_waiting(self) -> None:
         """
         Raises:
-            OSError: it is not possible now; the lines go on waiting.
+            OSError: it is not possible now; the lines keep waiting.
         """
         if not self._waiting:
             return
@@ -162,7 +162,7 @@ def checkpoint_name(step: int, rows: int = 0, epoch: int | None = None) -> str:
 
     Args:
         step: optimizer steps done.
-        rows: of the step at hand, whose gradients are accumulated.
+        rows: of the current step whose gradients are accumulated.
         epoch: which has just ended, its validation included; 0 for that of the base model.
     """
     behind = f"-row-{rows}" if rows else "" if epoch is None else f"-epoch-{epoch}"

@@ -35,7 +35,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class LossSpike:
-    """A loss far above those of the steps before it; training goes on."""
+    """A loss far above those of the steps before it; training continues."""
 
     usual: float  # the median of the losses before it
     rows: tuple[int, ...]  # all rows of the step, by number

@@ -1,6 +1,9 @@
-"""`--resume`: which run is gone on with, from which checkpoint, and with which settings.
+"""`--resume`: which run is resumed, from which checkpoint, and with which settings.
 
-No torch here: whatever is refused is refused at once. Tensors are the matter of `state.py`.
+A checkpoint says what its run was made of (`Provenance`), and a resumed run is compared with it:
+other settings, data or weights are refused, and another version or machine is reported. What
+`--resume_with` may change is listed here, with the reason why the rest may not. Tensors are the
+matter of `state.py`, files that of `checkpoint.py`.
 """
 
 import json
@@ -29,9 +32,8 @@ from phitune.training.events import RanOutOfMemory
 from phitune.training.rundir import CHECKPOINTS, CONFIG, read_summary, refuse_if_held
 
 # -------------------------------------------------------------------------------------------------
-# `--resume_with`: what may be changed in a run that goes on, and why the rest may not.
+# `--resume_with`: what may be changed in a resumed run, and why the rest may not.
 
-# What --resume_with may change.
 CHANGEABLE = (
     "epochs",
     "learning_rate",
@@ -60,7 +62,7 @@ CHANGEABLE = (
     "validation_path",
     "model_name",
 )
-_ROWS = "it decides which rows are trained on and in which order, and a part of them is behind"
+_ROWS = "it decides which rows are trained on and in which order, and some of them are done"
 _SHAPE = "the adapter in the checkpoint has this shape"
 WHY_NOT = {
     "seed": _ROWS,
@@ -73,19 +75,19 @@ WHY_NOT = {
     "on_too_long": _ROWS,
     "train_on_prompt": _ROWS,
     "lora_r": _SHAPE,
-    "lora_alpha": "the adapter so far was learnt at this scale",
+    "lora_alpha": "the adapter was trained at this scale so far",
     "target_modules": _SHAPE,
     "layers": _SHAPE,
     "precision": "the frozen weights would be other numbers",
     "output_dir": "a run stays in its folder; move the folder and name it with --resume",
-    "overwrite": "a run that goes on replaces nothing",
+    "overwrite": "a resumed run replaces nothing",
     "resume": "it says which run this is",
-    "resume_with": "it is this very list",
+    "resume_with": "it is this list itself",
 }
 
 
 def parse_changes(text: str | None) -> dict[str, str]:
-    """What --resume_with says, by name.
+    """What --resume_with changes, by name.
 
     Raises:
         ResumeError: something in it is unknown or cannot be changed; all of it in one message.
@@ -107,25 +109,24 @@ def parse_changes(text: str | None) -> dict[str, str]:
 
 
 # -------------------------------------------------------------------------------------------------
-# What a run was made of: settings, data, base model, versions, machine.
+# What a run is made of: settings, data, base model, versions, machine.
 #
-# A checkpoint carries it, and a run that goes on is held against it: other settings, data or
-# weights are refused, since the result would be neither that of the old run nor of a new one;
-# another version or machine is named, since it may change the last bits.
+# Other settings, data or weights are refused, since the result would be neither that of the old
+# run nor that of a new one; another version or machine is reported, as it may change the last bits.
 
 _PLACES = ("dataset_path", "validation_path")
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """All of it, in plain types but for the settings."""
+    """What a run is made of, in plain types except for the settings."""
 
     effective: Resolved  # with what was chosen for the user
     asked: Resolved  # as they were given
-    fingerprints: dict[str, str]  # what must not change
-    surroundings: dict[str, str]  # what is named when it changes
+    fingerprints: dict[str, str]  # must not change
+    surroundings: dict[str, str]  # changes are reported
     threads: int  # of torch; sums are split among them
-    changes: list[dict[str, Any]] = field(default_factory=list)  # of settings, and why
+    changes: list[dict[str, Any]] = field(default_factory=list)  # of settings, with the reason
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -163,14 +164,14 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Difference:
-    """Something that was one thing when the run was saved, and is another now."""
+    """Something that changed since the run was saved."""
 
     name: str
     then: Any
     now: Any
 
     def as_change(self, after_step: int, why: str) -> dict[str, Any]:
-        """As it stands in a checkpoint and in summary.json."""
+        """Its entry in a checkpoint and in summary.json."""
         return {
             "after_step": after_step,
             "name": self.name,
@@ -184,7 +185,7 @@ class Difference:
 
 
 def data_fingerprints(data: PreparedData, tokenizer: TextTokenizer) -> dict[str, str]:
-    """What tells this data from other data: its tokens, not where they came from."""
+    """What identifies the data: its tokens, not where they came from."""
     parts = {"training rows": data.train_rows, "validation rows": data.validation_rows}
     found = {
         name: f"{rows.fingerprint} ({len(rows)} rows, {rows.num_tokens:,} tokens)"
@@ -194,7 +195,7 @@ def data_fingerprints(data: PreparedData, tokenizer: TextTokenizer) -> dict[str,
 
 
 def surroundings(device_name: str, choices: Mapping[str, str]) -> dict[str, str]:
-    """Versions, machine, and what the engine chose on it.
+    """Versions, the machine, and what the engine chose on it.
 
     Args:
         device_name: the processor or card that computes.
@@ -211,7 +212,7 @@ def surroundings(device_name: str, choices: Mapping[str, str]) -> dict[str, str]
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
-    """What differs between two of the same kind."""
+    """The differences between two mappings."""
     names = dict.fromkeys([*then, *now])
     return [
         Difference(name, then.get(name), now.get(name))
@@ -263,16 +264,16 @@ STATE = "state.json"
 
 @dataclass(frozen=True)
 class Resumption:
-    """A run to go on with."""
+    """A run to resume, and the checkpoint it is resumed from."""
 
     folder: Path
-    checkpoint: Path  # the folder of the checkpoint it goes on from
+    checkpoint: Path  # its folder
     files: dict[str, bytes]
     state: dict[str, Any]  # its state.json
     saved: Provenance
     effective: Resolved
     asked: Resolved
-    summary: dict[str, Any] | None  # of a run that came to its end and has nothing left to do
+    summary: dict[str, Any] | None  # of a finished run with nothing left to do
     notes: list[str] = field(default_factory=list)
     damaged: list[Path] = field(default_factory=list)
 
@@ -280,41 +281,43 @@ class Resumption:
         """To be called once the folder is locked.
 
         Raises:
-            ResumeError: another process went on with the run since it was looked at.
+            ResumeError: another process resumed the run in the meantime.
         """
         found = checkpoints_of(self.folder / CHECKPOINTS)
         if [path for path in found if path not in self.damaged][:1] != [self.checkpoint]:
-            raise ResumeError(f"{self.folder}: another process went on with it; start again")
+            raise ResumeError(
+                f"{self.folder}: another process resumed it in the meantime; start again"
+            )
 
     def compare(self, now: Provenance) -> list[str]:
-        """What may change the last bits, in words.
+        """Reports what may change the last bits.
 
         Raises:
-            ResumeError: the rows or the weights are others.
+            ResumeError: the rows or the weights changed.
         """
         if found := differences(self.saved.fingerprints, now.fingerprints):
             raise ResumeError(
-                f"{self.folder}: the run was made of something else:\n"
+                f"{self.folder}: the data or the base model changed since the run was saved:\n"
                 + listing([str(each) for each in found])
-                + "\nPut it back as it was, or start anew in another --output_dir."
+                + "\nRestore it as it was, or start a new run in another --output_dir."
             )
         notes = []
         found = differences(self.saved.surroundings, now.surroundings)
         if self.threads_to_use(now) != self.saved.threads:
             found.append(Difference("threads", self.saved.threads, now.threads))
         elif self.saved.threads != now.threads:
-            notes.append(f"threads: {self.saved.threads}, as this run had before")
+            notes.append(f"threads: {self.saved.threads}, as before in this run")
         if found:
             lines = listing([str(each) for each in found])
             notes.append(f"warning: what follows may differ in the last bits:\n{lines}")
         return notes
 
     def threads_to_use(self, now: Provenance) -> int:
-        """The run's number of threads, where this machine has so many processors."""
+        """The number of threads of the run, where this machine has as many processors."""
         return self.saved.threads if self.saved.threads <= (os.cpu_count() or 1) else now.threads
 
-    def going_on(self, now: Provenance, threads: int) -> Provenance:
-        """What the checkpoints of the run say from now on."""
+    def resumed(self, now: Provenance, threads: int) -> Provenance:
+        """The provenance of the resumed run, with the changes of settings."""
         then = self.saved.effective.settings.model_dump(mode="json")
         today = now.effective.settings.model_dump(mode="json")
         step = self.state["progress"]["step"]
@@ -333,21 +336,21 @@ class Resumption:
             set_aside(folder)
 
 
-def take_up(resolved: Resolved) -> Resumption | None:
-    """The run that these settings ask to go on with; None where a new one starts.
+def run_to_resume(resolved: Resolved) -> Resumption | None:
+    """The run that these settings ask to resume; None where a new one starts.
 
     Raises:
-        ResumeError: there is no such run, it cannot be gone on with, or settings differ.
+        ResumeError: there is no such run, it cannot be resumed, or settings differ.
     """
     settings = resolved.settings
     if settings.resume is None:
         if settings.resume_with:
-            raise SettingsError("resume_with: says what changes on going on; name a run: --resume")
+            raise SettingsError(
+                "resume_with: changes settings of a resumed run; name the run with --resume"
+            )
         return None
     if settings.overwrite:
-        raise SettingsError(
-            "resume and overwrite contradict each other; leave out the one you do not mean"
-        )
+        raise SettingsError("resume and overwrite contradict each other; remove one of them")
     folder = _folder_of(settings)
     found = checkpoints_of(folder / CHECKPOINTS)
     if settings.resume == AUTO and not found:
@@ -367,8 +370,8 @@ def _folder_of(settings: Settings) -> Path:
     folder = Path(str(settings.resume)).expanduser()
     if output_dir is not None and output_dir.resolve() != folder.resolve():
         raise SettingsError(
-            f"resume {folder} and output_dir {output_dir}: a run goes on in its own folder; leave"
-            " out --output_dir"
+            f"resume {folder} and output_dir {output_dir}: a run is resumed in its own folder;"
+            " remove --output_dir"
         )
     return folder
 
@@ -379,8 +382,8 @@ def _why_nothing(folder: Path) -> str:
     if not (folder / CONFIG).exists():
         return f"is not a run, it has no {CONFIG}"
     if read_summary(folder):
-        return "this run is finished, and was made without checkpoints; there is nothing to do"
-    return "the run was ended before its first checkpoint; start it anew with --overwrite"
+        return "this run is finished and kept no checkpoints; there is nothing to do"
+    return "the run was stopped before its first checkpoint; start a new one with --overwrite"
 
 
 def _resumption(folder: Path, found: list[Path], resolved: Resolved) -> Resumption:
@@ -398,13 +401,15 @@ def _resumption(folder: Path, found: list[Path], resolved: Resolved) -> Resumpti
     if steps != kept:
         raise ResumeError(
             f"resume_with: a step would have {kept} rows (batch_size x"
-            f" gradient_accumulation_steps) instead of {steps}, which moves every step after it;"
+            f" gradient_accumulation_steps) instead of {steps}, which changes every later step;"
             " change both, so that their product stays"
         )
     summary = read_summary(folder)
     if summary and _goes_further(saved.effective.settings, effective.settings, state):
         summary = None
-    notes = [f"{path} is damaged ({why}); an earlier one is used" for path, why in damaged.items()]
+    notes = [
+        f"{path} is damaged ({why}); the previous one is used" for path, why in damaged.items()
+    ]
     return Resumption(
         folder,
         checkpoint,
@@ -420,7 +425,7 @@ def _resumption(folder: Path, found: list[Path], resolved: Resolved) -> Resumpti
 
 
 def _newest_whole(found: list[Path]) -> tuple[Path, dict[str, bytes], dict[Path, str]]:
-    """The latest checkpoint that is whole, its files, and what is wrong with those after it."""
+    """The latest intact checkpoint, its files, and what is wrong with later ones."""
     damaged: dict[Path, str] = {}
     for folder in found:
         files = _read_or_why(folder)
@@ -429,7 +434,7 @@ def _newest_whole(found: list[Path]) -> tuple[Path, dict[str, bytes], dict[Path,
         damaged[folder] = files
     lines = [f"{folder}: {why}" for folder, why in damaged.items()]
     raise ResumeError(
-        f"every checkpoint is damaged:\n{listing(lines)}\nStart anew with --overwrite."
+        f"every checkpoint is damaged:\n{listing(lines)}\nStart a new run with --overwrite."
     )
 
 
@@ -444,11 +449,11 @@ def _read_or_why(folder: Path) -> dict[str, bytes] | str:
 def _settings(
     folder: Path, saved: Provenance, resolved: Resolved, changes: Mapping[str, str]
 ) -> tuple[Resolved, Resolved]:
-    """The settings to go on with, in effect and as asked for.
+    """The settings of the resumed run: effective, and as they were asked for.
 
     Raises:
         ResumeError: settings that were given differ from the run's.
-        SettingsError: a changed value that cannot be used.
+        SettingsError: a changed value is not allowed.
     """
     given = with_absolute_paths(resolved)
     auto = resolved.settings.resume == AUTO
@@ -466,10 +471,10 @@ def _settings(
     if differing:
         lines = [str(difference) for difference in differing]
         changeable = [each.name for each in differing if each.name in CHANGEABLE]
-        hint = "Leave them out, or start anew in another --output_dir (or with --overwrite)."
+        hint = "Remove them, or start a new run in another --output_dir (or with --overwrite)."
         if changeable:
             pairs = ",".join(f"{n}={getattr(given.settings, n)}" for n in changeable)
-            hint += f" On purpose: --resume_with {pairs}"
+            hint += f" To change them in this run: --resume_with {pairs}"
         raise ResumeError(f"{folder}: the run has other settings:\n{listing(lines)}\n{hint}")
     where = dict.fromkeys(changes, "in --resume_with")
     texts: dict[str, Any] = {**changes}
@@ -488,7 +493,7 @@ def _settings(
 
 
 def _goes_further(then: Settings, now: Settings, state: Mapping[str, Any]) -> bool:
-    """Whether a finished run has something left to do with changed settings."""
+    """Whether changed settings leave a finished run something to do."""
     progress = state["progress"]
     patience = now.early_stopping_patience
     is_patient = not patience or progress["epochs_without_gain"] < patience

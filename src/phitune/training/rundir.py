@@ -4,7 +4,7 @@
     metrics.jsonl   one line for each step, one more for each evaluation
     samples.jsonl   the answers to the sample prompts, before training and after each epoch
     adapter/        the best adapter so far in PEFT's format, with tokenizer and chat template
-    checkpoints/    what it takes to go on, see `checkpoint.py`
+    checkpoints/    what it takes to resume, see `checkpoint.py`
     summary.json    written last, when training has ended: what came out
     evaluation.json base against tuned on a few validation rows, and what tells these rows again
     run.lock        there while a run is at work; run.pid says which process it is
@@ -82,7 +82,7 @@ def run_lock(folder: Path) -> Iterator[None]:
                 (folder / name).unlink()
         lock.release()
         if made:
-            with suppress(OSError):  # Where the run came to nothing, nothing is left of it.
+            with suppress(OSError):  # Where the run failed before it began.
                 folder.rmdir()
 
 
@@ -149,7 +149,7 @@ ADAPTER, CONFIG, METRICS, SAMPLES, SUMMARY, EVALUATION, CHECKPOINTS = (
     "checkpoints",
 )
 _OURS = (ADAPTER, CONFIG, METRICS, SAMPLES, SUMMARY, EVALUATION, CHECKPOINTS, "tensorboard")
-# What only a run that came to something has.
+# What only a run with results has.
 _RESULTS = (ADAPTER, SUMMARY)
 # The files that grow line by line.
 _LOGS = (METRICS, SAMPLES)
@@ -192,7 +192,7 @@ def check_output_dir(path: Path, *, overwrite: bool, resuming: bool = False) -> 
         overwrite = True
     if names and not overwrite:
         raise SettingsError(
-            f"output_dir {path}: is not empty; choose another, go on with the run in it with"
+            f"output_dir {path}: is not empty; choose another, resume the run in it with"
             f" --resume {path}, or replace it with --overwrite"
         )
     if foreign := [name for name in names if ours[name] is None]:
@@ -380,7 +380,7 @@ def metrics_lines(event: Event, data: PreparedData) -> list[dict[str, Any]]:
 
 
 def read_summary(path: Path) -> dict[str, Any] | None:
-    """The summary of a run that came to its end; None of any other."""
+    """The summary of a finished run; None of any other."""
     try:
         summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

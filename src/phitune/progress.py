@@ -35,7 +35,7 @@ from phitune.inference.loaded import Answer
 from phitune.model.architecture import EMBED_TOKENS, LM_HEAD, ModelConfig
 from phitune.model.decoder import Decoder
 from phitune.model.lora import Adapter
-from phitune.plan.machine import FreeMemory
+from phitune.plan.machine import Memory
 from phitune.plan.memory import GIB, MemoryPlan
 from phitune.training.events import (
     EpochEvaluated,
@@ -371,7 +371,7 @@ def model_line(decoder: Decoder, adapter: Adapter, settings: Settings, seconds: 
     )
 
 
-def memory_line(plan: MemoryPlan, budget: FreeMemory) -> str:
+def memory_line(plan: MemoryPlan, budget: Memory) -> str:
     """The planned peak memory, the budget, and the recomputed layers."""
     layers, of = plan.recompute_layers, plan.num_layers
     recomputed = f"{layers} of {of} layers recomputed" if layers else "no layer recomputed"

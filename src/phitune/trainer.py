@@ -56,7 +56,7 @@ from phitune.model.files import EXAMPLE_DATASET, fetch_weights, find_model
 from phitune.model.lora import Adapter, LoraSpec, attach, compare_with_memory, save_adapter
 from phitune.model.targets import resolve_targets
 from phitune.model.weights import load_decoder, weights_fingerprint
-from phitune.plan.machine import FreeMemory, ProcessMemoryLimit, memory_budget
+from phitune.plan.machine import Memory, ProcessMemoryLimit, memory_budget
 from phitune.plan.memory import GIB, MemoryPlan
 from phitune.plan.plan import check_against_model, settle_memory, what_would_fit
 from phitune.progress import (
@@ -444,7 +444,7 @@ class Phi2LoRATrainer:
         )
         return outcome
 
-    def _plan_memory(self, data: PreparedData, budget: FreeMemory) -> MemoryPlan:
+    def _plan_memory(self, data: PreparedData, budget: Memory) -> MemoryPlan:
         """Settles the batch size and the recomputed layers; returns the plan that follows."""
         device: Any = self.device.type
         settings = self.settings
@@ -472,7 +472,7 @@ class Phi2LoRATrainer:
         self._say(data_line(data, self.settings.dataset_path or EXAMPLE_DATASET.name))
         self._say(targets_line(self.target_modules, self.model_config, self.settings.lora_r))
 
-    def _load(self, plan: MemoryPlan, budget: FreeMemory) -> tuple[PreparedModel, Engine]:
+    def _load(self, plan: MemoryPlan, budget: Memory) -> tuple[PreparedModel, Engine]:
         started = time.perf_counter()
         model = self.prepare_model()
         seconds = time.perf_counter() - started

@@ -23,7 +23,7 @@ from phitune.errors import PhituneError
 from phitune.export import job, safetensors
 from phitune.export.proof import Proof
 from phitune.model.files import ASSETS
-from phitune.plan.machine import FreeMemory
+from phitune.plan.machine import Memory
 
 
 @pytest.fixture
@@ -494,7 +494,7 @@ def test_a_proof_in_bf16_where_fp32_does_not_fit(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(job, "memory_budget", lambda device: FreeMemory(2**20, "so much"))
+    monkeypatch.setattr(job, "memory_budget", lambda device: Memory(2**20, "so much"))
     assert export(phi_2_run, "--output_dir", "out") == 0
     assert "the proof computes in bf16: fp32 takes 1.0 GiB" in capsys.readouterr().out
     proof = json.loads((place / "out" / "export_proof.json").read_text())

@@ -29,7 +29,7 @@ from phitune.model.targets import resolve_targets
 from phitune.plan import machine
 from phitune.plan.machine import (
     LIMIT_SHARE,
-    FreeMemory,
+    Memory,
     ProcessMemoryLimit,
     free_in_cgroups,
     free_memory,
@@ -116,8 +116,8 @@ def test_a_cgroup_of_version_1_counts_where_its_own_path_is_not_to_be_seen(tmp_p
 
 def test_room_is_the_least_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = free_memory().bytes
-    monkeypatch.setattr(machine, "free_in_cgroups", lambda: [FreeMemory(whole // 2, "container")])
-    assert free_memory() == FreeMemory(whole // 2, "container")
+    monkeypatch.setattr(machine, "free_in_cgroups", lambda: [Memory(whole // 2, "container")])
+    assert free_memory() == Memory(whole // 2, "container")
     with ProcessMemoryLimit("cuda"):
         pass  # Not a CPU: its own allocator fails.
     assert 0.9 < LIMIT_SHARE < 1
@@ -475,9 +475,7 @@ def test_a_micro_batch_that_cannot_fit_a_container_is_split_beforehand(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The limit is planned with, as going over it would not fail but kill."""
-    monkeypatch.setattr(
-        machine, "free_in_cgroups", lambda: [FreeMemory(40 * 2**20, "the container's")]
-    )
+    monkeypatch.setattr(machine, "free_in_cgroups", lambda: [Memory(40 * 2**20, "the container's")])
     monkeypatch.setattr(
         "phitune.trainer.ProcessMemoryLimit", lambda device: ProcessMemoryLimit("cuda")
     )

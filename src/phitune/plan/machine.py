@@ -1,6 +1,12 @@
-"""Machines: this one, as far as it can be seen without torch, and some well-known ones.
+"""This machine's memory, as far as it can be seen without torch: how much is free, and for what.
 
-What it does not do: measure. Speeds are a datasheet's peak and an assumed share of it.
+A run may take what the machine has free, what its containers (cgroups) leave and what the shell
+(ulimit) allows, whichever is least; it plans with a share of that. On Linux it also sets itself a
+limit just below the one at which the kernel would kill it, where an allocation fails instead.
+
+Not here: what a run needs (memory.py), and the speed of machines (datasheets.py). GiB are 2**30
+bytes and GB 10**9, as on the card's box and in the training guide. torch is loaded only where an
+accelerator is asked.
 """
 
 import platform
@@ -20,263 +26,10 @@ from phitune.plan.memory import GIB, PROGRAM_BYTES, Device
 if TYPE_CHECKING:
     import torch
 
-
-# -------------------------------------------------------------------------------------------------
-# How much memory this process may still take, and a limit of its own below the one that kills.
-#
-# Beside what the machine has free, a container (cgroup) and a shell (ulimit) have a say. A
-# container that goes over its limit is killed without a word; so on Linux a run sets itself a
-# limit a little lower, where an allocation fails instead, and a failure is something that can be
-# dealt with. No torch here.
-
-# Of what there is, a run's own limit leaves this share to the kernel's tables and to chance.
-LIMIT_SHARE = 0.97
-_PROC, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-# Version 1 says "no limit" with a number of about 2**63.
-_NO_LIMIT = 2**60
-
-
-@dataclass(frozen=True)
-class FreeMemory:
-    """Bytes that may still be taken, and who says so."""
-
-    bytes: int
-    source: str
-
-
-@dataclass(frozen=True)
-class _CgroupFiles:
-    """Where a version of cgroups keeps its figures."""
-
-    root: Path
-    limits: tuple[str, ...]
-    usage: str
-    cache: str  # the line of memory.stat: files the kernel drops when it needs their memory
-
-
-def free_memory() -> FreeMemory:
-    """The tightest of what the machine, its containers and the shell leave to this process."""
-    ram = psutil.virtual_memory()
-    free = FreeMemory(ram.available, f"free now, of this machine's {ram.total / GIB:.1f} GiB")
-    return min([free, *free_in_cgroups(), *_free_by_ulimit()], key=lambda room: room.bytes)
-
-
-def bytes_until_killed() -> int:
-    """What may be taken before the kernel ends the process; a machine swaps before it does."""
-    free = psutil.virtual_memory().available + psutil.swap_memory().free
-    return min([free, *(room.bytes for room in free_in_cgroups())])
-
-
-def free_in_cgroups(membership: Path = _PROC, root: Path = _CGROUPS) -> list[FreeMemory]:
-    """What each cgroup with a limit, from this process's own upwards, has left.
-
-    Args:
-        membership, root: the kernel's files; others for tests.
-    """
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        return []
-    rooms = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        files = _files_of(controllers.split(","), root)
-        if files is None:
-            continue
-        own = Path(path).relative_to("/")
-        # Inside of a container the path may be the host's, and only the root is there.
-        folders = dict.fromkeys(files.root / part for part in (own, *own.parents))
-        rooms += [room for folder in folders if (room := _free_in(folder, files))]
-    return rooms
-
-
-def _files_of(controllers: list[str], root: Path) -> _CgroupFiles | None:
-    if controllers == [""]:
-        unified = root / "unified"  # Where both versions are mounted side by side.
-        return _CgroupFiles(
-            unified if unified.is_dir() else root,
-            ("memory.max", "memory.high"),
-            "memory.current",
-            "inactive_file",
-        )
-    if "memory" in controllers:
-        return _CgroupFiles(
-            root / "memory",
-            ("memory.limit_in_bytes",),
-            "memory.usage_in_bytes",
-            "total_inactive_file",
-        )
-    return None
-
-
-def _free_in(folder: Path, files: _CgroupFiles) -> FreeMemory | None:
-    limits = [limit for name in files.limits if (limit := _number(folder / name)) is not None]
-    limits = [limit for limit in limits if limit < _NO_LIMIT]
-    usage = _number(folder / files.usage)
-    if not limits or usage is None:
-        return None
-    limit = min(limits)
-    left = limit - usage + _statistic(folder / "memory.stat", files.cache)
-    return FreeMemory(
-        max(left, 0), f"free now, of the container's {limit / GIB:.1f} GiB ({folder})"
-    )
-
-
-def _number(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):  # A limit may be the word "max".
-        return None
-
-
-def _statistic(path: Path, name: str) -> int:
-    try:
-        lines = path.read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.split()[:1] == [name]), 0)
-
-
-def _free_by_ulimit() -> list[FreeMemory]:
-    """What the limits on address space and data leave; Linux alone enforces them."""
-    if sys.platform != "linux":
-        return []
-    import resource
-
-    held = psutil.Process().memory_info()
-    rooms = []
-    for name, kind, now in (
-        ("-v", resource.RLIMIT_AS, held.vms),
-        ("-d", resource.RLIMIT_DATA, held.data),
-    ):
-        limit, _ = resource.getrlimit(kind)
-        if limit != resource.RLIM_INFINITY:
-            source = f"free now, of the {limit / GIB:.1f} GiB of ulimit {name}"
-            rooms.append(FreeMemory(max(limit - now, 0), source))
-    return rooms
-
-
-class ProcessMemoryLimit:
-    """While it is entered, allocations fail before the kernel would end the process."""
-
-    def __init__(self, device: str) -> None:
-        """
-        Args:
-            device: its kind. An accelerator's memory has an allocator that fails by itself.
-        """
-        self._is_used = device == "cpu" and sys.platform == "linux"
-        self._before = (0, 0)
-        self._untouched = 0  # bytes that are mapped but were never used, such as threads' stacks
-
-    def __enter__(self) -> "ProcessMemoryLimit":
-        if self._is_used:
-            import resource
-
-            self._before = resource.getrlimit(resource.RLIMIT_DATA)
-            mapped, used = _held()
-            self._untouched = max(mapped - used, 0)
-            self.renew()
-        return self
-
-    def renew(self) -> None:
-        """Takes its place above what is used now, by what may be taken until the kernel kills.
-
-        The system counts what is mapped, though, and pages that were used once and given back stay
-        mapped: they may be used again at any time, so they get no room of their own.
-        """
-        if not self._is_used:
-            return
-        import resource
-
-        _, used = _held()
-        limit_on_process = used + self._untouched + round(LIMIT_SHARE * bytes_until_killed())
-        soft, hard = self._before
-        if soft != resource.RLIM_INFINITY:
-            limit_on_process = min(limit_on_process, soft)
-        # Private memory that can be written: the heap, and what torch and its libraries map.
-        resource.setrlimit(resource.RLIMIT_DATA, (limit_on_process, hard))
-
-    def __exit__(self, *_: object) -> None:
-        if self._is_used:
-            import resource
-
-            resource.setrlimit(resource.RLIMIT_DATA, self._before)
-
-
-def _held() -> tuple[int, int]:
-    """Bytes of private memory that are mapped, and those among them that are in use."""
-    memory = psutil.Process().memory_info()
-    return memory.data, memory.rss - memory.shared
-
-
-# -------------------------------------------------------------------------------------------------
-# What memory a run may plan with, and what is in use. No torch at the top.
-
-# Of what there is, a run plans with this share: the rest is for others and for chance.
+# A run plans with this share of the free memory; the rest is for other programs and surprises.
 BUDGET_SHARE: dict[Device, float] = {"cpu": 0.9, "cuda": 0.92, "mps": 0.95}
-
-
-def memory_in_use(device: "torch.device") -> float:
-    """GiB held now: the allocator's on an accelerator, the process's resident memory on a CPU."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.memory_reserved(device) / GIB
-    if device.type == "mps":
-        return torch.mps.driver_allocated_memory() / GIB
-    return float(psutil.Process().memory_info().rss) / GIB
-
-
-def _free_on(device: "torch.device") -> FreeMemory:
-    """What is free for this process on a device."""
-    import torch
-
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return FreeMemory(free, f"free now, of the card's {total / GIB:.1f} GiB")
-    if device.type == "mps":
-        # Beyond the recommended working set a Mac swaps instead of failing.
-        return FreeMemory(torch.mps.recommended_max_memory(), "macOS recommends to its GPU")
-    return free_memory()
-
-
-def memory_budget(device: "torch.device") -> FreeMemory:
-    """What a run may plan with now: its share of what is free.
-
-    A plan has a term for the program, which on a CPU is there already, at least in part.
-    """
-    room, kind = _free_on(device), _kind(device)
-    held = psutil.Process().memory_info().rss if kind == "cpu" else 0
-    share = BUDGET_SHARE[kind] * (room.bytes + min(held, PROGRAM_BYTES[kind]))
-    return FreeMemory(round(share), room.source)
-
-
-def peak_memory(device: "torch.device") -> float:
-    """GiB: the most this process has held so far, as `memory_in_use` counts."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) / GIB
-    if device.type == "mps":
-        return memory_in_use(device)  # Apple's allocator keeps no peak.
-    if sys.platform == "win32":
-        return float(psutil.Process().memory_info().peak_wset) / GIB
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on a Mac
-    return peak * (1 if sys.platform == "darwin" else 1024) / GIB
-
-
-def _kind(device: "torch.device") -> Device:
-    kinds: dict[str, Device] = {"cuda": "cuda", "mps": "mps"}
-    return kinds.get(device.type, "cpu")
-
-
-# -------------------------------------------------------------------------------------------------
-# Amounts of memory: as typed, in bytes, and the part of them that a run plans with.
-#
-# GiB are 2**30 bytes and GB 10**9, as on the card's box and in the training guide.
-
+# What macOS recommends its GPU to use, of the memory of a Mac.
+APPLE_SHARE = 2 / 3
 GB = 10**9
 
 _UNITS = {"": 10**9, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -287,7 +40,7 @@ _MOST_MEMORY = 10**15
 
 @dataclass(frozen=True)
 class Memory:
-    """How much there is, and who says so."""
+    """Bytes that a run may take, and where the number comes from."""
 
     bytes: int
     source: str
@@ -324,13 +77,130 @@ def in_bytes(text: str) -> int | None:
 
 
 # -------------------------------------------------------------------------------------------------
+# Free memory, without torch.
 
-# What macOS recommends its GPU to use, of the memory of a Mac.
-APPLE_SHARE = 2 / 3
+_PROC, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+# Version 1 of cgroups says "no limit" with a number of about 2**63.
+_NO_LIMIT = 2**60
+
+
+def free_memory() -> Memory:
+    """The tightest of what the machine, its containers and the shell leave to this process."""
+    ram = psutil.virtual_memory()
+    free = Memory(ram.available, f"free now, of this machine's {ram.total / GIB:.1f} GiB")
+    limits = [*free_in_cgroups(), *_free_by_ulimit()]
+    return min([free, *limits], key=lambda memory: memory.bytes)
+
+
+def bytes_until_killed() -> int:
+    """What may be taken before the kernel kills the process; a machine swaps before it does."""
+    free = psutil.virtual_memory().available + psutil.swap_memory().free
+    return min([free, *[memory.bytes for memory in free_in_cgroups()]])
+
+
+def free_in_cgroups(membership: Path = _PROC, root: Path = _CGROUPS) -> list[Memory]:
+    """What each cgroup with a limit, from this process's own upwards, leaves.
+
+    Args:
+        membership, root: the kernel's files; others for tests.
+    """
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        files = _files_of(controllers.split(","), root)
+        if files is None:
+            continue
+        own = Path(path).relative_to("/")
+        # In a container the path may be the host's, and only the root exists.
+        folders = dict.fromkeys(files.root / part for part in (own, *own.parents))
+        found += [memory for folder in folders if (memory := _free_in(folder, files))]
+    return found
+
+
+@dataclass(frozen=True)
+class _CgroupFiles:
+    """Where a version of cgroups keeps its figures."""
+
+    root: Path
+    limits: tuple[str, ...]
+    usage: str
+    cache: str  # the line of memory.stat: files the kernel drops when it needs their memory
+
+
+def _files_of(controllers: list[str], root: Path) -> _CgroupFiles | None:
+    if controllers == [""]:
+        unified = root / "unified"  # Where both versions are mounted side by side.
+        return _CgroupFiles(
+            unified if unified.is_dir() else root,
+            ("memory.max", "memory.high"),
+            "memory.current",
+            "inactive_file",
+        )
+    if "memory" in controllers:
+        return _CgroupFiles(
+            root / "memory",
+            ("memory.limit_in_bytes",),
+            "memory.usage_in_bytes",
+            "total_inactive_file",
+        )
+    return None
+
+
+def _free_in(folder: Path, files: _CgroupFiles) -> Memory | None:
+    limits = [limit for name in files.limits if (limit := _number(folder / name)) is not None]
+    limits = [limit for limit in limits if limit < _NO_LIMIT]
+    usage = _number(folder / files.usage)
+    if not limits or usage is None:
+        return None
+    limit = min(limits)
+    left = limit - usage + _statistic(folder / "memory.stat", files.cache)
+    return Memory(max(left, 0), f"free now, of the container's {limit / GIB:.1f} GiB ({folder})")
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # A limit may be the word "max".
+        return None
+
+
+def _statistic(path: Path, name: str) -> int:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.split()[:1] == [name]), 0)
+
+
+def _free_by_ulimit() -> list[Memory]:
+    """What the limits on address space and data leave; Linux alone enforces them."""
+    if sys.platform != "linux":
+        return []
+    import resource
+
+    held = psutil.Process().memory_info()
+    found = []
+    for name, kind, now in (
+        ("-v", resource.RLIMIT_AS, held.vms),
+        ("-d", resource.RLIMIT_DATA, held.data),
+    ):
+        limit, _ = resource.getrlimit(kind)
+        if limit != resource.RLIM_INFINITY:
+            source = f"free now, of the {limit / GIB:.1f} GiB of ulimit {name}"
+            found.append(Memory(max(limit - now, 0), source))
+    return found
+
+
+# -------------------------------------------------------------------------------------------------
+# The device that a plan is for, without torch.
 
 
 def device_kind(name: str) -> tuple[Device, str]:
-    """The kind of device, and how it came about; "auto" is what training would most likely take."""
+    """The kind of device, and its reason; "auto" is what training would most likely take."""
     if name == "auto":
         if shutil.which("nvidia-smi"):
             return "cuda", "this machine has an NVIDIA driver"
@@ -351,8 +221,7 @@ def memory_here(name: str, device: Device) -> Memory:
         SettingsError: it cannot be seen, so `--memory` has to say it.
     """
     if device == "cpu":
-        room = free_memory()
-        return Memory(room.bytes, room.source)
+        return free_memory()
     if device == "mps" and is_apple_silicon():
         total = psutil.virtual_memory().total
         return Memory(round(total * APPLE_SHARE), "two thirds of this Mac's memory")
@@ -380,3 +249,123 @@ def _free_by_nvidia_smi(name: str) -> int | None:
         return int(done.stdout.split()[0]) * 2**20
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None
+
+
+# -------------------------------------------------------------------------------------------------
+# The budget of a run on its device, and what is in use.
+
+
+def memory_budget(device: "torch.device") -> Memory:
+    """What a run may plan with now: its share of what is free.
+
+    A plan has a term for the program, which on a CPU is in memory already, at least in part.
+    """
+    free, kind = _free_on(device), _kind(device)
+    held = psutil.Process().memory_info().rss if kind == "cpu" else 0
+    share = BUDGET_SHARE[kind] * (free.bytes + min(held, PROGRAM_BYTES[kind]))
+    return Memory(round(share), free.source)
+
+
+def _free_on(device: "torch.device") -> Memory:
+    """What is free for this process on a device."""
+    import torch
+
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return Memory(free, f"free now, of the card's {total / GIB:.1f} GiB")
+    if device.type == "mps":
+        # Beyond the recommended working set a Mac swaps instead of failing.
+        return Memory(torch.mps.recommended_max_memory(), "macOS recommends to its GPU")
+    return free_memory()
+
+
+def memory_in_use(device: "torch.device") -> float:
+    """GiB held now: the allocator's on an accelerator, the process's resident memory on a CPU."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device) / GIB
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / GIB
+    return float(psutil.Process().memory_info().rss) / GIB
+
+
+def peak_memory(device: "torch.device") -> float:
+    """GiB: the most this process has held so far, as `memory_in_use` counts."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / GIB
+    if device.type == "mps":
+        return memory_in_use(device)  # Apple's allocator keeps no peak.
+    if sys.platform == "win32":
+        return float(psutil.Process().memory_info().peak_wset) / GIB
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on a Mac
+    return peak * (1 if sys.platform == "darwin" else 1024) / GIB
+
+
+def _kind(device: "torch.device") -> Device:
+    kinds: dict[str, Device] = {"cuda": "cuda", "mps": "mps"}
+    return kinds.get(device.type, "cpu")
+
+
+# -------------------------------------------------------------------------------------------------
+# A limit of the process's own.
+
+# Of what may be taken, the limit leaves this share to the kernel's tables and to surprises.
+LIMIT_SHARE = 0.97
+
+
+class ProcessMemoryLimit:
+    """A context manager: in it, allocations fail before the kernel would kill the process."""
+
+    def __init__(self, device: str) -> None:
+        """
+        Args:
+            device: its kind. An accelerator's memory has an allocator that fails by itself.
+        """
+        self._is_used = device == "cpu" and sys.platform == "linux"
+        self._before = (0, 0)
+        self._untouched = 0  # bytes that are mapped but were never used, such as threads' stacks
+
+    def __enter__(self) -> "ProcessMemoryLimit":
+        if self._is_used:
+            import resource
+
+            self._before = resource.getrlimit(resource.RLIMIT_DATA)
+            mapped, used = _held()
+            self._untouched = max(mapped - used, 0)
+            self.renew()
+        return self
+
+    def renew(self) -> None:
+        """Sets the limit anew: what is used now and what may be taken until the kernel kills.
+
+        The kernel counts what is mapped, and pages that were used once and given back stay mapped:
+        they may be used again at any time, so nothing is added for them.
+        """
+        if not self._is_used:
+            return
+        import resource
+
+        _, used = _held()
+        limit_on_process = used + self._untouched + round(LIMIT_SHARE * bytes_until_killed())
+        soft, hard = self._before
+        if soft != resource.RLIM_INFINITY:
+            limit_on_process = min(limit_on_process, soft)
+        # Private memory that can be written: the heap, and what torch and its libraries map.
+        resource.setrlimit(resource.RLIMIT_DATA, (limit_on_process, hard))
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_used:
+            import resource
+
+            resource.setrlimit(resource.RLIMIT_DATA, self._before)
+
+
+def _held() -> tuple[int, int]:
+    """Bytes of private memory that are mapped, and those among them that are in use."""
+    memory = psutil.Process().memory_info()
+    return memory.data, memory.rss - memory.shared

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
@@ -25,6 +24,10 @@ from phitune.errors import SettingsError, listing
 Origin = Literal["default", "file", "flag", "argument", "chosen", "resume_with"]
 LORA_ALPHA_PER_RANK = (2, 4)
 DEFAULT_BATCH_SIZE = 4
+
+
+# -------------------------------------------------------------------------------------------------
+# Types of settings: what a text from a flag, or a value from a file, may be.
 
 
 def knob(
@@ -109,6 +112,9 @@ LayerCount = Annotated[int | Literal["all"] | None, BeforeValidator(_count_or("a
 SaveEvery = Annotated[str, BeforeValidator(_save_every)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 Precision = Annotated[Literal["auto", "fp32", "bf16"], BeforeValidator(_no_fp16)]
+
+# -------------------------------------------------------------------------------------------------
+# The settings.
 
 _RUN, _DATA, _TRAIN, _LORA, _MACHINE, _REPORT = (
     "model and run",
@@ -356,6 +362,9 @@ class Settings(BaseModel):
         return found
 
 
+# -------------------------------------------------------------------------------------------------
+# Settings in force, and what is declared of them.
+
 # What belongs to one run only: left out of the config.yaml that repeats it.
 NOT_REPEATED = ("output_dir", "overwrite", "resume", "resume_with")
 
@@ -405,6 +414,8 @@ def default_text(value: Any) -> str:
 
 def to_yaml(resolved: Resolved) -> str:
     """The effective settings as a file for `--config`, each with its origin as a comment."""
+    import yaml
+
     lines = []
     for name, value in resolved.settings.model_dump(mode="json").items():
         if name in NOT_REPEATED:
@@ -417,10 +428,7 @@ def to_yaml(resolved: Resolved) -> str:
 
 
 # -------------------------------------------------------------------------------------------------
-# Defaults, a file and flags to settings, or one error that names every problem.
-#
-# Flags and files are plain dictionaries here; both pass through the same validation, so both are
-# refused with the same words.
+# From defaults, a file and flags to settings, or one error that names every problem.
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
@@ -436,6 +444,8 @@ def unknown_name(name: str, names: Iterable[str], *, kind: str, prefix: str = ""
 
 def read_config_file(path: Path) -> dict[str, Any]:
     """The keys of a YAML settings file, unknown ones refused with the nearest known name."""
+    import yaml  # not for --help
+
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:

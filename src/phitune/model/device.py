@@ -1,4 +1,11 @@
-"""Where the model runs, in which precision, and whether its layers are compiled."""
+"""Where the model runs, in which precision, whether it is compiled; and its memory while it runs.
+
+`guard_memory` turns every way in which an allocation fails (torch, the C library, oneDNN) into one
+type of error; engines call it, nobody else has to know. On a CPU the C library can keep freed
+buffers for the next of their kind, which is faster, or give them back, which takes less.
+
+Not here: how much memory there is and what a run may plan with (plan/machine.py).
+"""
 
 import contextlib
 import ctypes
@@ -19,14 +26,14 @@ from phitune.errors import OutOfMemoryError, SettingsError
 from phitune.model.decoder import Decoder, DecoderLayer
 
 # -------------------------------------------------------------------------------------------------
-# Memory while a model runs: what the C library keeps of it, and what is done when it runs out.
+# Memory while a model runs: what the C library keeps, and what happens where an allocation fails.
 
 T = TypeVar("T")
 
 _RESERVE_BYTES = 32 * 2**20
 # Of mallopt, as glibc numbers them.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-# What torch says, and oneDNN where it finds no room for a product's program or scratch space.
+# What torch says, and oneDNN where a product's program or scratch space cannot be allocated.
 _NO_PRODUCT = r"could not (create|execute) a primitive"
 _NO_MEMORY = re.compile(
     rf"can't allocate memory|out of memory|bad_alloc|can't start new thread|{_NO_PRODUCT}"
@@ -51,7 +58,7 @@ def _keep_freed_memory(from_bytes: int, at_most: int) -> None:
     """
     Args:
         from_bytes: a buffer of this size comes from the system, and goes back to it at once.
-        at_most: so much that was freed is kept.
+        at_most: bytes that were freed and are kept.
     """
     if _has_glibc():
         library = ctypes.CDLL(None)
@@ -114,8 +121,8 @@ def first_line(error: BaseException) -> str:
 def in_usable_thread(work: Callable[[], T]) -> T:
     """Does work that has matrix products in it: here, or in a new thread if this one makes none.
 
-    A thread in which oneDNN once found no room for a product's program fails ever after, whatever
-    room there is: the error is kept for each thread and never cleared (uxlfoundation/oneDNN#5907).
+    A thread in which oneDNN once failed to allocate a product's program fails ever after, however
+    much is free: the error is kept for each thread and never cleared (uxlfoundation/oneDNN#5907).
     """
     if not _THIS_THREAD.makes_products:
         return _in_new_thread(work)
@@ -155,7 +162,7 @@ _RESERVE = _Reserve()
 
 
 def hold_reserve() -> None:
-    """Sets a few pages aside for the time after memory ran out; see `give_back_memory`.
+    """Reserves a few pages for the time after an allocation failed; see `give_back_memory`.
 
     Freed buffers are used again but stay mapped, so small things that need pages of their own, a
     thread's stack or a program that oneDNN makes, might then find none below a limit. Linux alone
@@ -170,8 +177,8 @@ def hold_reserve() -> None:
 def give_back_memory(device: torch.device) -> None:
     """Returns what is held but not used to the device, after memory ran out.
 
-    On a CPU no freed buffer is kept from then on: what is kept lies in pieces, which costs more
-    memory than is in use, and there is none to spare.
+    On a CPU no freed buffer is kept from then on: fragments cost more memory than is in use, and
+    there is none to spare.
     """
     gc.collect()
     if device.type == "cuda":
@@ -187,6 +194,7 @@ def give_back_memory(device: torch.device) -> None:
 
 
 # -------------------------------------------------------------------------------------------------
+# Device, precision and compilation.
 
 CACHED_PRODUCTS = 32
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -213,7 +221,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """The processor or card, as far as it decides how sums are made."""
+    """The processor or card, as far as it decides how sums are rounded."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
@@ -267,7 +275,7 @@ def force_compile(layer: DecoderLayer, backend: str = "inductor") -> None:
 
 
 def limit_product_caches() -> None:
-    """Has oneDNN keep few of the programs it makes for each shape of a product.
+    """Makes oneDNN keep few of the programs that it makes for each shape of a product.
 
     There is a new shape for each number of tokens; by default it keeps a thousand, about half a
     MiB each. To be called before the first product. Making them again costs nothing measurable.

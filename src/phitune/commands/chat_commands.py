@@ -7,7 +7,7 @@ import difflib
 import errno
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from io import FileIO
 from pathlib import Path
@@ -22,10 +22,10 @@ from phitune.inference.loaded import Answer
 COMMANDS = {
     "help": ("", "this list, with the values in force"),
     "reset": ("", "forget the conversation; system text and settings stay"),
-    "system": ("TEXT|none", "what the model is told before everything"),
+    "system": ("TEXT|none", "system message before the conversation"),
     "temp": ("X", "0 takes the most probable token, 1 draws by probability"),
     "top_p": ("X", "draw among the fewest tokens whose probabilities reach this sum"),
-    "top_k": ("N", "draw among so many most probable tokens; 0: all"),
+    "top_k": ("N", "draw among the N most probable tokens; 0: all"),
     "repetition_penalty": ("X", "above 1, tokens that were there already are less probable"),
     "max_new_tokens": ("N", "of an answer"),
     "seed": ("N", "of what is drawn; answers from here on can be repeated with it"),
@@ -101,9 +101,28 @@ class ChatCommands:
         elif SETS.get(name, name) in SamplingOptions.model_fields:
             self._set(name, argument)
         else:
-            does: Callable[..., None] = getattr(self, f"_{name}")
-            does(*([argument] if takes else []))
+            self._do(name, argument)
         return True
+
+    def _do(self, name: str, argument: str) -> None:
+        with_value = {
+            "system": self._system,
+            "adapter": self._adapter,
+            "save": self._save,
+            "append": self._append,
+        }
+        alone = {
+            "help": self._help,
+            "reset": self._reset,
+            "compare": self._compare,
+            "retry": self._retry,
+            "undo": self._undo,
+            "stats": self._stats,
+        }
+        if name in with_value:
+            with_value[name](argument)
+        else:
+            alone[name]()
 
     def now(self, name: str) -> str:
         """The value in force, as a person reads it; empty for commands that set nothing."""

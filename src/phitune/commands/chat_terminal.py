@@ -98,13 +98,13 @@ class Terminal:
                 f" longer sees the {'next' if forgotten else 'first'}"
                 f" {'question' if gone == 1 else f'{gone:,} questions'} and their answers"
             )
-        told = len(self.chat.exchanges)
+        before = len(self.chat.exchanges)
         try:
             with contextlib.closing(pieces):
                 self._write(pieces)
         except KeyboardInterrupt:
             self._stopped = True
-            kept = len(self.chat.exchanges) > told
+            kept = len(self.chat.exchanges) > before
             how = "the answer stays as far as it came; /undo takes it back"
             self.say("\nstopped; " + (how if kept else "the question is forgotten"))
             return
@@ -113,7 +113,7 @@ class Terminal:
         if not answer.text.strip():
             self.say("(the answer is empty)")
         if not answer.stopped:
-            self.say(f"(cut at {answer.tokens:,} tokens; /max_new_tokens allows more)")
+            self.say(f"(cut off at {answer.tokens:,} tokens; /max_new_tokens allows more)")
         self._console.print()
 
     def beside(self, base: Answer, tuned: Answer) -> None:
@@ -153,7 +153,7 @@ class Terminal:
     def _cell(self, answer: Answer) -> Text:
         text = Text(visible(answer.text))
         if not answer.stopped:
-            text.append(f"  (cut at {answer.tokens:,} tokens)", style="dim")
+            text.append(f"  (cut off at {answer.tokens:,} tokens)", style="dim")
         return text
 
 

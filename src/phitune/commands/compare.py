@@ -1,15 +1,17 @@
-"""`phitune compare`: the base model and adapters side by side."""
+"""`phitune compare`: the base model and adapters side by side.
+
+Its options, the run (questions from a file, from validation rows, or typed), and how a comparison
+looks: in a terminal, as one HTML file, as JSON. All three show the same answers and figures.
+"""
 
 from __future__ import annotations
 
-import json
-import math
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import takewhile
 from pathlib import Path
@@ -32,6 +34,7 @@ from phitune.commands.options import (
     switch,
 )
 from phitune.commands.page import render
+from phitune.commands.terminal import jsonable, print_json
 from phitune.errors import DataError
 from phitune.inference.metrics import NORMALISATION
 from phitune.text import marks_of, shortened, visible
@@ -44,444 +47,6 @@ if TYPE_CHECKING:
     from phitune.inference.loaded import LoadedModel
     from phitune.inference.questions import Question
 
-
-# -------------------------------------------------------------------------------------------------
-# Sentences about answers that both the terminal and the page say.
-
-
-@dataclass(frozen=True)
-class Asked:
-    """How the answers came about, for people and for the record."""
-
-    model_name: str
-    source: str  # where the questions are from
-    max_new_tokens: int
-    sampling: Sampling
-    notes: tuple[str, ...] = ()
-
-    @property
-    def how(self) -> str:
-        of = self.sampling
-        said = [f"up to {self.max_new_tokens:,} tokens"]
-        if of.temperature == 0:
-            said.append("the most probable token each time")
-        else:
-            said.append(f"drawn with temperature {of.temperature:g}, seed {of.seed}")
-            if of.top_p < 1:
-                said.append(f"top_p {of.top_p:g}")
-            if of.top_k:
-                said.append(f"top_k {of.top_k}")
-        if of.repetition_penalty != 1:
-            said.append(f"repetition_penalty {of.repetition_penalty:g}")
-        return ", ".join(said)
-
-
-MATCH = f"match: {NORMALISATION}."
-NLL = (
-    "nll: the negative log-likelihood of the expected answer, end token included; less is more"
-    " probable."
-)
-
-
-def column_line(column: Column, model_name: str) -> str:
-    return f"{column.path or model_name}, asked in the {column.prompt_format} format"
-
-
-def notes_of(row: Row, column: int) -> list[str]:
-    """What is to be said of an answer, a line each."""
-    answer, likely = row.answers[column], row.likelihoods[column]
-    tokens = f"{answer.tokens:,} token{'' if answer.tokens == 1 else 's'}"
-    notes = [f"{tokens}, {'stopped' if answer.stopped else 'did not stop by itself'}"]
-    if row.question.expected is not None:
-        same = "exact" if row.exact(column) else "match" if row.match(column) else "no match"
-        notes.append(same)
-        if likely:
-            notes.append(f"nll {likely.nll:.2f}, {likely.per_token:.3f} a token")
-        else:
-            notes.append("nll unknown: longer than the model's positions")
-    return notes
-
-
-def summary_notes(comparison: Comparison, column: int) -> list[str]:
-    """A column's summary, a line each."""
-    summary = comparison.summary(column)
-    notes = [
-        f"stopped {summary.stopped} of {summary.questions} ({_share(summary.stopped, summary)})",
-        f"{summary.mean_tokens:,.1f} tokens on average",
-    ]
-    if summary.expected:
-        notes.append(
-            f"exact {summary.exact} of {summary.expected}, match {summary.matches} of"
-            f" {summary.expected}"
-        )
-    if summary.mean_nll is not None:
-        notes.append(f"nll {summary.mean_nll:.2f} an answer, {summary.nll_per_token:.3f} a token")
-    if column:
-        notes.append(differs_line(summary))
-    return notes
-
-
-def differs_line(summary: Summary) -> str:
-    count = len(summary.differs)
-    if not count:
-        return "answers nothing otherwise than the base"
-    which = "" if count == summary.questions else f": {ranges(summary.differs)}"
-    return f"differs from the base in {count} of {summary.questions}{which}"
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """1, 2, 3, 7 as "1-3, 7"."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1][1:] = [number]
-        else:
-            runs.append([number])
-    return ", ".join("-".join(map(str, run)) for run in runs)
-
-
-def _share(count: int, summary: Summary) -> str:
-    return f"{count / summary.questions:.0%}" if summary.questions else "none"
-
-
-# -------------------------------------------------------------------------------------------------
-# A comparison as JSON: everything that the table and the page show, and the numbers whole.
-
-
-def as_json(comparison: Comparison, asked: Asked) -> dict[str, Any]:
-    """Plain types alone; what is not known, or not a finite number, is null."""
-    return {
-        "phitune": __version__,
-        "model_name": asked.model_name,
-        "questions_from": asked.source,
-        "max_new_tokens": asked.max_new_tokens,
-        "sampling": asdict(asked.sampling),
-        "notes": list(asked.notes),
-        "normalisation": NORMALISATION,
-        "columns": [
-            {
-                "name": column.name,
-                "adapter_path": column.path,
-                "prompt_format": column.prompt_format,
-            }
-            for column in comparison.columns
-        ],
-        "questions": [_question_as_json(row, comparison) for row in comparison.rows],
-        "summary": [
-            _summary_as_json(comparison, index) for index in range(len(comparison.columns))
-        ],
-    }
-
-
-def _question_as_json(row: Row, comparison: Comparison) -> dict[str, Any]:
-    return {
-        "number": row.number,
-        "place": row.question.place or None,
-        "turns": [asdict(turn) for turn in row.question.turns],
-        "expected": row.question.expected,
-        "answers": [
-            {
-                "name": column.name,
-                **_answer_as_json(row, index),
-                "differs": row.differs(index),
-            }
-            for index, column in enumerate(comparison.columns)
-        ],
-    }
-
-
-def _answer_as_json(row: Row, column: int) -> dict[str, Any]:
-    answer, likely = row.answers[column], row.likelihoods[column]
-    return {
-        "answer": answer.text,
-        "tokens": answer.tokens,
-        "stopped": answer.stopped,
-        "exact": row.exact(column),
-        "match": row.match(column),
-        "nll": _finite(likely.nll) if likely else None,
-        "nll_per_token": _finite(likely.per_token) if likely else None,
-        "expected_tokens": likely.tokens if likely else None,
-    }
-
-
-def _summary_as_json(comparison: Comparison, index: int) -> dict[str, Any]:
-    summary = comparison.summary(index)
-    count = summary.questions
-    return {
-        "name": comparison.columns[index].name,
-        **asdict(summary),
-        "stop_rate": summary.stopped / count if count else None,
-        "mean_nll": _finite(summary.mean_nll),
-        "nll_per_token": _finite(summary.nll_per_token),
-        "differs": list(summary.differs),
-    }
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
-
-
-# -------------------------------------------------------------------------------------------------
-# Which words of an answer are not those of the base's answer.
-
-# White space; or one letter of a script written without spaces, or one punctuation mark; or a run
-# of anything else, so that letters keep their combining marks.
-_ALONE = r"!-/:-@\[-`{-~\u2010-\u2027\u2030-\u205e\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff"
-_PARTS = re.compile(rf"\s+|[{_ALONE}]|[^\s{_ALONE}]+")
-# Pairs of equal words that are still looked at. Answers that run in circles have more, and finding
-# the best alignment of two circles takes minutes and says nothing.
-_MAX_PAIRS = 200_000
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of an answer; together they are the answer."""
-
-    text: str
-    marked: bool
-
-
-def marked(answers: Sequence[str]) -> list[list[Piece]]:
-    """Each answer in pieces. Of the first (the base's) those words are marked that another answer
-    lacks in that place, of the others those that the first lacks."""
-    parts = [_PARTS.findall(answer) for answer in answers]
-    words = [[part for part in answer if not part.isspace()] for answer in parts]
-    of_base: set[int] = set()
-    changed = [of_base]
-    for other in words[1:]:
-        gone, new = _changes(words[0], other)
-        of_base |= gone
-        changed.append(new)
-    return [_pieces(*pair) for pair in zip(parts, changed, strict=True)]
-
-
-def _changes(base: Sequence[str], other: Sequence[str]) -> tuple[set[int], set[int]]:
-    """Places of words in one that have no counterpart in the other, and the other way round."""
-    same = zip(base, other, strict=False)
-    first = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], same))
-    same = zip(reversed(base[first:]), reversed(other[first:]), strict=False)
-    last = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], same))
-    left, right = base[first : len(base) - last], other[first : len(other) - last]
-    counts = Counter(left)
-    gone, new = set(range(len(left))), set(range(len(right)))
-    if sum(counts[word] for word in right) <= _MAX_PAIRS:
-        for block in SequenceMatcher(None, left, right, autojunk=False).get_matching_blocks():
-            gone -= set(range(block.a, block.a + block.size))
-            new -= set(range(block.b, block.b + block.size))
-    return {first + place for place in gone}, {first + place for place in new}
-
-
-def _pieces(parts: Sequence[str], changed: set[int]) -> list[Piece]:
-    """Marked and unmarked stretches; white space between two marked words is marked too."""
-    flags: list[bool | None] = []
-    word = 0
-    for part in parts:
-        if part.isspace():
-            flags.append(None)
-            continue
-        flags.append(word in changed)
-        word += 1
-    pieces: list[Piece] = []
-    for index, part in enumerate(parts):
-        flag = flags[index]
-        if flag is None:
-            around = flags[max(0, index - 1) : index] + flags[index + 1 : index + 2]
-            flag = len(around) == 2 and all(around)
-        if pieces and pieces[-1].marked == flag:
-            pieces[-1] = Piece(pieces[-1].text + part, flag)
-        else:
-            pieces.append(Piece(part, flag))
-    return pieces
-
-
-# -------------------------------------------------------------------------------------------------
-# A comparison as one HTML file: assets/comparison.html.j2.
-
-
-def page(comparison: Comparison, asked: Asked) -> str:
-    """The whole page."""
-    facts = [(column.name, column_line(column, asked.model_name)) for column in comparison.columns]
-    facts += [("answers", asked.how), ("questions", asked.source)]
-    facts += [("note", note) for note in asked.notes]
-    return render(
-        "comparison.html.j2",
-        comparison=comparison,
-        rows=[(row, marked([answer.text for answer in row.answers])) for row in comparison.rows],
-        names=" and ".join(column.name for column in comparison.columns),
-        facts=facts,
-        legend=(MATCH, NLL),
-        differs_line=differs_line,
-        notes_of=notes_of,
-    )
-
-
-# -------------------------------------------------------------------------------------------------
-# A comparison in a terminal: side by side where there is room, else one below the other.
-#
-# Words that differ are green and underlined; where there is no colour they stand between marks.
-
-_NEW, _QUIET, _LOUD = "green underline", "dim", "yellow"
-# Columns narrower than this are put below each other.
-_NARROWEST = 24
-_WIDEST_NAME = 14
-# Characters of a question that are shown, its beginning and its end; answers are shown whole.
-_FIRST, _LAST = 400, 200
-
-
-def show(comparison: Comparison, asked: Asked, console: Console) -> None:
-    """Prints all of it."""
-    show_columns(comparison.columns, asked, console)
-    if _is_wide(comparison.columns, console):
-        table = _table(comparison.columns)
-        for row in comparison.rows:
-            table.add_row(_question(row), *_cells(row, console))
-        table.add_section()
-        table.add_row(Text("all questions", "bold"), *_summaries(comparison))
-        console.print(table)
-    else:
-        for row in comparison.rows:
-            console.print(_stacked(row, comparison.columns, console))
-            console.print()
-        console.print(_stacked_summary(comparison))
-    _legend(comparison, console)
-
-
-def show_columns(columns: Sequence[Column], asked: Asked, console: Console) -> None:
-    """Which name stands for which model, and how they answer."""
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold", overflow="fold", max_width=_WIDEST_NAME)
-    grid.add_column(overflow="fold")
-    for column in columns:
-        grid.add_row(visible(column.name), Text(visible(column_line(column, asked.model_name))))
-    grid.add_row("answers", Text(asked.how))
-    if asked.source:
-        grid.add_row("questions", Text(visible(asked.source)))
-    for note in asked.notes:
-        grid.add_row("note", Text(visible(note)))
-    console.print(grid)
-    console.print()
-
-
-def show_row(row: Row, columns: Sequence[Column], console: Console, *, with_question: bool) -> None:
-    """One question as soon as it is answered."""
-    if _is_wide(columns, console):
-        table = _table(columns, questions=with_question)
-        table.add_row(*([_question(row)] if with_question else []), *_cells(row, console))
-        console.print(table)
-    else:
-        below = _stacked if with_question else _answers_below
-        console.print(below(row, columns, console))
-        console.print()
-
-
-def show_summary(comparison: Comparison, console: Console) -> None:
-    """What came out over all questions, where each was shown already."""
-    console.print(_stacked_summary(comparison))
-    _legend(comparison, console)
-
-
-def _is_wide(columns: Sequence[Column], console: Console) -> bool:
-    return console.width >= _NARROWEST * (len(columns) + 1)
-
-
-def _table(columns: Sequence[Column], *, questions: bool = True) -> Table:
-    table = Table(show_lines=True, box=box.SQUARE, expand=True)
-    names = [*(["question"] if questions else []), *(visible(column.name) for column in columns)]
-    for name in names:
-        table.add_column(Text(name), ratio=1, overflow="fold")
-    return table
-
-
-def _question(row: Row) -> RenderableType:
-    first, left_out, last = shortened(row.question.text, _FIRST, _LAST)
-    text = Text.assemble((f"{row.number} ", "bold"), visible(first))
-    if left_out:
-        text.append(f"\n{left_out}\n", "italic").append(visible(last))
-    parts: list[RenderableType] = [text]
-    if row.question.expected is not None:
-        parts.append(Text.assemble(("expected: ", _QUIET), visible(row.question.expected)))
-    return Group(*parts)
-
-
-def _cells(row: Row, console: Console) -> list[RenderableType]:
-    marks = marks_of(console)
-    pieces = marked([answer.text for answer in row.answers])
-    return [
-        Group(_answer(of_cell, marks), *_notes(row, index, console))
-        for index, of_cell in enumerate(pieces)
-    ]
-
-
-def _answer(pieces: Sequence[Piece], marks: tuple[str, str] | None) -> Text:
-    text = Text(overflow="fold")
-    for piece in pieces:
-        if not piece.marked:
-            text.append(visible(piece.text))
-        elif marks:
-            text.append(f"{marks[0]}{visible(piece.text)}{marks[1]}")
-        else:
-            text.append(visible(piece.text), _NEW)
-    return text if text.plain else Text("(nothing)", _QUIET)
-
-
-def _notes(row: Row, index: int, console: Console) -> list[Text]:
-    """Each after a dot, so that it is no part of the answer."""
-    dot = "\u00b7" if console.encoding.lower().startswith("utf") else "-"
-    first, *rest = (f"{dot} {note}" for note in notes_of(row, index))
-    return [
-        Text(first, _QUIET if row.answers[index].stopped else _LOUD),
-        *(Text(note, _QUIET) for note in rest),
-    ]
-
-
-def _summaries(comparison: Comparison) -> list[RenderableType]:
-    return [
-        Text("\n".join(summary_notes(comparison, index)))
-        for index in range(len(comparison.columns))
-    ]
-
-
-def _stacked(row: Row, columns: Sequence[Column], console: Console) -> RenderableType:
-    return Group(_question(row), _answers_below(row, columns, console))
-
-
-def _answers_below(row: Row, columns: Sequence[Column], console: Console) -> RenderableType:
-    grid = _grid()
-    for column, cell in zip(columns, _cells(row, console), strict=True):
-        grid.add_row(Text(visible(column.name)), cell)
-    return grid
-
-
-def _stacked_summary(comparison: Comparison) -> RenderableType:
-    grid = _grid()
-    for column, summary in zip(comparison.columns, _summaries(comparison), strict=True):
-        grid.add_row(Text(visible(column.name)), summary)
-    return Group(Text("all questions", "bold"), grid)
-
-
-def _grid() -> Table:
-    grid = Table.grid(padding=(0, 1))
-    grid.add_column(style="bold", overflow="fold", max_width=_WIDEST_NAME)
-    grid.add_column(overflow="fold")
-    return grid
-
-
-def _legend(comparison: Comparison, console: Console) -> None:
-    marks = marks_of(console)
-    legend = Text("", _QUIET)
-    if marks:
-        legend.append(f"Between {marks[0]} and {marks[1]}", _QUIET)
-    else:
-        legend.append("Green", _NEW)
-    legend.append(
-        ": words of an adapter's answer that the base's lacks there, and the other way round."
-    )
-    console.print(legend)
-    if comparison.has_expected:
-        console.print(Text(f"{MATCH}\n{NLL}", _QUIET))
-
-
-# -------------------------------------------------------------------------------------------------
 
 _PROMPT = "question> "
 _LEAVE = "/quit"
@@ -704,7 +269,7 @@ def _line() -> str:
 def _write(options: CompareOptions, comparison: Comparison, asked: Asked) -> None:
     """The JSON and the page, where they were asked for."""
     if options.as_json:
-        print(json.dumps(as_json(comparison, asked), indent=2, allow_nan=False))
+        print_json(as_json(comparison, asked))
     if options.html:
         html: Path = options.html
         new = html.with_name(f"{html.name}.new")
@@ -731,3 +296,431 @@ def _console() -> Console:
     from rich.console import Console
 
     return Console(highlight=False)
+
+
+# --- what is said of answers ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How the answers came about, for people and for the record."""
+
+    model_name: str
+    source: str  # where the questions are from
+    max_new_tokens: int
+    sampling: Sampling
+    notes: tuple[str, ...] = ()
+
+    @property
+    def how(self) -> str:
+        of = self.sampling
+        said = [f"up to {self.max_new_tokens:,} tokens"]
+        if of.temperature == 0:
+            said.append("the most probable token each time")
+        else:
+            said.append(f"drawn with temperature {of.temperature:g}, seed {of.seed}")
+            if of.top_p < 1:
+                said.append(f"top_p {of.top_p:g}")
+            if of.top_k:
+                said.append(f"top_k {of.top_k}")
+        if of.repetition_penalty != 1:
+            said.append(f"repetition_penalty {of.repetition_penalty:g}")
+        return ", ".join(said)
+
+
+MATCH = f"match: {NORMALISATION}."
+NLL = (
+    "nll: the negative log-likelihood of the expected answer, end token included; less is more"
+    " probable."
+)
+
+
+def column_line(column: Column, model_name: str) -> str:
+    return f"{column.path or model_name}, asked in the {column.prompt_format} format"
+
+
+def notes_of(row: Row, column: int) -> list[str]:
+    """What is to be said of an answer, a line each."""
+    answer, likely = row.answers[column], row.likelihoods[column]
+    tokens = f"{answer.tokens:,} token{'' if answer.tokens == 1 else 's'}"
+    notes = [f"{tokens}, {'stopped' if answer.stopped else 'did not stop by itself'}"]
+    if row.question.expected is not None:
+        same = "exact" if row.exact(column) else "match" if row.match(column) else "no match"
+        notes.append(same)
+        if likely:
+            notes.append(f"nll {likely.nll:.2f}, {likely.per_token:.3f} a token")
+        else:
+            notes.append("nll unknown: longer than the model's positions")
+    return notes
+
+
+def summary_notes(comparison: Comparison, column: int) -> list[str]:
+    """A column's summary, a line each."""
+    summary = comparison.summary(column)
+    notes = [
+        f"stopped {summary.stopped} of {summary.questions} ({_share(summary.stopped, summary)})",
+        f"{summary.mean_tokens:,.1f} tokens on average",
+    ]
+    if summary.expected:
+        notes.append(
+            f"exact {summary.exact} of {summary.expected}, match {summary.matches} of"
+            f" {summary.expected}"
+        )
+    if summary.mean_nll is not None:
+        notes.append(f"nll {summary.mean_nll:.2f} an answer, {summary.nll_per_token:.3f} a token")
+    if column:
+        notes.append(differs_line(summary))
+    return notes
+
+
+def differs_line(summary: Summary) -> str:
+    count = len(summary.differs)
+    if not count:
+        return "answers nothing otherwise than the base"
+    which = "" if count == summary.questions else f": {ranges(summary.differs)}"
+    return f"differs from the base in {count} of {summary.questions}{which}"
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """1, 2, 3, 7 as "1-3, 7"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ", ".join("-".join(map(str, run)) for run in runs)
+
+
+def _share(count: int, summary: Summary) -> str:
+    return f"{count / summary.questions:.0%}" if summary.questions else "none"
+
+
+# --- words of an answer that are not the base's ---------------------------------------------------
+
+# White space; or one letter of a script written without spaces, or one punctuation mark; or a run
+# of anything else, so that letters keep their combining marks.
+_ALONE = r"!-/:-@\[-`{-~\u2010-\u2027\u2030-\u205e\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff"
+_PARTS = re.compile(rf"\s+|[{_ALONE}]|[^\s{_ALONE}]+")
+# Pairs of equal words that are still looked at. Answers that run in circles have more, and finding
+# the best alignment of two circles takes minutes and says nothing.
+_MAX_PAIRS = 200_000
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of an answer; together they are the answer."""
+
+    text: str
+    marked: bool
+
+
+def marked(answers: Sequence[str]) -> list[list[Piece]]:
+    """Each answer in pieces. Of the first (the base's) those words are marked that another answer
+    lacks in that place, of the others those that the first lacks."""
+    parts = [_PARTS.findall(answer) for answer in answers]
+    words = [[part for part in answer if not part.isspace()] for answer in parts]
+    of_base: set[int] = set()
+    changed = [of_base]
+    for other in words[1:]:
+        gone, new = _changes(words[0], other)
+        of_base |= gone
+        changed.append(new)
+    return [_pieces(*pair) for pair in zip(parts, changed, strict=True)]
+
+
+def _changes(base: Sequence[str], other: Sequence[str]) -> tuple[set[int], set[int]]:
+    """Places of words in one that have no counterpart in the other, and the other way round."""
+    same = zip(base, other, strict=False)
+    first = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], same))
+    same = zip(reversed(base[first:]), reversed(other[first:]), strict=False)
+    last = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], same))
+    left, right = base[first : len(base) - last], other[first : len(other) - last]
+    counts = Counter(left)
+    gone, new = set(range(len(left))), set(range(len(right)))
+    if sum(counts[word] for word in right) <= _MAX_PAIRS:
+        for block in SequenceMatcher(None, left, right, autojunk=False).get_matching_blocks():
+            gone -= set(range(block.a, block.a + block.size))
+            new -= set(range(block.b, block.b + block.size))
+    return {first + place for place in gone}, {first + place for place in new}
+
+
+def _pieces(parts: Sequence[str], changed: set[int]) -> list[Piece]:
+    """Marked and unmarked stretches; white space between two marked words is marked too."""
+    flags: list[bool | None] = []
+    word = 0
+    for part in parts:
+        if part.isspace():
+            flags.append(None)
+            continue
+        flags.append(word in changed)
+        word += 1
+    pieces: list[Piece] = []
+    for index, part in enumerate(parts):
+        flag = flags[index]
+        if flag is None:
+            around = flags[max(0, index - 1) : index] + flags[index + 1 : index + 2]
+            flag = len(around) == 2 and all(around)
+        if pieces and pieces[-1].marked == flag:
+            pieces[-1] = Piece(pieces[-1].text + part, flag)
+        else:
+            pieces.append(Piece(part, flag))
+    return pieces
+
+
+# --- in a terminal --------------------------------------------------------------------------------
+#
+# Side by side where there is room, else one below the other. Words that differ are green and
+# underlined; without colour they stand between marks.
+
+_NEW, _QUIET, _LOUD = "green underline", "dim", "yellow"
+# Columns narrower than this are put below each other.
+_NARROWEST = 24
+_WIDEST_NAME = 14
+# Characters of a question that are shown, its beginning and its end; answers are shown whole.
+_FIRST, _LAST = 400, 200
+
+
+def show(comparison: Comparison, asked: Asked, console: Console) -> None:
+    """Prints all of it."""
+    show_columns(comparison.columns, asked, console)
+    if _is_wide(comparison.columns, console):
+        table = _table(comparison.columns)
+        for row in comparison.rows:
+            table.add_row(_question(row), *_cells(row, console))
+        table.add_section()
+        table.add_row(Text("all questions", "bold"), *_summaries(comparison))
+        console.print(table)
+    else:
+        for row in comparison.rows:
+            console.print(_stacked(row, comparison.columns, console))
+            console.print()
+        console.print(_stacked_summary(comparison))
+    _legend(comparison, console)
+
+
+def show_columns(columns: Sequence[Column], asked: Asked, console: Console) -> None:
+    """Which name stands for which model, and how they answer."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", overflow="fold", max_width=_WIDEST_NAME)
+    grid.add_column(overflow="fold")
+    for column in columns:
+        grid.add_row(visible(column.name), Text(visible(column_line(column, asked.model_name))))
+    grid.add_row("answers", Text(asked.how))
+    if asked.source:
+        grid.add_row("questions", Text(visible(asked.source)))
+    for note in asked.notes:
+        grid.add_row("note", Text(visible(note)))
+    console.print(grid)
+    console.print()
+
+
+def show_row(row: Row, columns: Sequence[Column], console: Console, *, with_question: bool) -> None:
+    """One question as soon as it is answered."""
+    if _is_wide(columns, console):
+        table = _table(columns, questions=with_question)
+        table.add_row(*([_question(row)] if with_question else []), *_cells(row, console))
+        console.print(table)
+    else:
+        below = _stacked if with_question else _answers_below
+        console.print(below(row, columns, console))
+        console.print()
+
+
+def show_summary(comparison: Comparison, console: Console) -> None:
+    """What came out over all questions, where each was shown already."""
+    console.print(_stacked_summary(comparison))
+    _legend(comparison, console)
+
+
+def _is_wide(columns: Sequence[Column], console: Console) -> bool:
+    return console.width >= _NARROWEST * (len(columns) + 1)
+
+
+def _table(columns: Sequence[Column], *, questions: bool = True) -> Table:
+    table = Table(show_lines=True, box=box.SQUARE, expand=True)
+    names = [*(["question"] if questions else []), *(visible(column.name) for column in columns)]
+    for name in names:
+        table.add_column(Text(name), ratio=1, overflow="fold")
+    return table
+
+
+def _question(row: Row) -> RenderableType:
+    first, left_out, last = shortened(row.question.text, _FIRST, _LAST)
+    text = Text.assemble((f"{row.number} ", "bold"), visible(first))
+    if left_out:
+        text.append(f"\n{left_out}\n", "italic").append(visible(last))
+    parts: list[RenderableType] = [text]
+    if row.question.expected is not None:
+        parts.append(Text.assemble(("expected: ", _QUIET), visible(row.question.expected)))
+    return Group(*parts)
+
+
+def _cells(row: Row, console: Console) -> list[RenderableType]:
+    marks = marks_of(console)
+    pieces = marked([answer.text for answer in row.answers])
+    return [
+        Group(_answer(of_cell, marks), *_notes(row, index, console))
+        for index, of_cell in enumerate(pieces)
+    ]
+
+
+def _answer(pieces: Sequence[Piece], marks: tuple[str, str] | None) -> Text:
+    text = Text(overflow="fold")
+    for piece in pieces:
+        if not piece.marked:
+            text.append(visible(piece.text))
+        elif marks:
+            text.append(f"{marks[0]}{visible(piece.text)}{marks[1]}")
+        else:
+            text.append(visible(piece.text), _NEW)
+    return text if text.plain else Text("(nothing)", _QUIET)
+
+
+def _notes(row: Row, index: int, console: Console) -> list[Text]:
+    """Each after a dot, so that it is no part of the answer."""
+    dot = "\u00b7" if console.encoding.lower().startswith("utf") else "-"
+    first, *rest = (f"{dot} {note}" for note in notes_of(row, index))
+    return [
+        Text(first, _QUIET if row.answers[index].stopped else _LOUD),
+        *(Text(note, _QUIET) for note in rest),
+    ]
+
+
+def _summaries(comparison: Comparison) -> list[RenderableType]:
+    return [
+        Text("\n".join(summary_notes(comparison, index)))
+        for index in range(len(comparison.columns))
+    ]
+
+
+def _stacked(row: Row, columns: Sequence[Column], console: Console) -> RenderableType:
+    return Group(_question(row), _answers_below(row, columns, console))
+
+
+def _answers_below(row: Row, columns: Sequence[Column], console: Console) -> RenderableType:
+    grid = _grid()
+    for column, cell in zip(columns, _cells(row, console), strict=True):
+        grid.add_row(Text(visible(column.name)), cell)
+    return grid
+
+
+def _stacked_summary(comparison: Comparison) -> RenderableType:
+    grid = _grid()
+    for column, summary in zip(comparison.columns, _summaries(comparison), strict=True):
+        grid.add_row(Text(visible(column.name)), summary)
+    return Group(Text("all questions", "bold"), grid)
+
+
+def _grid() -> Table:
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(style="bold", overflow="fold", max_width=_WIDEST_NAME)
+    grid.add_column(overflow="fold")
+    return grid
+
+
+def _legend(comparison: Comparison, console: Console) -> None:
+    marks = marks_of(console)
+    legend = Text("", _QUIET)
+    if marks:
+        legend.append(f"Between {marks[0]} and {marks[1]}", _QUIET)
+    else:
+        legend.append("Green", _NEW)
+    legend.append(
+        ": words of an adapter's answer that the base's lacks there, and the other way round."
+    )
+    console.print(legend)
+    if comparison.has_expected:
+        console.print(Text(f"{MATCH}\n{NLL}", _QUIET))
+
+
+# --- as one HTML file: assets/comparison.html.j2 --------------------------------------------------
+
+
+def page(comparison: Comparison, asked: Asked) -> str:
+    """The whole page."""
+    facts = [(column.name, column_line(column, asked.model_name)) for column in comparison.columns]
+    facts += [("answers", asked.how), ("questions", asked.source)]
+    facts += [("note", note) for note in asked.notes]
+    return render(
+        "comparison.html.j2",
+        comparison=comparison,
+        rows=[(row, marked([answer.text for answer in row.answers])) for row in comparison.rows],
+        names=" and ".join(column.name for column in comparison.columns),
+        facts=facts,
+        legend=(MATCH, NLL),
+        differs_line=differs_line,
+        notes_of=notes_of,
+    )
+
+
+# --- as JSON --------------------------------------------------------------------------------------
+
+
+def as_json(comparison: Comparison, asked: Asked) -> dict[str, Any]:
+    """Everything that the table and the page show; what is not known, or not finite, is null."""
+    document: dict[str, Any] = jsonable(
+        {
+            "phitune": __version__,
+            "model_name": asked.model_name,
+            "questions_from": asked.source,
+            "max_new_tokens": asked.max_new_tokens,
+            "sampling": asked.sampling,
+            "notes": asked.notes,
+            "normalisation": NORMALISATION,
+            "columns": [
+                {
+                    "name": column.name,
+                    "adapter_path": column.path,
+                    "prompt_format": column.prompt_format,
+                }
+                for column in comparison.columns
+            ],
+            "questions": [_question_as_json(row, comparison) for row in comparison.rows],
+            "summary": [
+                _summary_as_json(comparison, index) for index in range(len(comparison.columns))
+            ],
+        }
+    )
+    return document
+
+
+def _question_as_json(row: Row, comparison: Comparison) -> dict[str, Any]:
+    return {
+        "number": row.number,
+        "place": row.question.place or None,
+        "turns": row.question.turns,
+        "expected": row.question.expected,
+        "answers": [
+            {
+                "name": column.name,
+                **_answer_as_json(row, index),
+                "differs": row.differs(index),
+            }
+            for index, column in enumerate(comparison.columns)
+        ],
+    }
+
+
+def _answer_as_json(row: Row, column: int) -> dict[str, Any]:
+    answer, likely = row.answers[column], row.likelihoods[column]
+    return {
+        "answer": answer.text,
+        "tokens": answer.tokens,
+        "stopped": answer.stopped,
+        "exact": row.exact(column),
+        "match": row.match(column),
+        "nll": likely.nll if likely else None,
+        "nll_per_token": likely.per_token if likely else None,
+        "expected_tokens": likely.tokens if likely else None,
+    }
+
+
+def _summary_as_json(comparison: Comparison, index: int) -> dict[str, Any]:
+    summary = comparison.summary(index)
+    count = summary.questions
+    return {
+        "name": comparison.columns[index].name,
+        **jsonable(summary),
+        "stop_rate": summary.stopped / count if count else None,
+    }

@@ -1,14 +1,19 @@
 """`phitune evaluate`: numbers on what a fine-tune changed, base and tuned model side by side."""
 
-import json
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import model_validator
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
+from phitune import __version__
 from phitune.commands.options import (
     Count,
     ModelOptions,
@@ -18,14 +23,21 @@ from phitune.commands.options import (
     parse,
     switch,
 )
+from phitune.commands.terminal import json_text, print_json
 from phitune.errors import SettingsError
 from phitune.inference.metrics import METRICS
 
 if TYPE_CHECKING:
-    from phitune.inference.loaded import LoadedModel
+    from phitune.inference.evaluate import Evaluation, Forgetting, Measure, Unit, Wanted
+    from phitune.inference.harness import HarnessTasks, TaskResults
+    from phitune.inference.loaded import Answer, LoadedModel
     from phitune.inference.run_rows import DataRows, Run
-    from phitune.inference.scores import Progress
+    from phitune.inference.scores import PairedDifference, Progress
 
+# What the table takes, for names whose longest word has up to this many letters.
+_TABLE_WIDTH, _NAME_WIDTH = 76, 10
+_STYLES = {"better": "green", "worse": "red", "not finite": "red"}
+_VERDICTS = {"kept": "green", "some forgetting": "yellow", "no verdict": "yellow"}
 _REMEDY = "Name the data to evaluate on with --dataset_path."
 _HARNESS = "LM Evaluation Harness, instead of all this"
 
@@ -119,21 +131,19 @@ def run(argv: list[str]) -> int:
     """Measures, shows and writes; returns the exit code."""
     options = parse(EvaluateOptions, argv)
 
-    from rich.console import Console
-
     console = Console(highlight=False)
     document = _tasks(options, console) if options.tasks else _measures(options, console)
     if options.output:
         _write(options.output, document)
     if options.as_json:
-        print(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+        print_json(document)
     elif options.output:
         console.print(f"written: {options.output}", soft_wrap=True, markup=False)
     return 0
 
 
-def _measures(options: EvaluateOptions, console: Any) -> dict[str, Any]:
-    from phitune.inference.evaluate import Wanted, as_json, evaluate_adapter, show
+def _measures(options: EvaluateOptions, console: Console) -> dict[str, Any]:
+    from phitune.inference.evaluate import Wanted, evaluate_adapter
     from phitune.inference.run_rows import find_run
 
     run = find_run(options.adapter_path[0])
@@ -165,7 +175,7 @@ def _measures(options: EvaluateOptions, console: Any) -> dict[str, Any]:
     about = _about(options, loaded) | {"data": data.words, "rows": len(data.rows)}
     if not options.as_json:
         show(evaluation, _title(loaded), data.words, console)
-    return as_json(evaluation, wanted, about)
+    return evaluation_as_json(evaluation, wanted, about)
 
 
 def _data(
@@ -199,14 +209,12 @@ def _open(options: EvaluateOptions, run: "Run | None") -> "LoadedModel":
     return options.open_model()
 
 
-def _tasks(options: EvaluateOptions, console: Any) -> dict[str, Any]:
+def _tasks(options: EvaluateOptions, console: Console) -> dict[str, Any]:
     """Hands over to the LM Evaluation Harness."""
     from phitune.inference.harness import (
         HarnessTasks,
         evaluate_tasks,
         load_tasks,
-        show_tasks,
-        tasks_as_json,
     )
     from phitune.inference.run_rows import find_run
 
@@ -243,7 +251,6 @@ def _about(options: EvaluateOptions, loaded: "LoadedModel") -> dict[str, Any]:
 @contextmanager
 def _progress() -> "Iterator[Progress]":
     """A bar on standard error, where that is a terminal; it goes when all is done."""
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -271,7 +278,196 @@ def _progress() -> "Iterator[Progress]":
 
 
 def _write(path: Path, document: dict[str, Any]) -> None:
-    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
     new = path.with_name(path.name + ".new")
-    new.write_text(text + "\n", encoding="utf-8")
+    new.write_text(json_text(document) + "\n", encoding="utf-8")
     new.replace(path)
+
+
+# --- in a terminal --------------------------------------------------------------------------------
+
+
+def show(evaluation: "Evaluation", title: str, data: str, console: Console) -> None:
+    """A table of all figures, then the notes on them."""
+    from phitune.inference.evaluate import Measure
+
+    console.print(Text(title, style="bold"), soft_wrap=not console.is_terminal)
+    rows = data + (f", {len(evaluation.answers)} of them answered" if evaluation.answers else "")
+    console.print(Text(rows), soft_wrap=not console.is_terminal)
+    general = evaluation.general
+    measures = list(evaluation.measures)
+    if general:
+        measures.append(Measure("general text, loss", general.loss, "lower"))
+    show_measures(measures, console)
+    said = []
+    if general:
+        said.append(forgetting_line(general))
+    if evaluation.recorded:
+        base, tuned = evaluation.recorded
+        said.append(Text(f"recorded by the run: validation loss {base:.4f} -> {tuned:.4f}"))
+    notes = [*evaluation.notes, *(general.notes if general else ())]
+    said += [Text(f"note: {note}", style="yellow") for note in notes]
+    for text in said:
+        console.print(text, soft_wrap=not console.is_terminal)
+
+
+def show_measures(measures: Sequence["Measure"], console: Console) -> None:
+    """A table, or on a narrow terminal, or with long names, a line for each."""
+    from phitune.inference.evaluate import figure
+
+    if console.width >= _TABLE_WIDTH + max(0, _longest_word(measures) - _NAME_WIDTH):
+        console.print(measures_table(measures))
+        return
+    for measure in measures:
+        figures, unit, reading = measure.figures, measure.unit, measure.reading
+        both = f"{figure(figures.base, unit)} -> {figure(figures.tuned, unit)}"
+        difference = f"{change(figures.difference, unit)} ({interval(figures, unit)})"
+        style = _STYLES.get(reading, "")
+        console.print(Text.assemble(f"{measure.name}: {both}, {difference}: ", (reading, style)))
+
+
+def measures_table(measures: Sequence["Measure"]) -> Table:
+    from phitune.inference.evaluate import figure
+    from phitune.inference.scores import CONFIDENCE
+
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), show_edge=False)
+    table.add_column("measure", overflow="fold", min_width=_longest_word(measures))
+    for heading in ("base", "tuned", "difference", f"{100 * CONFIDENCE:.0f} % interval"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("reading", overflow="fold")
+    for measure in measures:
+        figures, unit, reading = measure.figures, measure.unit, measure.reading
+        table.add_row(
+            measure.name,
+            figure(figures.base, unit),
+            figure(figures.tuned, unit),
+            change(figures.difference, unit),
+            interval(figures, unit),
+            Text(reading, style=_STYLES.get(reading, "")),
+        )
+    return table
+
+
+def _longest_word(measures: Sequence["Measure"]) -> int:
+    return max((len(word) for measure in measures for word in measure.name.split()), default=0)
+
+
+def change(value: float, unit: "Unit" = "") -> str:
+    """A difference, with its sign and a digit less; of shares in points."""
+    if not math.isfinite(value):
+        return str(value)
+    if unit:
+        return f"{100 * value if unit == 'share' else value:+,.1f}"
+    size = abs(value)
+    if size >= 1e6:
+        return f"{value:+.2e}"
+    return f"{value:+,.{4 if size < 0.1 else 3 if size < 10 else 2 if size < 1000 else 0}f}"
+
+
+def interval(figures: "PairedDifference", unit: "Unit" = "") -> str:
+    if figures.low is None or figures.high is None:
+        return "-"
+    return f"{change(figures.low, unit)} to {change(figures.high, unit)}"
+
+
+def forgetting_line(general: "Forgetting") -> Text:
+    """The verdict and what it rests on."""
+    from phitune.inference.evaluate import figure
+
+    verdict = general.verdict
+    return Text.assemble(
+        "general text: ",
+        (verdict, _VERDICTS.get(verdict, "bold red")),
+        f"; perplexity is {figure(general.ratio)} x the base model's on {general.tokens:,} tokens"
+        f" of {general.name}",
+    )
+
+
+def show_tasks(results: "TaskResults", title: str, console: Console) -> None:
+    """The table of a terminal."""
+    console.print(Text(title, style="bold"), soft_wrap=not console.is_terminal)
+    console.print(
+        Text(f"LM Evaluation Harness {results.version}"), soft_wrap=not console.is_terminal
+    )
+    show_measures(results.measures, console)
+
+
+# --- as JSON --------------------------------------------------------------------------------------
+
+
+def evaluation_as_json(
+    evaluation: "Evaluation", wanted: "Wanted", about: dict[str, Any]
+) -> dict[str, Any]:
+    """Everything that was measured, with each answer.
+
+    Args:
+        about: what was evaluated, put first.
+    """
+    from phitune.inference.evaluate import measures_as_json
+    from phitune.inference.scores import CONFIDENCE, RESAMPLES
+
+    general = evaluation.general
+    recorded = evaluation.recorded
+    return {
+        "phitune": __version__,
+        **about,
+        "seed": wanted.seed,
+        "confidence": CONFIDENCE,
+        "resamples": RESAMPLES,
+        "measures": measures_as_json(evaluation.measures),
+        "recorded_by_the_run": {"base": recorded[0], "tuned": recorded[1]} if recorded else None,
+        "general_text": _general_as_json(general) if general else None,
+        "notes": list(evaluation.notes) + list(general.notes if general else ()),
+        "answers": [
+            {
+                "place": answer.place,
+                "question": answer.question,
+                "expected": answer.expected,
+                "base": _answer_as_json(answer.base),
+                "tuned": _answer_as_json(answer.tuned),
+                "metrics": {
+                    name: {
+                        "base": METRICS[name](answer.base.text, answer.expected),
+                        "tuned": METRICS[name](answer.tuned.text, answer.expected),
+                    }
+                    for name in evaluation.metrics
+                },
+            }
+            for answer in evaluation.answers
+        ],
+    }
+
+
+def _answer_as_json(answer: "Answer") -> dict[str, Any]:
+    return {"text": answer.text, "tokens": answer.tokens, "stopped": answer.stopped}
+
+
+def _general_as_json(general: "Forgetting") -> dict[str, Any]:
+    from phitune.inference.evaluate import THRESHOLDS, Measure, finite, measure_as_json
+
+    return {
+        "text": general.name,
+        "tokens": general.tokens,
+        "windows": general.windows,
+        **measure_as_json(Measure(general.name, general.loss, "lower")),
+        "perplexity_ratio": finite(general.ratio),
+        "verdict": general.verdict,
+        "thresholds": THRESHOLDS,
+    }
+
+
+def tasks_as_json(
+    results: "TaskResults", tasks: "HarnessTasks", about: dict[str, Any]
+) -> dict[str, Any]:
+    from phitune.inference.evaluate import measures_as_json
+
+    return {
+        **about,
+        "harness": results.version,
+        "tasks": list(tasks.names),
+        "num_fewshot": tasks.num_fewshot,
+        "limit": tasks.limit,
+        "apply_chat_template": tasks.apply_chat_template,
+        "seed": tasks.seed,
+        "measures": measures_as_json(results.measures),
+        "results": {"base": results.base, "tuned": results.tuned},
+    }

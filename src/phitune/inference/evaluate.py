@@ -1,4 +1,11 @@
-"""All that is measured of one adapter, together: losses, answers, forgetting."""
+"""All that is measured of one adapter beside its base: losses, answers, forgetting.
+
+Base and tuned model go through the same rows, so every figure comes with an interval of the
+difference. A short form, bounded in tokens, runs at the end of `phitune train`; nothing that goes
+wrong there fails the run.
+
+How an evaluation looks in a terminal and as JSON is the command's business.
+"""
 
 import math
 import random
@@ -8,12 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from phitune import __version__
 from phitune.config import Settings
 from phitune.data.coder import Coder
 from phitune.data.dataset import Example
@@ -28,8 +30,6 @@ from phitune.inference.metrics import METRICS, metrics_for
 from phitune.inference.run_rows import DataRows, digest_of
 from phitune.inference.scores import (
     BASE,
-    CONFIDENCE,
-    RESAMPLES,
     TUNED,
     PairedDifference,
     Progress,
@@ -46,12 +46,11 @@ from phitune.model.lora import Adapter, put_on
 from phitune.training.events import Outcome
 from phitune.training.rundir import RunDirectory
 
-# -------------------------------------------------------------------------------------------------
-# Forgetting: what a fine-tune did to the model's hold on text that it was not trained on.
+# --- forgetting: the model's hold on a text that it was not trained on ----------------------------
 #
-# The text is cut into windows that follow each other, each with the last token of the one before
-# as its first context, so that every token but the first is predicted once. The bootstrap draws
-# blocks of neighbouring tokens, whose losses depend on each other.
+# The text is read in windows that follow each other, each with the last token of the one before as
+# its first context, so that every token but the first is predicted once. The bootstrap draws blocks
+# of neighbouring tokens, whose losses depend on each other.
 
 GENERAL_TEXT = ASSETS / "general.txt"
 # A window is as long as the model's positions, up to here; longer ones only cost memory.
@@ -102,7 +101,7 @@ def forgetting(loaded: LoadedModel, path: Path | None, seed: int, progress: Prog
     """Measures both models on a text file, or on the one that ships.
 
     Raises:
-        DataError: the file cannot be read as text, or is too short to say anything.
+        DataError: the file cannot be read as text, or is too short.
     """
     text, name = read_text(path or GENERAL_TEXT), str(path or "the general text that ships")
     tokenizer = loaded.coder(0).tokenizer
@@ -179,7 +178,7 @@ def windows(
         context = new[-1:]
 
 
-# -------------------------------------------------------------------------------------------------
+# --- losses and answers on the same rows ----------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -382,67 +381,12 @@ def _check_recorded(data: DataRows, loss: PairedDifference) -> list[str]:
     return []
 
 
-# -------------------------------------------------------------------------------------------------
-# An evaluation in plain types, for --json, --output and the run directory.
+# --- figures for files and for people -------------------------------------------------------------
 
 
-def as_json(evaluation: Evaluation, wanted: Wanted, about: dict[str, Any]) -> dict[str, Any]:
-    """Everything that was measured, with each answer.
-
-    Args:
-        about: what was evaluated, put first.
-    """
-    general = evaluation.general
-    recorded = evaluation.recorded
-    return {
-        "phitune": __version__,
-        **about,
-        "seed": wanted.seed,
-        "confidence": CONFIDENCE,
-        "resamples": RESAMPLES,
-        "measures": measures_as_json(evaluation.measures),
-        "recorded_by_the_run": {"base": recorded[0], "tuned": recorded[1]} if recorded else None,
-        "general_text": general_as_json(general) if general else None,
-        "notes": list(evaluation.notes) + list(general.notes if general else ()),
-        "answers": [
-            {
-                "place": answer.place,
-                "question": answer.question,
-                "expected": answer.expected,
-                "base": _answer_as_json(answer.base),
-                "tuned": _answer_as_json(answer.tuned),
-                "metrics": {
-                    name: {
-                        "base": METRICS[name](answer.base.text, answer.expected),
-                        "tuned": METRICS[name](answer.tuned.text, answer.expected),
-                    }
-                    for name in evaluation.metrics
-                },
-            }
-            for answer in evaluation.answers
-        ],
-    }
-
-
-def _answer_as_json(answer: Answer) -> dict[str, Any]:
-    return {"text": answer.text, "tokens": answer.tokens, "stopped": answer.stopped}
-
-
-def measures_as_json(measures: tuple[Measure, ...] | list[Measure]) -> dict[str, Any]:
+def measures_as_json(measures: Sequence[Measure]) -> dict[str, Any]:
     """By name: both figures, their difference and what is to be thought of it."""
-    return {measure.name.replace(" ", "_"): _measure_as_json(measure) for measure in measures}
-
-
-def general_as_json(general: Forgetting) -> dict[str, Any]:
-    return {
-        "text": general.name,
-        "tokens": general.tokens,
-        "windows": general.windows,
-        **_measure_as_json(Measure(general.name, general.loss, "lower")),
-        "perplexity_ratio": finite(general.ratio),
-        "verdict": general.verdict,
-        "thresholds": THRESHOLDS,
-    }
+    return {measure.name.replace(" ", "_"): measure_as_json(measure) for measure in measures}
 
 
 def finite(value: float | None) -> float | None:
@@ -450,7 +394,8 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _measure_as_json(measure: Measure) -> dict[str, Any]:
+def measure_as_json(measure: Measure) -> dict[str, Any]:
+    """Both figures, their difference and its reading; what is not finite is null."""
     figures = measure.figures
     interval = None
     if figures.low is not None and figures.high is not None:
@@ -465,73 +410,6 @@ def _measure_as_json(measure: Measure) -> dict[str, Any]:
     }
 
 
-# -------------------------------------------------------------------------------------------------
-# How an evaluation looks in a terminal.
-
-# What the table takes, with names of words of so many letters.
-_TABLE_WIDTH, _NAME_WIDTH = 76, 10
-_STYLES = {"better": "green", "worse": "red", "not finite": "red"}
-_VERDICTS = {"kept": "green", "some forgetting": "yellow", "no verdict": "yellow"}
-
-
-def show(evaluation: Evaluation, title: str, data: str, console: Console) -> None:
-    """A table of all figures, then what is to be said about them."""
-    console.print(Text(title, style="bold"), soft_wrap=not console.is_terminal)
-    rows = data + (f", {len(evaluation.answers)} of them answered" if evaluation.answers else "")
-    console.print(Text(rows), soft_wrap=not console.is_terminal)
-    general = evaluation.general
-    measures = list(evaluation.measures)
-    if general:
-        measures.append(Measure("general text, loss", general.loss, "lower"))
-    show_measures(measures, console)
-    said = []
-    if general:
-        said.append(forgetting_line(general))
-    if evaluation.recorded:
-        base, tuned = evaluation.recorded
-        said.append(Text(f"recorded by the run: validation loss {base:.4f} -> {tuned:.4f}"))
-    notes = [*evaluation.notes, *(general.notes if general else ())]
-    said += [Text(f"note: {note}", style="yellow") for note in notes]
-    for text in said:
-        console.print(text, soft_wrap=not console.is_terminal)
-
-
-def show_measures(measures: Sequence[Measure], console: Console) -> None:
-    """A table, or on a narrow terminal, or with long names, a line for each."""
-    if console.width >= _TABLE_WIDTH + max(0, _longest_word(measures) - _NAME_WIDTH):
-        console.print(measures_table(measures))
-        return
-    for measure in measures:
-        figures, unit, reading = measure.figures, measure.unit, measure.reading
-        both = f"{figure(figures.base, unit)} -> {figure(figures.tuned, unit)}"
-        difference = f"{change(figures.difference, unit)} ({interval(figures, unit)})"
-        style = _STYLES.get(reading, "")
-        console.print(Text.assemble(f"{measure.name}: {both}, {difference}: ", (reading, style)))
-
-
-def measures_table(measures: Sequence[Measure]) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), show_edge=False)
-    table.add_column("measure", overflow="fold", min_width=_longest_word(measures))
-    for heading in ("base", "tuned", "difference", f"{100 * CONFIDENCE:.0f} % interval"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("reading", overflow="fold")
-    for measure in measures:
-        figures, unit, reading = measure.figures, measure.unit, measure.reading
-        table.add_row(
-            measure.name,
-            figure(figures.base, unit),
-            figure(figures.tuned, unit),
-            change(figures.difference, unit),
-            interval(figures, unit),
-            Text(reading, style=_STYLES.get(reading, "")),
-        )
-    return table
-
-
-def _longest_word(measures: Sequence[Measure]) -> int:
-    return max((len(word) for measure in measures for word in measure.name.split()), default=0)
-
-
 def figure(value: float, unit: Unit = "") -> str:
     """A number in as many digits as say something."""
     if not math.isfinite(value):
@@ -544,40 +422,10 @@ def figure(value: float, unit: Unit = "") -> str:
     return f"{value:,.{4 if size < 10 else 2 if size < 1000 else 0}f}"
 
 
-def change(value: float, unit: Unit = "") -> str:
-    """A difference, with its sign and a digit less; of shares in points."""
-    if not math.isfinite(value):
-        return str(value)
-    if unit:
-        return f"{100 * value if unit == 'share' else value:+,.1f}"
-    size = abs(value)
-    if size >= 1e6:
-        return f"{value:+.2e}"
-    return f"{value:+,.{4 if size < 0.1 else 3 if size < 10 else 2 if size < 1000 else 0}f}"
-
-
-def interval(figures: PairedDifference, unit: Unit = "") -> str:
-    if figures.low is None or figures.high is None:
-        return "-"
-    return f"{change(figures.low, unit)} to {change(figures.high, unit)}"
-
-
-def forgetting_line(general: Forgetting) -> Text:
-    """The verdict and what it rests on."""
-    verdict = general.verdict
-    return Text.assemble(
-        "general text: ",
-        (verdict, _VERDICTS.get(verdict, "bold red")),
-        f"; perplexity is {figure(general.ratio)} x the base model's on {general.tokens:,} tokens"
-        f" of {general.name}",
-    )
-
-
-# -------------------------------------------------------------------------------------------------
-# The short evaluation at the end of `phitune train`: a few validation rows, seconds of work.
+# --- the short evaluation at the end of a run -----------------------------------------------------
 #
 # What it does is bounded by tokens, so that the same run gives the same file; the bound grows with
-# the size of the training, and shrinks with that of the model. What did not fit is said. Nothing
+# the size of the training, and shrinks with that of the model. What did not fit is named. Nothing
 # that goes wrong here fails the run, which is done.
 
 ROWS = 20

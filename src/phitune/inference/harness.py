@@ -22,14 +22,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.text import Text
 
 from phitune.data.dataset import Turn
 from phitune.data.prompt import Segment
 from phitune.data.tokenizer import IGNORE_INDEX, TokenizedExample
 from phitune.errors import DataError, ModelError, SettingsError, listing
-from phitune.inference.evaluate import Better, Measure, measures_as_json, show_measures
+from phitune.inference.evaluate import Better, Measure
 from phitune.inference.generate import Adapters, Decoding, Sampling, stream
 from phitune.inference.loaded import LoadedModel
 from phitune.inference.scores import (
@@ -267,32 +265,6 @@ def _bits(values: _Array) -> _Array:
 
 def _close(ours: float, theirs: float) -> bool:
     return math.isclose(ours, theirs, rel_tol=_SAME, abs_tol=_SAME)
-
-
-def show_tasks(results: TaskResults, title: str, console: Console) -> None:
-    """The table of a terminal."""
-    console.print(Text(title, style="bold"), soft_wrap=not console.is_terminal)
-    console.print(
-        Text(f"LM Evaluation Harness {results.version}"), soft_wrap=not console.is_terminal
-    )
-    show_measures(results.measures, console)
-
-
-def tasks_as_json(
-    results: TaskResults, tasks: HarnessTasks, about: dict[str, Any]
-) -> dict[str, Any]:
-    """What is written to a file."""
-    return {
-        **about,
-        "harness": results.version,
-        "tasks": list(tasks.names),
-        "num_fewshot": tasks.num_fewshot,
-        "limit": tasks.limit,
-        "apply_chat_template": tasks.apply_chat_template,
-        "seed": tasks.seed,
-        "measures": measures_as_json(results.measures),
-        "results": {"base": results.base, "tuned": results.tuned},
-    }
 
 
 # --- our model as a model of the harness ----------------------------------------------------------

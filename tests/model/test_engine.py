@@ -245,9 +245,9 @@ def test_the_filler_changes_no_loss_and_no_gradient(
 
 def test_filled_sizes_are_handy_and_leave_enough_filler_for_the_trained_rows() -> None:
     for tokens in range(1, 40):
-        filler = architecture.padding_tokens(tokens, "cpu")
-        assert 3 <= filler <= 6
-        assert (tokens + filler) % 4 == 0
+        padding = architecture.padding_tokens(tokens, "cpu")
+        assert 3 <= padding <= 6
+        assert (tokens + padding) % 4 == 0
         assert 0 <= architecture.padded_rows(tokens, "cpu") - tokens <= 3
         assert architecture.padding_tokens(tokens, "cuda") == 0
 

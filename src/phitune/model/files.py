@@ -10,7 +10,7 @@ from pathlib import Path
 from phitune.errors import ModelError
 
 ASSETS = Path(__file__).parent.parent / "assets"
-EXAMPLE_DATASET = ASSETS / "captain.jsonl"  # what is trained on where no data set is named
+EXAMPLE_DATASET = ASSETS / "captain.jsonl"  # trained on where no data set is named
 SHIPPED_MODELS = ("tiny-phi-2", "tiny-phi-3.5")
 SMALL_FILES = (
     "config.json",

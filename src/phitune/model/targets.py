@@ -1,4 +1,8 @@
-"""Which modules get an adapter: names, presets and layers to full module names. No torch here."""
+"""Which modules get an adapter: short names, presets and layers to full module names.
+
+A name that the model does not have is refused with the one that does its work there. Presets are
+those of `architecture.FAMILIES`; LoRA itself is in lora.py. Nothing here loads torch.
+"""
 
 from collections.abc import Sequence
 

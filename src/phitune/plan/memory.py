@@ -2,7 +2,7 @@
 
 The arithmetic follows the fused engine (model/fused_layers.py) buffer by buffer, moment by moment,
 and takes the worst moment of a step; sizes of blocks come from the same functions that the engine
-calls. benchmarks/memory_plan.py compares the sum with an allocator that counts: 0 to 3 % too much.
+calls. benchmarks/memory_plan.py compares the sum with an allocator that counts.
 
 It does not know the reference engine, whose buffers are autograd's, and it does not ask how much
 memory there is (machine.py) or what fits into it (micro_batch.py). Nothing here loads torch.

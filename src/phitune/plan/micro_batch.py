@@ -121,7 +121,7 @@ def forced_recomputation(settings: Settings, config: ModelConfig) -> int | None:
     if not settings.gradient_checkpointing:
         return 0
     layers = settings.recompute_layers
-    # The arithmetic is the fused engine's; autograd may keep more, so the other keeps no layer.
+    # The arithmetic is the fused engine's. Autograd may keep more: there every layer is recomputed.
     if layers == "all" or (layers is None and settings.engine == "reference"):
         return config.num_hidden_layers
     return layers

@@ -362,10 +362,10 @@ def test_numbers_that_are_not_finite_stop_the_run_with_exit_code_3(place: Path) 
     done = phitune(f"{line} --output_dir run")
     assert done.returncode == 3
     assert "step 0: the validation loss is nan" in done.stderr
-    # Nothing was learnt, so there is nothing to go on with.
+    # Nothing was learnt, so there is nothing to resume.
     assert "download the model's files again" in done.stderr
     assert "--resume" not in done.stderr
-    assert "go on from before it with half the rate" in unvalidated.stderr
+    assert "resume from before it with half the learning rate" in unvalidated.stderr
     assert "look at the model or the learning rate" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
     assert (place / "run" / "adapter" / "adapter_model.safetensors").is_file()

@@ -303,8 +303,8 @@ def test_an_evening_at_the_terminal(
 
 
 @pytest.mark.usefixtures("heeds_signals")
-def test_new_lines_slashes_and_leaving_with_ctrl_c(shipped_model: Path, tmp_path: Path) -> None:
-    flags = ("--model_name", shipped_model.name, "--no_history")
+def test_new_lines_slashes_and_leaving_with_ctrl_c(tmp_path: Path) -> None:
+    flags = ("--model_name", "tiny-phi-2", "--no_history")
     person = Person(*flags, state=tmp_path / "state")
     try:
         person.type("What is the capital\\")
@@ -357,8 +357,8 @@ def test_a_wrapped_line_breaks_where_a_reader_expects_it() -> None:
     assert WordWrap(3).add("abc def ") == "abc\ndef\n"
 
 
-def test_ctrl_d_leaves(shipped_model: Path, tmp_path: Path) -> None:
-    person = Person("--model_name", shipped_model.name, state=tmp_path / "state")
+def test_ctrl_d_leaves(tmp_path: Path) -> None:
+    person = Person("--model_name", "tiny-phi-2", state=tmp_path / "state")
     try:
         person.sees(">")
         person.press("\x04")

@@ -10,7 +10,7 @@ PHI_2_CONFIG ?= config.json
 PHI_2_FOLDER ?= phi-2
 
 .PHONY: setup demo test campaigns lint check format docs models full-size export-memory export-gguf \
-  benchmarks peers gpu fuzz torture disk-faults memory-limits clean
+  benchmarks peers gpu fuzz torture disk-faults memory-limits kernels clean
 
 setup: $(INSTALLED)
 
@@ -95,6 +95,10 @@ disk-faults: setup
 # Runs under real limits of memory that they exceed; the cgroups among them need root. Five minutes.
 memory-limits: setup
 	$(BIN)/python benchmarks/memory_limits.py
+
+# The numeric tests under the kernels of other processors; ten minutes.
+kernels: setup
+	$(BIN)/python benchmarks/kernels.py
 
 # phitune beside its peers, which it installs into output/peers-env; about an hour on an idle machine.
 peers: setup

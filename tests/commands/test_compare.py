@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from helpers.numerics import SHOWN
 from helpers.random_adapters import write_adapter
 from helpers.runs import once
 
@@ -126,7 +127,7 @@ def test_validation_rows_of_the_run_with_their_answers(
     logged = [json.loads(line) for line in (place / "run" / "metrics.jsonl").open()]
     losses = [line["validation_loss"] for line in logged if "validation_loss" in line]
     summed = [summary["nll_per_token"] for summary in all_of_them["summary"]]
-    assert summed == pytest.approx(losses, rel=1e-5)
+    assert summed == pytest.approx(losses, rel=SHOWN)
     assert "50 rows were asked for" in all_of_them["notes"][0]
 
 

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.numerics import FP64_LIMIT, open_in_fp64
 from helpers.random_adapters import write_adapter
-from helpers.reference import reference_model
+from helpers.reference import in_fp64, reference_model
+from helpers.rows import open_decoder
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
@@ -28,14 +30,14 @@ from phitune.inference.answers import (
     short_names,
 )
 from phitune.inference.generate import Decoding, Sampling, cache_bytes, generate
-from phitune.inference.loaded import LoadedModel, open_model
+from phitune.inference.loaded import LoadedModel
 from phitune.inference.metrics import matches, normalised
 from phitune.inference.questions import Question, ask
 from phitune.inference.scores import likelihoods
 from phitune.model.architecture import read_model_config
-from phitune.model.device import DTYPES
 from phitune.model.files import ASSETS
-from phitune.model.weights import load_decoder
+
+pytestmark = pytest.mark.numerics
 
 QUESTIONS = [
     Question((Turn("user", "What is the capital of Portugal?"),), "Lisbon, of course."),
@@ -65,7 +67,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def model(adapters: list[Path]) -> LoadedModel:
-    return open_model(adapters, device="cpu", precision="fp32")
+    return open_in_fp64(adapters)
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +89,10 @@ def test_the_columns_are_base_and_adapters_each_in_its_own_format(compared: Comp
 @pytest.mark.parametrize("model_name", ["tiny-phi-2", "tiny-phi-3.5"])
 def test_the_base_column_is_the_base_model_alone(model_name: str, tmp_path: Path) -> None:
     """Token for token, from a decoder that never saw an adapter."""
-    loaded = open_model([write_adapter(tmp_path / "a", model_name)], device="cpu")
+    loaded = open_in_fp64([write_adapter(tmp_path / "a", model_name)])
     compared = whole(loaded, QUESTIONS, 40)
     folder = ASSETS / model_name
-    decoder = load_decoder(folder, read_model_config(folder), DTYPES["fp32"], torch.device("cpu"))
+    decoder = open_decoder(folder, torch.float64)
     coder = Coder.of(TextTokenizer(folder), "instruct")
     for row in compared.rows:
         prompt = coder.encode(row.question.turns)
@@ -105,7 +107,8 @@ def test_tuned_columns_are_pefts_answers(
     adapters: list[Path], model: LoadedModel, compared: Comparison
 ) -> None:
     for index, path in enumerate(adapters, 1):
-        reference = PeftModel.from_pretrained(reference_model("tiny-phi-3.5"), path).eval()
+        tuned = PeftModel.from_pretrained(reference_model("tiny-phi-3.5"), path).eval()
+        reference = in_fp64(tuned)
         tokenizer = AutoTokenizer.from_pretrained(path)
         for row in compared.rows:
             ids = tokenizer.apply_chat_template(
@@ -125,10 +128,10 @@ def test_tuned_columns_are_pefts_answers(
 
 
 def test_nll_is_that_of_transformers_and_peft(adapters: list[Path], compared: Comparison) -> None:
-    columns: list[tuple[Any, Path]] = [(reference_model("tiny-phi-3.5"), adapters[0])]
+    columns: list[tuple[Any, Path]] = [(in_fp64(reference_model("tiny-phi-3.5")), adapters[0])]
     for path in adapters:
         model = PeftModel.from_pretrained(reference_model("tiny-phi-3.5"), path).eval()
-        columns.append((model, path))
+        columns.append((in_fp64(model), path))
     for index, (reference, path) in enumerate(columns):
         tokenizer = AutoTokenizer.from_pretrained(path)
         for row in compared.rows:
@@ -149,15 +152,13 @@ def test_nll_is_that_of_transformers_and_peft(adapters: list[Path], compared: Co
             )
             whole = whole[: first_end + 1]
             with torch.no_grad():
-                logits = reference(torch.tensor([whole])).logits[0].double()
+                logits = reference(torch.tensor([whole])).logits[0]
             logs = logits.log_softmax(-1)
             losses = [-logs[place - 1, whole[place]] for place in range(len(prompt), len(whole))]
             assert likelihood
             assert likelihood.tokens == len(losses)
-            assert likelihood.nll == pytest.approx(float(sum(losses)), rel=1e-5, abs=1e-5)
-            assert likelihood.per_token == pytest.approx(
-                float(sum(losses)) / len(losses), rel=1e-5, abs=1e-5
-            )
+            assert likelihood.nll == pytest.approx(float(sum(losses)), rel=FP64_LIMIT)
+            assert likelihood.per_token == pytest.approx(likelihood.nll / len(losses))
 
 
 def _stops(path: Path) -> list[int]:
@@ -177,7 +178,7 @@ def test_rows_that_are_packed_score_as_each_alone(
     for packed, single in zip(together, alone, strict=True):
         assert packed
         assert single
-        assert packed.nll == pytest.approx(single.nll, rel=1e-5, abs=1e-5)
+        assert packed.nll == pytest.approx(single.nll, rel=FP64_LIMIT)
     limit = model.decoder.config.max_position_embeddings
     assert likelihoods(model, [[5] * limit], [[5]], [0]) == [None]
 
@@ -214,7 +215,7 @@ def _ids(comparison: Comparison) -> list[tuple[int, ...]]:
 
 def test_draws_differ_by_weights_alone_and_by_question(tmp_path: Path) -> None:
     nothing = write_adapter(tmp_path / "nothing", spread=0.0)
-    loaded = open_model([nothing], device="cpu")
+    loaded = open_in_fp64([nothing])
     sampling = Sampling(temperature=5.0)
     same = [ask("How much is 8 plus 7?")] * 2
     first, second = compare(loaded, same, 12, sampling)

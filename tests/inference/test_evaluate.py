@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from helpers.command_line import refused
+from helpers.numerics import FP64_LIMIT, SHOWN, open_in_fp64
 from safetensors.torch import load_file, save_file
 
 from phitune import Phi2LoRATrainer
@@ -65,8 +66,8 @@ def test_losses_are_those_the_run_recorded(
     found = evaluate(capsys, "--adapter_path", trained_run, "--limit", 6, "--max_new_tokens", 48)
     summary = json.loads((trained_run / "summary.json").read_text())
     loss = found["measures"]["loss"]
-    assert loss["base"] == pytest.approx(summary["first_validation_loss"], rel=1e-5)
-    assert loss["tuned"] == pytest.approx(summary["best_validation_loss"], rel=1e-5)
+    assert loss["base"] == pytest.approx(summary["first_validation_loss"], rel=SHOWN)
+    assert loss["tuned"] == pytest.approx(summary["best_validation_loss"], rel=SHOWN)
     assert found["recorded_by_the_run"]["tuned"] == summary["best_validation_loss"]
     assert found["measures"]["perplexity"]["tuned"] == pytest.approx(math.exp(loss["tuned"]))
     assert loss["reading"] == "better"
@@ -82,13 +83,13 @@ def test_the_loss_of_each_row_is_that_of_plain_torch(trained_run: Path) -> None:
     """Each model alone, without an AdapterSet, row by row."""
     known = find_run(trained_run)
     assert known
-    loaded = open_model([trained_run])
+    loaded = open_in_fp64([trained_run])
     rows = rows_of_run(known, loaded.coder(0), remedy="").rows
     losses = row_losses(loaded, rows, len(rows), silent)
-    engine = ReferenceEngine(open_model([trained_run]).decoder)
+    engine = ReferenceEngine(open_in_fp64([trained_run]).decoder)
     detach(engine.decoder)
     alone = [float(engine.loss_sum(batch)) for batch in batches(rows, 1)]
-    assert losses.base == pytest.approx(alone, rel=1e-5)
+    assert losses.base == pytest.approx(alone, rel=FP64_LIMIT)
     assert losses.tokens.tolist() == [row.num_target_tokens for row in rows]
     assert (abs(losses.tuned - losses.base) > 0.1).any()
 
@@ -96,7 +97,7 @@ def test_the_loss_of_each_row_is_that_of_plain_torch(trained_run: Path) -> None:
 def test_base_and_tuned_answers_are_each_models_own(trained_run: Path) -> None:
     known = find_run(trained_run)
     assert known
-    loaded = open_model([trained_run])
+    loaded = open_in_fp64([trained_run])
     data = rows_of_run(known, loaded.coder(0), remedy="")
     examples = data.examples([0, 3, 4, 9])
     assert len(examples) == 4

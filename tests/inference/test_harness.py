@@ -104,11 +104,13 @@ def requests(kind: str) -> list[Any]:
 @needs_harness
 @pytest.mark.parametrize("tuned", [False, True], ids=["base", "tuned"])
 def test_figures_are_those_of_the_transformers_backend(trained_run: Path, *, tuned: bool) -> None:
+    from helpers.numerics import FP64_LIMIT, open_in_fp64
+    from helpers.reference import in_fp64
     from lm_eval.models.huggingface import HFLM
 
     from phitune.inference.harness import HarnessModel
 
-    loaded = open_model([trained_run])
+    loaded = open_in_fp64([trained_run])
     ours = HarnessModel(loaded, 0 if tuned else None, in_trained_format=False)
     theirs = HFLM(
         pretrained=str(loaded.folder),
@@ -118,16 +120,17 @@ def test_figures_are_those_of_the_transformers_backend(trained_run: Path, *, tun
         device="cpu",
         batch_size=1,
     )
+    theirs._model = in_fp64(theirs.model)
     assert ours.max_length == theirs.max_length
     assert ours.prefix_token_id == theirs.prefix_token_id
     asked = requests("loglikelihood")
     expected = theirs.loglikelihood(asked, disable_tqdm=True)
     for mine, other in zip(ours.loglikelihood(asked), expected, strict=True):
-        assert mine[0] == pytest.approx(other[0], abs=1e-4)
+        assert mine[0] == pytest.approx(other[0], rel=FP64_LIMIT)
         assert mine[1] == other[1]
     asked = requests("loglikelihood_rolling")
     rolled = theirs.loglikelihood_rolling(asked, disable_tqdm=True)
-    assert ours.loglikelihood_rolling(asked) == pytest.approx(rolled, abs=1e-3, rel=1e-5)
+    assert ours.loglikelihood_rolling(asked) == pytest.approx(rolled, rel=FP64_LIMIT)
     asked = requests("generate_until")
     assert ours.generate_until(asked) == theirs.generate_until(asked, disable_tqdm=True)
 

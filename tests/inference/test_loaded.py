@@ -90,7 +90,8 @@ def test_each_adapter_has_its_own_format_and_the_flag_overrules_them(tmp_path: P
 
 
 def test_a_folder_of_pefts_without_tokenizer(tmp_path: Path) -> None:
-    from helpers.reference import reference_model
+    from helpers.numerics import open_in_fp64
+    from helpers.reference import in_fp64, reference_model
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
@@ -103,11 +104,11 @@ def test_a_folder_of_pefts_without_tokenizer(tmp_path: Path) -> None:
     tuned.save_pretrained(tmp_path / "peft")
     raw = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert raw["base_model_name_or_path"] == str(ASSETS / "tiny-phi-2")
-    model = opened(tmp_path / "peft")
+    model = open_in_fp64([tmp_path / "peft"])
     assert isinstance(model.coder(0).prompt_format, InstructFormat)
     prompt = model.coder(0).encode(ASKED)
     (answer,) = model.answers([prompt], [0], max_new_tokens=20)
-    out = tuned.eval().generate(
+    out = in_fp64(tuned.eval()).generate(
         input_ids=torch.tensor([prompt]),
         max_new_tokens=20,
         do_sample=False,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.numerics import SHOWN
 from helpers.rows import loss_sum_of, open_decoder, random_rows
 
 from phitune.data.packing import Batch, batches
@@ -106,8 +107,8 @@ def test_weight_norms_and_the_loss_are_those_of_the_base(folder: Path) -> None:
     expected /= sum(batch.num_target_tokens for batch in found)
     norms = {name: float(weight.norm()) for name, weight in decoder.named_weights().items()}
     measured = _measured(decoder, found, 8, 0)
-    assert measured.loss == pytest.approx(expected, rel=1e-5)
+    assert measured.loss == pytest.approx(expected, rel=SHOWN)
     assert measured.tokens == sum(batch.num_tokens for batch in found)
     for pull in measured.pulls:
-        assert pull.weight_norm == pytest.approx(norms[f"{pull.module}.weight"], rel=1e-5)
+        assert pull.weight_norm == pytest.approx(norms[f"{pull.module}.weight"], rel=SHOWN)
         assert pull.relative == pytest.approx(pull.norm / pull.weight_norm)

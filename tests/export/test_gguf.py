@@ -421,7 +421,7 @@ def test_an_adapter_file_on_the_base_answers_as_the_merged_file(
     path = write_model(model, base, "f16")
     loaded = open_model([adapter])
     loaded.on_decoder.choose([0])
-    prompts = [loaded.prompt_ids((Turn("user", question),), 0) for question in QUESTIONS[:8]]
+    prompts = [loaded.coder(0).encode((Turn("user", question),)) for question in QUESTIONS[:8]]
     found = []
     for file, lora in (
         (tmp_path / "merged" / "model-f16.gguf", None),

@@ -171,9 +171,12 @@ def place(tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"What is Python?\n")))
     monkeypatch.setenv("COLUMNS", "80")
+    # Imported before HF_HOME is set: the library reads it once, and would keep it for later tests.
+    import huggingface_hub.constants  # noqa: F401
+
     for name, value in {"HF_HOME": str(hub), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
-    # HF_HOME is read once, when the library is imported; this is for the commands run in here.
+    # For the commands that run in this process.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub / "hub"))
     return tmp_path
 

@@ -1,6 +1,8 @@
 """Text to ids: the prompt inference sees is the prompt that was trained, and only answers train."""
 
 import itertools
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -242,3 +244,20 @@ def test_phi_3_5_swallows_the_newline_but_not_the_indentation(shared: Path) -> N
     assert chat.encode([Turn("user", "hi")]) == [32010, 7251, 32007, 32001]
     row = chat.encode_example(example_of("hi", "    indented"))
     assert chat.decode_answer(row.input_ids[4:-1], row.input_ids[:4]) == "    indented"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts the threads of Linux")
+def test_one_conversation_starts_no_threads() -> None:
+    """A run whose tokens are cached encodes its sample prompts one by one: no memory for a pool."""
+    code = f"""
+import os
+from phitune.data.coder import Coder
+from phitune.data.dataset import Turn
+from phitune.data.tokenizer import TextTokenizer
+from pathlib import Path
+coder = Coder.of(TextTokenizer(Path({str(ASSETS / "tiny-phi-2")!r})), "instruct")
+coder.encode((Turn("user", "What is Python?"),))
+print(len(os.listdir("/proc/self/task")))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1"]

@@ -229,6 +229,8 @@ class TextTokenizer:
             if isinstance(piece.content, str) and piece.at_start == at_start
         ]
         with library_errors(self._file):
+            if len(rows) == 1:  # Without the library's threads, whose stacks and heaps take memory.
+                return iter([tokenizer.encode(text, add_special_tokens=False) for text in texts])
             return iter(tokenizer.encode_batch_fast(texts, add_special_tokens=False))
 
     def _pieces(self, segments: Sequence[Segment]) -> list[_Piece]:

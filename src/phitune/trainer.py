@@ -35,7 +35,7 @@ from phitune.errors import (
 from phitune.export.card import write_adapter_card
 from phitune.inference.answers import sample_answers
 from phitune.inference.evaluate import evaluate_at_end
-from phitune.inference.loaded import Answer
+from phitune.inference.loaded import Answer, LoadedAdapter, LoadedModel
 from phitune.model.architecture import read_model_config
 from phitune.model.decoder import Decoder
 from phitune.model.device import (
@@ -360,15 +360,14 @@ class Phi2LoRATrainer:
                 }
                 evaluation: list[str] = []
                 if not outcome.interrupted:
-                    evaluation = evaluate_at_end(
-                        self.settings,
+                    trained = LoadedModel(
+                        self.settings.model_name,
+                        self.model_folder,
                         model.decoder,
-                        model.adapter,
                         self.coder,
-                        data,
-                        outcome,
-                        run,
+                        [LoadedAdapter(str(run.path), run.adapter, model.adapter, self.coder)],
                     )
+                    evaluation = evaluate_at_end(self.settings, trained, data, outcome, run)
                 write_adapter_card(run.path, summary)
                 run.write_summary(summary)  # Last: a run that has one is finished.
                 if tuned and base_samples:

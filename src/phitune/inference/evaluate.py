@@ -17,7 +17,6 @@ from typing import Any, Literal
 import numpy as np
 
 from phitune.config import Settings
-from phitune.data.coder import Coder
 from phitune.data.dataset import Example
 from phitune.data.packing import steps_per_epoch
 from phitune.data.prepare import PreparedData
@@ -25,7 +24,7 @@ from phitune.data.prompt import Segment
 from phitune.data.tokenizer import IGNORE_INDEX, TokenizedExample
 from phitune.errors import DataError
 from phitune.inference.answers import answer
-from phitune.inference.loaded import Answer, LoadedAdapter, LoadedModel
+from phitune.inference.loaded import Answer, LoadedModel
 from phitune.inference.metrics import METRICS, metrics_for
 from phitune.inference.run_rows import DataRows, digest_of
 from phitune.inference.scores import (
@@ -41,8 +40,8 @@ from phitune.inference.scores import (
 from phitune.model.architecture import ModelConfig
 from phitune.model.decoder import Decoder
 from phitune.model.device import in_usable_thread, is_out_of_memory
-from phitune.model.files import ASSETS, find_model
-from phitune.model.lora import Adapter, put_on
+from phitune.model.files import ASSETS
+from phitune.model.lora import put_on
 from phitune.training.events import Outcome
 from phitune.training.rundir import RunDirectory
 
@@ -450,14 +449,15 @@ class _Part:
 
 def evaluate_at_end(
     settings: Settings,
-    decoder: Decoder,
-    adapter: Adapter,
-    coder: Coder,
+    loaded: LoadedModel,
     data: PreparedData,
     outcome: Outcome,
     run: RunDirectory,
 ) -> list[str]:
-    """Base against the trained adapter, which is put back where it was.
+    """Base against the trained adapter, which is attached to the decoder again afterwards.
+
+    Args:
+        loaded: the base with the trained adapter as its only one.
 
     Returns: lines for people; evaluation.json is written.
     """
@@ -466,14 +466,7 @@ def evaluate_at_end(
         return ["evaluation: left out, there are no validation rows"]
     trained = data.train_rows.num_tokens * outcome.steps
     trained //= steps_per_epoch(len(data.train_rows), settings.rows_per_step)
-    part = _within(data, bound_of(decoder, trained), settings)
-    loaded = LoadedModel(
-        settings.model_name,
-        find_model(settings.model_name),
-        decoder,
-        coder,
-        [LoadedAdapter(str(run.path), run.adapter, adapter, coder)],
-    )
+    part = _within(data, bound_of(loaded.decoder, trained), settings)
     measures: list[Measure] = []
     try:
         measures = in_usable_thread(lambda: _measure(loaded, data, part, settings))
@@ -484,7 +477,7 @@ def evaluate_at_end(
             raise
         part.skipped.append("all of it: out of memory")
     finally:
-        put_on(decoder, adapter)
+        put_on(loaded.decoder, loaded.adapters[0].adapter)
     run.write_evaluation(
         {
             "validation_rows": len(rows),

@@ -7,7 +7,7 @@ the very rows is known by their tokens: the run left a digest of them behind (`e
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -72,7 +72,7 @@ class DataRows:
     part: Part
     settings: Settings
     prompt_format: PromptFormat
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
     recorded: tuple[float, float] | None = None
     is_verified: bool = False  # the tokens are those of the run
 
@@ -82,10 +82,6 @@ class DataRows:
         rows: "TokenRows",
         settings: Settings,
         prompt_format: PromptFormat,
-        notes: Sequence[str] = (),
-        recorded: tuple[float, float] | None = None,
-        *,
-        is_verified: bool = False,
     ) -> "DataRows":
         """The validation rows of a run with these settings."""
         path = settings.validation_path or settings.dataset_path or EXAMPLE_DATASET
@@ -96,9 +92,6 @@ class DataRows:
             "validation" if settings.validation_path else "train",
             settings,
             prompt_format,
-            tuple(notes),
-            recorded,
-            is_verified,
         )
 
     def examples(self, chosen: Sequence[int]) -> list[Example]:
@@ -180,8 +173,11 @@ def rows_of_run(
             f"{run.path}: holds no {EVALUATION}, so it is not known whether the data is still the"
             " same"
         )
-    return DataRows.of_run(
-        rows, settings, coder.prompt_format, notes, run.recorded, is_verified=bool(run.digest)
+    return replace(
+        DataRows.of_run(rows, settings, coder.prompt_format),
+        notes=tuple(notes),
+        recorded=run.recorded,
+        is_verified=bool(run.digest),
     )
 
 

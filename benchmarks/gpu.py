@@ -34,6 +34,8 @@ from gpu_report import PIECES, markdown
 from gpu_speed import gemm, speed
 from machine import describe
 
+import phitune
+
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 PEERS = {
@@ -75,7 +77,8 @@ def machine() -> dict[str, str]:
         told = describe()
     except PackageNotFoundError:
         told = {"date": time.strftime("%Y-%m-%d"), "python": sys.version.split()[0]}
-        for name in ("torch", "transformers", "peft", "phitune"):
+        told["phitune"] = phitune.__version__
+        for name in ("torch", "transformers", "peft"):
             if (found := version_of(name)) != "not installed":
                 told[name] = found
     if (liger := version_of("liger_kernel")) != "not installed":
@@ -174,6 +177,10 @@ def main() -> int:
         return 2
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # What deterministic products want, before the first of them.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # It would plan anew for every length of a row, on both sides.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     # fp32 means fp32: parity is judged in it.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
@@ -181,7 +188,7 @@ def main() -> int:
     given = {"phi-2": options.config_phi_2, "phi-3.5": options.config_phi_3_5}
     models = read_models(given, options.shared)
     bench = Bench(
-        torch.device("cpu" if options.rehearse else "cuda"),
+        torch.device("cpu") if options.rehearse else torch.device("cuda", 0),
         [model.tiny() for model in models] if options.rehearse else models,
         deadline=started + 60 * options.minutes - RESERVE_SECONDS,
         missing={name: PEERS[name] for name in not_installed(*PEERS)},

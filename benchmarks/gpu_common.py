@@ -19,13 +19,25 @@ import torch
 from gpu_models import Model
 
 from phitune.data.tokenizer import IGNORE_INDEX, TokenizedExample
+from phitune.errors import PhituneError
 from phitune.model.device import is_out_of_memory
 
 Row = dict[str, Any]
 GB = 10**9
 # What a measurement may die of: torch itself, and peers of another version than the one written
 # for. Everything else ends the program.
-FAILURES = (RuntimeError, MemoryError, TypeError, ValueError, AttributeError, ImportError)
+FAILURES = (
+    RuntimeError,
+    MemoryError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    ImportError,
+    AssertionError,
+    LookupError,
+    OSError,
+    PhituneError,
+)
 NEEDS_A_GPU = "needs a GPU"
 NO_TIME = "no time left"
 TRAINED_SHARE = 0.6  # of a row, as in GSM8K

@@ -23,6 +23,7 @@ from phitune.config import Settings
 from phitune.data.packing import pack
 from phitune.model.engine import FusedEngine
 from phitune.model.fused_layers import Shared
+from phitune.plan.machine import BUDGET_SHARE
 from phitune.plan.memory import AdaptedModel, MemoryPlan, Shape, saved_bytes_per_token
 from phitune.plan.micro_batch import fewest_recomputed
 from phitune.plan.presets import PRESETS, Preset
@@ -64,7 +65,7 @@ def preset_rows(bench: Bench, trained: "Trained", name: str, preset: Preset) -> 
             AdaptedModel(trained.model.config, trained.model.modules, RANK, "bf16", "cuda"),
             # All but the first token of a row is trained on: the most that there can be.
             Shape(lengths, batch_size * (max_length - 1)),
-            budget,
+            round(BUDGET_SHARE["cuda"] * budget),
         )
         plans.setdefault(plan.recompute_layers, (plan, []))[1].append(budget // GB)
     for plan, budgets in plans.values():

@@ -25,12 +25,12 @@ from phitune.data.packing import pack
 from phitune.data.tokenizer import IGNORE_INDEX, TokenizedExample
 from phitune.model.engine import FusedEngine
 from phitune.model.fused import Kernels
+from phitune.plan.machine import BUDGET_SHARE
 from phitune.plan.memory import AdaptedModel, Shape
 from phitune.plan.micro_batch import fewest_recomputed
 from phitune.training.state import build_adamw, clip_gradients, dropout_of, gradient_norm
 
 OURS, THEIRS, LIGER = "phitune", "transformers + peft", "Liger"
-BUDGET_SHARE = 0.92  # of the memory that is there, as in training
 MAX_NORM = 1.0
 
 
@@ -95,7 +95,7 @@ class Ours:
         lengths = tuple(len(row.input_ids) for row in rows)
         shape = Shape(lengths, sum(row.num_target_tokens for row in rows))
         model = AdaptedModel(self.model.config, self.model.modules, RANK, "bf16", "cuda")
-        budget = round(BUDGET_SHARE * (memory - self.others))
+        budget = round(BUDGET_SHARE["cuda"] * (memory - self.others))
         return fewest_recomputed(model, shape, budget).recompute_layers
 
     def step(self, rows: Sequence[TokenizedExample], runner: Runner) -> float:

@@ -781,6 +781,17 @@ def test_the_hubs_library_is_told_not_to_tell() -> None:
     assert done.stdout.strip() == "True", done.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="torch knows expandable segments on Linux")
+@pytest.mark.parametrize("theirs", [{}, {"PYTORCH_ALLOC_CONF": "backend:native"}])
+def test_the_gpus_allocator_leaves_no_holes_unless_told_otherwise(theirs: dict[str, str]) -> None:
+    code = "import phitune, os; print(os.environ.get('PYTORCH_CUDA_ALLOC_CONF'))"
+    environment = {k: v for k, v in os.environ.items() if "ALLOC_CONF" not in k} | theirs
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout.strip() == ("None" if theirs else "expandable_segments:True"), done.stderr
+
+
 def test_an_adapter_that_names_no_model_folder_as_its_base_says_so(tmp_path: Path) -> None:
     from phitune.inference.loaded import open_model as open_adapters
 

@@ -39,6 +39,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from phitune import __version__
 from phitune.config import Settings
 from phitune.data.coder import Coder
 from phitune.data.dataset import Example, ExampleStream, Part, read_examples
@@ -272,7 +273,7 @@ def _identity(path: Path) -> list[str | int]:
 
 def _code() -> str:
     """A hash of this package's version and of the code that turns files into tokens."""
-    digest = hashlib.sha256(version("phitune").encode())
+    digest = hashlib.sha256(__version__.encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()

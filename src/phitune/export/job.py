@@ -6,11 +6,11 @@ only when the proof has passed; nothing is left of an export that answers differ
 
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+from phitune import __version__
 from phitune.errors import ExportError
 from phitune.export.folder import check_output, clear_leftovers, new_folder
 from phitune.export.formats import ExportSettings
@@ -71,7 +71,7 @@ def export(
                     f"{output}: the export does not answer as the adapter does, so it was removed:"
                     f"\n{proof.sentence()}"
                 )
-            write_proof(folder, proof, {"phitune": version("phitune")})
+            write_proof(folder, proof, {"phitune": __version__})
     except OSError as error:
         raise ExportError(
             f"{output}: cannot be written, and nothing is left of it: {error.strerror or error}"

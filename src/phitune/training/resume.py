@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from phitune import __version__
 from phitune.config import Resolved, Settings, unknown_name, validated
 from phitune.data.dataset import hub_id
 from phitune.data.prepare import PreparedData
@@ -201,10 +202,10 @@ def surroundings(device_name: str, choices: Mapping[str, str]) -> dict[str, str]
         device_name: the processor or card that computes.
         choices: the engine's, in words.
     """
-    packages = ("phitune", "torch", "safetensors", "tokenizers")
     return {
         "python": platform.python_version(),
-        **{name: version(name) for name in packages},
+        "phitune": __version__,
+        **{name: version(name) for name in ("torch", "safetensors", "tokenizers")},
         "system": f"{platform.system()} {platform.machine()}",
         "computed on": device_name,
         **choices,

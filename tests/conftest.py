@@ -4,6 +4,7 @@ Nothing heavy is imported here: a test of text must not wait for torch.
 """
 
 import atexit
+import gc
 import os
 import shutil
 import signal
@@ -32,6 +33,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Nor for the cache of the person who runs the tests.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="phitune-test-cache-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+
+def pytest_collection_finish() -> None:
+    """What the tests import stays for good, and need not be looked through by every collection."""
+    gc.collect()
+    gc.freeze()
+
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

@@ -415,7 +415,8 @@ def test_batch_size_auto_is_settled_before_the_run_and_written_down(place: Path)
 
 
 def test_engines_and_recomputed_layers_train_the_same_adapter(place: Path) -> None:
-    line = "train --epochs 1 --sample_tokens 0 --model_name tiny-phi-3.5"
+    line = "train --dataset_path data/train.jsonl --epochs 1 --sample_tokens 0"
+    line += " --model_name tiny-phi-3.5"
     found = {}
     for name, flags in {
         "fused": "",

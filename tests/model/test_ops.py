@@ -159,12 +159,13 @@ def test_hash_is_lowbias32() -> None:
     assert mixed == [lowbias32(number) for number in numbers]
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize(
     ("kind", "backend"),
     [
         ("phi", "aot_eager"),
-        pytest.param("phi3", "aot_eager", marks=pytest.mark.campaign),
-        pytest.param("phi", "inductor", marks=pytest.mark.campaign),
+        ("phi3", "aot_eager"),
+        ("phi", "inductor"),
     ],
 )
 def test_compiled_layers_equal_plain_ones_and_share_their_code(

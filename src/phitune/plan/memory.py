@@ -13,6 +13,8 @@ R rank, X extra columns of a linear layer's weight, which hold its adapters.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 from phitune.model import architecture
@@ -111,7 +113,13 @@ def plan_memory(model: AdaptedModel, shape: Shape, recompute_layers: int) -> Mem
         shape: of the largest micro-batch.
         recompute_layers: how many layers, from the lowest, keep their input only.
     """
-    return _StepMemory(model, shape, recompute_layers).plan()
+    return _StepMemory(model, shape).plan(recompute_layers)
+
+
+def memory_plans(model: AdaptedModel, shape: Shape) -> Iterator[MemoryPlan]:
+    """As `plan_memory`, with no layer recomputed, with one, and so on to all of them."""
+    step = _StepMemory(model, shape)
+    return map(step.plan, range(model.config.num_hidden_layers + 1))
 
 
 def saved_bytes_per_token(
@@ -132,14 +140,17 @@ class _Moment(NamedTuple):
     name: str
 
 
+def _moment(name: str, stored: int, working: int, recomputed: int = 0) -> _Moment:
+    return _Moment(stored + recomputed + working, stored, recomputed, working, name)
+
+
 class _StepMemory:
     """The buffers of one optimizer step. Sizes are in bytes, of a whole micro-batch."""
 
-    def __init__(self, model: AdaptedModel, shape: Shape, recompute_layers: int) -> None:
+    def __init__(self, model: AdaptedModel, shape: Shape) -> None:
         self.config, self.modules, self.rank = model.config, set(model.modules), model.rank
         self.base, self.device = model.base, model.device
         self.asked, self.shape = shape, _padded(shape, model.device)
-        self.recompute_layers = recompute_layers
         self.element = 4 if model.base == "fp32" else 2
         self.linears = layer_linears(model.config)
         self.layers = range(model.config.num_hidden_layers)
@@ -153,13 +164,14 @@ class _StepMemory:
         # The first layer with a backward: below the lowest adapter no gradient is needed.
         self.lowest = 0 if self.adapts_embedding else min(adapted, default=len(self.layers))
 
-    def plan(self) -> MemoryPlan:
-        kept = [self._kept(layer) for layer in self.layers]
-        peak = max(self._moments(kept))
+    def plan(self, recompute_layers: int) -> MemoryPlan:
+        """As `plan_memory`."""
+        kept = [self._kept(layer, recompute_layers) for layer in self.layers]
+        peak = max(self._moments(kept, recompute_layers))
         loss = self._logits() if peak.name == "loss" else 0
         terms = [
-            *self._fixed_terms(),
-            Term("activations, stored", peak.stored, self._stored_note(kept)),
+            *self.fixed_terms,
+            Term("activations, stored", peak.stored, self._stored_note(kept, recompute_layers)),
             Term(
                 "activations, recomputed",
                 peak.recomputed,
@@ -178,11 +190,12 @@ class _StepMemory:
                 "Python and torch" if self.device == "cpu" else "torch and the driver's context",
             ),
         ]
-        return MemoryPlan(tuple(terms), self.recompute_layers, len(self.layers), peak.name)
+        return MemoryPlan(tuple(terms), recompute_layers, len(self.layers), peak.name)
 
     # Held during the whole step.
 
-    def _fixed_terms(self) -> list[Term]:
+    @cached_property
+    def fixed_terms(self) -> list[Term]:
         config, rank = self.config, self.rank
         in_layers = sum(
             sum(out for _, out in spec.parts) * spec.in_features for spec in self.linears.values()
@@ -235,13 +248,18 @@ class _StepMemory:
 
     # Held by a layer from its forward to its backward.
 
-    def _kept(self, layer: int) -> int:
+    def _kept(self, layer: int, recompute_layers: int) -> int:
         if layer < self.lowest:
             # Without a backward its input is kept only where it is the engine's own: the embedding.
             return self.shape.tokens * self.config.hidden_size * self.element if not layer else 0
-        if layer < self.recompute_layers:
+        if layer < recompute_layers:
             return self.shape.tokens * self.config.hidden_size * self.element
-        return self._saved(layer)
+        return self.saved[layer]
+
+    @cached_property
+    def saved(self) -> list[int]:
+        """By each layer that is not recomputed."""
+        return [self._saved(layer) for layer in self.layers]
 
     def _saved(self, layer: int) -> int:
         tokens = self.shape.tokens
@@ -265,33 +283,34 @@ class _StepMemory:
 
     # Moments of a step.
 
-    def _moments(self, kept: Sequence[int]) -> Iterator[_Moment]:
+    def _moments(self, kept: Sequence[int], recompute_layers: int) -> Iterator[_Moment]:
         """Every moment that may be the peak.
 
         Args:
             kept: by layer, see `_kept`.
         """
-        last = len(self.layers) - 1
         hidden = self.shape.target_tokens * self.config.hidden_size * self.element
-        yield self._moment("loss", kept, self._loss_buffers() + hidden)
-        for layer in self.layers:
-            rows = self.shape.target_tokens if layer == last else self.shape.tokens
-            held = kept[: layer + 1]
-            is_kept = layer >= self.lowest and layer >= self.recompute_layers
+        yield _moment("loss", sum(kept), self._loss_buffers() + hidden)
+        for layer, held in enumerate(accumulate(kept)):
+            is_kept = layer >= self.lowest and layer >= recompute_layers
             # A layer that is not kept holds the same tensors while it runs.
-            recomputed = 0 if is_kept else self._saved(layer) - kept[layer]
-            forward = max(self._forward_buffers(layer, rows))
-            yield self._moment("forward", held, forward, recomputed)
+            recomputed = 0 if is_kept else self.saved[layer] - kept[layer]
+            forward, backward = self.buffers[layer]
+            yield _moment("forward", held, forward, recomputed)
             if layer >= self.lowest:
-                backward = max(self._backward_buffers(layer, rows))
-                yield self._moment("backward", held, backward, recomputed)
+                yield _moment("backward", held, backward, recomputed)
 
-    def _moment(self, name: str, kept: Sequence[int], working: int, recomputed: int = 0) -> _Moment:
-        stored = sum(kept)
-        return _Moment(stored + recomputed + working, stored, recomputed, working, name)
+    @cached_property
+    def buffers(self) -> list[tuple[int, int]]:
+        """By layer: the most that its forward and its backward hold beside what is kept."""
+        rows = [self.shape.tokens] * (len(self.layers) - 1) + [self.shape.target_tokens]
+        return [
+            (max(self._forward_buffers(layer, n)), max(self._backward_buffers(layer, n)))
+            for layer, n in enumerate(rows)
+        ]
 
     def _forward_buffers(self, layer: int, rows: int) -> list[int]:
-        """Beside what is kept, by moments. `rows` are the tokens past the keys and values."""
+        """By moments. `rows` are the tokens past the keys and values."""
         config, extra_columns, tokens = self.config, self.extra_columns[layer], self.shape.tokens
         hidden, inner, query = config.hidden_size, config.intermediate_size, config.query_size
         if config.model_type == "phi":
@@ -384,8 +403,8 @@ class _StepMemory:
         rotary = 2 * self.config.rotary_dim * self.element
         return self.shape.tokens * (_BATCH_BYTES + rotary)
 
-    def _stored_note(self, kept: Sequence[int]) -> str:
-        stored = max(len(self.layers) - max(self.recompute_layers, self.lowest), 0)
+    def _stored_note(self, kept: Sequence[int], recompute_layers: int) -> str:
+        stored = max(len(self.layers) - max(recompute_layers, self.lowest), 0)
         tokens = f"{self.asked.tokens:,} tokens"
         if not stored:
             return f"the inputs of {len(self.layers)} layers x {tokens}"

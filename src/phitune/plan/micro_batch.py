@@ -15,7 +15,15 @@ from functools import cached_property
 from phitune.config import Settings
 from phitune.model.architecture import ModelConfig
 from phitune.plan.cost import Cost, token_cost
-from phitune.plan.memory import AdaptedModel, Base, Device, MemoryPlan, Shape, plan_memory
+from phitune.plan.memory import (
+    AdaptedModel,
+    Base,
+    Device,
+    MemoryPlan,
+    Shape,
+    memory_plans,
+    plan_memory,
+)
 from phitune.plan.rows import Rows
 
 
@@ -26,8 +34,7 @@ def smaller_part(micro_batch: int, rows_per_step: int) -> int:
 
 def fewest_recomputed(model: AdaptedModel, shape: Shape, budget: int) -> MemoryPlan:
     """The plan that recomputes as few layers as fit `budget` bytes; all where nothing fits."""
-    for layers in range(model.config.num_hidden_layers + 1):
-        plan = plan_memory(model, shape, layers)
+    for plan in memory_plans(model, shape):
         if plan.bytes <= budget:
             break
     return plan

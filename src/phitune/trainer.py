@@ -62,6 +62,8 @@ from phitune.plan.plan import check_against_model, settle_memory, what_would_fit
 from phitune.progress import (
     Position,
     RunConsole,
+    Tracker,
+    View,
     answers_table,
     check_tracker,
     data_line,
@@ -264,29 +266,14 @@ class Phi2LoRATrainer:
                         self._say(str(tried))
                 release_freed_memory()  # Threads and small things come next.
 
-                # The run directory: emptied, or as it was at the checkpoint.
-                run = RunDirectory(self._output_dir, self._say)
-                if resumption:
-                    run.repair()
-                else:
-                    run.empty()
+                # Training: each event is shown, written, and saved when a checkpoint is due.
                 facts = facts_of(data)  # Now, while the files are what was read.
-                if resumption:
-                    state.load(resumption.state["progress"], resumption.files)
-                    resumption.files.clear()  # Three or four times the adapter.
                 with stop_signals(self._say) as stop:
-                    if resumption:
-                        self._rewind(resumption, run, state)
-                    run.write_config(to_yaml(with_absolute_paths(self.resolved)))
-
-                    # Training: each event is shown, written, and saved when a checkpoint is due.
+                    run = self._open_run(state)
                     prompts = self._sample_prompts(data)
                     base_samples, is_adapter_saved = self._base_samples(run, prompts), True
                     refused: NumbersRefused | None = None
-                    view = open_view(self.console)
-                    first_step = state.step + 1 if resumption else 0
-                    trackers = open_trackers(self.settings.report_to, run.path, first_step)
-                    view.start(*self._positions(state, data))
+                    view, trackers = self._open_views(run, state, data)
                     saver = self._saver(run)
                     try:
                         for event in fit(engine, state, data, self.settings):
@@ -342,13 +329,11 @@ class Phi2LoRATrainer:
                 compare_with_memory(model.adapter, run.adapter)
 
                 # Results: answers and evaluation of the best adapter, its card, the summary.
-                if compiling := compile_seconds():
-                    self._say(f"torch_compile: {compiling:.1f} s of it were spent on compiling")
-                seconds = saver.training_seconds
                 tuned = [] if outcome.interrupted else self._samples(data)
+                evaluation = self._evaluate(outcome, run, data)
                 summary = {
                     **asdict(outcome),
-                    "seconds": round(seconds, 3),
+                    "seconds": round(saver.training_seconds, 3),
                     "data": facts,
                     "changes": provenance.changes,
                     "trainable_parameters": model.adapter.num_parameters,
@@ -358,22 +343,12 @@ class Phi2LoRATrainer:
                     ],
                     "answers_stopped_by_themselves": sum(answer.stopped for answer in tuned),
                 }
-                evaluation: list[str] = []
-                if not outcome.interrupted:
-                    trained = LoadedModel(
-                        self.settings.model_name,
-                        self.model_folder,
-                        model.decoder,
-                        self.coder,
-                        [LoadedAdapter(str(run.path), run.adapter, model.adapter, self.coder)],
-                    )
-                    evaluation = evaluate_at_end(self.settings, trained, data, outcome, run)
                 write_adapter_card(run.path, summary)
                 run.write_summary(summary)  # Last: a run that has one is finished.
                 if tuned and base_samples:
                     self.console.print()
                     self.console.print(answers_table(prompts, base_samples, tuned))
-                self._show_results(outcome, run, tuned, seconds)
+                self._show_results(outcome, run, tuned, saver.training_seconds)
                 for line in evaluation:
                     self._say(line)
                 if saver.problem:
@@ -522,12 +497,23 @@ class Phi2LoRATrainer:
         torch.set_num_threads(threads)
         return self._resumption.resumed(now, threads)
 
-    def _rewind(self, resumption: Resumption, run: RunDirectory, state: TrainingState) -> None:
-        """Removes what was written after the checkpoint: the run is as it was then."""
-        self._warn([*resumption.notes, *run.rewind(resumption.state["logs"])])
-        resumption.set_damaged_aside()
-        self._put_back_adapter(state.best, run)
-        self._say(f"resuming from {resumption.checkpoint}: step {state.step} is done")
+    def _open_run(self, state: TrainingState) -> RunDirectory:
+        """The run directory, emptied; of a resumed run, both it and the state as they were when the
+        checkpoint was written.
+        """
+        run = RunDirectory(self._output_dir, self._say)
+        if resumption := self._resumption:
+            run.repair()
+            state.load(resumption.state["progress"], resumption.files)
+            resumption.files.clear()  # Three or four times the adapter.
+            self._warn([*resumption.notes, *run.rewind(resumption.state["logs"])])
+            resumption.set_damaged_aside()
+            self._put_back_adapter(state.best, run)
+            self._say(f"resuming from {resumption.checkpoint}: step {state.step} is done")
+        else:
+            run.empty()
+        run.write_config(to_yaml(with_absolute_paths(self.resolved)))
+        return run
 
     def _put_back_adapter(self, best: dict[str, Tensor], run: RunDirectory) -> None:
         """Makes the adapter on disk the best one of the checkpoint again, or removes it."""
@@ -544,11 +530,19 @@ class Phi2LoRATrainer:
         finally:
             restore(adapter, now)
 
-    def _positions(self, state: TrainingState, data: PreparedData) -> tuple[Position, Position]:
-        """Where the run ends, and where it is."""
+    def _open_views(
+        self, run: RunDirectory, state: TrainingState, data: PreparedData
+    ) -> tuple[View, list[Tracker]]:
+        """What shows the run: the terminal, and trackers such as TensorBoard."""
+        first_step = state.step + 1 if self._resumption else 0
+        trackers = open_trackers(self.settings.report_to, run.path, first_step)
         rows, epochs = len(data.train_rows), self.settings.epochs
-        total = Position(epochs * state.steps_per_epoch, epochs * rows)
-        return total, Position(state.step, state.rows_seen(rows, self.settings))
+        view = open_view(self.console)
+        view.start(
+            total=Position(epochs * state.steps_per_epoch, epochs * rows),
+            done=Position(state.step, state.rows_seen(rows, self.settings)),
+        )
+        return view, trackers
 
     def _saver(self, run: RunDirectory) -> Saver:
         if resumption := self._resumption:
@@ -654,13 +648,25 @@ class Phi2LoRATrainer:
                 f" disk space, then resume from the last checkpoint with: {self._resume_command}"
             ) from None
 
+    def _evaluate(self, outcome: Outcome, run: RunDirectory, data: PreparedData) -> list[str]:
+        """The evaluation of the best adapter, in lines; none of an interrupted run."""
+        if outcome.interrupted:
+            return []
+        model = self.prepare_model()
+        trained = LoadedModel(
+            self.settings.model_name,
+            self.model_folder,
+            model.decoder,
+            self.coder,
+            [LoadedAdapter(str(run.path), run.adapter, model.adapter, self.coder)],
+        )
+        return evaluate_at_end(self.settings, trained, data, outcome, run)
+
     def _show_results(
-        self,
-        outcome: Outcome,
-        run: RunDirectory,
-        tuned: list[Answer],
-        seconds: float,
+        self, outcome: Outcome, run: RunDirectory, tuned: list[Answer], seconds: float
     ) -> None:
+        if compiling := compile_seconds():
+            self._say(f"torch_compile: {compiling:.1f} s of it were spent on compiling")
         if unstopped := sum(not answer.stopped for answer in tuned):
             self._say(
                 f"warning: {unstopped} of {len(tuned)} answers did not stop by themselves within"

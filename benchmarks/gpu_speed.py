@@ -30,7 +30,7 @@ from gpu_models import Model, attention_of_peers
 from gpu_sides import LIGER, OURS, THEIRS, Ours, Runner, Theirs, held
 
 from phitune.data.tokenizer import TokenizedExample
-from phitune.plan.datasheets import MACHINES
+from phitune.plan.machine import MACHINES
 
 GEMM_SHAPE = (4096, 2560, 17920)  # tokens, in, out: Phi-2's widest product
 GEMM_CALLS, GEMM_ROUNDS = 20, 5

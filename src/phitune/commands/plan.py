@@ -6,7 +6,7 @@ here but shares.
 """
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
@@ -17,6 +17,7 @@ from phitune.commands.terminal import (
     bar,
     facts_grid,
     gigabytes,
+    jsonable,
     print_json,
     section,
     shares,
@@ -27,8 +28,7 @@ from phitune.commands.terminal import (
 from phitune.errors import OutOfMemoryError
 from phitune.plan.machine import BUDGET_SHARE
 from phitune.plan.memory import Term
-from phitune.plan.options import BatchOption, PresetOption
-from phitune.plan.plan import Plan
+from phitune.plan.plan import BatchOption, Plan, PresetOption
 from phitune.plan.presets import PRESETS
 
 
@@ -84,7 +84,7 @@ def run(argv: list[str]) -> int:
     options, flags = parse_with_settings(PlanOptions, argv)
 
     from phitune.config import resolve
-    from phitune.plan.plan import as_json, make_plan
+    from phitune.plan.plan import make_plan
     from phitune.plan.presets import preset_settings
 
     if options.preset is not None:
@@ -385,3 +385,68 @@ def _beside_the_guide(plan: Plan, preset: str) -> Text:
         f"{preset}{changed}: {gigabytes(plan.chosen.bytes)} of the guide's {guide} GB;"
         f" {gigabytes(least)} GB with all layers recomputed."
     )
+
+
+# -------------------------------------------------------------------------------------------------
+# The plan as JSON.
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The whole plan, for `--json`; all amounts of memory in bytes."""
+    cost, chosen, rows = plan.cost, plan.chosen, plan.rows
+    largest = rows.largest(plan.settings.micro_batch)
+    return {
+        "model": {
+            "name": plan.settings.model_name,
+            "figures": plan.figures,
+            "model_type": plan.config.model_type,
+            "num_hidden_layers": plan.config.num_hidden_layers,
+            "adapted_modules": len(plan.modules),
+        },
+        "settings": plan.settings.model_dump(mode="json"),
+        "preset": plan.preset,
+        "device": plan.device,
+        "base": plan.base,
+        "rows": {
+            "source": rows.source,
+            "upper_bound": rows.source is None,
+            "rows": len(rows.train),
+            "validation_rows": len(rows.validation),
+            "tokens_per_epoch": rows.tokens,
+            "trained_tokens_per_epoch": rows.trained,
+            "longest": largest.longest,
+            "micro_batch_tokens": largest.tokens,
+            "micro_batch_target_tokens": largest.target_tokens,
+        },
+        "memory": {
+            **jsonable(plan.memory),
+            "budget_share": BUDGET_SHARE[plan.device],
+            "budget_bytes": plan.budget,
+        },
+        "terms": chosen.terms,
+        "total_bytes": chosen.bytes,
+        "left_bytes": plan.budget - chosen.bytes,
+        "fits": plan.fits,
+        "remedies": plan.remedies,
+        "recompute": {
+            "layers": chosen.recompute_layers,
+            "num_layers": chosen.num_layers,
+            "time": cost.time(chosen.recompute_layers),
+            "time_if_all": cost.time(chosen.num_layers),
+        },
+        "flops_per_token": cost.step,
+        "bases": plan.bases,
+        "effective_batch": plan.settings.rows_per_step,
+        "micro_batches": plan.batches,
+        "recommended": plan.recommended,
+        "speeds": [
+            {
+                **jsonable(speed),
+                "tflops": speed.machine.tflops(speed.base),
+                "assumed": "mfu is assumed, not measured",
+            }
+            for speed in plan.speeds
+        ],
+        "presets": [{**jsonable(option), "fits": option.fits} for option in plan.presets],
+        "warnings": rows.warnings,
+    }

@@ -2,7 +2,7 @@
 
 The formulas are in docs/memory.md. Only matrix products and attention are counted: norms,
 activations and the adapter itself are under 1 %. A time is this number, an assumed share of a
-machine's peak (datasheets.py) and nothing measured.
+machine's peak (machine.py) and nothing measured.
 """
 
 from collections.abc import Sequence

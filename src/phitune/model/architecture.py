@@ -343,7 +343,7 @@ def _real(least: float, most: float, default: Any = ...) -> Any:
 
 class _Values(BaseModel):
     # Strict: true is no number, and "8" is none either.
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, defer_build=True)
 
 
 class _SizeValues(_Values):

@@ -13,10 +13,9 @@ Memory is in bytes.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phitune.config import Resolved, Settings, choices_of
-from phitune.data.prepare import PreparedData
 from phitune.errors import ModelError, SettingsError, listing
 from phitune.model.architecture import ModelConfig, known_model_config, read_model_config
 from phitune.model.files import cached_model, find_model
@@ -41,6 +40,9 @@ from phitune.plan.rows import (
     rows_of,
     rows_of_file,
 )
+
+if TYPE_CHECKING:
+    from phitune.data.prepare import PreparedData
 
 BASES: tuple[Base, ...] = ("fp32", "bf16", "int8", "nf4")
 # Shorter rows are not advised.
@@ -85,7 +87,7 @@ def settle_memory(
     settings: Settings,
     config: ModelConfig,
     modules: Sequence[str],
-    data: PreparedData,
+    data: "PreparedData",
     budget: int,
     device: Device,
 ) -> tuple[dict[str, Any], MemoryPlan]:
@@ -131,7 +133,7 @@ def what_would_fit(
     settings: Settings,
     config: ModelConfig,
     modules: tuple[str, ...],
-    data: PreparedData,
+    data: "PreparedData",
     device: Device,
     budget: int,
 ) -> str:

@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phitune.config import Settings
-from phitune.data.coder import Coder
-from phitune.data.prepare import PreparedData, prepare_data
-from phitune.data.tokenizer import TextTokenizer
 from phitune.plan.memory import Shape
 
 if TYPE_CHECKING:
+    from phitune.data.prepare import PreparedData
     from phitune.data.store import TokenRows
 
 # Stands in for a data set that was not given: this many rows of max_length tokens.
@@ -92,12 +90,17 @@ def rows_of_file(settings: Settings, path: Path, model_folder: Path) -> Rows:
     Raises:
         PhituneError: what training would refuse too.
     """
+    # Late: help and a plan of assumed rows need no tokenizer.
+    from phitune.data.coder import Coder
+    from phitune.data.prepare import prepare_data
+    from phitune.data.tokenizer import TextTokenizer
+
     coder = Coder.of(TextTokenizer(model_folder), settings.prompt_format)
     data = prepare_data(settings, path, coder)
     return rows_of(data, path)
 
 
-def rows_of(data: PreparedData, source: Path | None = None) -> Rows:
+def rows_of(data: "PreparedData", source: Path | None = None) -> Rows:
     """The rows of data that is tokenized."""
     train, validation = _lengths(data.train_rows), _lengths(data.validation_rows)
     return Rows(train, validation, source, tuple(data.warnings))
@@ -107,7 +110,7 @@ def _lengths(rows: "TokenRows") -> tuple[Row, ...]:
     return tuple(map(Row, rows.lengths().tolist(), rows.trained().tolist()))
 
 
-def longest_rows_of(data: PreparedData, number: int) -> Rows:
+def longest_rows_of(data: "PreparedData", number: int) -> Rows:
     """The `number` longest of either split: a largest micro-batch holds no others."""
     return Rows(_longest(data.train_rows, number), _longest(data.validation_rows, number))
 

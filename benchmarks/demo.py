@@ -17,7 +17,7 @@ import yaml
 from machine import describe
 
 from phitune import Phi2LoRATrainer
-from phitune.data.dataset import Turn
+from phitune.data.conversation import Turn
 from phitune.inference.generate import Decoding, generate
 from phitune.model.decoder import Decoder
 from phitune.model.device import DTYPES

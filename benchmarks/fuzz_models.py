@@ -322,7 +322,7 @@ def _open_adapter(folder: Path, base: Path, run: Path) -> None:
 
 def _use_tokenizer(tokenizer: Any, run: Path) -> None:
     from phitune.data.coder import Coder
-    from phitune.data.dataset import Turn
+    from phitune.data.conversation import Turn
     from phitune.errors import ModelError
 
     coders = [Coder.of(tokenizer, "instruct")]

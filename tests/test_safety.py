@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from phitune import cli
 from phitune.data import template
 from phitune.data.coder import Coder
-from phitune.data.dataset import Turn
+from phitune.data.conversation import Turn
 from phitune.data.template import render
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import ModelError, without_tokens

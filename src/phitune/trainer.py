@@ -22,7 +22,7 @@ from torch import Tensor
 from phitune.check.report import check_before_training
 from phitune.config import Resolved, Settings, resolve, to_yaml
 from phitune.data.coder import Coder
-from phitune.data.dataset import Turn
+from phitune.data.conversation import Turn
 from phitune.data.prepare import PreparedData, facts_of, prepare_data
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import (

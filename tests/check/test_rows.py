@@ -37,7 +37,7 @@ from phitune.check.rows import (
     unfilled_placeholder,
 )
 from phitune.check.survey import Survey
-from phitune.data.dataset import Example, Turn
+from phitune.data.conversation import Example, Turn
 
 FILE = Path("rows.jsonl")
 PHI_3 = special_token_pattern(["<|endoftext|>", "<|end|>", "<|user|>", "<|assistant|>", "<s>"])

@@ -12,7 +12,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from phitune.commands.compare import Asked, Piece, as_json, marked, page, ranges, show, show_row
-from phitune.data.dataset import Turn
+from phitune.data.conversation import Turn
 from phitune.inference.answers import Column, Comparison, Row
 from phitune.inference.generate import GREEDY, Sampling
 from phitune.inference.loaded import Answer

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phitune.data.coder import Coder, FormatName
-from phitune.data.dataset import Example, Turn, read_examples
+from phitune.data.conversation import Example, Turn
+from phitune.data.dataset import read_examples
 from phitune.data.tokenizer import IGNORE_INDEX, TextTokenizer
 from phitune.errors import ModelError
 from phitune.model.files import ASSETS
@@ -250,7 +251,7 @@ def test_one_conversation_starts_no_threads() -> None:
     code = f"""
 import os
 from phitune.data.coder import Coder
-from phitune.data.dataset import Turn
+from phitune.data.conversation import Turn
 from phitune.data.tokenizer import TextTokenizer
 from pathlib import Path
 coder = Coder.of(TextTokenizer(Path({str(ASSETS / "tiny-phi-2")!r})), "instruct")

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from phitune.data.dataset import Example, Turn, read_examples
+from phitune.data.conversation import Example, Turn
+from phitune.data.dataset import read_examples
 from phitune.errors import DataError
 
 GOOD = '{"prompt": "a", "response": "b"}'

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from phitune.data.dataset import Example, Turn, parse_columns, read_examples
+from phitune.data.conversation import Example, Turn
+from phitune.data.dataset import read_examples
+from phitune.data.formats import parse_columns
 from phitune.errors import DataError, SettingsError
 
 

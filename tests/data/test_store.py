@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from phitune.config import Settings
 from phitune.data import store as store_module
 from phitune.data.coder import Coder
-from phitune.data.dataset import Example, Turn, read_examples
+from phitune.data.conversation import Example, Turn
+from phitune.data.dataset import read_examples
 from phitune.data.packing import epoch_steps, micro_batches
 from phitune.data.prepare import PreparedData, prepare_data, split_rows
 from phitune.data.store import (

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 from phitune.cli import main
 from phitune.data.coder import Coder
-from phitune.data.dataset import Turn
+from phitune.data.conversation import Turn
 from phitune.data.prompt import Segment
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import ExportError

@@ -9,7 +9,7 @@ from helpers.gguf_models import random_adapter
 
 from phitune.cli import main
 from phitune.data.coder import Coder
-from phitune.data.dataset import Turn
+from phitune.data.conversation import Turn
 from phitune.data.prompt import ChatFormat, InstructFormat, PromptFormat
 from phitune.data.tokenizer import TextTokenizer
 from phitune.export.ollama import go_template, modelfile

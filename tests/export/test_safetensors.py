@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from phitune.cli import main
-from phitune.data.dataset import Turn
+from phitune.data.conversation import Turn
 from phitune.data.packing import pack
 from phitune.errors import ExportError
 from phitune.export.proof import (

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from phitune.data.dataset import Example, Role, Turn
+from phitune.data.conversation import Example, Role, Turn
 
 
 def example_of(*said: str, system: str | None = None) -> Example:

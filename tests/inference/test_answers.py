@@ -17,7 +17,7 @@ from peft import PeftModel
 from transformers import AutoTokenizer
 
 from phitune.data.coder import Coder
-from phitune.data.dataset import Turn
+from phitune.data.conversation import Turn
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import DataError
 from phitune.inference import answers as compare_module

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from phitune.commands.chat_commands import COMMANDS, ChatCommands
 from phitune.data.coder import Coder
-from phitune.data.dataset import Turn, read_examples
+from phitune.data.conversation import Turn
+from phitune.data.dataset import read_examples
 from phitune.data.prompt import Segment
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import OutOfMemoryError, SettingsError

@@ -11,7 +11,7 @@ import pytest
 from helpers.command_line import refused
 
 from phitune.cli import main
-from phitune.data.dataset import Turn
+from phitune.data.conversation import Turn
 from phitune.inference.loaded import open_model
 from phitune.model.files import ASSETS
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from phitune.cli import main
 from phitune.data.coder import Coder
-from phitune.data.dataset import Turn
+from phitune.data.conversation import Turn
 from phitune.data.prompt import ChatFormat, InstructFormat
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import ModelError

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from phitune.data.dataset import Turn
+from phitune.data.conversation import Turn
 from phitune.errors import DataError
 from phitune.inference.questions import read_questions, spread
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from phitune.data.dataset import Example, Turn
+from phitune.data.conversation import Example, Turn
 
 Flags = npt.NDArray[np.bool_]
 Kinds = npt.NDArray[np.uint8]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from phitune.data.dataset import Example
+from phitune.data.conversation import Example
 
 QUOTED = 40  # characters of a text that a finding shows
 

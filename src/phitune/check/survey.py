@@ -34,7 +34,7 @@ from phitune.check.duplicates import (
 from phitune.check.rows import ROW_CHECKS, RowTexts, special_token_pattern
 from phitune.config import DEFAULT_BATCH_SIZE, Settings
 from phitune.data.coder import Coder
-from phitune.data.dataset import Example
+from phitune.data.conversation import Example
 from phitune.data.store import question_hash
 from phitune.data.tokenizer import IGNORE_INDEX, EncodedRow
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from phitune.data.dataset import Example, Turn
+from phitune.data.conversation import Example, Turn
 from phitune.data.prompt import ChatFormat, InstructFormat, PromptFormat
 from phitune.data.tokenizer import EncodedRow, Span, TextTokenizer, TokenizedExample
 from phitune.errors import ModelError

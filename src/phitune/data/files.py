@@ -3,7 +3,7 @@
 Rows are read one after the other; no file is ever held in memory as a whole, a JSON array neither.
 The standard library parses JSON, CSV, TSV and gzip, DuckDB (an extra) parses Parquet. A row that
 cannot be read comes out with the reason in place of its values, and says whether anything after it
-can be read. What a row means is not known here; see dataset.py.
+can be read. What a row means is not known here; see formats.py.
 """
 
 import codecs

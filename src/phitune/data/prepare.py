@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from phitune.config import Settings
 from phitune.data.coder import Coder
-from phitune.data.dataset import Example, Turn
+from phitune.data.conversation import Example, Turn
 from phitune.data.prompt import Segment
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import MAX_LISTED, DataError, listing

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from phitune.data.dataset import Role, Turn
+from phitune.data.conversation import Role, Turn
 from phitune.data.template import render
 from phitune.errors import ModelError
 

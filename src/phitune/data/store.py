@@ -42,7 +42,8 @@ from numpy.typing import NDArray
 from phitune import __version__
 from phitune.config import Settings
 from phitune.data.coder import Coder
-from phitune.data.dataset import Example, ExampleStream, Part, read_examples
+from phitune.data.conversation import Example
+from phitune.data.dataset import ExampleStream, Part, read_examples
 from phitune.data.prompt import PromptFormat
 from phitune.data.tokenizer import EncodedRow, TokenizedExample, labels_of
 from phitune.errors import DataError, PhituneError

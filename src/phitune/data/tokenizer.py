@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
-from phitune.data.dataset import Example
+from phitune.data.conversation import Example
 from phitune.data.prompt import Segment
 from phitune.errors import ModelError
 from phitune.untrusted import flag, own_file, read_object, read_text, whole, write_object

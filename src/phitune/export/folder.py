@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from phitune.data.coder import Coder
-from phitune.data.dataset import Turn
+from phitune.data.conversation import Turn
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import ExportError, SettingsError
 from phitune.export.card import write_card

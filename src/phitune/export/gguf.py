@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from phitune.data.dataset import Turn
+from phitune.data.conversation import Turn
 from phitune.data.prompt import Segment
 from phitune.errors import ExportError, listing
 from phitune.export.card import GgufFile, write_card

@@ -6,7 +6,7 @@ every exchange reads the same. That is found out from what the format itself ren
 taken from there, none is written by hand.
 """
 
-from phitune.data.dataset import Turn
+from phitune.data.conversation import Turn
 from phitune.data.prompt import PromptFormat
 from phitune.errors import ModelError
 

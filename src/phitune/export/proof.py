@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phitune.data.dataset import Turn
+from phitune.data.conversation import Turn
 from phitune.inference.loaded import Answer, LoadedModel
 from phitune.model.decoder import Decoder
 from phitune.training.rundir import SAMPLES

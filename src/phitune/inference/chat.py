@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from phitune.data.coder import Coder
-from phitune.data.dataset import Turn
+from phitune.data.conversation import Turn
 from phitune.errors import OutOfMemoryError, SettingsError
 from phitune.inference.generate import (
     GREEDY,

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from phitune.config import Settings
-from phitune.data.dataset import Example
+from phitune.data.conversation import Example
 from phitune.data.packing import steps_per_epoch
 from phitune.data.prepare import PreparedData
 from phitune.data.prompt import Segment

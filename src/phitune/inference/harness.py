@@ -23,7 +23,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from phitune.data.dataset import Turn
+from phitune.data.conversation import Turn
 from phitune.data.prompt import Segment
 from phitune.data.tokenizer import IGNORE_INDEX, TokenizedExample
 from phitune.errors import DataError, ModelError, SettingsError, listing

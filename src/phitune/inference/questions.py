@@ -15,7 +15,7 @@ from yaml.reader import ReaderError
 
 from phitune.config import unknown_name
 from phitune.data.coder import Coder
-from phitune.data.dataset import Example, Turn
+from phitune.data.conversation import Example, Turn
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import DataError, listing
 from phitune.inference.run_rows import Run, find_run, rows_of_run

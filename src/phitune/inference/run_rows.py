@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from phitune.config import Settings, resolve
 from phitune.data.coder import Coder
-from phitune.data.dataset import Example, Part
+from phitune.data.conversation import Example
+from phitune.data.dataset import Part
 from phitune.data.prepare import prepare_data
 from phitune.data.prompt import PromptFormat
 from phitune.errors import DataError, SettingsError

@@ -182,7 +182,8 @@ class ChatCommands:
         self.screen.say(f"adapter: {state}; {who} from here on")
 
     def _compare(self) -> None:
-        self.screen.beside(*self.chat.both())
+        base, tuned = self.chat.both()
+        self.screen.beside(base, tuned)
 
     def _retry(self) -> None:
         question = self.chat.take_back()

@@ -426,7 +426,7 @@ def marked(answers: Sequence[str]) -> list[list[Piece]]:
         gone, new = _changes(words[0], other)
         of_base |= gone
         changed.append(new)
-    return [_pieces(*pair) for pair in zip(parts, changed, strict=True)]
+    return [_pieces(answer, places) for answer, places in zip(parts, changed, strict=True)]
 
 
 def _changes(base: Sequence[str], other: Sequence[str]) -> tuple[set[int], set[int]]:

@@ -247,7 +247,7 @@ def parse(options: type[AnyOptions], argv: Sequence[str]) -> AnyOptions:
         SettingsError: unknown flags, or values that are not allowed; names each of them.
     """
     parser = _parser_of(options)
-    given = _given(parser, argv, [_flag(*item) for item in options.model_fields.items()])
+    given = _given(parser, argv, _flags(options))
     return _validated(options, given, parser)
 
 
@@ -256,8 +256,7 @@ def parse_with_settings(
 ) -> tuple[AnyTrainingOptions, dict[str, Any]]:
     """The command's own options, and the settings that were given, as text for `config.resolve`."""
     parser = _parser_of(options)
-    own = [_flag(*item) for item in options.model_fields.items()]
-    given = _given(parser, argv, [*Settings.model_fields, *own])
+    given = _given(parser, argv, [*Settings.model_fields, *_flags(options)])
     settings = {name: given.pop(name) for name in Settings.model_fields if name in given}
     return _validated(options, given, parser), settings
 
@@ -362,6 +361,10 @@ def _add_flag(add: Callable[..., Any], flag: str, field: FieldInfo, help_text: s
             add(f"--{flag}", nargs="+", metavar=metavar, help=help_text)
         case _:
             add(f"--{flag}", metavar=metavar, help=help_text)
+
+
+def _flags(options: type[Options]) -> list[str]:
+    return [_flag(name, field) for name, field in options.model_fields.items()]
 
 
 def _flag(name: str, field: FieldInfo) -> str:

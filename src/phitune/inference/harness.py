@@ -358,8 +358,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         for number, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
             parts = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
-            for window in map(make_disjoint_window, parts):
-                windows.append((None, *window))
+            for context, continuation in map(make_disjoint_window, parts):
+                windows.append((None, context, continuation))
                 owners.append(number)
         sums = [0.0] * len(requests)
         for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):

@@ -223,7 +223,10 @@ def read_checkpoint(folder: Path) -> dict[str, bytes]:
         raise DamagedCheckpointError(f"{missing[0]}: is missing")
     if unknown := sorted(there - expected.keys()):
         raise DamagedCheckpointError(f"{unknown[0]}: does not belong here")
-    return {file: _verified(folder / file, *about) for file, about in expected.items()}
+    return {
+        file: _verified(folder / file, size=size, sha256=sha256)
+        for file, (size, sha256) in expected.items()
+    }
 
 
 def checkpoints_of(root: Path) -> list[Path]:
@@ -278,7 +281,7 @@ def _manifest(name: str, files: dict[str, Any]) -> bytes:
     return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _verified(path: Path, size: int, sha256: str) -> bytes:
+def _verified(path: Path, *, size: int, sha256: str) -> bytes:
     try:
         if (found := path.stat().st_size) != size:
             raise DamagedCheckpointError(f"{path.name}: {found} bytes, expected {size}")

@@ -19,12 +19,11 @@ from machine import describe
 from phitune.config import Settings
 from phitune.data.packing import Batch, pack
 from phitune.data.tokenizer import TokenizedExample
-from phitune.model.architecture import ModelConfig, parse_model_config
+from phitune.model.architecture import ModelConfig, parse_model_config, resolve_targets
 from phitune.model.decoder import Decoder
 from phitune.model.engine import FusedEngine
 from phitune.model.fused import Kernels
 from phitune.model.lora import LoraSpec, attach
-from phitune.model.targets import resolve_targets
 from phitune.training.state import dropout_of
 
 RESULTS = Path(__file__).parent / "results"

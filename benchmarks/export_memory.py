@@ -30,10 +30,9 @@ from phitune.data.coder import Coder
 from phitune.data.tokenizer import TextTokenizer
 from phitune.export.safetensors import plan_tensors, write_shards
 from phitune.export.source import open_source
-from phitune.model.architecture import read_model_config
+from phitune.model.architecture import read_model_config, resolve_targets
 from phitune.model.decoder import Decoder
 from phitune.model.lora import LoraSpec, attach, save_adapter
-from phitune.model.targets import resolve_targets
 
 GIB = 2**30
 MAX_SHARD_SIZE = 3 * 10**9

@@ -28,11 +28,15 @@ from safetensors.torch import save_file
 from phitune.config import Settings
 from phitune.data.packing import pack
 from phitune.data.tokenizer import TokenizedExample
-from phitune.model.architecture import ModelConfig, parse_model_config, read_model_config
+from phitune.model.architecture import (
+    ModelConfig,
+    parse_model_config,
+    read_model_config,
+    resolve_targets,
+)
 from phitune.model.decoder import Decoder
 from phitune.model.engine import FusedEngine
 from phitune.model.lora import LoraSpec, attach
-from phitune.model.targets import resolve_targets
 from phitune.model.weights import INDEX_FILE, load_decoder
 from phitune.plan.memory import AdaptedModel, Shape, plan_memory
 from phitune.training.state import build_adamw, dropout_of

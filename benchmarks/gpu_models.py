@@ -23,10 +23,10 @@ from phitune.model.architecture import (
     known_model_config,
     layer_linears,
     parse_model_config,
+    resolve_targets,
 )
 from phitune.model.decoder import Decoder
 from phitune.model.lora import Adapter, LoraSpec, attach
-from phitune.model.targets import resolve_targets
 
 RANK, ALPHA, DROPOUT = 8, 32, 0.05
 SPREAD = 0.02  # of the weights

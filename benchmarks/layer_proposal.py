@@ -25,9 +25,8 @@ from phitune.config import resolve
 from phitune.layers.guide import price_of
 from phitune.layers.measure import DEFAULT_BATCHES, prepare, survey
 from phitune.layers.proposal import in_ranges
-from phitune.model.architecture import FAMILIES, ModelConfig
+from phitune.model.architecture import FAMILIES, ModelConfig, resolve_targets
 from phitune.model.files import ASSETS
-from phitune.model.targets import resolve_targets
 
 MODELS = ("tiny-phi-2", "tiny-phi-3.5")
 SHARES = (0.8, 0.5)

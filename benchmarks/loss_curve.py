@@ -24,10 +24,9 @@ from phitune.data.coder import Coder
 from phitune.data.dataset import read_examples
 from phitune.data.packing import epoch_steps, micro_batches
 from phitune.data.tokenizer import TextTokenizer, TokenizedExample
-from phitune.model.architecture import read_model_config
+from phitune.model.architecture import read_model_config, resolve_targets
 from phitune.model.engine import FusedEngine
 from phitune.model.lora import LoraSpec, attach
-from phitune.model.targets import resolve_targets
 from phitune.model.weights import load_decoder
 from phitune.training.events import StepDone
 from phitune.training.loop import fit, start_state

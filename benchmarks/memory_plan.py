@@ -26,12 +26,11 @@ from torch.profiler import ProfilerActivity, profile
 from phitune.config import Settings
 from phitune.data.packing import pack
 from phitune.data.tokenizer import IGNORE_INDEX, TokenizedExample
-from phitune.model.architecture import ModelConfig, known_model_config
+from phitune.model.architecture import ModelConfig, known_model_config, resolve_targets
 from phitune.model.decoder import Decoder
 from phitune.model.device import DTYPES
 from phitune.model.engine import FusedEngine
 from phitune.model.lora import LoraSpec, attach
-from phitune.model.targets import resolve_targets
 from phitune.plan.memory import AdaptedModel, MemoryPlan, Shape, plan_memory
 from phitune.training.state import build_adamw, dropout_of
 

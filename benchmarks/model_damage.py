@@ -19,11 +19,10 @@ from safetensors.torch import load, save
 
 from phitune.data.coder import Coder
 from phitune.data.tokenizer import TextTokenizer
-from phitune.model.architecture import parse_model_config
+from phitune.model.architecture import parse_model_config, resolve_targets
 from phitune.model.decoder import Decoder
 from phitune.model.files import ASSETS
 from phitune.model.lora import LoraSpec, attach, save_adapter
-from phitune.model.targets import resolve_targets
 
 
 @dataclass(frozen=True)

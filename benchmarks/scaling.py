@@ -21,10 +21,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from phitune.config import Settings
 from phitune.data.packing import Batch, pack
+from phitune.model.architecture import resolve_targets
 from phitune.model.decoder import Decoder
 from phitune.model.engine import FusedEngine
 from phitune.model.lora import LoraSpec, attach
-from phitune.model.targets import resolve_targets
 from phitune.training.state import dropout_of
 
 ROW = 256

@@ -73,7 +73,6 @@ LIGHT = (
     "phitune.commands.layers",
     "phitune.model.architecture",
     "phitune.model.files",
-    "phitune.model.targets",
     "phitune.plan.machine",
     "phitune.plan.plan",
     "phitune.commands.plan",

@@ -9,11 +9,10 @@ from report import Report, read_job
 
 from phitune.config import Settings
 from phitune.data.tokenizer import TokenizedExample
-from phitune.model.architecture import read_model_config
+from phitune.model.architecture import read_model_config, resolve_targets
 from phitune.model.device import DTYPES
 from phitune.model.engine import FusedEngine
 from phitune.model.lora import LoraSpec, attach
-from phitune.model.targets import resolve_targets
 from phitune.model.weights import load_decoder
 from phitune.training.events import StepDone
 from phitune.training.loop import fit, start_state

@@ -36,7 +36,7 @@ from phitune.export.card import write_adapter_card
 from phitune.inference.answers import sample_answers
 from phitune.inference.evaluate import evaluate_at_end
 from phitune.inference.loaded import Answer, LoadedAdapter, LoadedModel
-from phitune.model.architecture import read_model_config
+from phitune.model.architecture import read_model_config, resolve_targets
 from phitune.model.decoder import Decoder
 from phitune.model.device import (
     DTYPES,
@@ -54,7 +54,6 @@ from phitune.model.device import (
 from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
 from phitune.model.files import EXAMPLE_DATASET, fetch_weights, find_model
 from phitune.model.lora import Adapter, LoraSpec, attach, compare_with_memory, save_adapter
-from phitune.model.targets import resolve_targets
 from phitune.model.weights import load_decoder, weights_fingerprint
 from phitune.plan.machine import Memory, ProcessMemoryLimit, memory_budget
 from phitune.plan.memory import GIB, MemoryPlan

@@ -17,9 +17,8 @@ from phitune.layers.guide import (
     kinds_of,
     short_name,
 )
-from phitune.model.architecture import known_model_config, read_model_config
+from phitune.model.architecture import known_model_config, read_model_config, resolve_targets
 from phitune.model.files import ASSETS
-from phitune.model.targets import resolve_targets
 
 PHI_2, PHI_3_5 = "microsoft/phi-2", "microsoft/Phi-3.5-mini-instruct"
 SIZES = {PHI_2: 2_779_683_840, PHI_3_5: 3_821_079_552}

@@ -6,10 +6,9 @@ import torch
 
 from phitune.data.coder import Coder
 from phitune.data.tokenizer import TextTokenizer
-from phitune.model.architecture import LM_HEAD, read_model_config
+from phitune.model.architecture import LM_HEAD, read_model_config, resolve_targets
 from phitune.model.decoder import Decoder
 from phitune.model.lora import Adapter, LoraSpec, attach, save_adapter
-from phitune.model.targets import resolve_targets
 from phitune.model.weights import load_decoder
 
 

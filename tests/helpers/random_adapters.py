@@ -7,11 +7,10 @@ import torch
 
 from phitune.data.coder import Coder
 from phitune.data.tokenizer import TextTokenizer
-from phitune.model.architecture import read_model_config
+from phitune.model.architecture import read_model_config, resolve_targets
 from phitune.model.decoder import Decoder
 from phitune.model.files import ASSETS
 from phitune.model.lora import LoraSpec, attach, save_adapter
-from phitune.model.targets import resolve_targets
 
 
 def write_adapter(

@@ -19,10 +19,15 @@ from phitune.layers.guide import (
     short_name,
     total_parameters,
 )
-from phitune.model.architecture import FAMILIES, known_model_config, read_model_config
+from phitune.model.architecture import (
+    FAMILIES,
+    known_model_config,
+    read_model_config,
+    resolve_layers,
+    resolve_targets,
+)
 from phitune.model.files import ASSETS
 from phitune.model.lora import LoraSpec, attach, save_adapter
-from phitune.model.targets import resolve_layers, resolve_targets
 
 TOOL = Path(__file__).parents[2] / "tools" / "build_layer_guides.py"
 DOCS = Path(__file__).parents[2] / "docs"

@@ -10,10 +10,10 @@ from helpers.rows import loss_sum_of, open_decoder, random_rows
 
 from phitune.data.packing import Batch, batches
 from phitune.layers.measure import Measurement, measure
+from phitune.model.architecture import resolve_targets
 from phitune.model.decoder import Decoder
 from phitune.model.engine import FusedEngine
 from phitune.model.lora import LoraSpec, attach
-from phitune.model.targets import resolve_targets
 
 EVERYTHING = ["all-linear", "embed_tokens", "lm_head"]
 

@@ -16,9 +16,14 @@ from phitune.layers.guide import (
     short_name,
 )
 from phitune.layers.proposal import in_ranges, propose
-from phitune.model.architecture import FAMILIES, known_model_config, read_model_config
+from phitune.model.architecture import (
+    FAMILIES,
+    known_model_config,
+    read_model_config,
+    resolve_layers,
+    resolve_targets,
+)
 from phitune.model.files import ASSETS
-from phitune.model.targets import resolve_layers, resolve_targets
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 PHI_2, PHI_3_5 = "microsoft/phi-2", "microsoft/Phi-3.5-mini-instruct"

@@ -28,14 +28,13 @@ from peft import PeftModel
 from phitune.data.packing import Batch, pack
 from phitune.model import architecture, ops
 from phitune.model import fused as gemm_module
-from phitune.model.architecture import known_model_config
+from phitune.model.architecture import known_model_config, resolve_targets
 from phitune.model.attention import Attention, FlashOnCpu, InBlocks
 from phitune.model.decoder import Decoder
 from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
 from phitune.model.fused import ONEDNN, STANDARD, Kernels, choose_gemm, has_onednn, pad
 from phitune.model.fused_layers import Shared
 from phitune.model.lora import Adapter, LoraSpec, attach, load_adapter
-from phitune.model.targets import resolve_targets
 from phitune.plan.memory import saved_bytes_per_token
 from phitune.training.state import build_adamw
 

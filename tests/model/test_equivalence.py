@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from phitune.data.packing import pack
 from phitune.data.tokenizer import TokenizedExample
 from phitune.model import ops
+from phitune.model.architecture import resolve_targets
 from phitune.model.decoder import Decoder
 from phitune.model.lora import LoraSpec, attach, detach, load_adapter, save_adapter
-from phitune.model.targets import resolve_targets
 
 pytestmark = pytest.mark.numerics
 

@@ -17,9 +17,9 @@ from helpers.rows import open_decoder, random_rows
 
 from phitune.data.packing import pack
 from phitune.model import ops
+from phitune.model.architecture import resolve_targets
 from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
 from phitune.model.lora import LoraSpec, attach
-from phitune.model.targets import resolve_targets
 
 pytestmark = pytest.mark.numerics
 

@@ -10,10 +10,10 @@ from helpers.rows import logits_of, loss_sum_of, open_decoder, random_rows
 
 from phitune.data.packing import pack
 from phitune.model import architecture, ops
+from phitune.model.architecture import resolve_targets
 from phitune.model.decoder import Decoder, DecoderLayer
 from phitune.model.device import force_compile
 from phitune.model.lora import Adapter, LoraSpec, attach
-from phitune.model.targets import resolve_targets
 
 pytestmark = pytest.mark.numerics
 

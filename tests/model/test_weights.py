@@ -13,11 +13,15 @@ from safetensors.torch import load_file, save_file
 
 from phitune.data.packing import pack
 from phitune.errors import ModelError, SettingsError
-from phitune.model.architecture import parse_model_config, read_model_config
+from phitune.model.architecture import (
+    parse_model_config,
+    read_model_config,
+    resolve_layers,
+    resolve_targets,
+)
 from phitune.model.decoder import Decoder
 from phitune.model.files import find_model
 from phitune.model.lora import LoraSpec, attach, load_adapter, save_adapter
-from phitune.model.targets import resolve_layers, resolve_targets
 
 
 @pytest.fixture

@@ -3,8 +3,7 @@
 import pytest
 from memory_plan import Setting, measured, narrow_config, predicted
 
-from phitune.model.architecture import known_model_config
-from phitune.model.targets import resolve_targets
+from phitune.model.architecture import known_model_config, resolve_targets
 from phitune.plan.memory import GIB, AdaptedModel, MemoryPlan, Shape, Term, plan_memory
 from phitune.plan.micro_batch import fewest_recomputed, largest_batch
 

@@ -20,9 +20,8 @@ from phitune.data.coder import Coder
 from phitune.data.prepare import prepare_data
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import ModelError, SettingsError
-from phitune.model.architecture import known_model_config, read_model_config
+from phitune.model.architecture import known_model_config, read_model_config, resolve_targets
 from phitune.model.files import ASSETS
-from phitune.model.targets import resolve_targets
 from phitune.plan.cost import token_cost
 from phitune.plan.machine import BUDGET_SHARE, parse_memory
 from phitune.plan.memory import GIB, AdaptedModel, Base, Device

@@ -16,10 +16,10 @@ from tokenizers import Tokenizer
 from phitune.cli import main
 from phitune.config import Settings
 from phitune.errors import NonFiniteError
+from phitune.model.architecture import resolve_targets
 from phitune.model.engine import FusedEngine
 from phitune.model.files import ASSETS
 from phitune.model.lora import Adapter, LoraSpec, attach
-from phitune.model.targets import resolve_targets
 from phitune.training import loop
 from phitune.training.loop import RECENT, usual_loss
 from phitune.training.state import gradient_norm

@@ -15,9 +15,9 @@ from helpers.training import Data, Training
 from safetensors.torch import load
 
 from phitune.config import Settings
+from phitune.model.architecture import resolve_targets
 from phitune.model.engine import FusedEngine
 from phitune.model.lora import LoraSpec, attach
-from phitune.model.targets import resolve_targets
 from phitune.training import checkpoint
 from phitune.training.checkpoint import (
     MANIFEST,

@@ -17,9 +17,9 @@ from phitune.data.dataset import read_examples
 from phitune.data.packing import epoch_steps, micro_batches
 from phitune.data.tokenizer import TextTokenizer, TokenizedExample
 from phitune.errors import NonFiniteError
+from phitune.model.architecture import resolve_targets
 from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
 from phitune.model.lora import Adapter, LoraSpec, attach
-from phitune.model.targets import resolve_targets
 from phitune.training.events import EpochEvaluated, Event, Outcome
 from phitune.training.state import learning_rate_at
 

@@ -23,9 +23,9 @@ from phitune.data.tokenizer import TokenizedExample
 from phitune.errors import OutOfMemoryError
 from phitune.inference.answers import sample_answers
 from phitune.model import device
+from phitune.model.architecture import resolve_targets
 from phitune.model.engine import FusedEngine, ReferenceEngine
 from phitune.model.lora import Adapter, LoraSpec, attach
-from phitune.model.targets import resolve_targets
 from phitune.plan import machine
 from phitune.plan.machine import (
     LIMIT_SHARE,

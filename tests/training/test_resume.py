@@ -30,10 +30,10 @@ from phitune import Phi2LoRATrainer
 from phitune.cli import main
 from phitune.config import Settings
 from phitune.data.packing import epoch_steps, micro_batches, next_micro_batch
+from phitune.model.architecture import resolve_targets
 from phitune.model.engine import FusedEngine, ReferenceEngine
 from phitune.model.files import ASSETS
 from phitune.model.lora import Adapter, LoraSpec, attach
-from phitune.model.targets import resolve_targets
 from phitune.training.checkpoint import checkpoints_of
 from phitune.training.events import (
     EpochDone,

@@ -51,10 +51,9 @@ from phitune.export.llama_cpp import LlamaCpp, Step, require_llama_cpp
 from phitune.export.ollama import MODELFILE, modelfile
 from phitune.export.proof import TIE, Proof, Reference, proof_prompts, reference_answers
 from phitune.export.source import Source
-from phitune.model.architecture import LM_HEAD, ModelConfig
+from phitune.model.architecture import EMBEDDING_MODULE, LM_HEAD, ModelConfig
 from phitune.model.decoder import LoraPair
 from phitune.model.lora import Adapter
-from phitune.model.targets import EMBEDDING_MODULE
 
 # --- the whole model ------------------------------------------------------------------------------
 

@@ -34,11 +34,10 @@ from phitune.export.proof import (
     reference_answers,
 )
 from phitune.export.source import Source
-from phitune.model.architecture import LM_HEAD, ModelConfig, read_model_config
+from phitune.model.architecture import EMBEDDING_MODULE, LM_HEAD, ModelConfig, read_model_config
 from phitune.model.decoder import Decoder, LoraPair
 from phitune.model.device import DTYPES
 from phitune.model.lora import Adapter, AdapterSet, detach, load_adapter, save_adapter
-from phitune.model.targets import EMBEDDING_MODULE
 from phitune.model.weights import (
     EMBEDDING,
     INDEX_FILE,

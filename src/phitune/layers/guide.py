@@ -20,15 +20,16 @@ from typing import Literal
 from phitune.config import Resolved, Settings
 from phitune.model.architecture import (
     EMBED_TOKENS,
+    EMBEDDING_MODULE,
     FAMILIES,
     LM_HEAD,
     ModelConfig,
     known_model_config,
     layer_linears,
     read_model_config,
+    resolve_targets,
 )
 from phitune.model.files import ASSETS, cached_model, find_model
-from phitune.model.targets import EMBEDDING_MODULE, resolve_targets
 from phitune.plan.cost import token_cost
 from phitune.plan.memory import AdaptedModel, Base, Shape, plan_memory
 from phitune.plan.rows import Rows, assumed_rows

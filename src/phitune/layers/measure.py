@@ -40,13 +40,17 @@ from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import NonFiniteError, OutOfMemoryError, SettingsError
 from phitune.layers.guide import Price, layer_of, price_of, short_name
 from phitune.layers.proposal import DEFAULT_SHARE, Proposal, propose
-from phitune.model.architecture import ModelConfig, read_model_config
+from phitune.model.architecture import (
+    EMBEDDING_MODULE,
+    ModelConfig,
+    read_model_config,
+    resolve_targets,
+)
 from phitune.model.decoder import Decoder, LoraPair
 from phitune.model.device import DTYPES, choose_device, choose_precision, is_out_of_memory
 from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
 from phitune.model.files import fetch_weights, find_model
 from phitune.model.lora import Adapter, LoraSpec, attach
-from phitune.model.targets import EMBEDDING_MODULE, resolve_targets
 from phitune.model.weights import load_decoder
 from phitune.plan.machine import memory_budget
 from phitune.plan.memory import AdaptedModel, Base, Device, Shape

@@ -112,13 +112,7 @@ def _product(
 
 def _by_preset(config: ModelConfig, names: tuple[str, ...]) -> tuple[str, ...]:
     """The preset of exactly these modules where there is one, else their names."""
-    family = FAMILIES[config.model_type]
-    presets = {
-        "all-linear": family.all_linear,
-        "attention": family.attention,
-        "mlp": family.mlp,
-    }
-    for preset, held in presets.items():
+    for preset, held in FAMILIES[config.model_type].presets.items():
         if set(held) == set(names):
             return (preset,)
     return names

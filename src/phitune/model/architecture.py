@@ -1,4 +1,4 @@
-"""config.json to ModelConfig, and the table of the two Phi families.
+"""config.json to ModelConfig, the table of the two Phi families, and the modules adapters go on.
 
 `phi` covers Phi-1, Phi-1.5 and Phi-2; `phi3` covers Phi-3-mini and -medium, Phi-3.5-mini, Phi-4 and
 Phi-4-mini. Layer names are those of transformers: LoRA targets and files on disk use them. Sizes of
@@ -10,7 +10,7 @@ for beyond what is built is refused by name. Nothing here loads torch.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -18,7 +18,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from phitune.errors import ModelError, listing
+from phitune.errors import ModelError, SettingsError, listing
 from phitune.untrusted import read_object
 
 # -------------------------------------------------------------------------------------------------
@@ -76,6 +76,7 @@ def extra_columns(total_rank: int) -> int:
 # What a model is made of.
 
 EMBED_TOKENS, LM_HEAD = "embed_tokens", "lm_head"
+EMBEDDING_MODULE = "model.embed_tokens"
 # No model of these families comes near: Phi-4's sizes are under a fifth of them.
 MAX_VOCABULARY, MAX_WIDTH, MAX_LAYERS, MAX_HEADS, MAX_HEAD_DIM = 2**22, 2**18, 1000, 1024, 1024
 MAX_POSITIONS = 2**31 - 1
@@ -145,6 +146,11 @@ class Family:
     @property
     def all_linear(self) -> tuple[str, ...]:
         return self.attention + self.mlp
+
+    @property
+    def presets(self) -> dict[str, tuple[str, ...]]:
+        """What --target_modules takes for several modules at once."""
+        return {"attention": self.attention, "mlp": self.mlp, "all-linear": self.all_linear}
 
 
 FAMILIES = {
@@ -508,3 +514,74 @@ def _refuse_unknown_features(raw: Mapping[str, Any], config: ModelConfig) -> Non
         problems.append("no rotary part at all")
     if problems:
         raise ModelError(f"asks for what is not built:\n{listing(problems)}")
+
+
+# -------------------------------------------------------------------------------------------------
+# Which modules get an adapter: short names, presets and layers to full module names.
+
+
+def resolve_targets(
+    config: ModelConfig, target_modules: Sequence[str], layers: str | None
+) -> tuple[str, ...]:
+    """Full names of the modules that get an adapter.
+
+    Args:
+        target_modules: short names (q_proj), presets (attention, mlp, all-linear), and embed_tokens
+            or lm_head.
+        layers: such as "16-31"; restricts the modules of layers, not embed_tokens and lm_head.
+
+    Raises:
+        SettingsError: a name that this model does not have, or a layer beyond the last.
+    """
+    family = FAMILIES[config.model_type]
+    presets = family.presets
+    wanted: set[str] = set()
+    problems = []
+    for name in target_modules:
+        if name in presets:
+            wanted.update(presets[name])
+        elif name in (*family.all_linear, EMBED_TOKENS, LM_HEAD):
+            wanted.add(name)
+        else:
+            instead = family.foreign.get(name)
+            hint = f" (its work is done by {instead} here)" if instead else ""
+            problems.append(f"{name}: this model has no such module{hint}")
+    if problems:
+        raise SettingsError(
+            f"target_modules:\n{listing(problems)}\n"
+            f"A {config.model_type} model has {' '.join(family.all_linear)} in each layer, and"
+            f" {EMBED_TOKENS} and {LM_HEAD};\npresets are {', '.join(presets)}."
+        )
+    chosen = resolve_layers(config, layers)
+    modules = [EMBEDDING_MODULE] if EMBED_TOKENS in wanted else []
+    for index in chosen:
+        for spec in layer_linears(config).values():
+            for name, _ in spec.parts:
+                if name.rsplit(".", 1)[-1] in wanted:
+                    modules.append(f"model.layers.{index}.{name}")
+    if LM_HEAD in wanted:
+        modules.append(LM_HEAD)
+    return tuple(modules)
+
+
+def resolve_layers(config: ModelConfig, layers: str | None) -> list[int]:
+    """ "16-31" or "0,2,8-11" as sorted layer indices; None means all of them.
+
+    Raises:
+        SettingsError: an index beyond the last layer, or a range that runs backwards.
+    """
+    last = config.num_hidden_layers - 1
+    if layers is None:
+        return list(range(last + 1))
+    chosen: set[int] = set()
+    for part in layers.split(","):
+        first_text, _, last_text = part.partition("-")
+        first = int(first_text)
+        stop = int(last_text or first_text)
+        if first > stop or stop > last:
+            raise SettingsError(
+                f"layers = {layers!r}: {part.strip()} is not a range of this model's layers,"
+                f" which are 0 to {last}"
+            )
+        chosen.update(range(first, stop + 1))
+    return sorted(chosen)

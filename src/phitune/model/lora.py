@@ -4,8 +4,8 @@ Semantics and names are PEFT's, so that an adapter written here loads there and 
 round: A starts Kaiming-uniform and B at zero (for the embedding A at zero and B normal), updates
 count alpha / r times, dropout sits in front of A.
 
-Which modules are adapted is in targets.py, the arithmetic in ops.py and fused.py. Only plain LoRA
-is read: DoRA, rank patterns and the like are refused by name.
+Which modules are adapted is in architecture.py, the arithmetic in ops.py and fused.py. Only plain
+LoRA is read: DoRA, rank patterns and the like are refused by name.
 
 Shapes: R rank, D in, O out, V vocabulary, T tokens, K adapters, X all their ranks on a layer.
 """
@@ -25,9 +25,8 @@ from torch import Tensor, nn
 
 from phitune.errors import ModelError, SavedAdapterError, listing
 from phitune.model import ops
-from phitune.model.architecture import FAMILIES, ModelConfig
+from phitune.model.architecture import EMBEDDING_MODULE, FAMILIES, ModelConfig
 from phitune.model.decoder import Decoder, LoraBank, LoraPair
-from phitune.model.targets import EMBEDDING_MODULE
 from phitune.model.weights import read_header
 from phitune.untrusted import read_object, write_object
 

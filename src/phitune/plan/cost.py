@@ -8,8 +8,7 @@ machine's peak (machine.py) and nothing measured.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from phitune.model.architecture import ModelConfig, layer_linears
-from phitune.model.targets import EMBEDDING_MODULE
+from phitune.model.architecture import EMBEDDING_MODULE, ModelConfig, layer_linears
 from phitune.plan.rows import Rows
 
 # Modules whose output the backward never reads: a recomputation leaves them out.

@@ -17,9 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from phitune.config import Resolved, Settings, choices_of
 from phitune.errors import ModelError, SettingsError, listing
-from phitune.model.architecture import ModelConfig, known_model_config, read_model_config
+from phitune.model.architecture import (
+    ModelConfig,
+    known_model_config,
+    read_model_config,
+    resolve_targets,
+)
 from phitune.model.files import cached_model, find_model
-from phitune.model.targets import resolve_targets
 from phitune.plan.cost import Cost
 from phitune.plan.machine import (
     MACHINES,

@@ -448,7 +448,7 @@ class TokenStore:
             while len(piece := np.fromfile(file, self._types["questions"], _CHUNK)):
                 yield piece
 
-    def _pieces(self, indices: NDArray[np.uint32]) -> Iterator[NDArray[np.uint32]]:
+    def _pieces(self, indices: NDArray[np.uint32]) -> Iterator[NDArray[np.uint32]]:  # [rows]
         for start in range(0, len(indices), _CHUNK):
             yield indices[start : start + _CHUNK]
             self._release()
@@ -474,7 +474,7 @@ class TokenStore:
 class TokenRows(Sequence[TokenizedExample]):
     """Some rows of a store, in order; takes four bytes of memory for each."""
 
-    def __init__(self, store: TokenStore, indices: NDArray[np.uint32]) -> None:
+    def __init__(self, store: TokenStore, indices: NDArray[np.uint32]) -> None:  # [rows]
         self.store = store
         self.indices = indices
 

@@ -313,6 +313,7 @@ class ModelFile:
         _write(writer, itertools.chain(factors.values(), self._arrays(progress)))
 
     def _arrays(self, progress: Callable[[int, int], None]) -> Iterator[NDArray[np.uint8]]:
+        # [bytes of the tensor] each
         done, total = 0, self.nbytes
         for tensor in self.tensors:
             yield self._array(tensor)

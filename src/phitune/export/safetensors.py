@@ -447,7 +447,7 @@ def merge_rounded_at_random(
 
 
 def _weights(decoder: Decoder) -> dict[str, Tensor]:
-    """By transformers' names; the head is there also where it is the token table."""
+    """[O, D] or [O] by transformers' names; the head also where it is the token table [V, D]."""
     return {**decoder.named_weights(), **decoder.lm_head.named_weights()}
 
 

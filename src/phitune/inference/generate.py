@@ -385,6 +385,7 @@ def next_logits(
     position_ids = torch.tensor(positions, device=device)  # [T]
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        # [T, H, E], [T, G, E] twice -> [T, H, E]
         if len(new) == len(sequences):
             return cache.extend_by_one(layer, position_ids, query, key, value)
         return cache.extend(layer, cu_seqlens, query, key, value)

@@ -270,5 +270,5 @@ def paired_difference(
     return PairedDifference(float(whole[0]), float(whole[1]), rows, float(low), float(high))
 
 
-def _same(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def _same(values: NDArray[np.float64]) -> NDArray[np.float64]:  # any shape
     return values

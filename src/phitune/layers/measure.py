@@ -151,7 +151,7 @@ def measure(
 
 
 def _moving(module: str, pair: LoraPair) -> Tensor:
-    """The gradient of the matrix that starts at zero."""
+    """The gradient of the matrix that starts at zero: B [O, R], or A [R, V] of the embedding."""
     grad = (pair.lora_A if module == EMBEDDING_MODULE else pair.lora_B).grad
     assert grad is not None
     return grad
@@ -167,6 +167,7 @@ def _expected(module: str, pair: LoraPair) -> float:
 def _pull(
     module: str, pair: LoraPair, squares: list[float], total: Tensor | None, weight_norm: float
 ) -> Pull:
+    """total: the gradients of all batches summed, [O, R] or [R, V]; None with one batch."""
     count = len(squares)
     norms = [math.sqrt(square) for square in squares]
     mean = sum(norms) / count
@@ -181,6 +182,7 @@ def _pull(
 
 
 def _weight_norm(weights: dict[str, Tensor], module: str) -> float:
+    """weights: [O, D], or [V, D] of the embedding, by name."""
     # A head without weights of its own is the token table.
     weight = weights.get(f"{module}.weight", weights[f"{EMBEDDING_MODULE}.weight"])
     return float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float32))

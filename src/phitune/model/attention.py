@@ -72,10 +72,10 @@ class FlashOnCpu:
 
     def forward(
         self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
+        query: Tensor,  # [T, H, E]
+        key: Tensor,  # [T, G, E]
+        value: Tensor,  # [T, G, E]
+        out: Tensor,  # [T, H, E]
         cu_seqlens: Sequence[int],
         sliding_window: int | None,
     ) -> list[Tensor]:
@@ -97,13 +97,13 @@ class FlashOnCpu:
 
     def backward(
         self,
-        grad_out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: list[Tensor],
-        grads: tuple[Tensor, Tensor, Tensor],
+        grad_out: Tensor,  # [T, H, E]
+        query: Tensor,  # [T, H, E]
+        key: Tensor,  # [T, G, E]
+        value: Tensor,  # [T, G, E]
+        out: Tensor,  # [T, H, E]
+        lse: list[Tensor],  # [1, H, S] of each sequence
+        grads: tuple[Tensor, Tensor, Tensor],  # [T, H, E], [T, G, E], [T, G, E]
         cu_seqlens: Sequence[int],
         sliding_window: int | None,
     ) -> None:
@@ -147,10 +147,10 @@ class FlashOnCuda:
 
     def forward(
         self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
+        query: Tensor,  # [T, H, E]
+        key: Tensor,  # [T, G, E]
+        value: Tensor,  # [T, G, E]
+        out: Tensor,  # [T, H, E]
         cu_seqlens: Sequence[int],
         sliding_window: int | None,
     ) -> list[Tensor]:
@@ -176,13 +176,13 @@ class FlashOnCuda:
 
     def backward(
         self,
-        grad_out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: list[Tensor],
-        grads: tuple[Tensor, Tensor, Tensor],
+        grad_out: Tensor,  # [T, H, E]
+        query: Tensor,  # [T, H, E]
+        key: Tensor,  # [T, G, E]
+        value: Tensor,  # [T, G, E]
+        out: Tensor,  # [T, H, E]
+        lse: list[Tensor],  # [H, T], and the random state
+        grads: tuple[Tensor, Tensor, Tensor],  # [T, H, E], [T, G, E], [T, G, E]
         cu_seqlens: Sequence[int],
         sliding_window: int | None,
     ) -> None:
@@ -217,10 +217,10 @@ class InBlocks:
 
     def forward(
         self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
+        query: Tensor,  # [T, H, E]
+        key: Tensor,  # [T, G, E]
+        value: Tensor,  # [T, G, E]
+        out: Tensor,  # [T, H, E]
         cu_seqlens: Sequence[int],
         sliding_window: int | None,
     ) -> list[Tensor]:
@@ -236,13 +236,13 @@ class InBlocks:
 
     def backward(
         self,
-        grad_out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: list[Tensor],
-        grads: tuple[Tensor, Tensor, Tensor],
+        grad_out: Tensor,  # [T, H, E]
+        query: Tensor,  # [T, H, E]
+        key: Tensor,  # [T, G, E]
+        value: Tensor,  # [T, G, E]
+        out: Tensor,  # [T, H, E]
+        lse: list[Tensor],  # [H, n, 1] of each block
+        grads: tuple[Tensor, Tensor, Tensor],  # [T, H, E], [T, G, E], [T, G, E]
         cu_seqlens: Sequence[int],
         sliding_window: int | None,
     ) -> None:

@@ -37,17 +37,23 @@ from phitune.model.architecture import (
 
 
 class LoraPair(nn.Module):
-    """A and B of one adapted module, and the columns of the fused layer they act on."""
+    """A and B of one adapted module, and the columns of the fused layer they act on.
+
+    Args:
+        lora_A: [R, D], or [R, V] of the embedding.
+        lora_B: [len(columns), R].
+        key: scalar int64, see `ops.module_key`.
+    """
 
     def __init__(
         self, lora_A: Tensor, lora_B: Tensor, columns: range, scaling: float, key: Tensor
     ) -> None:
         super().__init__()
-        self.lora_A = nn.Parameter(lora_A)  # [R, D]
-        self.lora_B = nn.Parameter(lora_B)  # [len(columns), R]
+        self.lora_A = nn.Parameter(lora_A)
+        self.lora_B = nn.Parameter(lora_B)
         self.columns = columns
         self.scaling = scaling
-        self.key = key  # scalar int64; no buffer, as it is made anew and never saved
+        self.key = key  # no buffer, as it is made anew and never saved
 
     def operand(self) -> ops.LoraOperand:
         return ops.LoraOperand(
@@ -194,6 +200,7 @@ class Norm(nn.Module):
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
     def named_weights(self, name: str) -> dict[str, Tensor]:
+        """Weight and bias, [D] each."""
         found: dict[str, Tensor] = {f"{name}.weight": self.weight}
         if self.bias is not None:
             found[f"{name}.bias"] = self.bias
@@ -274,6 +281,7 @@ class DecoderLayer(nn.Module):
         return ops.rotate(query, rotary), ops.rotate(key, rotary), value
 
     def named_weights(self) -> dict[str, Tensor]:
+        """Of norms [D], and of linear layers [O, D] and [O]."""
         found: dict[str, Tensor] = {}
         for name, norm in self.norms.items():
             assert isinstance(norm, Norm)
@@ -290,6 +298,7 @@ class PhiLayer(DecoderLayer):
     def before_attention(
         self, x: Tensor, rotary: ops.Rotary, dropout: ops.Dropout | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """[T, D] -> [T, H, E], [T, G, E] twice, [T, F]."""
         config = self.config
         sizes = [
             config.query_size,
@@ -305,6 +314,7 @@ class PhiLayer(DecoderLayer):
     def after_attention(
         self, x: Tensor, attended: Tensor, carried: Tensor | None, dropout: ops.Dropout | None
     ) -> Tensor:
+        """[T, D], [T, H, E], [T, F] -> [T, D]."""
         assert carried is not None
         attention: Tensor = self.linears["dense"](attended.flatten(-2), dropout)  # [T, D]
         mlp: Tensor = self.linears["fc2"](ops.gelu(carried), dropout)  # [T, D]
@@ -317,6 +327,7 @@ class Phi3Layer(DecoderLayer):
     def before_attention(
         self, x: Tensor, rotary: ops.Rotary, dropout: ops.Dropout | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """[T, D] -> [T, H, E], [T, G, E] twice, None."""
         config = self.config
         sizes = [config.query_size, config.key_value_size, config.key_value_size]
         fused = self.linears["qkv_proj"](self.norms["input_layernorm"](x), dropout)  # [T, q|k|v]
@@ -327,6 +338,7 @@ class Phi3Layer(DecoderLayer):
     def after_attention(
         self, x: Tensor, attended: Tensor, carried: Tensor | None, dropout: ops.Dropout | None
     ) -> Tensor:
+        """[T, D], [T, H, E], None -> [T, D]."""
         x = x + self.linears["o_proj"](attended.flatten(-2), dropout)
         gate_up = self.linears["gate_up_proj"](self.norms["post_attention_layernorm"](x), dropout)
         mlp: Tensor = self.linears["down_proj"](ops.swiglu(gate_up), dropout)  # [T, D]
@@ -380,6 +392,7 @@ class Decoder(nn.Module):
         """Hidden states of packed sequences, before the final norm. Returns: [T, D]."""
 
         def attend(_: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            # [T, H, E], [T, G, E] twice -> [T, H, E]
             return ops.attention(query, key, value, cu_seqlens, self.config.sliding_window)
 
         lengths = [stop - start for start, stop in itertools.pairwise(cu_seqlens)]
@@ -421,6 +434,7 @@ class Decoder(nn.Module):
         row_keys = None if dropout is None else dropout.row_keys[target_positions]
 
         def loss_of_chunk(hidden: Tensor, targets: Tensor, row_keys: Tensor | None) -> Tensor:
+            # [n, D], [n], [n] -> scalar
             chunk_dropout = (
                 None if dropout is None or row_keys is None else ops.Dropout(dropout.p, row_keys)
             )
@@ -462,7 +476,7 @@ class Decoder(nn.Module):
         exponents = torch.arange(0, config.rotary_dim, 2).float() / config.rotary_dim
         powers = config.rope_theta**exponents
 
-        def scaled(factors: Sequence[float]) -> Tensor:
+        def scaled(factors: Sequence[float]) -> Tensor:  # [rotary_dim / 2]
             return (1.0 / (torch.tensor(factors, dtype=torch.float32) * powers)).to(self.device)
 
         if long_rope is None:
@@ -483,7 +497,10 @@ class Decoder(nn.Module):
         return found
 
     def named_weights(self) -> dict[str, Tensor]:
-        """Views of all base weights under transformers' names; writing to one fills the model."""
+        """Views of all base weights under transformers' names; writing to one fills the model.
+
+        Returns: the embedding [V, D], linear layers [O, D], norms and biases [D] or [O].
+        """
         family = FAMILIES[self.config.model_type]
         found: dict[str, Tensor] = {"model.embed_tokens.weight": self.embed_tokens.weight}
         for layer in self.layers:
@@ -500,7 +517,7 @@ def _factors(long_rope: LongRope, is_long: bool) -> tuple[float, ...]:
 
 
 def _recomputed(layer: nn.Module, *inputs: Any) -> Tensor:
-    """Runs a layer without keeping what its backward needs; the backward runs it once more.
+    """Runs a layer [T, D] -> [T, D] and keeps only its inputs; the backward runs it once more.
 
     Dropout masks are functions of integers, so no random state has to be saved for that.
     """

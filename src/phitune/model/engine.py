@@ -80,10 +80,10 @@ class Engine(ABC):
     @abstractmethod
     def _loss_and_gradients(
         self, batch: Packed, dropout: ops.Dropout | None, weight: float
-    ) -> Tensor: ...
+    ) -> Tensor: ...  # scalar
 
     @abstractmethod
-    def _loss_of(self, batch: Packed) -> Tensor: ...
+    def _loss_of(self, batch: Packed) -> Tensor: ...  # scalar
 
 
 class ReferenceEngine(Engine):
@@ -110,13 +110,13 @@ class ReferenceEngine(Engine):
 
     def _loss_and_gradients(
         self, batch: Packed, dropout: ops.Dropout | None, weight: float
-    ) -> Tensor:
+    ) -> Tensor:  # scalar
         loss = self._loss_sum(batch, dropout) * weight
         loss.backward()
         return loss.detach()
 
     @torch.no_grad()
-    def _loss_of(self, batch: Packed) -> Tensor:
+    def _loss_of(self, batch: Packed) -> Tensor:  # scalar
         return self._loss_sum(batch, None)
 
     def _loss_sum(self, batch: Packed, dropout: ops.Dropout | None) -> Tensor:
@@ -196,7 +196,7 @@ class FusedEngine(Engine):
 
     def _loss_and_gradients(
         self, batch: Packed, dropout: ops.Dropout | None, weight: float
-    ) -> Tensor:
+    ) -> Tensor:  # scalar
         # Before the layers: memory of the last step, the adapter's new numbers, padding.
         if self.device.type == "cpu" and self._begins_step():
             release_freed_memory()
@@ -231,7 +231,7 @@ class FusedEngine(Engine):
         return loss
 
     @torch.no_grad()
-    def _loss_of(self, batch: Packed) -> Tensor:
+    def _loss_of(self, batch: Packed) -> Tensor:  # scalar
         self._refresh(prepare_gradients=False)
         padded = pad(batch, None, self.device)
         shared = self._shared(padded)

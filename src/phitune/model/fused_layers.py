@@ -52,7 +52,7 @@ class Saved:
     low: dict[str, Tensor | None] = field(default_factory=dict)  # [T or N, X] by linear layer
 
     def tensors(self) -> list[Tensor]:
-        """All that is kept, each storage once or more."""
+        """All that is kept, in the shapes above, each storage once or more."""
         found: list[Tensor] = []
         for item in fields(self):
             value: Any = getattr(self, item.name)
@@ -230,6 +230,7 @@ class FusedPhiLayer(FusedLayer):
     def forward(
         self, x: Tensor, shared: Shared, rows: Tensor | None, *, for_backward_only: bool = False
     ) -> tuple[Tensor, Saved]:
+        """x: [T, D], rows: [N]. Returns: [N, D], and what is kept."""
         norm, first = self.norms["input_layernorm"], self.linears["qkv_fc1"]
         saved = Saved(x, rows)
 
@@ -263,6 +264,7 @@ class FusedPhiLayer(FusedLayer):
     def backward(
         self, grad: Tensor, saved: Saved, shared: Shared, *, needs_input: bool
     ) -> Tensor | None:
+        """grad: [N, D], overwritten. Returns: [T, D] if needed."""
         first = self.linears["qkv_fc1"]
         attention, mlp = self._parts()
         rows, keys, tokens = saved.rows, shared.keys_of(saved.rows), len(saved.x)
@@ -291,10 +293,11 @@ class FusedPhiLayer(FusedLayer):
         self._input_backward(names, wide, saved.x, shared.row_keys, total)
         return total
 
-    def _activate(self, inner: Tensor) -> Tensor:
+    def _activate(self, inner: Tensor) -> Tensor:  # [n, F] -> [n, F]
         return ops.gelu(inner)
 
     def _activate_backward(self, grad: Tensor, inner: Tensor, out: Tensor) -> None:
+        # grad, inner and out: [n, F]
         out.copy_(gelu_backward(grad, inner))
 
     def _parts(self) -> tuple[slice, slice]:
@@ -309,6 +312,7 @@ class FusedPhi3Layer(FusedLayer):
     def forward(
         self, x: Tensor, shared: Shared, rows: Tensor | None, *, for_backward_only: bool = False
     ) -> tuple[Tensor, Saved]:
+        """x: [T, D], rows: [N]. Returns: [N, D], and what is kept."""
         qkv, gate_up = self.linears["qkv_proj"], self.linears["gate_up_proj"]
         down, keys = self.linears["down_proj"], shared.keys_of(rows)
         norm, second_norm = self.norms["input_layernorm"], self.norms["post_attention_layernorm"]
@@ -349,6 +353,7 @@ class FusedPhi3Layer(FusedLayer):
     def backward(
         self, grad: Tensor, saved: Saved, shared: Shared, *, needs_input: bool
     ) -> Tensor | None:
+        """grad: [N, D], overwritten. Returns: [T, D] if needed."""
         qkv, gate_up = self.linears["qkv_proj"], self.linears["gate_up_proj"]
         rows, keys, middle = saved.rows, shared.keys_of(saved.rows), saved.middle
         assert middle is not None
@@ -378,10 +383,11 @@ class FusedPhi3Layer(FusedLayer):
         self._input_backward(names, wide, saved.x, shared.row_keys, total)
         return total
 
-    def _activate(self, inner: Tensor) -> Tensor:
+    def _activate(self, inner: Tensor) -> Tensor:  # [n, 2 F] -> [n, F]
         return ops.swiglu(inner)
 
     def _activate_backward(self, grad: Tensor, inner: Tensor, out: Tensor) -> None:
+        # grad: [n, F], inner and out: [n, 2 F]
         self.kernels.swiglu_backward(grad, inner, out)
 
 

@@ -73,7 +73,7 @@ class Adapter:
         return found
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Overwrites all matrices; the names and shapes must be those of `tensors()`."""
+        """Overwrites all matrices; names and shapes are those of `tensors()`: [R, D], [O, R]."""
         for name, tensor in self.tensors().items():
             tensor.copy_(tensors[name])
 
@@ -213,7 +213,7 @@ def load_adapter(
     return adapter
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path) -> dict[str, Tensor]:  # of any shape, not checked yet
     try:
         if path.exists():
             read_header(path)
@@ -228,7 +228,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _check_numbers(path: Path, tensors: dict[str, Tensor], spec: LoraSpec) -> None:
-    """Refuses numbers that are no weights, before anything is made for them."""
+    """Refuses tensors (A should be [R, D]) whose dtype, numbers or rank are wrong."""
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise ModelError(f"{path}: {name} is of type {tensor.dtype}, expected a plain float")

@@ -288,7 +288,10 @@ def _spread(count: int, key: Tensor) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The lowbias32 hash by Chris Wellons (public domain), in place where it can be. x: int32."""
+    """The lowbias32 hash by Chris Wellons (public domain), in place where it can be.
+
+    x: int32 of any shape. Returns: the same shape.
+    """
     x = x ^ (x.bitwise_right_shift(16).bitwise_and_(0xFFFF))
     x.mul_(0x7FEB352D)
     x.bitwise_xor_(x.bitwise_right_shift(15).bitwise_and_(0x1FFFF))

@@ -254,7 +254,7 @@ def refuse_validation(
     state: TrainingState,
     data: TrainingData,
     evaluation: Evaluation,
-    adapter_at_start: dict[str, Tensor],
+    adapter_at_start: dict[str, Tensor],  # A [R, D] and B [O, R] by name
 ) -> Iterator[Event]:
     """Names the rows of a validation loss that is not finite; the adapter goes back to its best."""
     rows, tried = data.validation_rows, 0

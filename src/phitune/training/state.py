@@ -78,7 +78,7 @@ def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], norm: Tensor, max_norm: float) -> None:
-    """Scales all gradients so that their common norm is at most `max_norm`; 0 leaves them."""
+    """Scales all gradients so that their `norm` (scalar) is at most `max_norm`; 0 leaves them."""
     if max_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
 
@@ -171,7 +171,8 @@ class TrainingState:
         return {name: getattr(self, name) for name in _NUMBERS}
 
     def tensors(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Name and tensors of each file, one file at a time."""
+        """Name and tensors of each file, one file at a time; A [R, D] and B [O, R] of every pair,
+        and moments and gradients in the same shapes."""
         yield ADAPTER, self.adapter.tensors()
         if self.best:
             yield BEST, self.best
@@ -212,7 +213,7 @@ class TrainingState:
     def _parameters(self) -> dict[str, nn.Parameter]:
         return dict(zip(self.adapter.tensors(), self.adapter.parameters(), strict=True))
 
-    def _moments(self) -> dict[str, Tensor]:
+    def _moments(self) -> dict[str, Tensor]:  # step scalar, the others [R, D] or [O, R]
         return {
             f"{part}.{name}": self.optimizer.state[parameter][part]
             for name, parameter in self._parameters().items()
@@ -236,15 +237,16 @@ _NUMBERS = (
 
 
 def as_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """A safetensors file of tensors that may lie on any device."""
+    """A safetensors file of tensors of any shape, on any device."""
     return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
 def copy_of(adapter: Adapter) -> dict[str, Tensor]:
+    """Copies of all matrices, A [R, D] and B [O, R]."""
     return {name: tensor.clone() for name, tensor in adapter.tensors().items()}
 
 
 def restore(adapter: Adapter, tensors: dict[str, Tensor]) -> None:
-    """Puts an adapter to what `copy_of` kept of it."""
+    """Sets an adapter to what `copy_of` returned: A [R, D] and B [O, R]."""
     with torch.no_grad():
         adapter.load_tensors(tensors)

@@ -62,6 +62,7 @@ LIGHT = (
     "phitune.config",
     "phitune.data.dataset",
     "phitune.data.files",
+    "phitune.data.sources",
     "phitune.data.prompt",
     "phitune.data.tokenizer",
     "phitune.data.prepare",

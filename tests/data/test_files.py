@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phitune.data import files
-from phitune.data.dataset import find_source, hub_id, read_examples
+from phitune.data.dataset import read_examples
 from phitune.data.files import RawRow, read_rows, suffix_of
+from phitune.data.sources import find_source, hub_id
 from phitune.errors import DataError
 
 ROWS = [

@@ -43,8 +43,9 @@ from phitune import __version__
 from phitune.config import Settings
 from phitune.data.coder import Coder
 from phitune.data.conversation import Example
-from phitune.data.dataset import ExampleStream, Part, read_examples
+from phitune.data.dataset import ExampleStream, read_examples
 from phitune.data.prompt import PromptFormat
+from phitune.data.sources import Part
 from phitune.data.tokenizer import EncodedRow, TokenizedExample, labels_of
 from phitune.errors import DataError, PhituneError
 

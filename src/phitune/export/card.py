@@ -18,7 +18,7 @@ import yaml
 
 from phitune.data.coder import Coder
 from phitune.data.conversation import Turn
-from phitune.data.dataset import hub_id
+from phitune.data.sources import hub_id
 from phitune.data.tokenizer import TextTokenizer
 from phitune.model.files import SHIPPED_MODELS, is_hub_id
 from phitune.model.lora import CONFIG_FILE

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from phitune.config import Settings, resolve
 from phitune.data.coder import Coder
 from phitune.data.conversation import Example
-from phitune.data.dataset import Part
 from phitune.data.prepare import prepare_data
 from phitune.data.prompt import PromptFormat
+from phitune.data.sources import Part
 from phitune.errors import DataError, SettingsError
 from phitune.model.files import EXAMPLE_DATASET
 from phitune.training.rundir import ADAPTER, CONFIG, EVALUATION, SUMMARY

@@ -18,8 +18,8 @@ from typing import Any
 
 from phitune import __version__
 from phitune.config import Resolved, Settings, unknown_name, validated
-from phitune.data.dataset import hub_id
 from phitune.data.prepare import PreparedData
+from phitune.data.sources import hub_id
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import ResumeError, SettingsError, listing
 from phitune.model.files import SHIPPED_MODELS

@@ -23,8 +23,7 @@ from rich.console import Console
 from phitune import Phi2LoRATrainer
 from phitune.config import resolve
 from phitune.layers.guide import price_of
-from phitune.layers.measure import DEFAULT_BATCHES, prepare, survey
-from phitune.layers.proposal import in_ranges
+from phitune.layers.measure import DEFAULT_BATCHES, in_ranges, prepare, survey
 from phitune.model.architecture import FAMILIES, ModelConfig, resolve_targets
 from phitune.model.files import ASSETS
 

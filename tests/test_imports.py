@@ -70,7 +70,6 @@ LIGHT = (
     "phitune.inference.metrics",
     "phitune.export.formats",
     "phitune.layers.guide",
-    "phitune.layers.proposal",
     "phitune.commands.layers",
     "phitune.model.architecture",
     "phitune.model.files",

@@ -525,8 +525,7 @@ def _guide(resolved: "Resolved", *, as_json: bool) -> int:
 def _survey(resolved: "Resolved", options: LayersOptions, given: Mapping[str, Any]) -> int:
     from rich.progress import Progress
 
-    from phitune.layers.measure import DEFAULT_BATCHES, prepare, survey
-    from phitune.layers.proposal import DEFAULT_SHARE
+    from phitune.layers.measure import DEFAULT_BATCHES, DEFAULT_SHARE, prepare, survey
     from phitune.progress import data_progress
 
     batches = options.batches or DEFAULT_BATCHES

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from phitune.cli import EXIT_INTERRUPTED, main
-from phitune.commands.chat_commands import COMMANDS
+from phitune.commands.chat import COMMANDS
 from phitune.commands.chat_terminal import LONGEST_WORD, WordWrap
 from phitune.inference.chat import Chat
 from phitune.inference.loaded import open_model

@@ -1,4 +1,4 @@
-"""Results as JSON."""
+"""Results as JSON, and as pages."""
 
 import io
 import json
@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import pytest
 
-from phitune.commands.terminal import json_text, jsonable, print_json
+from phitune.commands.terminal import _environment, json_text, jsonable, print_json, render
 
 
 class Verdict(Enum):
@@ -68,3 +69,29 @@ def test_letters_stay_letters_where_the_output_has_them(monkeypatch: pytest.Monk
         sys.stdout.flush()
         assert written in stream.getvalue()
         assert json.loads(stream.getvalue()) == ["é", "\U0001f600"]
+
+
+# -------------------------------------------------------------------------------------------------
+# HTML pages: whatever a text holds, it is shown and does nothing.
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("<b>&\"'", "&lt;b&gt;&amp;&#34;&#39;"),
+        ("\x1b[31m\u202eevil", r"\x1b[31m\u202eevil"),
+        ("{{ 7 * 7 }}{% raw %}", "{{ 7 * 7 }}{% raw %}"),
+        (12, "12"),
+        (["<i>", "\x07"], r"[&#39;&lt;i&gt;&#39;, &#39;\x07&#39;]"),
+    ],
+)
+def test_every_expression_is_escaped_and_visible(value: object, shown: str) -> None:
+    template = _environment().from_string(
+        "{% macro twice(x) %}{{ x }}{{ x }}{% endmacro %}{{ twice(value) }}"
+    )
+    assert template.render(value=value) == shown * 2
+
+
+def test_a_name_that_is_not_there_is_an_error() -> None:
+    with pytest.raises(jinja2.UndefinedError):
+        render("comparison.html.j2")

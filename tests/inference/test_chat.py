@@ -10,7 +10,7 @@ from helpers.adapters import random_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phitune.commands.chat_commands import COMMANDS, ChatCommands
+from phitune.commands.chat import COMMANDS, ChatCommands
 from phitune.data.coder import Coder
 from phitune.data.conversation import Turn
 from phitune.data.dataset import read_examples

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from phitune.commands.chat_commands import COMMANDS, ChatCommands, size, without_effect
+from phitune.commands.chat import COMMANDS, ChatCommands, size, without_effect
 from phitune.errors import PhituneError
 from phitune.inference.chat import Chat
 from phitune.inference.loaded import Answer

@@ -23,8 +23,15 @@ from phitune.commands.options import (
     parse_with_settings,
     switch,
 )
-from phitune.commands.page import render
-from phitune.commands.terminal import bar, facts_grid, jsonable, print_json, section, table_of
+from phitune.commands.terminal import (
+    bar,
+    facts_grid,
+    jsonable,
+    print_json,
+    render,
+    section,
+    table_of,
+)
 from phitune.errors import DataError, SettingsError
 from phitune.text import marks_of, plural, shortened, visible
 

@@ -33,8 +33,7 @@ from phitune.commands.options import (
     parse,
     switch,
 )
-from phitune.commands.page import render
-from phitune.commands.terminal import jsonable, print_json
+from phitune.commands.terminal import jsonable, print_json, render
 from phitune.errors import DataError
 from phitune.inference.metrics import NORMALISATION
 from phitune.text import marks_of, shortened, visible

@@ -1,4 +1,4 @@
-"""What commands show, in a terminal or as JSON: tables, sections, bars, amounts in words.
+"""What commands show, in a terminal, as JSON or as a page: tables, bars, amounts in words.
 
 Every command imports this before it knows what was asked, so nothing heavy is imported at the top:
 not numpy and torch, and not the planner, which looks at the machine.
@@ -6,19 +6,25 @@ not numpy and torch, and not the planner, which looks at the machine.
 
 import dataclasses
 import enum
+import functools
 import json
 import math
 import sys
 from collections.abc import Mapping
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from phitune.text import visible
+from phitune import __version__
+from phitune.text import plural, shortened, visible
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
 
 # -------------------------------------------------------------------------------------------------
 # Results as JSON: one function for every command. A key is the name of a field.
@@ -145,3 +151,43 @@ def shares() -> str:
     from phitune.plan.machine import BUDGET_SHARE
 
     return ", ".join(f"{share:.0%} on {device}" for device, share in BUDGET_SHARE.items())
+
+
+# -------------------------------------------------------------------------------------------------
+# HTML pages: Jinja templates of `assets/`, rendered so that no text in them can do anything.
+#
+# A page is one file that needs nothing else: no script, no font, no network. Every text is escaped,
+# and control characters that would turn or hide what stands around them are written out. The
+# templates themselves are ours; no text of a user is ever compiled as one.
+
+
+def render(template: str, **context: object) -> str:
+    """A whole page.
+
+    Args:
+        template: its file's name in `assets/`.
+        context: what the template shows; a name it uses and does not find here is an error.
+    """
+    return _environment().get_template(template).render(version=__version__, **context)
+
+
+@functools.cache
+def _environment() -> "Environment":
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("phitune", "assets"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_shown,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(plural=plural, shortened=shortened)
+    return environment
+
+
+def _shown(value: object) -> object:
+    """What an expression of a template puts on the page, before it is escaped."""
+    # What macros return is HTML already, and each of its parts went through here.
+    return value if hasattr(value, "__html__") else visible(str(value))

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -24,10 +24,15 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from phitune.cli import EXIT_INTERRUPTED, main
-from phitune.commands.chat import COMMANDS
+from phitune.commands.chat import COMMANDS, ChatCommands
 from phitune.commands.chat_terminal import LONGEST_WORD, WordWrap
-from phitune.inference.chat import Chat
-from phitune.inference.loaded import open_model
+from phitune.data.coder import Coder
+from phitune.data.conversation import Turn
+from phitune.data.dataset import read_examples
+from phitune.errors import SettingsError
+from phitune.inference.chat import Chat, Exchange
+from phitune.inference.generate import Sampling
+from phitune.inference.loaded import Answer, LoadedModel, open_model
 
 QUESTIONS = ("What is the capital of Portugal?", "How much is 8 plus 7?")
 SECONDS = 600.0  # What a busy machine may need for one answer of a process of its own.
@@ -365,3 +370,206 @@ def test_ctrl_d_leaves(tmp_path: Path) -> None:
         assert person.leaves() == 0
     finally:
         person.close()
+
+
+# --- commands -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(adapter: Path) -> LoadedModel:
+    return open_model([adapter.parent])
+
+
+class Paper:
+    """A screen that keeps what it was given."""
+
+    def __init__(self, chat: Chat) -> None:
+        self.chat = chat
+        self.said: list[str] = []
+        self.pairs: list[tuple[Answer, Answer]] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def ask(self, question: str) -> None:
+        "".join(self.chat.ask(question))
+
+    def explain(self, rows: Sequence[tuple[str, str]]) -> None:
+        self.said += [f"{words}: {meaning}" for words, meaning in rows]
+
+    def beside(self, base: Answer, tuned: Answer) -> None:
+        self.pairs.append((base, tuned))
+
+
+@pytest.fixture
+def paper(model: LoadedModel) -> Paper:
+    return Paper(Chat(model, choice=0, max_new_tokens=20))
+
+
+@pytest.fixture
+def obey(paper: Paper) -> Callable[[str], bool]:
+    return ChatCommands(paper.chat, paper).obey
+
+
+def test_commands_change_what_they_name(paper: Paper, obey: Callable[[str], bool]) -> None:
+    chat = paper.chat
+    for line in (
+        "/temp 0.7",
+        "/top_p 0.9",
+        "/top_k 12",
+        "/repetition_penalty 1.1",
+        "/max_new_tokens 18",
+        "/seed 9",
+        "/system Answer like a sea captain.",
+    ):
+        assert obey(line)
+    assert chat.sampling == Sampling(0.7, 0.9, 12, 1.1, 9)
+    assert (chat.max_new_tokens, chat.system) == (18, "Answer like a sea captain.")
+    assert paper.said[-1] == "system: Answer like a sea captain."
+    obey("/temperature")
+    assert paper.said[-1] == "temp: 0.7"
+    obey("/system none")
+    obey("/adapter off")
+    assert (chat.system, chat.choice) == ("", None)
+    obey("/adapter on")
+    assert chat.choice == 0
+    assert not obey("/quit")
+    assert not obey("/exit")
+
+
+def test_help_names_every_command_and_the_values_in_force(
+    paper: Paper, obey: Callable[[str], bool]
+) -> None:
+    obey("/help")
+    text = "\n".join(paper.said)
+    assert all(f"/{name}" in text for name in COMMANDS)
+    assert "(now 20)" in text
+    assert "Alt-Enter: begins a new line" in text
+
+
+def test_retry_undo_reset_compare_and_stats(paper: Paper, obey: Callable[[str], bool]) -> None:
+    chat = paper.chat
+    paper.ask(QUESTIONS[0])
+    paper.ask(QUESTIONS[1])
+    obey("/stats")
+    assert "conversation: 2 answers of" in paper.said[-1]
+    obey("/retry")
+    assert [each.question for each in chat.exchanges] == list(QUESTIONS[:2])
+    obey("/compare")
+    ((base, tuned),) = paper.pairs
+    assert tuned.text == chat.exchanges[-1].answer.text != base.text
+    obey("/undo")
+    assert [each.question for each in chat.exchanges] == [QUESTIONS[0]]
+    obey("/reset")
+    assert chat.exchanges == []
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("/tmp 1", "did you mean /temp?"),
+        ("/", "there is no such command"),
+        ("/temp warm", "/temp warm: must be a number"),
+        ("/temp nan", "must be a number"),
+        ("/top_p 0", "must be more than 0"),
+        ("/top_k -1", "must be at least 0"),
+        ("/max_new_tokens 0", "must be at least 1"),
+        ("/max_new_tokens 999999", "are allowed"),
+        ("/seed -1", "must be at least 0"),
+        ("/seed 99999999999999999999", "must be at most 4611686018427387904"),
+        ("/adapter maybe", "must be on or off"),
+        ("/reset now", "/reset takes no value"),
+        ("/save", "name the file"),
+        ("/save x.jsonl", "there is no answer yet"),
+        ("/append x.jsonl", "there is no answer yet"),
+        ("/compare", "nothing was asked yet"),
+        ("/retry", "nothing was asked yet"),
+        ("/undo", "nothing was asked yet"),
+        ("/stats", "nothing was asked yet"),
+    ],
+)
+def test_wrong_commands_say_what_is_allowed_and_change_nothing(
+    paper: Paper, obey: Callable[[str], bool], line: str, said: str
+) -> None:
+    before = (paper.chat.sampling, paper.chat.max_new_tokens, paper.chat.choice)
+    with pytest.raises(SettingsError) as refused:
+        obey(line)
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert before == (paper.chat.sampling, paper.chat.max_new_tokens, paper.chat.choice)
+
+
+def test_without_an_adapter_the_base_answers_and_says_so(shipped_model: Path) -> None:
+    chat = Chat(open_model([], model_name=shipped_model.name), max_new_tokens=20)
+    assert "Lisbon" in "".join(chat.ask(QUESTIONS[0]))
+    commands = ChatCommands(chat, Paper(chat))
+    for line in ("/adapter on", "/compare"):
+        with pytest.raises(SettingsError, match="there is no adapter"):
+            commands.obey(line)
+    # A model with a template of its own is asked in it.
+    coder = chat.model.coder(None)
+    has_template = bool(coder.tokenizer.chat_template)
+    assert coder == Coder.of(coder.tokenizer, "chat" if has_template else "instruct")
+
+
+def test_what_is_saved_is_a_row_that_trains_what_was_said(
+    paper: Paper, obey: Callable[[str], bool], tmp_path: Path
+) -> None:
+    chat = paper.chat
+    chat.system = "Be brief."
+    for question in (QUESTIONS[0], "  with\nlines, \u00e9 and \U0001f600 "):
+        paper.ask(question)
+    path = tmp_path / "said.jsonl"
+    obey(f"/save {path}")
+    assert str(path) in paper.said[-1]
+    (example,) = read_examples(path)
+    assert example.turns[0] == Turn("system", "Be brief.")
+    assert [turn.content for turn in example.turns[1::2]] == [e.question for e in chat.exchanges]
+    assert [turn.content for turn in example.turns[2::2]] == [e.answer.text for e in chat.exchanges]
+    # The prompt of training is the prompt that was answered.
+    row = chat.model.coder(0).encode_example(example)
+    prompt = chat.model.coder(0).encode(example.turns[:-1])
+    assert row.input_ids[: len(prompt)] == prompt
+    assert len(prompt) == chat.exchanges[-1].prompt_tokens
+
+    before = path.read_bytes()
+    with pytest.raises(SettingsError, match="is there already; /append"):
+        obey(f"/save {path}")
+    assert path.read_bytes() == before
+    path.write_bytes(before.rstrip(b"\n"))  # As some editors leave it.
+    obey(f"/append {path}")
+    assert path.read_bytes() == before + before
+    assert len(list(read_examples(path))) == 2
+
+
+def test_files_that_cannot_be_written_are_told_and_stay_as_they_were(
+    paper: Paper, obey: Callable[[str], bool], tmp_path: Path
+) -> None:
+    paper.ask(QUESTIONS[0])
+    for line in (
+        f"/save {tmp_path}/no/such/folder.jsonl",
+        f"/save {tmp_path}",
+        f"/append {tmp_path}/missing.jsonl",
+        f"/append {tmp_path}",
+        "/append /dev/full",
+    ):
+        with pytest.raises(SettingsError) as refused:
+            obey(line)
+        assert line.split()[0] in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cut_and_empty_answers_are_told_when_saving(
+    paper: Paper, obey: Callable[[str], bool], tmp_path: Path
+) -> None:
+    chat = paper.chat
+    paper.ask(QUESTIONS[0])
+    chat.exchanges = [
+        Exchange("q", Answer(text, (1,), stopped), 1, 0.0, 0.0)
+        for text, stopped in (("whole", True), ("cu", False), ("", True))
+    ]
+    obey(f"/save {tmp_path}/a.jsonl")
+    assert "2 answers; 1 of them cut short" in paper.said[-1]
+    assert "1 empty left out" in paper.said[-1]
+    row = json.loads((tmp_path / "a.jsonl").read_text())
+    assert [message["content"] for message in row["messages"]] == ["q", "whole", "q", "cu"]

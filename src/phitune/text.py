@@ -1,4 +1,4 @@
-"""Text for people: text from anywhere made safe to show, and counted things in words."""
+"""Text from and for people: made safe to show, counted things in words, sizes such as "24GB"."""
 
 import re
 from typing import TYPE_CHECKING
@@ -9,6 +9,11 @@ if TYPE_CHECKING:
 # Control characters except tab and line feed, which are commands to a terminal, and marks that
 # change the direction of writing, which show text in another order.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2028\u2029\u2066-\u2069\ufeff]")
+
+# What a person types for a size.
+_UNITS = {"": 10**9, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_AMOUNT = re.compile(r"\s*(\d{1,18}(?:\.\d+)?)\s*(?:([KMGT])(i?)B?)?\s*", re.IGNORECASE)
 
 
 def visible(text: str) -> str:
@@ -34,3 +39,12 @@ def marks_of(console: "Console") -> tuple[str, str] | None:
     if console.is_terminal and console.color_system and not console.no_color:
         return None
     return ("⟦", "⟧") if console.encoding.lower().startswith("utf") else ("[[", "]]")
+
+
+def in_bytes(text: str) -> int | None:
+    """A size as typed, such as "5GB", "500MB", "5" (GB) or "5GiB"; None where it is none."""
+    match = _AMOUNT.fullmatch(text)
+    if not match:
+        return None
+    number, unit, binary = match[1], (match[2] or "").upper(), match[3]
+    return round(float(number) * (_BINARY_UNITS if binary else _UNITS)[unit])

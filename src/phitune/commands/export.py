@@ -7,12 +7,11 @@ from pydantic import BeforeValidator, model_validator
 
 from phitune.commands.options import ModelOptions, one_of, option, parse, switch
 from phitune.export.formats import DEFAULT_QUANTIZATION, FORMATS, QUANTIZATIONS, ExportSettings
+from phitune.text import in_bytes
 
 
 def _size(text: Any) -> int:
     """ "5GB", "500MB" or "2GiB" in bytes."""
-    from phitune.plan.machine import in_bytes
-
     size = in_bytes(str(text))
     if not size:
         raise ValueError("is not a size; write it like 5GB or 500MB")

@@ -11,7 +11,6 @@ in the training guide. torch is loaded only where an accelerator is asked.
 """
 
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import psutil
 
 from phitune.errors import SettingsError
 from phitune.plan.memory import GIB, PROGRAM_BYTES, Base, Device
+from phitune.text import in_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -34,9 +34,6 @@ BUDGET_SHARE: dict[Device, float] = {"cpu": 0.9, "cuda": 0.92, "mps": 0.95}
 APPLE_SHARE = 2 / 3
 GB = 10**9
 
-_UNITS = {"": 10**9, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?)?\s*", re.IGNORECASE)
 _MOST_MEMORY = 10**15
 
 
@@ -67,15 +64,6 @@ def parse_memory(text: str) -> int:
             f"--memory {text!r}: is {size / GB:,.0f} GB, which no machine has; {remedy}"
         )
     return size
-
-
-def in_bytes(text: str) -> int | None:
-    """An amount as typed, such as "5GB", "5" (GB) or "5GiB"; None where it is none."""
-    match = _AMOUNT.fullmatch(text)
-    if not match:
-        return None
-    number, unit, binary = match[1], (match[2] or "").upper(), match[3]
-    return round(float(number) * (_BINARY_UNITS if binary else _UNITS)[unit])
 
 
 # -------------------------------------------------------------------------------------------------

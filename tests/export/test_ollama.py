@@ -12,7 +12,7 @@ from phitune.data.coder import Coder
 from phitune.data.conversation import Turn
 from phitune.data.prompt import ChatFormat, InstructFormat, PromptFormat
 from phitune.data.tokenizer import TextTokenizer
-from phitune.export.ollama import go_template, modelfile
+from phitune.export.gguf import go_template, modelfile
 from phitune.model.files import ASSETS
 
 QUESTION = Turn("user", "What is\n 2 + 2?")

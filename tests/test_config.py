@@ -95,6 +95,32 @@ def test_flags_win_over_the_file_and_origins_are_known(tmp_path: Path) -> None:
         ("--learning_rate fast", "must be a number"),
         ("--learning_rate nan", "must be a number"),
         ("--learning_rate 0", "must be more than 0"),
+        ("--learning_rate -1e-4", "learning_rate = '-1e-4': must be more than 0"),
+        ("--learning_rate 1,5", "must be a number with a decimal point: 1.5"),
+        ("--validation_split 10%", "not a percentage: 10% is 0.1"),
+        ("--epochs 0.5", "must be a whole number; for part of an epoch give fewer rows"),
+        ("--epochs 99999999999", "must be at most 2147483647"),
+        ("--seed 99999999999999999999", "must be at most"),
+        ("--output_dir --epochs 3", "argument --output_dir: expected one argument, and --epochs"),
+        ("--output_dir --odd", "if it is --odd, write --output_dir=--odd"),
+        ("--dataset_path my data.jsonl", "--dataset_path has one, 'my'; a value with a space"),
+        ("epochs=3", "unexpected argument 'epochs=3': write --epochs=3"),
+        ("-epochs 3", "-epochs begins with one hyphen, flags with two: write --epochs"),
+        (
+            "\u2014epochs 3",
+            "begins with a dash (\u2014) that is no hyphen, flags with two: write --epo",
+        ),
+        ("\u2013\u2013lr 3", "phitune calls it --learning_rate"),
+        ("--epochs 3 --epochs 5", "--epochs is given twice: 3, then 5; leave out the one"),
+        ("--cache --no-cache", "--no-cache is given twice: true, then false"),
+        ("--output_dir $HOME/runs", "variables such as $HOME are not replaced here"),
+        ("--dataset_path %USERPROFILE%/a", "variables such as %USERPROFILE% are not replaced"),
+        ("--output_dir ~nobody-at-all/runs", "~nobody-at-all stands for a home folder, and none"),
+        ("--output_dir None", "is no name; leave it out"),
+        ("--dataset_path a\udce9", "is not UTF-8 text; rename the file or the folder"),
+        ("--resume a\udce9", "is not UTF-8 text; rename the file or the folder"),
+        ("--columns prompt=a,response=b,prompt=c", "prompt is given twice: a, then c"),
+        ("--target_modules ,", "is empty (an unset variable?)"),
         ("--lora_dropout 1", "must be at most 0.9"),
         ("--validation_split 0.9", "must be at most 0.5"),
         ("--torch_compile maybe", "must be true or false"),
@@ -125,7 +151,23 @@ def test_all_wrong_values_are_reported_at_once() -> None:
         ("epoch: 3", "unknown key epoch; did you mean epochs?"),
         ("- 1", "holds a list, not 'name: value' lines"),
         ("a: [", "not YAML"),
-        ("batch_size: true", "batch_size = True: must be a whole number or auto (in"),
+        ("epochs: 3\nseed: 1\nepochs: 5", "epochs is given twice: 3 (line 1), then 5 (line 3)"),
+        ("dataset_path: ''", "dataset_path = '': is empty (an unset variable?)"),
+        ("dataset_path:", "dataset_path = '': is empty (an unset variable?)"),
+        ("output_dir: '  '", "output_dir = '  ': is empty"),
+        ("output_dir: $HOME/runs", "variables such as $HOME are not replaced here"),
+        ("sample_prompts: [a, '']", "is empty"),
+        ("epochs: null", "epochs = None: has no value; give one, or leave it out"),
+        ("batch_size: null", "batch_size = None: has no value; give one, or leave it out"),
+        ("epochs: 0.5", "must be a whole number; for part of an epoch give fewer rows"),
+        ("dataset_path: [a, b]", "must be a path"),
+        ("model_name: {a: b}", "must be a text"),
+        ("target_modules: []", "is empty; give a value, or leave it out"),
+        ("layers: {a: 1}", "must look like 16-31 or 0,2,8-11"),
+        ("num_train_epochs: 3", "unknown key num_train_epochs; phitune calls it epochs"),
+        ("lora:\n  rank: 8", "has no sections"),
+        ('dataset_path: "a\\0b"', "NUL"),
+        ("batch_size: true", "batch_size = 'true': must be a whole number or auto (in"),
         (b"\xff\xfe", "cannot be read as UTF-8"),
         ("!!python/object/apply:os.system [ls]", "not YAML"),
     ],
@@ -142,6 +184,162 @@ def test_a_wrong_file_is_refused_with_what_to_do(
 
 
 @pytest.mark.parametrize(
+    ("content", "name", "value"),
+    [
+        ("target_modules: q_proj,v_proj", "target_modules", ["q_proj", "v_proj"]),
+        ("target_modules: [q_proj, v_proj]", "target_modules", ["q_proj", "v_proj"]),
+        ('target_modules: \'["q_proj", "v_proj"]\'', "target_modules", ["q_proj", "v_proj"]),
+        ("target_modules: q_proj v_proj", "target_modules", ["q_proj", "v_proj"]),
+        ("target_modules: all", "target_modules", ["all-linear"]),
+        ("layers: [0, 2]", "layers", "0,2"),
+        ("layers: 3", "layers", "3"),
+        ("layers: '[0, 8-11]'", "layers", "0, 8-11"),
+        ("layers: 16\u201331", "layers", "16-31"),
+        ("layers: 0 2 8-11", "layers", "0,2,8-11"),
+        ("layers: all", "layers", None),
+        ("output_dir: 2026-11-26", "output_dir", Path("2026-11-26")),
+        ("output_dir: 007", "output_dir", Path("007")),
+        ("output_dir: null", "output_dir", None),
+        ("model_name: 12:30", "model_name", "12:30"),
+        ("learning_rate: 2e-4", "learning_rate", 2e-4),
+        ("learning_rate: '2e-4'", "learning_rate", 2e-4),
+        ("learning_rate: 2e\u20134", "learning_rate", 2e-4),
+        ("epochs: 010", "epochs", 10),
+        ("epochs: '3'", "epochs", 3),
+        ("epochs: 3.0", "epochs", 3),
+        ("cache: off", "cache", False),
+        ("cache: 'True'", "cache", True),
+        ("columns: {prompt: title, response: body}", "columns", "prompt=title,response=body"),
+        ("columns: prompt=0,response=1", "columns", "prompt=0,response=1"),
+        ("<<: {epochs: 3}\nseed: 1", "epochs", 3),
+    ],
+)
+def test_what_is_clear_in_a_file_is_taken(
+    tmp_path: Path, content: str, name: str, value: Any
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(content)
+    assert getattr(resolve({}, file).settings, name) == value
+
+
+def test_lists_of_a_command_line_and_of_python_are_taken() -> None:
+    both = ["q_proj", "v_proj"]
+    for line in ("q_proj,v_proj", "q_proj v_proj", "q_proj --target_modules v_proj"):
+        assert from_flags(f"--target_modules {line}").target_modules == both
+    settings = resolve({"layers": [0, 2], "target_modules": both}, origin="argument").settings
+    assert (settings.layers, settings.target_modules) == ("0,2", both)
+    with pytest.raises(SettingsError, match=r"^these settings .*\n  epochs = 'x': must be a whole"):
+        resolve({"epochs": "x"}, origin="argument")
+
+
+def test_a_json_file_is_a_settings_file_too(tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    file.write_text('{\n\t"epochs": 3, "learning_rate": 1e-4, "cache": false, "layers": [0, 2]}')
+    settings = resolve({}, file).settings
+    assert (settings.epochs, settings.learning_rate) == (3, 1e-4)
+    assert (settings.cache, settings.layers) == (False, "0,2")
+    file.write_text('{"epochs": 3, "epochs": 5}')
+    with pytest.raises(SettingsError, match="epochs is given twice: 3, then 5"):
+        resolve({}, file)
+    file.write_text('{"epochs": 3')
+    with pytest.raises(SettingsError, match="not JSON"):
+        resolve({}, file)
+
+
+@pytest.mark.parametrize("name", Settings.model_fields)
+@pytest.mark.parametrize("text", ["", "  "])
+def test_nothing_is_taken_for_a_value(name: str, text: str) -> None:
+    """An unset variable, in whatever setting."""
+    for value in (text, [text]):
+        with pytest.raises(SettingsError, match=f"{name} = .*is empty"):
+            resolve({name: value})
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("num_train_epochs", "epochs"),
+        ("num-train-epochs", "epochs"),
+        ("per_device_train_batch_size", "batch_size"),
+        ("micro_batch_size", "batch_size"),
+        ("lora.alpha", "lora_alpha"),
+        ("training.lora_rank", "lora_r"),
+        ("lora_dim", "lora_r"),
+        ("cutoff_len", "max_length"),
+        ("max_seq_length", "max_length"),
+        ("sequence_len", "max_length"),
+        ("lr", "learning_rate"),
+        ("optimizer.lr", "learning_rate"),
+        ("lr_scheduler_type", "lr_scheduler"),
+        ("warmup_steps", "warmup_ratio (a share of all steps)"),
+        ("lora_target", "target_modules"),
+        ("layers_to_transform", "layers"),
+        ("model_name_or_path", "model_name"),
+        ("base_model", "model_name"),
+        ("train_file", "dataset_path"),
+        ("val_set_size", "validation_split"),
+        ("overwrite_output_dir", "overwrite"),
+        ("resume_from_checkpoint", "resume"),
+        ("save_total_limit", "keep_checkpoints"),
+        ("bf16", "precision (auto, fp32 or bf16)"),
+        ("Learning-Rate", "learning_rate"),
+    ],
+)
+def test_what_others_call_a_setting_is_told_by_flag_and_file(
+    theirs: str, ours: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingsError) as caught:
+        from_flags(f"--{theirs} 3")
+    assert f"unknown flag --{theirs}; phitune calls it --{ours}\n" in str(caught.value)
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{theirs}: 3")
+    with pytest.raises(SettingsError) as caught:
+        resolve({}, file)
+    assert f"unknown key {theirs}; phitune calls it {ours}" in str(caught.value)
+
+
+def test_every_name_of_the_table_is_a_setting_or_a_flag_here() -> None:
+    from phitune import config
+    from phitune.cli import COMMANDS
+    from phitune.commands import chat, compare, evaluate, export
+
+    known = {*Settings.model_fields, *TrainOptions.model_fields, *COMMANDS}
+    for options in (
+        chat.ChatOptions,
+        compare.CompareOptions,
+        evaluate.EvaluateOptions,
+        export.ExportOptions,
+    ):
+        known |= set(options.model_fields)
+    assert set(config._NEIGHBOURS) <= known
+    # A longest answer, where rows have no length.
+    assert set(config._CALLED_HERE) & set(Settings.model_fields) == {"max_length"}
+    assert not set(config._NOT_HERE) & set(config._CALLED_HERE)
+    for name, why in config._NOT_HERE.items():
+        with pytest.raises(SettingsError, match=f"--{name}; there is no such setting: {why}"):
+            from_flags(f"--{name}=1")
+
+
+def test_a_path_that_is_right_from_the_files_folder_is_refused_with_both_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "conf"
+    (folder / "models" / "small").mkdir(parents=True)
+    (folder / "train.jsonl").touch()
+    (folder / "run.yaml").write_text("dataset_path: train.jsonl\nmodel_name: ./models/small")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingsError) as caught:
+        resolve({}, Path("conf/run.yaml"))
+    assert f"not in the working directory {tmp_path}, where relative" in str(caught.value)
+    assert "write conf/train.jsonl, or start phitune in conf" in str(caught.value)
+    assert "write conf/models/small" in str(caught.value)
+    flags = {"dataset_path": "other.jsonl", "model_name": "tiny-phi-2"}
+    assert resolve(flags, Path("conf/run.yaml")).settings.dataset_path == Path("other.jsonl")
+    monkeypatch.chdir(folder)
+    assert resolve({}, Path("run.yaml")).settings.dataset_path == Path("train.jsonl")
+
+
+@pytest.mark.parametrize(
     ("changes", "name"),
     [
         ({"batch_size": 1}, "batch_size"),
@@ -153,10 +351,10 @@ def test_a_wrong_file_is_refused_with_what_to_do(
         ({"lora_dropout": 0}, "lora_dropout"),
     ],
 )
-def test_outside_of_a_recommended_range_it_warns(changes: dict[str, Any], name: str) -> None:
+def test_a_warning_of_a_range_says_whose_it_is(changes: dict[str, Any], name: str) -> None:
     (warning,) = Settings(**changes).warnings()
     assert warning.startswith(name)
-    assert "recommended" in warning
+    assert "outside of the training guide's range" in warning
 
 
 def test_the_saved_file_repeats_the_settings(tmp_path: Path) -> None:

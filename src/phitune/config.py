@@ -3,19 +3,34 @@
 A field of `Settings` is the flag of that name, the key of that name in a YAML file, the line in
 `--help`, and the entry in the `config.yaml` that a run leaves behind. `resolve` puts defaults, a
 file and flags together and knows the origin of every value. Values from all of them pass through
-the same validation, so a wrong one is refused with the same words, and all wrong ones at once.
+the same validation, so a wrong one is refused with the same words, and all wrong ones at once. A
+file's values are read as the text that stands there, as a flag's are: YAML's own types would make a
+date of a folder's name, and 8 of 010.
+
+Nothing is taken for given that is empty, and nothing is given twice: an unset variable and a line
+that was pasted above an older one are the user's mistakes that nobody sees.
 
 What depends on the machine, the model or the data ("auto") is chosen later, by others.
 """
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -44,10 +59,55 @@ def knob(
     return Field(default, description=help, json_schema_extra=extra, **constraints)
 
 
-def _no_bool(value: Any) -> Any:
+def given(value: Any, *, optional: bool = True) -> Any:
+    """A value that is there: an unset variable leaves an empty text, which nobody means.
+
+    Args:
+        optional: whether None stands for something.
+
+    Raises:
+        ValueError: there is nothing.
+    """
+    texts = value if isinstance(value, list) else [value]
+    if any(isinstance(text, str) and not text.strip() for text in texts):
+        raise ValueError("is empty (an unset variable?); give a value, or leave it out")
+    if value is None and not optional:
+        raise ValueError("has no value; give one, or leave it out")
+    return value
+
+
+# What word processors and web pages make of a hyphen or a minus sign.
+DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
+_AS_HYPHENS = str.maketrans(DASHES, "-" * len(DASHES))
+_VARIABLE = re.compile(r"\$\{?[A-Za-z_]\w*\}?|\$\(|%[A-Za-z_]\w*%")
+# Larger numbers count nothing that exists, and overflow where torch takes them.
+MAX_COUNT, MAX_SEED = 2**31 - 1, 2**62
+
+
+def _number_text(value: Any) -> Any:
     # YAML's `batch_size: yes` would otherwise count as 1.
     if isinstance(value, bool):
         raise ValueError("must be a number")
+    return value.strip().translate(_AS_HYPHENS) if isinstance(value, str) else value
+
+
+def _real(value: Any) -> Any:
+    value = _number_text(value)
+    if isinstance(value, str) and (found := re.fullmatch(r"(-?\d+),(\d+)", value)):
+        raise ValueError(f"must be a number with a decimal point: {'.'.join(found.groups())}")
+    if isinstance(value, str) and re.fullmatch(r"-?[\d.]+\s*%", value):
+        raise ValueError("must be a number, not a percentage: 10% is 0.1")
+    return value
+
+
+def _epochs(value: Any) -> Any:
+    value = _number_text(value)
+    try:
+        share = float(value)
+    except (TypeError, ValueError):
+        return value
+    if 0 < share < 1 or (share > 1 and share % 1):
+        raise ValueError("must be a whole number; for part of an epoch give fewer rows")
     return value
 
 
@@ -66,11 +126,13 @@ def _count_or(word: str, least: int) -> Callable[[Any], Any]:
         if value is None or value == word:
             return value
         try:
-            count = int(str(_no_bool(value)))
+            count = int(str(_number_text(value)))
         except ValueError:
             raise ValueError(f"must be a whole number or {word}") from None
         if count < least:
             raise ValueError(f"must be at least {least}, or {word}")
+        if count > MAX_COUNT:
+            raise ValueError(f"must be at most {MAX_COUNT}, or {word}")
         return count
 
     return check
@@ -79,7 +141,7 @@ def _count_or(word: str, least: int) -> Callable[[Any], Any]:
 def _save_every(value: Any) -> Any:
     if value in ("auto", "epoch"):
         return value
-    number, minutes = str(_no_bool(value)).strip(), False
+    number, minutes = str(_number_text(value)), False
     if number.endswith("m"):
         number, minutes = number[:-1], True
     try:
@@ -95,6 +157,66 @@ def _one_or_more(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _modules(value: Any) -> Any:
+    """Names as a list, with commas or spaces between, or in brackets; "all" means all-linear."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+        raise ValueError("must be names of modules, such as q_proj v_proj")
+    names = re.findall(r"[^\s,\[\]\"']+", " ".join(value))
+    if value and not names:
+        raise ValueError("is empty (an unset variable?); give a value, or leave it out")
+    return ["all-linear" if name in ("all", "all_linear") else name for name in names]
+
+
+def _layers(value: Any) -> Any:
+    """Numbers and ranges as a text with commas between them; "all" is None."""
+    if isinstance(value, list | tuple):
+        if any(isinstance(part, bool) for part in value):
+            raise ValueError(_LAYERS_LOOK)
+        value = ",".join(map(str, value))
+    if not isinstance(value, str):
+        return value
+    text = value.translate(_AS_HYPHENS).strip().removeprefix("[").removesuffix("]").strip()
+    return None if text == "all" else re.sub(r"(?<=\d)\s+(?=\d)", ",", text)
+
+
+_LAYERS_LOOK = "must look like 16-31 or 0,2,8-11"
+
+
+def _pairs(value: Any) -> Any:
+    """name=value,...: also from a mapping, as YAML has it. A name stands there once."""
+    if isinstance(value, Mapping):
+        if not all(isinstance(part, str | int | float) for part in value.values()):
+            raise ValueError("must have one value for each name")
+        value = ",".join(f"{name}={part}" for name, part in value.items())
+    if isinstance(value, str):
+        pairs = [part.partition("=") for part in split_pairs(value)]
+        twice = repeated((name.strip(), text.strip()) for name, _, text in pairs)
+        if twice:
+            raise ValueError("; ".join(twice))
+    return value
+
+
+def split_pairs(text: str) -> list[str]:
+    """The parts of name=value,...; a comma belongs to a value unless a name and = follow."""
+    return re.split(r",(?=\s*\w+\s*=)", text)
+
+
+def repeated(pairs: Iterable[tuple[Hashable, Any]]) -> list[str]:
+    """A line for each name that is given twice, with both values."""
+    found: dict[Hashable, Any] = {}
+    lines = []
+    for name, value in pairs:
+        if name in found:
+            lines.append(
+                f"{name} is given twice: {found[name]}, then {value}; leave out the one that you"
+                " do not mean"
+            )
+        found[name] = value
+    return lines
+
+
 def _encodable(value: str) -> str:
     try:
         value.encode("utf-8")
@@ -103,14 +225,55 @@ def _encodable(value: str) -> str:
     return value
 
 
-Whole = Annotated[int, BeforeValidator(_no_bool)]
-Real = Annotated[float, BeforeValidator(_no_bool)]
-UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
+def place_text(value: Any) -> Any:
+    """A text that names a file, a folder or a model.
+
+    Raises:
+        ValueError: it cannot name one, or has a variable in it that no shell has replaced.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        _encodable(value)
+    except ValueError:
+        raise ValueError("is not UTF-8 text; rename the file or the folder") from None
+    if "\0" in value:
+        raise ValueError("has a NUL character in it, which no name has")
+    if value.strip() in ("None", "null"):
+        raise ValueError("is no name; leave it out")
+    home = _expanded(Path(value))
+    if (found := _VARIABLE.search(value)) and not home.exists():
+        raise ValueError(
+            f"variables such as {found.group()} are not replaced here, and there is nothing of"
+            " that name; write the path itself, or ~ for your home folder"
+        )
+    return value
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError(
+            f"{path.parts[0]} stands for a home folder, and none is known; write the whole path"
+        ) from None
+
+
+_Named = BeforeValidator(place_text)
+UserPath = Annotated[Path, AfterValidator(_expanded), _Named]
+PlaceName = Annotated[str, _Named]
+Whole = Annotated[int, BeforeValidator(_number_text), Field(le=MAX_COUNT)]
+Seed = Annotated[int, BeforeValidator(_number_text), Field(le=MAX_SEED)]
+Epochs = Annotated[int, BeforeValidator(_epochs), Field(le=MAX_COUNT)]
+Real = Annotated[float, BeforeValidator(_real)]
 Texts = Annotated[list[Annotated[str, AfterValidator(_encodable)]], BeforeValidator(_one_or_more)]
+Modules = Annotated[list[Annotated[str, AfterValidator(_encodable)]], BeforeValidator(_modules)]
+Layers = Annotated[str | None, BeforeValidator(_layers)]
+Pairs = Annotated[str | None, BeforeValidator(_pairs)]
 BatchSize = Annotated[int | Literal["auto"], BeforeValidator(_count_or("auto", 1))]
 LayerCount = Annotated[int | Literal["all"] | None, BeforeValidator(_count_or("all", 0))]
 SaveEvery = Annotated[str, BeforeValidator(_save_every)]
-Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d{1,4})?)$")]
 Precision = Annotated[Literal["auto", "fp32", "bf16"], BeforeValidator(_no_fp16)]
 
 # -------------------------------------------------------------------------------------------------
@@ -142,25 +305,23 @@ class Settings(BaseModel):
         None, "run directory (default: output/<model>-<data>-<date-time>)", group=_RUN
     )
     overwrite: bool = knob(False, "replace an earlier run in output_dir", group=_RUN)
-    resume: str | None = knob(
+    resume: PlaceName | None = knob(
         None,
         "resume the run in this directory; auto: the one in output_dir, if there is one",
         group=_RUN,
-        min_length=1,
     )
-    resume_with: str | None = knob(
+    resume_with: Pairs = knob(
         None,
         "settings to change on resuming, such as learning_rate=1e-4,epochs=30",
         group=_RUN,
         pattern=r"^\s*\w+\s*=",
     )
-    model_name: str = knob(
+    model_name: PlaceName = knob(
         "microsoft/phi-2",
         "a hub id, a local folder, or a shipped model (tiny-phi-2, tiny-phi-3.5)",
         group=_RUN,
-        min_length=1,
     )
-    seed: Whole = knob(
+    seed: Seed = knob(
         42,
         "seed of the validation split, the order of rows, dropout and the initial adapter",
         group=_RUN,
@@ -194,7 +355,7 @@ class Settings(BaseModel):
         "messages",
         "sharegpt",
     ] = knob("auto", "format of the rows; auto: detected from the first rows", group=_DATA)
-    columns: str | None = knob(
+    columns: Pairs = knob(
         None,
         "names of the columns, such as prompt=title,response=body; for a table without a header"
         " their numbers, prompt=0,response=1",
@@ -233,7 +394,7 @@ class Settings(BaseModel):
     gradient_accumulation_steps: Whole = knob(
         16, "micro-batches per optimizer step", group=_TRAIN, recommended=(4, 32), ge=1
     )
-    epochs: Whole = knob(20, "passes over the training rows", group=_TRAIN, ge=1)
+    epochs: Epochs = knob(20, "passes over the training rows", group=_TRAIN, ge=1)
     learning_rate: Real = knob(
         2e-4, "peak learning rate", group=_TRAIN, recommended=(5e-5, 2e-4), gt=0.0, le=1.0
     )
@@ -279,18 +440,18 @@ class Settings(BaseModel):
         ge=0.0,
         le=0.9,
     )
-    target_modules: Texts = knob(
+    target_modules: Modules = knob(
         ["all-linear"],
         "modules to adapt: their names, or attention, mlp, all-linear; embed_tokens and lm_head can"
         " be added",
         group=_LORA,
         min_length=1,
     )
-    layers: str | None = knob(
+    layers: Layers = knob(
         None,
         "layers to adapt, such as 16-31 or 0,2,8-11 (default: all)",
         group=_LORA,
-        pattern=r"^\s*\d+(\s*-\s*\d+)?(\s*,\s*\d+(\s*-\s*\d+)?)*\s*$",
+        pattern=r"^\s*\d{1,6}(\s*-\s*\d{1,6})?(\s*,\s*\d{1,6}(\s*-\s*\d{1,6})?)*\s*$",
     )
 
     device: Device = knob("auto", "where to train: auto, cpu, cuda, cuda:N or mps", group=_MACHINE)
@@ -330,6 +491,12 @@ class Settings(BaseModel):
         "none", "experiment tracker to write to, besides metrics.jsonl", group=_REPORT
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_given(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name
+        return given(value, optional=cls.model_fields[info.field_name].default is None)
+
     @property
     def micro_batch(self) -> int:
         """The batch size as a number; "auto" must have been chosen before this is asked."""
@@ -343,7 +510,10 @@ class Settings(BaseModel):
         return size * self.gradient_accumulation_steps
 
     def warnings(self) -> list[str]:
-        """One line for each setting outside of its recommended range."""
+        """One line for each setting outside of the range of the training guide.
+
+        Others know better for some data: the guide says where, and who found it.
+        """
         found = []
         for name, field in Settings.model_fields.items():
             bounds = recommended_range(field)
@@ -351,13 +521,14 @@ class Settings(BaseModel):
             if bounds and value != "auto" and not bounds[0] <= value <= bounds[1]:
                 low, high = bounds
                 found.append(
-                    f"{name} = {value:g} is outside of the recommended {low:g} to {high:g}"
+                    f"{name} = {value:g} is outside of the training guide's range, {low:g} to"
+                    f" {high:g}"
                 )
         low, high = (factor * self.lora_r for factor in LORA_ALPHA_PER_RANK)
         if not low <= self.lora_alpha <= high:
             found.append(
-                f"lora_alpha = {self.lora_alpha:g} is outside of the recommended 2 to 4 x lora_r"
-                f" ({low:g} to {high:g})"
+                f"lora_alpha = {self.lora_alpha:g} is outside of the training guide's range,"
+                f" {low:g} to {high:g} (2 to 4 x lora_r)"
             )
         return found
 
@@ -431,43 +602,250 @@ def to_yaml(resolved: Resolved) -> str:
 # From defaults, a file and flags to settings, or one error that names every problem.
 
 
+# What other programs of this field call the settings, and what is no setting here. Names are in
+# lower case, with _ for - and for a point; of "training.lora_rank" the last part counts.
+_NEIGHBOURS = {
+    "epochs": "num_train_epochs num_epochs n_epochs max_epochs total_epochs train_epochs",
+    "batch_size": "per_device_train_batch_size per_gpu_train_batch_size micro_batch_size"
+    " train_batch_size device_batch_size train_micro_batch_size_per_gpu bsz mbs",
+    "gradient_accumulation_steps": "gradient_accumulation grad_accumulation_steps grad_accum"
+    " accumulate_grad_batches accumulation_steps grad_accum_steps grad_accumulation",
+    "learning_rate": "lr base_lr max_lr peak_lr learning_rate_max learningrate",
+    "lr_scheduler": "lr_scheduler_type scheduler lr_schedule schedule lr_decay_style",
+    "warmup_ratio": "warmup warmup_steps lr_warmup_steps num_warmup_steps warmup_iters"
+    " warmup_fraction warmup_proportion lr_warmup",
+    "weight_decay": "wd adam_weight_decay",
+    "max_grad_norm": "gradient_clipping grad_clip clip_grad clip_grad_norm gradient_clip_val"
+    " max_norm gradient_clip",
+    "early_stopping_patience": "patience early_stopping early_stop",
+    "max_length": "cutoff_len max_seq_length max_seq_len sequence_len seq_length seq_len"
+    " sequence_length model_max_length block_size max_source_length context_length max_tokens"
+    " ctx_len",
+    "lora_r": "lora_rank lora_dim rank r adapter_rank peft_lora_r",
+    "lora_alpha": "alpha peft_lora_alpha lora_scale",
+    "lora_dropout": "dropout peft_lora_dropout",
+    "target_modules": "lora_target lora_target_modules lora_modules lora_target_linear"
+    " lora_attn_modules peft_target_modules",
+    "layers": "layers_to_transform lora_layers num_layers finetune_layers",
+    "train_on_prompt": "train_on_inputs train_on_input mask_prompt train_on_source"
+    " completion_only_loss assistant_only_loss",
+    "model_name": "model_name_or_path model base_model model_id base_model_name"
+    " pretrained_model_name_or_path model_path base_model_path",
+    "dataset_path": "dataset data data_path train_file train_data dataset_name training_file"
+    " data_file data_files datasets train_dataset training_data dataset_dir train_path input",
+    "validation_path": "validation_file val_file eval_file eval_dataset eval_data valid_data"
+    " val_path val_data test_file valid_path eval_path",
+    "validation_split": "val_set_size val_size eval_split test_size validation_ratio val_split"
+    " split_dataset_ratio eval_ratio val_split_fraction",
+    "data_format": "dataset_type dataset_format formatting data_type",
+    "columns": "field_messages dataset_text_field text_column column_mapping",
+    "prompt_format": "template chat_template prompt_template prompt_style conversation_template",
+    "output_dir": "out_dir output output_path save_path save_dir adapter_output_dir log_dir",
+    "overwrite": "overwrite_output_dir force overwrite_output",
+    "resume": "resume_from_checkpoint resume_from resume_adapter_file",
+    "save_every": "save_steps save_strategy save_interval steps_per_save save_freq save_epochs",
+    "keep_checkpoints": "save_total_limit max_checkpoints",
+    "precision": "dtype torch_dtype bf16 bfloat16 fp16 half mixed_precision",
+    "device": "device_map gpu gpu_id cuda",
+    "gradient_checkpointing": "grad_checkpoint use_gradient_checkpointing"
+    " enable_activation_checkpointing activation_checkpointing grad_checkpointing",
+    "torch_compile": "compile use_compile",
+    "seed": "random_seed data_seed",
+    "report_to": "logger tracker wandb tensorboard",
+    "sample_prompts": "eval_prompts inference_prompts",
+    "config": "config_file config_path yaml",
+    # Flags of the other commands.
+    "adapter_path": "adapter lora lora_path peft_model peft_path adapter_name_or_path lora_weights"
+    " adapter_dir run",
+    "max_new_tokens": "max_tokens max_length n_predict num_predict max_generated_tokens",
+    "temperature": "temp",
+    "repetition_penalty": "repeat_penalty",
+    "format": "outtype export_format",
+    "quantization": "quant quantize quantization_type",
+    "system": "system_prompt system_message",
+    "metric": "metrics",
+    "limit": "max_samples num_samples",
+    "output": "out outfile output_file output_path",
+    # Commands.
+    "train": "finetune fine_tune fit sft lora",
+    "chat": "generate inference infer run",
+    "evaluate": "eval test",
+    "export": "merge convert quantize fuse",
+    "check": "validate inspect",
+}
+_CALLED_HERE: dict[str, list[str]] = {}
+for _ours, _theirs in _NEIGHBOURS.items():
+    for _name in _theirs.split():
+        _CALLED_HERE.setdefault(_name, []).append(_ours)
+# Where the value is another one, too.
+_OTHER_VALUES = {
+    "warmup_steps": "a share of all steps",
+    "lr_warmup_steps": "a share of all steps",
+    "num_warmup_steps": "a share of all steps",
+    "warmup_iters": "a share of all steps",
+    "val_size": "a share of the rows",
+    "mask_prompt": "true where this was false",
+    "completion_only_loss": "true where this was false",
+    "assistant_only_loss": "true where this was false",
+    "lora_layers": "the numbers of the layers, such as 16-31",
+    "num_layers": "the numbers of the layers, such as 16-31",
+    "lora_scale": "lora_r times this",
+    "save_steps": "a number of steps, minutes such as 10m, epoch or auto",
+    "save_strategy": "a number of steps, minutes such as 10m, epoch or auto",
+    "bf16": "auto, fp32 or bf16",
+    "bfloat16": "auto, fp32 or bf16",
+    "fp16": "auto, fp32 or bf16",
+    "half": "auto, fp32 or bf16",
+    "mixed_precision": "auto, fp32 or bf16",
+}
+_NOT_HERE = {
+    "max_steps": "runs are counted in epochs",
+    "max_train_steps": "runs are counted in epochs",
+    "iters": "runs are counted in epochs",
+    "num_steps": "runs are counted in epochs",
+    "global_batch_size": "a step has batch_size x gradient_accumulation_steps rows",
+    "total_batch_size": "a step has batch_size x gradient_accumulation_steps rows",
+    "load_in_4bit": "the base is kept in bf16 or fp32, never quantized",
+    "load_in_8bit": "the base is kept in bf16 or fp32, never quantized",
+    "quantization_bit": "the base is kept in bf16 or fp32, never quantized",
+    "use_qlora": "the base is kept in bf16 or fp32, never quantized",
+    "optim": "the optimizer is AdamW",
+    "optimizer": "the optimizer is AdamW",
+    "logging_steps": "every step is in metrics.jsonl",
+    "eval_steps": "validation follows every epoch",
+    "eval_strategy": "validation follows every epoch",
+    "evaluation_strategy": "validation follows every epoch",
+    "packing": "rows are always packed without padding, and never see one another",
+    "sample_packing": "rows are always packed without padding, and never see one another",
+    "per_device_eval_batch_size": "validation takes as many rows at once as training",
+    "task_type": "the task is always causal language modelling",
+    "bias": "adapters have no bias",
+    "lora_bias": "adapters have no bias",
+    "finetuning_type": "training is always LoRA",
+    "stage": "training is always supervised",
+    "do_train": "phitune train trains",
+    "peft": "training is always LoRA",
+    "use_peft": "training is always LoRA",
+    "deepspeed": "training uses one device",
+    "fsdp": "training uses one device",
+    "num_gpus": "training uses one device",
+}
+
+
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """The known name that a mistyped one most likely means."""
     return next(iter(difflib.get_close_matches(name.replace("-", "_"), list(names), 1)), None)
 
 
 def unknown_name(name: str, names: Iterable[str], *, kind: str, prefix: str = "") -> str:
+    """What to say of a name that is none of `names`: what it is called here, or was meant."""
+    names = list(names)
+    said = f"unknown {kind} {prefix}{shown_name(name)}"
+    plain = re.sub(r"[\s-]", "_", name.strip().lower())
+    last = re.split(r"[./:]", plain)[-1]
+    for theirs in dict.fromkeys((plain.replace(".", "_"), last)):
+        if theirs in names and theirs != name.replace("-", "_"):
+            return f"{said}; phitune calls it {prefix}{theirs}"
+        for ours in _CALLED_HERE.get(theirs, []):
+            if ours in names:
+                value = f" ({_OTHER_VALUES[theirs]})" if theirs in _OTHER_VALUES else ""
+                return f"{said}; phitune calls it {prefix}{ours}{value}"
+        if theirs in _NOT_HERE:
+            return f"{said}; there is no such setting: {_NOT_HERE[theirs]}"
     guess = nearest(name, names)
-    hint = f"; did you mean {prefix}{guess}?" if guess else ""
-    return f"unknown {kind} {prefix}{name}{hint}"
+    return said + (f"; did you mean {prefix}{guess}?" if guess else "")
+
+
+def shown_name(name: str) -> str:
+    """A name as it was given, unless it is none at all."""
+    return name if name.strip() and len(name) <= MAX_NAME else repr(name[:MAX_NAME])
+
+
+MAX_NAME = 80  # characters
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """The keys of a YAML settings file, unknown ones refused with the nearest known name."""
-    import yaml  # not for --help
+    """The keys of a settings file in YAML or JSON, each with the text that stands there.
 
+    Raises:
+        SettingsError: it cannot be read, or keys are unknown (with what they are here) or repeated.
+    """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise SettingsError(f"--config {path}: there is no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"--config {path}: cannot be read as UTF-8 text: {error}") from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise SettingsError(f"--config {path}: not YAML: {error}") from None
+    content = _as_texts(text, path)
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise SettingsError(
-            f"--config {path}: holds a {type(content).__name__}, not 'name: value' lines"
-        )
-    unknown = [
-        unknown_name(str(key), Settings.model_fields, kind="key")
-        for key in content
+        kind = "list" if isinstance(content, list) else "text"
+        raise SettingsError(f"--config {path}: holds a {kind}, not 'name: value' lines")
+    problems = [
+        _unknown_key(str(key), value)
+        for key, value in content.items()
         if key not in Settings.model_fields
     ]
-    if unknown:
-        raise SettingsError(f"--config {path}:\n{listing(unknown)}")
+    if problems:
+        raise SettingsError(f"--config {path}:\n{listing(problems)}")
     return content
+
+
+def _unknown_key(name: str, value: Any) -> str:
+    said = unknown_name(name, Settings.model_fields, kind="key")
+    if isinstance(value, dict):
+        said += "; a settings file has no sections: write 'name: value' lines, not indented"
+    return said
+
+
+def _as_texts(text: str, path: Path) -> Any:
+    """The content of a YAML or JSON file: mappings, lists, texts, and None for null."""
+    import json
+
+    import yaml  # not for --help
+
+    class Loader(yaml.SafeLoader):
+        """Leaves plain values the text that they are, and takes no key twice."""
+
+        # Of YAML's types only null and the merging of mappings; without it, also an empty null.
+        yaml_implicit_resolvers = {  # noqa: RUF012
+            letter: [each for each in found if each[0].endswith((":null", ":merge"))]
+            for letter, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+            if letter
+        }
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+            pairs = [
+                (key.value, f"{_value_text(value)} (line {value.start_mark.line + 1})")
+                for key, value in node.value
+                if key.tag != "tag:yaml.org,2002:merge"
+            ]
+            twice.extend(repeated((str(name), value) for name, value in pairs))
+            return super().construct_mapping(node, deep)
+
+    def from_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        twice.extend(repeated(pairs))
+        return dict(pairs)
+
+    twice: list[str] = []
+    is_json = path.suffix.lower() == ".json"
+    try:
+        if is_json:
+            words: dict[str, Any] = {"parse_int": str, "parse_float": str, "parse_constant": str}
+            content = json.loads(text, object_pairs_hook=from_pairs, **words)
+        else:
+            content = yaml.load(text, Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        kind = "JSON" if is_json else "YAML"
+        raise SettingsError(f"--config {path}: not {kind}: {error}") from None
+    if twice:
+        raise SettingsError(f"--config {path}:\n{listing(twice)}")
+    return content
+
+
+def _value_text(node: Any) -> str:
+    return node.value if isinstance(node.value, str) else "a list or a section"
 
 
 def resolve(
@@ -478,6 +856,8 @@ def resolve(
 ) -> Resolved:
     """Defaults, then the file, then the flags (or, from Python, the arguments)."""
     from_file = read_config_file(config_path) if config_path else {}
+    if config_path:
+        refuse_places_beside(config_path, {k: v for k, v in from_file.items() if k not in flags})
     unknown = [
         unknown_name(name, Settings.model_fields, kind="setting")
         for name in flags
@@ -503,6 +883,38 @@ def resolve(
     return Resolved(settings, origins)
 
 
+# Settings of a file that name something that must be there.
+_READ = ("dataset_path", "validation_path", "model_name", "resume")
+
+
+def refuse_places_beside(config_path: Path, values: Mapping[str, Any]) -> None:
+    """Refuses a relative path that is right from the file's folder and wrong from here.
+
+    Paths of a file start in the working directory, as those of flags do, so that a file can be
+    kept anywhere; who keeps it beside the data is told.
+
+    Raises:
+        SettingsError: names both places.
+    """
+    problems = []
+    for name in _READ:
+        text = values.get(name)
+        # "owner/name" is a model of the hub unless it is here.
+        is_hub_id = name == "model_name" and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(text))
+        if not isinstance(text, str) or not text.strip() or "\0" in text or is_hub_id:
+            continue
+        path, beside = Path(text), config_path.parent / text
+        if path.is_absolute() or text.startswith("~") or path.exists() or not beside.exists():
+            continue
+        problems.append(
+            f"{name} = {text!r} (in {config_path}): is not in the working directory {Path.cwd()},"
+            f" where relative paths start, but beside the file: write {beside}, or start phitune"
+            f" in {config_path.parent}"
+        )
+    if problems:
+        raise SettingsError("these settings cannot be used:\n" + listing(problems))
+
+
 def validated(values: Mapping[str, Any], where: Mapping[str, str]) -> Settings:
     """Settings from values by name; all problems in one error.
 
@@ -518,8 +930,9 @@ def validated(values: Mapping[str, Any], where: Mapping[str, str]) -> Settings:
         problems = []
         for detail in error.errors():
             name = str(detail["loc"][0])
-            place = where.get(name, "")
-            problems.append(f"{name} = {values[name]!r}: {in_words(detail)} ({place})")
+            place = f" ({where[name]})" if where.get(name) else ""
+            problems.append(f"{name} = {_shown(values[name])}: {in_words(detail)}{place}")
+        problems = list(dict.fromkeys(problems))  # Of a list, every element may have the same.
         raise SettingsError("these settings cannot be used:\n" + listing(problems)) from None
     if settings.recompute_layers and not settings.gradient_checkpointing:
         raise SettingsError(
@@ -527,6 +940,10 @@ def validated(values: Mapping[str, Any], where: Mapping[str, str]) -> Settings:
             " leave out the one you do not mean"
         )
     return settings
+
+
+def _shown(value: Any) -> str:
+    return str(value) if isinstance(value, Path) else repr(value)
 
 
 def in_words(detail: ErrorDetails) -> str:
@@ -547,16 +964,28 @@ def in_words(detail: ErrorDetails) -> str:
             return "must be true or false"
         case "literal_error":
             return f"must be one of {context['expected']}"
-        case "string_pattern_mismatch" if detail["loc"][0] == "layers":
-            return "must look like 16-31 or 0,2,8-11"
-        case "string_pattern_mismatch" if detail["loc"][0] == "resume_with":
+        case "string_pattern_mismatch" | "string_type" if detail["loc"][0] == "layers":
+            return _LAYERS_LOOK
+        case "string_pattern_mismatch" | "string_type" if detail["loc"][0] == "resume_with":
             return "must look like learning_rate=1e-4,epochs=30"
         case "string_pattern_mismatch":
             return "must be auto, cpu, cuda, cuda:N or mps"
+        case "string_type" | "string_sub_type" | "string_unicode":
+            return "must be a text"
+        case "list_type":
+            return "must be a list of texts"
+        case "path_type":
+            return "must be a path"
+        case "too_short" | "string_too_short":
+            return "is empty; give a value, or leave it out"
+        case "int_parsing_size":
+            return "must be a smaller number"
+        case "recursion_loop":
+            return "contains itself"
         case "value_error":
             return str(context["error"])
         case _:
-            return detail["msg"]
+            return "cannot be used here"
 
 
 def _number(value: float) -> str:

@@ -34,6 +34,7 @@ from phitune.commands.options import (
     switch,
 )
 from phitune.commands.terminal import jsonable, print_json, render
+from phitune.config import UserPath
 from phitune.errors import DataError
 from phitune.inference.metrics import NORMALISATION
 from phitune.text import marks_of, shortened, visible
@@ -67,14 +68,14 @@ class CompareOptions(SamplingOptions, ModelOptions):
     )
     several_adapters = True
 
-    adapter_path: list[Path] = option(
+    adapter_path: list[UserPath] = option(
         [],
         "a run directory or an adapter folder; may be given several times",
         group="model",
         metavar="RUN_OR_ADAPTER",
         form="repeated",
     )
-    questions_file: Path | None = option(
+    questions_file: UserPath | None = option(
         None,
         "YAML file with 'questions:', a list of texts or of entries with question and expected",
         group="questions",

@@ -18,12 +18,14 @@ from phitune.commands.options import (
     Count,
     ModelOptions,
     OutputFile,
+    Seed,
     one_of,
     option,
     parse,
     switch,
 )
 from phitune.commands.terminal import json_text, print_json
+from phitune.config import Pairs, UserPath
 from phitune.errors import SettingsError
 from phitune.inference.metrics import METRICS
 
@@ -48,13 +50,13 @@ class EvaluateOptions(ModelOptions):
 
     usage = "evaluate --adapter_path RUN [--dataset_path FILE] [--metric NAME ...] [flags]"
 
-    dataset_path: Path | None = option(
+    dataset_path: UserPath | None = option(
         None, "evaluate on all rows of this data (default: the run's validation rows)", group="rows"
     )
     data_format: str | None = option(
         None, "format of its rows, as in phitune train (default: auto)", group="rows"
     )
-    columns: str | None = option(None, "its columns, as in phitune train", group="rows")
+    columns: Pairs = option(None, "its columns, as in phitune train", group="rows")
     max_length: Count | None = option(
         None,
         "its longer rows are left out (default: the run's max_length, or the model's positions)",
@@ -76,10 +78,10 @@ class EvaluateOptions(ModelOptions):
         group="answers",
         metavar="NAME",
     )
-    seed: Count = option(
+    seed: Seed = option(
         42, "seed for sampling rows and for the confidence intervals", group="answers", ge=0
     )
-    general_text: Path | None = option(
+    general_text: UserPath | None = option(
         None,
         "text of the kind that the model must not forget (default: one that is shipped)",
         group="forgetting",
@@ -91,7 +93,7 @@ class EvaluateOptions(ModelOptions):
         group=_HARNESS,
         metavar="NAMES",
     )
-    include_path: Path | None = option(
+    include_path: UserPath | None = option(
         None, "a folder with tasks of your own (YAML)", group=_HARNESS, metavar="DIR"
     )
     num_fewshot: Count | None = option(

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, model_validator
 
 from phitune.commands.options import ModelOptions, one_of, option, parse, switch
+from phitune.config import UserPath
 from phitune.export.formats import DEFAULT_QUANTIZATION, FORMATS, QUANTIZATIONS, ExportSettings
 from phitune.text import in_bytes
 
@@ -30,7 +31,7 @@ class ExportOptions(ModelOptions):
         group="export",
         metavar="|".join(FORMATS),
     )
-    output_dir: Path | None = option(
+    output_dir: UserPath | None = option(
         None, "a new folder (default: RUN-FORMAT beside the run)", group="export"
     )
     overwrite: bool = switch(

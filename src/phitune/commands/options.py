@@ -12,7 +12,8 @@ their origin.
 import argparse
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import shlex
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NoReturn, TypeVar, get_args
 
@@ -23,18 +24,25 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
 from phitune.config import (
+    DASHES,
+    MAX_COUNT,
+    MAX_SEED,
     Device,
+    PlaceName,
     Precision,
     Settings,
+    UserPath,
     choices_of,
     default_text,
     extra_of,
+    given,
     in_words,
     recommended_range,
     unknown_name,
@@ -46,7 +54,6 @@ if TYPE_CHECKING:
     from phitune.inference.loaded import LoadedModel
 
 HELP_COLUMN = 34
-MAX_SEED = 2**62  # Seeds of rows and turns are added to it; a generator takes 64 bits.
 
 # -------------------------------------------------------------------------------------------------
 # How a command declares its options.
@@ -62,6 +69,12 @@ class Options(BaseModel):
         protected_namespaces=(),
         defer_build=True,  # --help needs no validator
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_given(cls, value: Any) -> Any:
+        return given(value)
+
     usage: ClassVar[str]  # the first line of the help, without "usage: phitune"
     epilog: ClassVar[str] = ""
 
@@ -72,7 +85,7 @@ class TrainingOptions(Options):
     # Settings that the help lists, each with other words than its own, or "". None: all of them.
     listed_settings: ClassVar[Mapping[str, str] | None] = None
 
-    config: Path | None = Field(
+    config: UserPath | None = Field(
         None,
         description="YAML file with settings by name; flags override it",
         json_schema_extra={"metavar": "FILE"},
@@ -130,7 +143,6 @@ def _digits(value: Any) -> Any:
 
 def _writable(path: Path) -> Path:
     """A file that can be written, as far as that is known before anything is computed."""
-    path = path.expanduser()
     if path.is_dir():
         raise ValueError("is a folder; name a file")
     if not (folder := path.absolute().parent).is_dir():
@@ -138,8 +150,9 @@ def _writable(path: Path) -> Path:
     return path
 
 
-Count = Annotated[int, BeforeValidator(_digits)]
-OutputFile = Annotated[Path, AfterValidator(_writable)]
+Count = Annotated[int, BeforeValidator(_digits), Field(le=MAX_COUNT)]
+Seed = Annotated[int, BeforeValidator(_digits), Field(le=MAX_SEED)]
+OutputFile = Annotated[UserPath, AfterValidator(_writable)]
 
 # -------------------------------------------------------------------------------------------------
 # What the commands that load a trained model have in common.
@@ -150,14 +163,14 @@ class ModelOptions(Options):
 
     several_adapters: ClassVar[bool] = False
 
-    adapter_path: list[Path] = option(
+    adapter_path: list[UserPath] = option(
         [],
         "a run directory or an adapter folder",
         group="model",
         metavar="RUN_OR_ADAPTER",
         form="repeated",
     )
-    model_name: str | None = option(
+    model_name: PlaceName | None = option(
         None,
         "the base model: a hub id, a local folder, or a shipped model (default: the one that the"
         " adapter names)",
@@ -223,7 +236,7 @@ class SamplingOptions(Options):
         gt=0.0,
         le=10.0,
     )
-    seed: Count = option(42, "seed for sampling", group="answers", ge=0, le=MAX_SEED)
+    seed: Seed = option(42, "seed for sampling", group="answers", ge=0)
 
     def sampling(self) -> "Sampling":
         from phitune.inference.generate import Sampling
@@ -247,8 +260,7 @@ def parse(options: type[AnyOptions], argv: Sequence[str]) -> AnyOptions:
         SettingsError: unknown flags, or values that are not allowed; names each of them.
     """
     parser = _parser_of(options)
-    given = _given(parser, argv, _flags(options))
-    return _validated(options, given, parser)
+    return _validated(options, _read(parser, argv, _flags(options)), parser)
 
 
 def parse_with_settings(
@@ -256,9 +268,9 @@ def parse_with_settings(
 ) -> tuple[AnyTrainingOptions, dict[str, Any]]:
     """The command's own options, and the settings that were given, as text for `config.resolve`."""
     parser = _parser_of(options)
-    given = _given(parser, argv, [*Settings.model_fields, *_flags(options)])
-    settings = {name: given.pop(name) for name in Settings.model_fields if name in given}
-    return _validated(options, given, parser), settings
+    flags = _read(parser, argv, [*Settings.model_fields, *_flags(options)])
+    settings = {name: flags.pop(name) for name in Settings.model_fields if name in flags}
+    return _validated(options, flags, parser), settings
 
 
 def checked(options: type[Options], name: str, text: str) -> Any:
@@ -279,15 +291,85 @@ class _Parser(argparse.ArgumentParser):
         raise SettingsError(f"{message}\nRun '{self.prog} --help' for all flags.")
 
 
-def _given(parser: _Parser, argv: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
+class _Once(argparse.Action):
+    """Takes a value, and refuses a second one: the last would win, and nobody would know."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if self.nargs == 0:
+            values = self.const
+        if hasattr(namespace, self.dest):
+            first = getattr(namespace, self.dest)
+            parser.error(
+                f"{option_string} is given twice: {_typed(first)}, then {_typed(values)}; leave"
+                " out the one that you do not mean"
+            )
+        setattr(namespace, self.dest, values)
+
+
+def _typed(value: Any) -> str:
+    """A value as it is typed on a command line."""
+    return str(value).lower() if isinstance(value, bool) else shlex.quote(str(value))
+
+
+def _read(parser: _Parser, argv: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
     """The flags that were given, as text. An unknown one is refused with the nearest of `names`."""
-    given, unknown = parser.parse_known_args(argv)
-    if unknown and not unknown[0].startswith("--"):
-        parser.error(f"unexpected argument {unknown[0]!r}: every value needs its flag before it")
+    taking_one = {
+        flag for action in parser._actions if action.nargs is None for flag in action.option_strings
+    }
+    given, unknown = parser.parse_known_args(_with_values(argv, taking_one, parser))
     if unknown:
-        name = unknown[0][2:].partition("=")[0]
-        parser.error(unknown_name(name, names, kind="flag", prefix="--"))
+        parser.error(_why_unknown(unknown[0], argv, names))
     return vars(given)
+
+
+def _with_values(argv: Sequence[str], taking_one: Container[str], parser: _Parser) -> list[str]:
+    """The words, a value that begins with a hyphen joined to its flag: -1e-4 is no flag."""
+    words: list[str] = []
+    rest = iter(argv)
+    for word in rest:
+        if word == "--":
+            return [*words, word, *rest]
+        if word not in taking_one or (value := next(rest, None)) is None:
+            words.append(word)
+        elif value.startswith("--") or value == "-h":
+            name = value.partition("=")[0]
+            if name in parser._option_string_actions:
+                parser.error(f"argument {word}: expected one argument, and {name} follows")
+            parser.error(
+                f"argument {word}: expected one argument; if it is {value}, write {word}={value}"
+            )
+        else:
+            words.append(f"{word}={value}" if value.startswith("-") else word)
+            words += [] if value.startswith("-") else [value]
+    return words
+
+
+def _why_unknown(word: str, argv: Sequence[str], names: Sequence[str]) -> str:
+    """What to say of a word that is no flag and no value of one."""
+    bare = word.lstrip("-" + DASHES).partition("=")[0]
+    if word.startswith("--"):
+        return unknown_name(bare, names, kind="flag", prefix="--")
+    if word[0] in f"-{DASHES}" and bare and not bare[0].isdigit():
+        dash = "one hyphen" if word[0] == "-" else f"a dash ({word[0]}) that is no hyphen"
+        known = bare if bare in names else unknown_name(bare, names, kind="flag", prefix="--")
+        remedy = f"write --{bare}" if known == bare else known
+        return f"{word} begins with {dash}, flags with two: {remedy}"
+    if "=" in word and bare in names:
+        return f"unexpected argument {word!r}: write --{word}"
+    at = argv.index(word) if word in argv else 0
+    before = argv[at - 2 : at] if at >= 2 else []
+    if before and before[0].startswith("--") and not before[1].startswith("-"):
+        return (
+            f"unexpected argument {word!r}: every value needs its flag before it, and {before[0]}"
+            f" has one, {before[1]!r}; a value with a space in it needs quotes"
+        )
+    return f"unexpected argument {word!r}: every value needs its flag before it"
 
 
 def _validated(options: type[AnyOptions], given: Mapping[str, Any], parser: _Parser) -> AnyOptions:
@@ -296,7 +378,11 @@ def _validated(options: type[AnyOptions], given: Mapping[str, Any], parser: _Par
     except ValidationError as error:
         problems = []
         for detail in error.errors():
-            place = f"--{detail['loc'][0]} {detail['input']}: " if detail["loc"] else ""
+            name = str(detail["loc"][0]) if detail["loc"] else ""
+            place = f"--{name} {_typed(detail['input'])}: " if name else ""
+            field = options.model_fields.get(name)
+            if field and extra_of(field, "form") == "positional":
+                place = f"{extra_of(field, 'metavar')} {_typed(detail['input'])}: "
             problems.append(place + in_words(detail))
         parser.error("\n".join(problems))
 
@@ -354,13 +440,14 @@ def _add_flag(add: Callable[..., Any], flag: str, field: FieldInfo, help_text: s
         case "repeated":
             add(f"--{flag}", action="append", metavar=metavar, help=help_text)
         case _ if field.annotation is bool:
-            add(f"--{flag}", nargs="?", const=True, metavar="true|false", help=help_text)
+            words = {"const": True, "metavar": "true|false", "help": help_text}
+            add(f"--{flag}", action=_Once, nargs="?", **words)
             off = (f"--no-{flag}", f"--no_{flag}")
-            add(*off, dest=flag, action="store_const", const=False, help=argparse.SUPPRESS)
+            add(*off, dest=flag, action=_Once, nargs=0, const=False, help=argparse.SUPPRESS)
         case _ if isinstance(field.default, list):
-            add(f"--{flag}", nargs="+", metavar=metavar, help=help_text)
+            add(f"--{flag}", action="extend", nargs="+", metavar=metavar, help=help_text)
         case _:
-            add(f"--{flag}", metavar=metavar, help=help_text)
+            add(f"--{flag}", action=_Once, metavar=metavar, help=help_text)
 
 
 def _flags(options: type[Options]) -> list[str]:

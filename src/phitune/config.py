@@ -361,6 +361,11 @@ class Settings(BaseModel):
         " their numbers, prompt=0,response=1",
         group=_DATA,
     )
+    roles: str | None = knob(
+        None,
+        "names of the roles of turns, such as assistant=model,user=customer",
+        group=_DATA,
+    )
     on_bad_row: Literal["error", "skip"] = knob(
         "error",
         "what to do with rows that cannot be used; error: list them all and stop",

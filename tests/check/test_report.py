@@ -1,5 +1,6 @@
 """The report on a data set, and its short form before training."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,13 @@ from typing import Any
 import pytest
 from helpers.reports import chat_rows, make, messy_rows, report_of, rows_like, write
 
-from phitune.check.report import check_before_training
+from phitune.check.report import check_before_training, make_report
 from phitune.cli import main
 from phitune.config import Settings, resolve
 from phitune.data.coder import Coder
 from phitune.data.prepare import PreparedData, prepare_data
 from phitune.data.tokenizer import TextTokenizer
+from phitune.errors import ModelError
 from phitune.model.files import find_model
 
 
@@ -149,3 +151,13 @@ def test_errors_stop_training_before_anything_is_loaded(
         assert "already in a template (20)" in captured.err
         assert "nothing was trained" in captured.err
         assert not out.exists()
+
+
+def test_columns_that_carry_meaning_and_are_not_read_are_a_warning(tmp_path: Path) -> None:
+    rows = [{"text": f"The kettle broke on day {n}.", "label": n % 2, "id": n} for n in range(12)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    report = make_report(Settings(dataset_path=tmp_path / "a.jsonl"), ModelError("none"))
+    (finding,) = [check for check in report.checks if check.name == "unread_columns"]
+    assert (finding.verdict, finding.rows) == ("warning", 12)
+    assert finding.message.startswith("label: it is not trained")
+    assert any("not read: id (12 of 12 rows)" in note for note in report.notes)

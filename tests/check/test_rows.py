@@ -28,6 +28,8 @@ from phitune.check.rows import (
     RowTexts,
     answer_without_letters,
     damaged_text,
+    escaped_line_ends,
+    html_inside,
     in_a_template,
     prompt_ends_in_the_answer,
     secret_inside,
@@ -35,9 +37,11 @@ from phitune.check.rows import (
     special_token_pattern,
     special_tokens_inside,
     unfilled_placeholder,
+    word_for_nothing,
 )
 from phitune.check.survey import Survey
 from phitune.data.conversation import Example, Turn
+from phitune.data.formats import RowNotes
 
 FILE = Path("rows.jsonl")
 PHI_3 = special_token_pattern(["<|endoftext|>", "<|end|>", "<|user|>", "<|assistant|>", "<s>"])
@@ -91,6 +95,15 @@ def table_of(rows: list[tuple[str, ...]], validation: set[int] = frozenset()) ->
         (answer_without_letters, ("What is Rust?", "...")),
         (answer_without_letters, ("What is Rust?", " - ")),
         (answer_without_letters, ("Hi", "Hello", "And?", "___")),
+        (word_for_nothing, ("What is Rust?", "nan")),
+        (word_for_nothing, ("What is Rust?", " None\n")),
+        (word_for_nothing, ("N/A", "A language.")),
+        (escaped_line_ends, ("How?", r"Step one:\n- lift it\n- use it")),
+        (escaped_line_ends, ("How?", r"Step one:\r\nLift it.")),
+        (escaped_line_ends, (r"Text:\n\nWhat is it?", "A text.")),
+        (html_inside, ("Who?", "Tom &amp; Ann")),
+        (html_inside, ("Who?", "Tom<br/>Ann")),
+        (html_inside, ("Who?", "It&#39;s <a href='x'>Tom</a>.")),
         (
             prompt_ends_in_the_answer,
             ("Go on: The capital of France", "The capital of France is P."),
@@ -132,6 +145,11 @@ def test_found(check: Callable[[RowTexts], str | None], bad: tuple[str, ...]) ->
         (answer_without_letters, ("How much is 6 times 7?", "42")),
         (answer_without_letters, ("\u0643\u064a\u0641\u061f", "\u062c\u064a\u062f")),
         (answer_without_letters, ("Chinese?", "\u4e2d")),
+        (word_for_nothing, ("Which of these?", "None of them.")),
+        (escaped_line_ends, ("Formula?", r"a \neq b, \nu and \nabla")),
+        (escaped_line_ends, ("Program?", "print('a\\n')\nprint('B\\nC')")),
+        (html_inside, ("Tags?", "```html\n<p>Tom &amp; Ann</p>\n```")),
+        (html_inside, ("Less?", "a < b & c > d, x<y>z")),
         (prompt_ends_in_the_answer, ("Is it yes or no", "no")),
         (prompt_ends_in_the_answer, ("The capital of France is what?", "The capital of France.")),
         (prompt_ends_in_the_answer, ("A text on its own",)),
@@ -182,7 +200,7 @@ def finding(rows: list[tuple[str, ...]], name: str) -> Finding:
     survey = surveyed(rows)
     table = survey.table()
     near = survey.near_duplicates(table)
-    evidence = Evidence(table, near, None, survey.found(), exact_duplicates(table))
+    evidence = Evidence(table, near, None, survey.found(), exact_duplicates(table), RowNotes())
     found = all_findings(evidence, Split(len(rows), 0, None, 1, strictly=True))
     return next(one for one in found if one.name == name)
 

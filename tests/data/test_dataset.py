@@ -51,8 +51,9 @@ def test_texts_are_kept_to_the_last_character(tmp_path: Path) -> None:
         ('{"prompt": "a"}', "'response' is missing"),
         ('{"prompt": "a", "response": ""}', "'response' is empty"),
         ('{"prompt": " \\n", "response": "b"}', "'prompt' is empty"),
-        ('{"prompt": "a", "response": 4}', "'response' is a number, expected a text"),
-        ('{"prompt": null, "response": ["b"]}', "'prompt' is a null, expected a text and"),
+        ('{"prompt": "a", "response": NaN}', "'response' is not a number (NaN or infinite)"),
+        ('{"prompt": "a", "response": ["b", "c"]}', "'response' is a list of 2 texts, expected"),
+        ('{"prompt": null, "response": {}}', "'prompt' is a null, expected a text and"),
         ('{"prompt": "a", "response": "\\ud800"}', "half a surrogate pair"),
         ('{"question": "a", "answer": "b"}', "'prompt' is missing"),
         (b'{"prompt": "\xff", "response": "b"}', "not UTF-8 (byte 13 of the line)"),
@@ -89,10 +90,9 @@ def test_bad_rows_are_left_out_where_that_is_asked(tmp_path: Path) -> None:
     path = write(tmp_path, "\n".join([GOOD, "no", GOOD, '{"prompt": "a"}']))
     stream = read_examples(path, on_bad_row="skip")
     assert [example.line for example in stream] == [1, 3]
-    assert stream.skipped
-    assert "2 of 4 rows are left out" in stream.skipped
-    assert f"{path}:2: not JSON" in stream.skipped
-    assert f"{path}:4: 'response' is missing" in stream.skipped
+    assert "2 of 4 rows are left out" in stream.warnings[-1]
+    assert f"{path}:2: not JSON" in stream.warnings[-1]
+    assert f"{path}:4: 'response' is missing" in stream.warnings[-1]
     with pytest.raises(DataError, match="2 problems and no row is left"):
         list(read_examples(write(tmp_path, "no\n[]"), on_bad_row="skip"))
 

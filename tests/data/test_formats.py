@@ -1,14 +1,17 @@
 """Rows to conversations: every common kind, found or named; what has no form is refused."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from phitune.data.conversation import Example, Turn
 from phitune.data.dataset import read_examples
-from phitune.data.formats import parse_columns
+from phitune.data.formats import parse_columns, parse_roles
 from phitune.errors import DataError, SettingsError
 
 
@@ -66,7 +69,7 @@ def test_every_kind_of_row_is_recognised(
     stream = read_examples(path)
     assert list(stream) == [Example(expected, path, 1)]
     assert stream.formats[path].name == name
-    assert f"{path}: read as {name} (" in stream.notes[-1]
+    assert f"{path}: read as {name} (" in stream.notes[0]
     assert list(read_examples(path, data_format=name)) == [Example(expected, path, 1)]
 
 
@@ -82,7 +85,7 @@ TOOL = {"role": "assistant", "tool_calls": [{"type": "function"}]}
         ([USER, {"role": "tool", "content": "x"}, ANSWER], "turn 2 has the role 'tool'; known are"),
         ([USER, {"role": 5, "content": "x"}], "turn 2 has the role '5'"),
         ([USER, {"role": "assistant", "content": None}], "turn 2 has a null as content"),
-        ([{"role": "user", "content": [{"type": "image"}]}, ANSWER], "turn 1 has a list as"),
+        ([{"role": "user", "content": [{"type": "image"}]}, ANSWER], "turn 1 has a part of"),
         ([USER, {"role": "assistant"}], "turn 2 has a null as content, expected a text"),
         ([USER, {"content": "x"}], 'turn 2 has neither "role" nor "from"'),
         ([USER, "x"], "turn 2 is a text, expected an object"),
@@ -114,8 +117,8 @@ def test_what_has_no_form_is_refused_and_never_flattened(
     assert "--on_bad_row skip" in str(caught.value)
     stream = read_examples(path, on_bad_row="skip")
     assert [example.line for example in stream] == [1, 3]
-    assert "1 of 3 rows are left out" in str(stream.skipped)
-    assert f"{path}:2: {said}" in str(stream.skipped)
+    assert "1 of 3 rows are left out" in str(stream.warnings)
+    assert f"{path}:2: {said}" in str(stream.warnings)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +150,7 @@ def test_a_text_under_another_name_is_a_completion(tmp_path: Path) -> None:
         ("=a", "auto", "is not FIELD=COLUMN"),
         ("prompt=", "auto", "is not FIELD=COLUMN"),
         ("prompt=a,prompt=b", "auto", "prompt is named twice"),
-        ("prompt=a,answer=b", "auto", "are not the fields; known are: messages;"),
+        ("prompt=a,answer=b", "auto", "are not the fields; known are: messages, system;"),
         ("prompt=a", "messages", "are not the fields of messages; known are: messages"),
     ],
 )
@@ -178,7 +181,7 @@ def test_the_format_is_that_of_the_first_row_that_has_one(tmp_path: Path) -> Non
         list(read_examples(path))
     assert ":1: 'response' is missing" in str(caught.value)
     assert ":3: 'prompt' is missing and 'response' is missing" in str(caught.value)
-    with pytest.raises(DataError, match='expected "instruction" and "input" and "output"'):
+    with pytest.raises(DataError, match='expected "instruction" and "output"'):
         list(read_examples(path, data_format="alpaca"))
 
 
@@ -193,6 +196,253 @@ def test_each_file_of_a_folder_has_its_own_format(tmp_path: Path) -> None:
         "messages",
         "question-answer",
     ]
+
+
+# --- what rows of other tools hold ----------------------------------------------------------------
+
+SHORT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+def said_of(values: Any, *, of: str = "user") -> list[dict[str, Any]]:
+    """The short conversation with another content, or role, of its first turn."""
+    return [{"role": of, "content": values}, SHORT[1]]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        # Columns before and behind a question.
+        ({"prompt": "q", "response": "a", "system": "s"}, turns("q", "a", system="s")),
+        ({"prompt": "q", "response": "a", "system_prompt": "s"}, turns("q", "a", system="s")),
+        ({"prompt": "q", "response": "a", "system": " "}, turns("q", "a")),
+        ({"question": "q", "context": "c", "answer": "a"}, turns("q\nc", "a")),
+        ({"prompt": "q", "context": "c", "response": "a"}, turns("q\nc", "a")),
+        (
+            {
+                "instruction": "q",
+                "input": "",
+                "output": "a",
+                "system": "s",
+                "history": [["h", "i"]],
+            },
+            turns("h", "i", "q", "a", system="s"),
+        ),
+        ({"prompt": "q", "response": "a", "history": [*SHORT]}, turns("q", "a", "q", "a")),
+        ({"query": "q", "response": "a", "history": []}, turns("q", "a")),
+        ({"conversations": SHORT, "system": "s", "tools": ""}, turns("q", "a", system="s")),
+        (
+            {"messages": [{"role": "system", "content": "s"}, *SHORT], "system": "s"},
+            turns("q", "a", system="s"),
+        ),
+        # Other names.
+        ({"Prompt": "q", " Response ": "a"}, turns("q", "a")),
+        ({"problem": "q", "solution": "a"}, turns("q", "a")),
+        ({"input": "q", "output": "a"}, turns("q", "a")),
+        ({"question": "q", "response": "a"}, turns("q", "a")),
+        ({"instruction": "q", "completion": "a"}, turns("q", "a")),
+        ({"conversation": [{"human": "q", "assistant": "a"}]}, turns("q", "a")),
+        (
+            {"conversation": [{"system": "s", "input": "q", "output": "a"}]},
+            turns("q", "a", system="s"),
+        ),
+        # Roles.
+        ({"messages": said_of("q", of="User")}, turns("q", "a")),
+        ({"messages": [SHORT[0], {"role": "model", "content": "a"}]}, turns("q", "a")),
+        ({"messages": [SHORT[0], {"from": "ChatGPT", "value": "a"}]}, turns("q", "a")),
+        (
+            {"messages": [{"role": "developer", "content": "s"}, *SHORT]},
+            turns("q", "a", system="s"),
+        ),
+        # Contents.
+        ({"messages": said_of([{"type": "text", "text": "q"}])}, turns("q", "a")),
+        ({"messages": said_of([{"text": "q"}, "r"])}, turns("q\nr", "a")),
+        ({"messages": said_of(4)}, turns("4", "a")),
+        ({"question": "q", "answer": 2}, turns("q", "2")),
+        ({"question": "q", "answer": 0.5}, turns("q", "0.5")),
+        ({"question": "q", "answer": True}, turns("q", "true")),
+        ({"question": "q", "answer": ["a"]}, turns("q", "a")),
+        # Conversations in other shapes.
+        ({"prompt": [SHORT[0]], "completion": [SHORT[1]]}, turns("q", "a")),
+        ({"prompt": [SHORT[0]], "completion": SHORT[1]}, turns("q", "a")),
+        ({"prompt": "q", "completion": [SHORT[1]]}, turns("q", "a")),
+        ({"messages": json.dumps(SHORT)}, turns("q", "a")),
+        ({"messages": {"role": ["user", "assistant"], "content": ["q", "a"]}}, turns("q", "a")),
+        ({"conversations": {"from": ["human", "gpt"], "value": ["q", "a"]}}, turns("q", "a")),
+        ({"id": 3, "data": {"messages": SHORT}}, turns("q", "a")),
+        ({"data": {"question": "q", "answer": "a", "context": "c"}}, turns("q\nc", "a")),
+    ],
+)
+def test_what_other_tools_write_is_read(
+    tmp_path: Path, row: dict[str, Any], expected: tuple[Turn, ...]
+) -> None:
+    (example,) = read_examples(write(tmp_path, row))
+    assert example.turns == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"messages": [{**SHORT[0], "from": "gpt"}, SHORT[1]]}, """has the "role" 'user' and is"""),
+        ({"messages": [{**SHORT[0], "value": "x"}, SHORT[1]]}, 'has a "content" and another'),
+        ({"messages": [SHORT[0], {**SHORT[1], "weight": 0.5}]}, "has 'weight': 0.5; the turns of"),
+        ({"messages": [SHORT[0], {**SHORT[1], "train": False}]}, "has 'train': False"),
+        ({"messages": said_of([{"type": "image_url"}])}, "a part of the type 'image_url'; only"),
+        (
+            {"messages": [{"role": "system", "content": "s"}, *SHORT], "system": "t"},
+            "'system' and the first turn are different system prompts",
+        ),
+        (
+            {"prompt": "q", "response": "a", "system": "s", "system_prompt": "t"},
+            "'system' and 'system_prompt' are different system prompts",
+        ),
+        (
+            {"prompt": "q", "response": "a", "history": [["h"]]},
+            "'history' item 1 is not a question",
+        ),
+        ({"prompt": "q", "response": "a", "history": "h"}, "'history' is a text, expected a list"),
+        ({"question": "q", "answer": None}, "'answer' is a null"),
+        ({"question": "q", "answer": ["a", "b"]}, "a list of 2 texts, expected one; keep the one"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preference data (chosen and rejected"),
+        (
+            {"prompt": "q", "chosen": "a", "rejected": "b"},
+            "--columns prompt=prompt,response=chosen",
+        ),
+        ({"chosen": SHORT, "rejected": SHORT}, "--columns messages=chosen"),
+        (
+            {"question": "q", "context": "c", "answers": {"text": ["a"]}},
+            "has the fields 'question'",
+        ),
+        ({"a": {"b": "c"}}, "those within an object with a dot, prompt=data.title"),
+        ({"messages": said_of("q", of="customer")}, "named with --roles assistant=customer"),
+    ],
+)
+def test_what_has_two_meanings_or_none_is_refused(
+    tmp_path: Path, row: dict[str, Any], said: str
+) -> None:
+    path = write(tmp_path, row)
+    with pytest.raises(DataError) as caught:
+        list(read_examples(path))
+    assert f"{path}:1: " in str(caught.value)
+    assert said in str(caught.value)
+
+
+def test_the_chosen_answers_of_preferences_can_be_trained_on(tmp_path: Path) -> None:
+    path = write(tmp_path, {"prompt": "q", "chosen": "a", "rejected": "b"})
+    stream = read_examples(path, columns="prompt=prompt,response=chosen")
+    assert [example.turns for example in stream] == [turns("q", "a")]
+    assert "not read: rejected (the row): preferences" in stream.warnings[0]
+    path = write(tmp_path, {"chosen": SHORT, "rejected": SHORT})
+    assert [example.turns for example in read_examples(path, columns="messages=chosen")] == [
+        turns("q", "a")
+    ]
+
+
+def test_roles_of_other_names_are_named_by_the_user(tmp_path: Path) -> None:
+    said = [{"from": "Customer", "value": "q"}, {"from": "agent", "value": "a"}]
+    path = write(tmp_path, {"conversations": said})
+    stream = read_examples(path, roles="user=customer, assistant=agent")
+    assert [example.turns for example in stream] == [turns("q", "a")]
+    assert any("role agent: read as assistant" in note for note in stream.notes)
+
+
+@pytest.mark.parametrize(
+    ("roles", "said"),
+    [
+        ("model", "'model' is not ROLE=NAME"),
+        ("tool=x", "'tool' is not a role; known are: system, user, assistant"),
+        ("user=x,assistant=X", "X is named for two roles"),
+    ],
+)
+def test_roles_that_cannot_be_are_refused(roles: str, said: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse_roles(roles)
+    assert said in str(caught.value)
+
+
+def test_what_is_not_read_is_named_and_warned_of_if_it_carries_meaning(tmp_path: Path) -> None:
+    rows = [
+        {"messages": SHORT, "id": 1, "topic": "x"},
+        {"messages": SHORT, "id": 2, "topic": "", "split": "test", "tools": []},
+        {"messages": [SHORT[0], {**SHORT[1], "reasoning_content": "r", "id": 7}], "id": 3},
+    ]
+    path = write(tmp_path, *rows)
+    stream = read_examples(path)
+    assert len(list(stream)) == 3
+    assert stream.notes[1:] == [
+        f"{path}: not read: id (3 of 3 rows)",
+        f"{path}: not read: topic, turn's id (1 of 3 rows)",
+    ]
+    assert [line.partition(": ")[2].partition(":")[0] for line in stream.warnings] == [
+        "not read",
+        "not read",
+    ]
+    assert "split (1 of 3 rows): rows of every split are trained on" in stream.warnings[0]
+    assert "turn's reasoning_content (1 of 3 rows)" in stream.warnings[1]
+    # Rows that are left out say nothing of what the others hold.
+    path = write(
+        tmp_path, {"prompt": "q", "response": "", "label": 1}, {"prompt": "q", "response": "a"}
+    )
+    stream = read_examples(path, on_bad_row="skip")
+    assert len(list(stream)) == 1
+    assert not any("label" in line for line in [*stream.notes, stream.warnings[0]])
+
+
+def test_an_optional_column_may_begin_in_any_row(tmp_path: Path) -> None:
+    rows = [{"prompt": "q", "response": "a"}, {"prompt": "q", "response": "a", "system": "s"}]
+    stream = read_examples(write(tmp_path, *rows))
+    assert [example.turns for example in stream] == [turns("q", "a"), turns("q", "a", system="s")]
+    assert "prompt-response (prompt, response, system)" in stream.notes[0]
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(0, 9),
+    st.text(max_size=5),
+    st.just([]),
+    st.just(["x", "y"]),
+)
+KEYS = st.sampled_from(
+    ["system", "history", "context", "input", "tools", "images", "label", "split", "id", "meta"]
+) | st.text("abcXYZ_. ", min_size=1, max_size=8)
+
+
+@given(
+    base=st.sampled_from(
+        [
+            {"prompt": "q", "response": "a"},
+            {"question": "q", "answer": "a"},
+            {"instruction": "q", "output": "a"},
+            {"messages": SHORT},
+            {"conversations": SHORT},
+            {"text": "t"},
+        ]
+    ),
+    extra=st.dictionaries(KEYS, VALUES, max_size=4),
+    of_turn=st.dictionaries(KEYS, VALUES, max_size=2),
+)
+def test_no_key_of_a_row_is_ever_ignored_in_silence(
+    base: dict[str, Any], extra: dict[str, Any], of_turn: dict[str, Any]
+) -> None:
+    """Used, refused, or named as not read: whatever stands in a row and is not empty."""
+    row = {**extra, **base}
+    if "messages" in base:
+        row["messages"] = [{**of_turn, **SHORT[0]}, SHORT[1]]
+    with tempfile.TemporaryDirectory() as folder:
+        stream = read_examples(write(Path(folder), row))
+        try:
+            list(stream)
+        except DataError:
+            return
+    (row_format,) = stream.formats.values()
+    named = {*stream.row_notes.unread, *row_format.columns.values()}
+    for key, value in row.items():
+        assert key in named or value in (None, "", []), key
+    if "messages" in base:
+        for key, value in of_turn.items():
+            assert key in SHORT[0] or f"turn's {key}" in named or value in (None, "", []), key
+    for name in stream.row_notes.unread:
+        assert any(name in line for line in [*stream.notes, *stream.warnings]), name
 
 
 # File, --columns, rows, the roles of its rows, and what is said; no rows: why it is refused.
@@ -243,7 +493,7 @@ def test_every_shared_file_is_read_with_its_roles_or_refused_with_the_reason(
     assert len(examples) == rows == stream.rows
     found = {"".join(turn.role[0] for turn in example.turns) for example in examples}
     assert found == set(shape.split())
-    assert said in stream.notes[-1]
+    assert any(said in note for note in stream.notes)
 
 
 def test_every_shared_file_is_in_the_table(shared: Path) -> None:
@@ -267,3 +517,14 @@ def test_all_tool_calls_are_counted_and_written_to_a_file(shared: Path) -> None:
         list(skipping)
     assert skipping.problems.file
     skipping.problems.file.unlink()
+
+
+def test_rows_that_share_their_history_are_different_questions(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"q{n}", "response": "a", "system": "s", "history": [["h", "i"]]}
+        for n in range(2)
+    ]
+    first, second = read_examples(write(tmp_path, *rows))
+    assert [turn.content for turn in first.question] == ["s", "h", "i", "q0"]
+    assert first.question != second.question
+    assert first.first_answer == Turn("assistant", "a")

@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ from phitune.check.survey import (
 from phitune.config import Settings
 from phitune.data.coder import Coder
 from phitune.data.dataset import ExampleStream, OnBadRow, read_examples
+from phitune.data.formats import RowNotes
 from phitune.data.prepare import PreparedData, validation_rows
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import DataError, ModelError, listing
@@ -144,12 +146,13 @@ class Evidence:
     tokens: TokenStatistics | None
     found_in_rows: dict[str, Found]  # by the name of a RowCheck
     bad_rows: Found
+    row_notes: RowNotes
 
 
 def all_findings(evidence: Evidence, split: Split) -> list[Finding]:
     """Every check, in their order."""
     rows, near = evidence.rows, evidence.near
-    findings = [unreadable(evidence.bad_rows, split)]
+    findings = [unreadable(evidence.bad_rows, split), unread_columns(evidence.row_notes)]
     findings += [of_row_check(check, evidence.found_in_rows, len(rows)) for check in ROW_CHECKS]
     findings += [
         _warning_if_any(
@@ -201,6 +204,26 @@ def unreadable(bad_rows: Found, split: Split) -> Finding:
         "fix these rows, or leave them out with --on_bad_row skip",
     )
     return _as_error(finding) if bad_rows.rows and split.strictly else finding
+
+
+def unread_columns(row_notes: RowNotes) -> Finding:
+    """Columns, and keys of turns, that carry meaning and are not read."""
+    name, title = "unread_columns", "columns that are not read"
+    carriers = row_notes.carriers()
+    if not carriers:
+        return Finding(name, title, "ok")
+    # Those of one kind have one consequence.
+    by_reason: dict[str, list[str]] = {}
+    for column, why in carriers.items():
+        by_reason.setdefault(why, []).append(column)
+    return Finding(
+        name,
+        title,
+        "warning",
+        max(row_notes.unread[column] for column in carriers),
+        "; ".join(f"{', '.join(columns)}: {why}" for why, columns in by_reason.items()),
+        "remove these columns, or put what they say into the texts",
+    )
 
 
 def of_row_check(check: RowCheck, found_in_rows: dict[str, Found], rows: int) -> Finding:
@@ -481,7 +504,12 @@ def make_report(
     tokens = token_statistics(table, settings) if encoder else None
     near = survey.near_duplicates(table)
     bad_rows = _bad_rows(streams)
-    checks = all_findings(Evidence(table, near, tokens, survey.found(), bad_rows), split)
+    row_notes = RowNotes(
+        sum((stream.row_notes.unread for stream in streams), Counter()),
+        sum((stream.row_notes.read_as for stream in streams), Counter()),
+    )
+    evidence = Evidence(table, near, tokens, survey.found(), bad_rows, row_notes)
+    checks = all_findings(evidence, split)
     if missing:
         checks.append(_tokens_not_counted(missing))
     checks.sort(key=lambda finding: -SEVERITY[finding.verdict])
@@ -520,6 +548,7 @@ def _open(
         source,
         data_format=settings.data_format,
         columns=settings.columns,
+        roles=settings.roles,
         on_bad_row=on_bad_row,
         refusal=coder.prompt_format.refusal if coder else None,
         part="validation" if validation else "train",
@@ -557,7 +586,7 @@ MAX_ROWS = 200_000
 # Beside the tokens of a data set, in the cache: the short forms, by what they depend on.
 REMEMBERED = "checks.json"
 # Preparing the rows has reported these already, in more lines. As errors they are repeated.
-_REPORTED_BEFORE = ("unreadable", "too_long", "in_both_parts")
+_REPORTED_BEFORE = ("unreadable", "unread_columns", "too_long", "in_both_parts")
 
 
 @dataclass(frozen=True)

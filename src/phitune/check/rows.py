@@ -122,6 +122,45 @@ def answer_without_letters(row: RowTexts) -> str | None:
     return None
 
 
+# What programs write where there is no value.
+_EMPTY_WORDS = {"nan", "none", "null", "nil", "nat", "n/a", "#n/a", "<na>", "undefined", "(null)"}
+
+
+def word_for_nothing(row: RowTexts) -> str | None:
+    """A text that is "nan", "None" or the like: an empty cell that went through a program."""
+    for text in (*row.answers, *row.prompts):
+        if len(text) < 20 and text.strip().lower() in _EMPTY_WORDS:
+            return quoted(text.strip())
+    return None
+
+
+# LaTeX has commands such as \neq, so what begins with a small letter may be one.
+_ESCAPED_LINE_END = re.compile(r"\\r?\\?n(?![a-z])")
+
+
+def escaped_line_ends(row: RowTexts) -> str | None:
+    """Backslash and n where a line end was: a text of one line that was escaped twice."""
+    for text in (*row.answers, *row.prompts):
+        if "\\n" in text and "\n" not in text and (found := _ESCAPED_LINE_END.search(text)):
+            return quoted(text[max(0, found.start() - 10) : found.end() + 20])
+    return None
+
+
+_HTML = re.compile(
+    r"&(?:amp|lt|gt|quot|nbsp|apos|#\d{2,5}|#x[0-9a-fA-F]{2,5});"
+    r"|</?(?:p|br|div|span|b|i|strong|em|ul|ol|li|a|td|tr|table|h[1-6])\b[^<>\n]{0,200}>",
+    re.IGNORECASE,
+)
+
+
+def html_inside(row: RowTexts) -> str | None:
+    """An entity or a tag of HTML outside of code."""
+    for text in row.answers:
+        if ("&" in text or "<" in text) and "```" not in text and (found := _HTML.search(text)):
+            return quoted(found.group())
+    return None
+
+
 _FIRST_WORDS = 3
 _FEWEST_CHARACTERS = 10
 
@@ -278,6 +317,29 @@ ROW_CHECKS = (
         "the model learns to answer nothing",
         "give these rows an answer, or remove them",
         error_from=0.5,
+    ),
+    RowCheck(
+        "empty_words",
+        'texts that are "nan", "None" or the like',
+        word_for_nothing,
+        "they stand for an empty cell, and the model learns to answer with them",
+        "remove these rows where the word is no answer",
+    ),
+    RowCheck(
+        "double_escapes",
+        "line ends written as a backslash and n",
+        escaped_line_ends,
+        "the model learns to write the backslash",
+        "decode the texts once more before they are written as JSON or CSV",
+        warning_from=0.02,
+    ),
+    RowCheck(
+        "html",
+        "answers with entities or tags of HTML",
+        html_inside,
+        "the model learns to write them",
+        "convert the texts (Python: html.unescape), unless HTML is what you want",
+        warning_from=0.1,
     ),
     RowCheck(
         "answer_in_prompt",

@@ -412,7 +412,7 @@ class Survey:
             examples,
             row_hash=_hashes(examples, lambda example: hash_of(example.turns)),
             question_hash=_hashes(examples, question_hash),
-            answer_hash=_hashes(examples, _first_answer_hash),
+            answer_hash=_hashes(examples, lambda example: hash_of((example.first_answer,))),
             answer_words=np.fromiter(answer_words, np.int32, number),
             characters=characters,
             words=words.counts.astype(np.int32),
@@ -493,8 +493,3 @@ def _token_counts(
 
 def _hashes(examples: Sequence[Example], of: Callable[[Example], int]) -> npt.NDArray[np.uint64]:
     return np.fromiter(map(of, examples), np.uint64, len(examples))
-
-
-def _first_answer_hash(example: Example) -> int:
-    answer = next(turn for turn in example.turns if turn.role == "assistant")
-    return hash_of((answer,))

@@ -27,6 +27,7 @@ class Example:
     turns: tuple[Turn, ...]
     file: Path
     line: int  # from 1; the number of the row in formats without lines
+    earlier: int = 0  # turns of a history, which precede the question
 
     @property
     def is_completion(self) -> bool:
@@ -34,9 +35,18 @@ class Example:
 
     @property
     def question(self) -> tuple[Turn, ...]:
-        """The turns before the first answer; a split keeps rows with the same question together."""
-        first = next(index for index, turn in enumerate(self.turns) if turn.role == "assistant")
-        return self.turns[:first]
+        """The turns before the first answer that follows the history; a split keeps rows with the
+        same question together.
+        """
+        turns = enumerate(self.turns)
+        return self.turns[
+            : next(i for i, t in turns if i >= self.earlier and t.role == "assistant")
+        ]
+
+    @property
+    def first_answer(self) -> Turn:
+        """The answer to the question."""
+        return self.turns[len(self.question)]
 
 
 # What a prompt format says of turns: why it cannot render them, or None.

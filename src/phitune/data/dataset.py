@@ -10,19 +10,23 @@ Knows no tokens, no prompt format (it asks one whether it accepts a row), no tor
 
 import itertools
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from phitune.data.conversation import Example, Refusal
+from phitune.data.conversation import Example, Refusal, Role
 from phitune.data.files import BytesRead, RawRow, read_rows, suffix_of
 from phitune.data.formats import (
     EXPECTED,
     FIELD_NAMES,
     RowFormat,
+    RowNotes,
     detect,
     is_numbered,
     parse_columns,
+    parse_roles,
     unknown_fields,
 )
 from phitune.data.sources import Part, Source, find_source
@@ -42,6 +46,7 @@ def read_examples(
     *,
     data_format: str = "auto",
     columns: str | None = None,
+    roles: str | None = None,
     on_bad_row: OnBadRow = "error",
     refusal: Refusal | None = None,
     part: Part = "train",
@@ -51,16 +56,30 @@ def read_examples(
     Args:
         data_format: a name of `FIELDS`, or "auto".
         columns: other column names, as `prompt=title,response=body`.
+        roles: other names of roles, as `assistant=model,user=customer`.
         on_bad_row: "error" reads to the end of the data and then raises; "skip" leaves rows out.
         refusal: that of a prompt format; a row that it cannot render is a problem too.
         part: which files of a folder are taken.
 
     Raises:
         DataError: there is no such data; while iterating: its problems.
-        SettingsError: impossible columns.
+        SettingsError: impossible columns or roles.
     """
-    named_columns = parse_columns(columns, data_format)
-    return ExampleStream(find_source(source, part), data_format, named_columns, on_bad_row, refusal)
+    return ExampleStream(
+        find_source(source, part),
+        RowReading(data_format, parse_columns(columns, data_format), parse_roles(roles)),
+        strict=on_bad_row == "error",
+        refusal=refusal,
+    )
+
+
+@dataclass(frozen=True)
+class RowReading:
+    """How rows are to be read: what the settings say about fields and roles."""
+
+    data_format: str  # a name of `FIELDS`, or "auto"
+    columns: Mapping[str, str]
+    roles: Mapping[str, Role]
 
 
 class ExampleStream:
@@ -69,21 +88,25 @@ class ExampleStream:
     def __init__(
         self,
         source: Source,
-        data_format: str,
-        columns: dict[str, str],
-        on_bad_row: OnBadRow,
+        reading: RowReading,
+        *,
+        strict: bool,
         refusal: Refusal | None,
     ) -> None:
+        """
+        Args:
+            strict: bad rows are raised in one error at the end; else they are left out.
+        """
         self.source = source.name
         self.files = source.files
         self.formats: dict[Path, RowFormat] = {}  # of the files read so far
         self.rows = 0  # read so far, good and bad
         self.problems = Problems()
+        self.row_notes = RowNotes()  # of the rows that can be used
         self.bytes_read = BytesRead()
         self._source_notes = source.notes
-        self._data_format = data_format
-        self._columns = columns
-        self._strict = on_bad_row == "error"
+        self._reading = reading
+        self._strict = strict
         self._refusal = refusal
         self._fatal = False  # a problem that leaving out rows does not solve
 
@@ -94,23 +117,28 @@ class ExampleStream:
 
     @property
     def notes(self) -> list[str]:
-        """Which files were taken, and the format each was read as."""
+        """Which files were taken, the format each was read as, and what was not read."""
         notes = list(self._source_notes)
         for row_format in dict.fromkeys(map(str, self.formats.values())):
             files = [path for path, found in self.formats.items() if str(found) == row_format]
             more = f" and {len(files) - 1} more files" if len(files) > 1 else ""
             notes.append(f"{files[0]}{more}: read as {row_format}")
-        return notes
+        return notes + [f"{self.source}: {line}" for line in self.row_notes.notes(self._used_rows)]
 
     @property
-    def skipped(self) -> str | None:
-        """A warning about the rows that were left out; None if there were none."""
-        if not self.problems.count:
-            return None
-        return (
-            f"{self.source}: {self.problems.count} of {self.rows} rows are left out"
-            f" (--on_bad_row skip):\n{self.problems.listing()}"
-        )
+    def warnings(self) -> list[str]:
+        """About rows that were left out, and columns that carry meaning and are not read."""
+        lines = [f"{self.source}: {line}" for line in self.row_notes.warnings(self._used_rows)]
+        if self.problems.count:
+            lines.append(
+                f"{self.source}: {self.problems.count} of {self.rows} rows are left out"
+                f" (--on_bad_row skip):\n{self.problems.listing()}"
+            )
+        return lines
+
+    @property
+    def _used_rows(self) -> int:
+        return self.rows - self.problems.count
 
     def findings(self) -> dict[str, Any]:
         """What was found out while reading, in JSON's types; see `restore`."""
@@ -123,6 +151,8 @@ class ExampleStream:
             "rows": self.rows,
             "problem_count": self.problems.count,
             "problems": self.problems.first,
+            "unread": dict(self.row_notes.unread),
+            "read_as": dict(self.row_notes.read_as),
         }
 
     def restore(self, findings: dict[str, Any]) -> None:
@@ -133,6 +163,7 @@ class ExampleStream:
         }
         self.rows = findings["rows"]
         self.problems = Problems(findings["problem_count"], findings["problems"])
+        self.row_notes = RowNotes(Counter(findings["unread"]), Counter(findings["read_as"]))
 
     def __iter__(self) -> Iterator[Example]:
         try:
@@ -148,7 +179,8 @@ class ExampleStream:
         self._raise_problems(kept)
 
     def _of_file(self, file: Path) -> Iterator[Example]:
-        numbered = is_numbered(self._columns)
+        reading = self._reading
+        numbered = is_numbered(reading.columns)
         rows = read_rows(file, numbered=numbered, bytes_read=self.bytes_read)
 
         # The format: that of the first row that has one.
@@ -157,7 +189,8 @@ class ExampleStream:
         for row in rows:
             if self._readable(file, row):
                 tried.append(row)
-                row_format = detect(row.values, self._columns, self._data_format)
+                assert not isinstance(row.values, str)
+                row_format = detect(row.values, reading.columns, reading.data_format)
                 if row_format or len(tried) == _ROWS_TO_DETECT:
                     break
         if not tried:
@@ -176,7 +209,9 @@ class ExampleStream:
             if not self._readable(file, row):
                 continue
             assert not isinstance(row.values, str)
-            example = row_format.example(row.values, file, row.line)
+            row_format = row_format.with_optional(row.values)
+            self.formats[file] = row_format
+            example = row_format.example(row.values, file, row.line, reading.roles, self.row_notes)
             if isinstance(example, str):
                 self.problems.add(f"{file}:{row.line}: {example}")
             elif self._refusal and (refused := self._refusal(example.turns)):
@@ -200,7 +235,10 @@ class ExampleStream:
         assert not isinstance(first.values, str)
         if row_format is None:
             table = (suffix_of(file) or "").startswith((".csv", ".tsv")) and not numbered
-            problem = unknown_fields(first.values, self._columns, self._data_format, table=table)
+            reading = self._reading
+            problem = unknown_fields(
+                first.values, reading.columns, reading.data_format, table=table
+            )
             return f"{file}:{1 if table else first.line}: {problem}"
         if not numbered:
             return None

@@ -96,8 +96,7 @@ def tokenized(
     if not stream.formats:  # Nothing was read: the store comes from the cache.
         stream.restore(store.about)
         notes = [f"{source}: its tokens are taken from the cache, {store.folder}"]
-    if stream.skipped:
-        warnings.append(stream.skipped)
+    warnings += stream.warnings
     formats = {row_format.name for row_format in stream.formats.values()}
     return TokenizedData(
         store, stream.notes + notes, warnings, is_completion=formats == {"completion"}
@@ -112,6 +111,7 @@ def open_stream(
         source,
         data_format=settings.data_format,
         columns=settings.columns,
+        roles=settings.roles,
         on_bad_row=settings.on_bad_row,
         refusal=prompt_format.refusal,
         part=part,
@@ -253,6 +253,7 @@ def _key(stream: ExampleStream, settings: Settings, coder: Coder) -> str:
         "train_on_prompt": settings.train_on_prompt,
         "data_format": settings.data_format,
         "columns": settings.columns,
+        "roles": settings.roles,
         "on_bad_row": settings.on_bad_row,
         "files": [_identity(path) for path in stream.files],
     }

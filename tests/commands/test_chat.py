@@ -30,7 +30,7 @@ from phitune.data.coder import Coder
 from phitune.data.conversation import Turn
 from phitune.data.dataset import read_examples
 from phitune.errors import SettingsError
-from phitune.inference.chat import Chat, Exchange
+from phitune.inference.chat import Chat, Exchange, Limits
 from phitune.inference.generate import Sampling
 from phitune.inference.loaded import Answer, LoadedModel, open_model
 
@@ -276,7 +276,7 @@ def person(endless: Path, tmp_path: Path) -> Iterator[Person]:
 def test_an_evening_at_the_terminal(
     person: Person, endless: Path, shipped_model: Path, tmp_path: Path
 ) -> None:
-    chat = Chat(open_model([endless]), choice=None, max_new_tokens=1500)
+    chat = Chat(open_model([endless]), choice=None, limits=Limits(1500))
     first = person.sees("positions")
     assert shipped_model.name in first
     assert "fp32 on cpu" in " ".join(first.split())
@@ -403,7 +403,7 @@ class Paper:
 
 @pytest.fixture
 def paper(model: LoadedModel) -> Paper:
-    return Paper(Chat(model, choice=0, max_new_tokens=20))
+    return Paper(Chat(model, choice=0, limits=Limits(20)))
 
 
 @pytest.fixture
@@ -500,7 +500,7 @@ def test_wrong_commands_say_what_is_allowed_and_change_nothing(
 
 
 def test_without_an_adapter_the_base_answers_and_says_so(shipped_model: Path) -> None:
-    chat = Chat(open_model([], model_name=shipped_model.name), max_new_tokens=20)
+    chat = Chat(open_model([], model_name=shipped_model.name), limits=Limits(20))
     assert "Lisbon" in "".join(chat.ask(QUESTIONS[0]))
     commands = ChatCommands(chat, Paper(chat))
     for line in ("/adapter on", "/compare"):

@@ -13,7 +13,7 @@ from phitune.data.conversation import Turn
 from phitune.data.prompt import Segment
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import OutOfMemoryError, SettingsError
-from phitune.inference.chat import KEPT_SHARE, Chat, Exchange, TextStream
+from phitune.inference.chat import KEPT_SHARE, Chat, Exchange, Limits, TextStream
 from phitune.inference.generate import Sampling
 from phitune.inference.loaded import LoadedModel, open_model
 from phitune.model.decoder import Decoder
@@ -137,7 +137,7 @@ def streamed_around(tokenizer: TextTokenizer, ids: list[int]) -> list[str]:
 def test_a_conversation_computes_what_is_new_and_answers_as_a_fresh_one(
     model: LoadedModel, choice: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chat = Chat(model, choice=choice, max_new_tokens=24, system="Be brief.")
+    chat = Chat(model, choice=choice, limits=Limits(24), system="Be brief.")
     counts = count_tokens(monkeypatch)
     held = 0
     for question in QUESTIONS:
@@ -148,7 +148,7 @@ def test_a_conversation_computes_what_is_new_and_answers_as_a_fresh_one(
             # Of the prompt what is new, and each token of the answer but the one that ends it.
             assert computed == told.prompt_tokens - held + told.answer.tokens - 1
             held = told.prompt_tokens + told.answer.tokens - 1
-        fresh = Chat(model, choice=choice, max_new_tokens=24, system="Be brief.")
+        fresh = Chat(model, choice=choice, limits=Limits(24), system="Be brief.")
         fresh.exchanges = chat.exchanges[:-1]
         assert tell(fresh, question).answer.text == told.answer.text
 
@@ -169,25 +169,25 @@ def count_tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_adapter_on_and_off_are_the_tuned_and_the_base_model(
     model: LoadedModel, shipped_model: Path
 ) -> None:
-    chat = Chat(model, choice=0, max_new_tokens=20)
+    chat = Chat(model, choice=0, limits=Limits(20))
     tuned = tell(chat, QUESTIONS[0]).answer.text
     chat.take_back()
     chat.choice = None
     base = tell(chat, QUESTIONS[0]).answer.text
-    alone = Chat(open_model([], model_name=shipped_model.name), max_new_tokens=20)
+    alone = Chat(open_model([], model_name=shipped_model.name), limits=Limits(20))
     assert base == tell(alone, QUESTIONS[0]).answer.text
     assert "Lisbon" in base
     assert tuned != base
     # In the middle of a conversation, too: no key of the other model stays in the cache.
     chat.choice = 0
     switched = tell(chat, QUESTIONS[1]).answer.text
-    fresh = Chat(model, choice=0, max_new_tokens=20)
+    fresh = Chat(model, choice=0, limits=Limits(20))
     fresh.exchanges = chat.exchanges[:1]
     assert tell(fresh, QUESTIONS[1]).answer.text == switched
 
 
 def test_both_answer_the_last_question_and_the_conversation_stays(model: LoadedModel) -> None:
-    chat = Chat(model, choice=0, max_new_tokens=20, sampling=Sampling(0.9, seed=5))
+    chat = Chat(model, choice=0, limits=Limits(20), sampling=Sampling(0.9, seed=5))
     tell(chat, QUESTIONS[0])
     last = tell(chat, QUESTIONS[1])
     base, tuned = chat.both()
@@ -202,7 +202,7 @@ def test_both_answer_the_last_question_and_the_conversation_stays(model: LoadedM
 
 
 def test_an_answer_that_is_given_up_stays_as_far_as_it_came(model: LoadedModel) -> None:
-    chat = Chat(model, choice=0, max_new_tokens=40)
+    chat = Chat(model, choice=0, limits=Limits(40))
     whole = tell(chat, QUESTIONS[0]).answer.text
     chat.reset()
     pieces = chat.ask(QUESTIONS[0])
@@ -212,7 +212,7 @@ def test_an_answer_that_is_given_up_stays_as_far_as_it_came(model: LoadedModel) 
     (exchange,) = chat.exchanges
     assert (exchange.answer.text, exchange.interrupted) == (came, True)
     goes_on = tell(chat, QUESTIONS[1]).answer.text
-    fresh = Chat(model, choice=0, max_new_tokens=40)
+    fresh = Chat(model, choice=0, limits=Limits(40))
     fresh.exchanges = [exchange]
     assert tell(fresh, QUESTIONS[1]).answer.text == goes_on
     pieces = chat.ask(QUESTIONS[2])
@@ -223,7 +223,7 @@ def test_an_answer_that_is_given_up_stays_as_far_as_it_came(model: LoadedModel) 
 def test_an_answer_that_is_interrupted_within_a_step_leaves_a_sound_cache(
     model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chat = Chat(model, choice=0, max_new_tokens=30)
+    chat = Chat(model, choice=0, limits=Limits(30))
     layers, calls = Decoder.hidden_states, [0]
 
     def interrupted(self: Decoder, *rest: object) -> torch.Tensor:
@@ -238,7 +238,7 @@ def test_an_answer_that_is_interrupted_within_a_step_leaves_a_sound_cache(
         "".join(chat.ask(QUESTIONS[0]))
     assert chat.exchanges[0].interrupted
     after = tell(chat, QUESTIONS[1]).answer.text
-    fresh = Chat(model, choice=0, max_new_tokens=30)
+    fresh = Chat(model, choice=0, limits=Limits(30))
     fresh.exchanges = chat.exchanges[:1]
     assert tell(fresh, QUESTIONS[1]).answer.text == after
 
@@ -246,7 +246,7 @@ def test_an_answer_that_is_interrupted_within_a_step_leaves_a_sound_cache(
 def test_a_full_memory_is_told_and_the_conversation_can_go_on(
     model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chat = Chat(model, max_new_tokens=10)
+    chat = Chat(model, limits=Limits(10))
     said = tell(chat, QUESTIONS[0]).answer.text
     with monkeypatch.context() as patch:
 
@@ -262,8 +262,8 @@ def test_a_full_memory_is_told_and_the_conversation_can_go_on(
 
 
 def test_what_no_longer_fits_is_dropped_from_the_front(model: LoadedModel) -> None:
-    limits = {"context_length": 160, "max_new_tokens": 30, "system": "Be brief."}
-    chat = Chat(model, choice=0, **limits)  # type: ignore[arg-type]
+    limits = Limits(max_new_tokens=30, context_length=160)
+    chat = Chat(model, choice=0, system="Be brief.", limits=limits)
     forgotten = []
     for number in range(9):
         told = tell(chat, f"How much is {number} plus {number}?")
@@ -280,7 +280,7 @@ def test_what_no_longer_fits_is_dropped_from_the_front(model: LoadedModel) -> No
     assert cache
     assert cache.capacity <= 160  # What was announced is what it comes to at most.
     # What is left is a conversation that began there, system turn included.
-    fresh = Chat(model, choice=0, **limits)  # type: ignore[arg-type]
+    fresh = Chat(model, choice=0, system="Be brief.", limits=limits)
     fresh.exchanges = chat.exchanges[chat.forgotten : -1]
     assert tell(fresh, chat.exchanges[-1].question).answer == chat.exchanges[-1].answer
     assert len(chat.messages()) == 1 + 2 * 9  # Nothing is lost for who saves it.
@@ -289,7 +289,7 @@ def test_what_no_longer_fits_is_dropped_from_the_front(model: LoadedModel) -> No
 def test_a_question_that_does_not_fit_by_itself_is_refused(
     model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chat = Chat(model, context_length=60, max_new_tokens=40)
+    chat = Chat(model, limits=Limits(40, 60))
     tell(chat, "Hi")
     counts = count_tokens(monkeypatch)
     with pytest.raises(SettingsError, match=r"takes \d+ tokens and 20 are free: 60 positions"):
@@ -301,17 +301,17 @@ def test_a_question_that_does_not_fit_by_itself_is_refused(
     with pytest.raises(SettingsError, match="1 to 59 are allowed"):
         chat.max_new_tokens = 60
     with pytest.raises(SettingsError, match="allows 2 to"):
-        Chat(model, context_length=10**6)
+        Chat(model, limits=Limits(context_length=10**6))
 
 
 def test_draws_repeat_with_the_seed_and_differ_from_turn_to_turn(model: LoadedModel) -> None:
     def told(seed: int) -> list[str]:
-        chat = Chat(model, sampling=Sampling(1.3, seed=seed), max_new_tokens=16)
+        chat = Chat(model, sampling=Sampling(1.3, seed=seed), limits=Limits(16))
         return [tell(chat, "Tell me something.").answer.text for _ in range(3)]
 
     assert told(3) == told(3)
     assert told(3) != told(4)
-    chat = Chat(model, sampling=Sampling(1.3, seed=3), max_new_tokens=16)
+    chat = Chat(model, sampling=Sampling(1.3, seed=3), limits=Limits(16))
     first = tell(chat, "Tell me something.").answer.text
     assert tell_again(chat) != first
     chat.set_seed(3)

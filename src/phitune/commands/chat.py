@@ -126,15 +126,14 @@ def _at_a_terminal(options: ChatOptions) -> int:
 def _open(options: ChatOptions) -> "Chat":
     model = options.open_model()
 
-    from phitune.inference.chat import Chat
+    from phitune.inference.chat import Chat, Limits
 
     return Chat(
         model,
         choice=0 if model.adapters else None,
         system=options.system,
         sampling=options.sampling(),
-        max_new_tokens=options.max_new_tokens,
-        context_length=options.context_length,
+        limits=Limits(options.max_new_tokens, options.context_length),
     )
 
 

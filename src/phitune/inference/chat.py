@@ -109,13 +109,20 @@ class Exchange:
         return (tokens - 1) / decoding if tokens > 1 and decoding > 0 else 0.0
 
 
+@dataclass(frozen=True)
+class Limits:
+    """Positions of a chat."""
+
+    max_new_tokens: int = 256  # of an answer
+    # Of a prompt and its answer together; None (and at most) for all that the model has.
+    context_length: int | None = None
+
+
 class Chat:
     """One conversation with one model, base or tuned.
 
     Args:
         choice: the adapter that answers; None for the base model.
-        context_length: tokens that a prompt and its answer may have together; by default (and at
-            most) the model's positions.
 
     Raises:
         SettingsError: of everything that is out of the model's reach, naming what it allows.
@@ -128,9 +135,9 @@ class Chat:
         choice: int | None = None,
         system: str = "",
         sampling: Sampling = GREEDY,
-        max_new_tokens: int = 256,
-        context_length: int | None = None,
+        limits: Limits = Limits(),
     ) -> None:
+        context_length = limits.context_length
         positions = model.decoder.config.max_position_embeddings
         if context_length is not None and not 2 <= context_length <= positions:
             raise SettingsError(
@@ -145,7 +152,7 @@ class Chat:
         self._choice = choice
         self._cache = Conversation(self.context_length)
         self._system, self._max_new_tokens = "", 1
-        self.system, self.max_new_tokens = system, max_new_tokens
+        self.system, self.max_new_tokens = system, limits.max_new_tokens
 
     @property
     def choice(self) -> int | None:

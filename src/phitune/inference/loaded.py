@@ -58,27 +58,24 @@ class Answer:
         return len(self.ids)
 
 
+@dataclass(eq=False, repr=False)
 class LoadedModel:
     """One base in memory, any number of adapters beside it. `choice` is an adapter's number, or
     None for the base, which is asked in the first adapter's format, with its tokenizer.
     """
 
-    def __init__(
-        self,
-        model_name: str,
-        folder: Path,
-        decoder: Decoder,
-        coder: Coder,
-        adapters: Sequence[LoadedAdapter],
-        warnings: Sequence[str] = (),
-    ) -> None:
-        self.model_name, self.folder = model_name, folder
-        self.decoder, self._coder = decoder, coder
-        self.adapters = tuple(adapters)
-        self.warnings = tuple(warnings)  # for the user
-        self.on_decoder = AdapterSet(decoder, [adapter.adapter for adapter in adapters])
-        coders = (coder, *(adapter.coder for adapter in adapters))
-        self.stop_ids = sorted({token for one in coders for token in one.stop_ids})
+    model_name: str
+    folder: Path
+    decoder: Decoder
+    base_coder: Coder
+    adapters: Sequence[LoadedAdapter]
+    warnings: Sequence[str] = ()  # for the user
+
+    def __post_init__(self) -> None:
+        self.adapters, self.warnings = tuple(self.adapters), tuple(self.warnings)
+        self.on_decoder = AdapterSet(self.decoder, [each.adapter for each in self.adapters])
+        coders = (self.base_coder, *(each.coder for each in self.adapters))
+        self.stop_ids = sorted({token for coder in coders for token in coder.stop_ids})
 
     @property
     def precision(self) -> str:
@@ -87,7 +84,7 @@ class LoadedModel:
 
     def coder(self, choice: int | None) -> Coder:
         """Encodes what this choice is asked, and decodes what it answers."""
-        return self._coder if choice is None else self.adapters[choice].coder
+        return self.base_coder if choice is None else self.adapters[choice].coder
 
     def answers(
         self,

@@ -52,6 +52,15 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture(scope="session")
+def cases() -> Path:
+    """The folder of inputs that people have reported, to be read only."""
+    folder = SHARED.parent / "cases"
+    if not folder.is_dir():
+        pytest.skip(f"needs the shared cases, and there is no {folder}")
+    return folder
+
+
 @pytest.fixture(scope="session", params=["tiny-phi-2", "tiny-phi-3.5"])
 def shipped_model(request: pytest.FixtureRequest) -> Path:
     return ASSETS / str(request.param)

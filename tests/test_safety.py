@@ -27,9 +27,10 @@ from phitune.data.conversation import Turn
 from phitune.data.template import render
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import ModelError, without_tokens
+from phitune.model.adapter_config import CONFIG_FILE
 from phitune.model.architecture import read_model_config
 from phitune.model.files import ASSETS, find_model
-from phitune.model.lora import CONFIG_FILE, WEIGHTS_FILE, load_adapter
+from phitune.model.lora import WEIGHTS_FILE, load_adapter
 from phitune.model.weights import load_decoder, read_header
 from phitune.untrusted import read_object
 

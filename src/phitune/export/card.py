@@ -20,8 +20,8 @@ from phitune.data.coder import Coder
 from phitune.data.conversation import Turn
 from phitune.data.sources import hub_id
 from phitune.data.tokenizer import TextTokenizer
+from phitune.model.adapter_config import CONFIG_FILE
 from phitune.model.files import SHIPPED_MODELS, is_hub_id
-from phitune.model.lora import CONFIG_FILE
 from phitune.training.checkpoint import replace_file
 from phitune.training.rundir import ADAPTER, CONFIG, EVALUATION, SUMMARY
 from phitune.untrusted import read_object

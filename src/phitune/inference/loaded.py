@@ -23,11 +23,12 @@ from phitune.inference.generate import (
     generate,
     prepare_for_inference,
 )
+from phitune.model.adapter_config import CONFIG_FILE
 from phitune.model.architecture import ModelConfig, read_model_config
 from phitune.model.decoder import Decoder
 from phitune.model.device import DTYPES, choose_device, choose_precision, is_out_of_memory
-from phitune.model.files import ASSETS, SHIPPED_MODELS, fetch_weights, find_model
-from phitune.model.lora import CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterSet, detach, load_adapter
+from phitune.model.files import ASSETS, SHIPPED_MODELS, fetch_weights, find_model, is_hub_id
+from phitune.model.lora import WEIGHTS_FILE, Adapter, AdapterSet, detach, load_adapter
 from phitune.model.weights import load_decoder
 from phitune.untrusted import read_object
 
@@ -246,10 +247,18 @@ def base_model_name(named: Mapping[Path, str]) -> str:
     """The one base model that all of `base_names` agree on.
 
     Raises:
-        ModelError: none is named, or not the same.
+        ModelError: none is named, not the same, or a revision of it.
     """
     names = set(named.values())
     if len(names) == 1:
+        for folder, name in named.items():
+            revision = read_object(folder / CONFIG_FILE, "").get("revision")
+            if revision not in (None, "", "main") and is_hub_id(name):
+                raise ModelError(
+                    f"{folder / CONFIG_FILE}: names revision {revision!r} of {name} as its base,"
+                    " and only the newest is fetched; download that revision, and name its folder"
+                    " with --model_name"
+                )
         return names.pop()
     if not names:
         raise ModelError("no base model is named; name it with --model_name")

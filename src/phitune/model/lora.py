@@ -4,8 +4,8 @@ Semantics and names are PEFT's, so that an adapter written here loads there and 
 round: A starts Kaiming-uniform and B at zero (for the embedding A at zero and B normal), updates
 count alpha / r times, dropout sits in front of A.
 
-Which modules are adapted is in architecture.py, the arithmetic in ops.py and fused.py. Only plain
-LoRA is read: DoRA, rank patterns and the like are refused by name.
+Which modules are adapted is in architecture.py, the arithmetic in ops.py and fused.py. What an
+adapter_config.json may say is in adapter_config.py: only plain LoRA is read.
 
 Shapes: R rank, D in, O out, V vocabulary, T tokens, K adapters, X all their ranks on a layer.
 """
@@ -13,7 +13,7 @@ Shapes: R rank, D in, O out, V vocabulary, T tokens, K adapters, X all their ran
 import math
 import re
 import zlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,13 @@ from torch import Tensor, nn
 
 from phitune.errors import ModelError, SavedAdapterError, listing
 from phitune.model import ops
-from phitune.model.architecture import EMBEDDING_MODULE, FAMILIES, ModelConfig
+from phitune.model.adapter_config import CONFIG_FILE, AdapterConfig, read_adapter_config
+from phitune.model.architecture import EMBEDDING_MODULE, FAMILIES, LM_HEAD, ModelConfig
 from phitune.model.decoder import Decoder, LoraBank, LoraPair
 from phitune.model.weights import read_header
-from phitune.untrusted import read_object, write_object
+from phitune.untrusted import write_object
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS_FILE = "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -171,22 +172,16 @@ def load_adapter(
         ModelError: files missing or damaged, another base, or a kind of adapter that is not built.
     """
     # Both files.
-    raw = _read_adapter_config(folder / CONFIG_FILE)
+    config = read_adapter_config(folder / CONFIG_FILE)
     path = folder / WEIGHTS_FILE
     tensors = _read_tensors(path)
 
     # What they hold: one pair of matrices for each module that the model knows.
     known = (EMBEDDING_MODULE, *decoder.fused_linears())
     modules = tuple(name for name in known if _peft_names(name)[0] in tensors)
-    spec = LoraSpec(
-        rank=int(raw["r"]),
-        alpha=float(raw["lora_alpha"]),
-        dropout=float(raw.get("lora_dropout") or 0.0),
-        modules=modules,
-        use_rslora=bool(raw.get("use_rslora")),
-    )
-    # PEFT adds the base's own rows when it adapts the embedding; they are not needed.
-    given = {name: tensor for name, tensor in tensors.items() if ".base_layer." not in name}
+    spec = LoraSpec(config.rank, config.alpha, config.dropout, modules, config.use_rslora)
+    copies = {name for name in tensors if _weight_of_base(decoder, name)}
+    given = {name: tensor for name, tensor in tensors.items() if name not in copies}
     _check_numbers(path, given, spec)
 
     # Names and shapes, against those of a new adapter of this kind.
@@ -199,18 +194,89 @@ def load_adapter(
         for name, tensor in expected.items()
         if name in given and given[name].shape != tensor.shape
     ]
-    if problems or not modules:
+    try:
+        if problems or not modules:
+            base = config.base_model_name
+            raise ModelError(
+                f"{folder}: this adapter does not fit the model:\n"
+                + listing(_by_layer(problems) or ["it holds no LoRA matrices"])
+                + (f"\nIt names {base} as its base." if base else "")
+                + "\nOpen it with the base model that it was trained on (--model_name)."
+            )
+        _check_copies(folder, config, decoder, {name: tensors[name] for name in copies})
+        _check_selected(folder, config, known, modules)
+    except ModelError:
         detach(decoder)
-        base = raw.get("base_model_name_or_path")
-        raise ModelError(
-            f"{folder}: this adapter does not fit the model:\n"
-            + listing(_by_layer(problems) or ["it holds no LoRA matrices"])
-            + (f"\nIt names {base} as its base." if base else "")
-            + "\nOpen it with the base model that it was trained on (--model_name)."
-        )
+        raise
     with torch.no_grad():
         adapter.load_tensors(given)
     return adapter
+
+
+def _check_selected(
+    folder: Path, config: AdapterConfig, known: Collection[str], modules: Collection[str]
+) -> None:
+    """Refuses an adapter whose two files speak of different modules.
+
+    PEFT leaves out matrices that target_modules does not select, and those that are missing.
+    """
+    selected = config.selected(known)
+    problems = [f"{name}: not selected by {CONFIG_FILE}" for name in set(modules) - selected]
+    problems += [f"{name}: no matrices in {WEIGHTS_FILE}" for name in selected - set(modules)]
+    if problems:
+        raise ModelError(
+            f"{folder}: target_modules (with exclude_modules and layers_to_transform) in"
+            f" {CONFIG_FILE} and the matrices in {WEIGHTS_FILE} contradict each other:\n"
+            + listing(_by_layer(problems))
+            + "\nGet both files again from where they came from."
+        )
+
+
+def _weight_of_base(decoder: Decoder, name: str) -> str | None:
+    """The base's weight that a tensor of an adapter's file stands for; None for any other tensor.
+
+    PEFT writes the token table and the head beside the matrices if they are adapted or resized, and
+    whatever `modules_to_save` names.
+    """
+    plain = name.removeprefix(_PEFT_PREFIX).replace(".base_layer.", ".")
+    if plain == f"{LM_HEAD}.weight" and decoder.config.tie_word_embeddings:
+        plain = f"{EMBEDDING_MODULE}.weight"
+    return plain if plain in decoder.named_weights() else None
+
+
+def _check_copies(
+    folder: Path, config: AdapterConfig, decoder: Decoder, copies: Mapping[str, Tensor]
+) -> None:
+    """Refuses an adapter that changes weights of its base, in place of adding matrices to them."""
+    weights = decoder.named_weights()
+    saved = config.saved({LM_HEAD, *(name.rpartition(".")[0] for name in weights)})
+    problems = [f"modules_to_save = {saved}"] if saved else []
+    for name, copy in copies.items():
+        weight = weights[str(_weight_of_base(decoder, name))]
+        if weight.shape != copy.shape:
+            problems.append(
+                f"{name}: shape {tuple(copy.shape)}, and that of the base is {tuple(weight.shape)}"
+            )
+        # Without the base's numbers it is too early to tell; it is loaded again with them.
+        elif weight.device.type != "meta" and not _are_equal(weight, copy):
+            problems.append(f"{name}: other numbers than the base's")
+    if problems:
+        raise ModelError(
+            f"{folder}: this adapter carries whole weights in the place of its base's, such as a"
+            " token table of its own after the vocabulary was resized:\n"
+            + listing(_by_layer(problems))
+            + "\nOnly matrices beside the base's weights can be opened. Merge it with PEFT, and use"
+            " the result as a model:\n"
+            "  base = AutoModelForCausalLM.from_pretrained(BASE)  # then, if it was resized:"
+            " base.resize_token_embeddings(ROWS)\n"
+            "  PeftModel.from_pretrained(base, ADAPTER).merge_and_unload().save_pretrained(FOLDER)"
+        )
+
+
+def _are_equal(weight: Tensor, copy: Tensor) -> bool:
+    """Whether a copy of a weight has its numbers, as far as its type can hold them. [...]"""
+    narrow = copy.dtype if copy.dtype.itemsize < weight.dtype.itemsize else weight.dtype
+    return torch.equal(weight.to(narrow), copy.to(weight.device, narrow))
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:  # of any shape, not checked yet
@@ -285,19 +351,19 @@ def compare_with_memory(adapter: Adapter, folder: Path) -> None:
         SavedAdapterError: it cannot be read, or it is another one.
     """
     try:
-        raw = _read_adapter_config(folder / CONFIG_FILE)
+        config = read_adapter_config(folder / CONFIG_FILE)
         saved = load((folder / WEIGHTS_FILE).read_bytes())
     except (ModelError, SafetensorError, OSError) as error:
         raise SavedAdapterError(f"{folder}: cannot be read back: {error}") from None
     spec, expected = adapter.spec, adapter.tensors()
     problems = [
-        f"{name}: {raw.get(name)!r} in {CONFIG_FILE}, {value!r} in memory"
-        for name, value in (
-            ("r", spec.rank),
-            ("lora_alpha", spec.alpha),
-            ("use_rslora", spec.use_rslora),
+        f"{name}: {value!r} in {CONFIG_FILE}, {wanted!r} in memory"
+        for name, value, wanted in (
+            ("r", config.rank, spec.rank),
+            ("lora_alpha", config.alpha, spec.alpha),
+            ("use_rslora", config.use_rslora, spec.use_rslora),
         )
-        if raw.get(name) != value
+        if value != wanted
     ]
     problems += [f"{name}: only in one of the two" for name in expected.keys() ^ saved.keys()]
     problems += [
@@ -328,13 +394,16 @@ def _peft_names(module: str) -> tuple[str, str]:
 
 def _peft_config(adapter: Adapter, base_model_name: str) -> dict[str, Any]:
     spec = adapter.spec
-    short = sorted({module.rsplit(".", 1)[-1] for module in spec.modules})
-    layers = sorted({int(name.split(".")[2]) for name in spec.modules if ".layers." in name})
-    outside = [name for name in spec.modules if ".layers." not in name]
+    in_layers = [name for name in spec.modules if ".layers." in name]
+    layers = sorted({int(name.split(".")[2]) for name in in_layers})
+    kinds = {name.rsplit(".", 1)[-1] for name in in_layers}
     everywhere = len(layers) in (0, adapter.num_hidden_layers)
-    if not everywhere and outside:
-        # layers_to_transform would leave out the modules that are in no layer.
-        short = list(spec.modules)
+    # Short names select the same modules in each layer, and layers_to_transform those in no layer
+    # not at all.
+    is_short = len(in_layers) == len(kinds) * len(layers) and (
+        everywhere or len(in_layers) == len(spec.modules)
+    )
+    names = sorted({name.rsplit(".", 1)[-1] for name in spec.modules})
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -343,8 +412,8 @@ def _peft_config(adapter: Adapter, base_model_name: str) -> dict[str, Any]:
         "r": spec.rank,
         "lora_alpha": int(spec.alpha) if spec.alpha == int(spec.alpha) else spec.alpha,
         "lora_dropout": spec.dropout,
-        "target_modules": short,
-        "layers_to_transform": None if everywhere or outside else layers,
+        "target_modules": names if is_short else list(spec.modules),
+        "layers_to_transform": layers if is_short and not everywhere else None,
         "layers_pattern": None,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -355,43 +424,6 @@ def _peft_config(adapter: Adapter, base_model_name: str) -> dict[str, Any]:
         "rank_pattern": {},
         "alpha_pattern": {},
     }
-
-
-def _read_adapter_config(path: Path) -> dict[str, Any]:
-    raw = read_object(path, f"is {path.parent} an adapter folder?")
-    problems = []
-    if raw.get("peft_type") != "LORA":
-        problems.append(f"peft_type {raw.get('peft_type')!r}")
-    unsupported = (
-        "use_dora",
-        "use_qalora",
-        "lora_bias",
-        "fan_in_fan_out",
-        "modules_to_save",
-        "rank_pattern",
-        "alpha_pattern",
-        "layer_replication",
-        "trainable_token_indices",
-        "target_parameters",
-    )
-    problems += [f"{name} = {raw[name]!r}" for name in unsupported if raw.get(name)]
-    if raw.get("bias", "none") != "none":
-        problems.append(f"bias = {raw['bias']!r}")
-    if problems:
-        raise ModelError(
-            f"{path}: asks for what is not built:\n{listing(problems)}\n"
-            "Only plain LoRA adapters can be opened; train one without these."
-        )
-    for name, least, most in (("r", 1, 2**16), ("lora_alpha", -1e9, 1e9), ("lora_dropout", 0, 1)):
-        value: Any = raw.get(name)
-        if value is None and name == "lora_dropout":
-            continue
-        is_number = isinstance(value, int if name == "r" else (int, float))
-        if not is_number or isinstance(value, bool) or not least <= value <= most:
-            raise ModelError(
-                f"{path}: {name} is {value!r}, expected a number from {least:g} to {most:g}"
-            )
-    return raw
 
 
 # -------------------------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ def test_the_guide_as_json(layers: Call) -> None:
             ["tiny-phi-2", "--dataset_path", str(CAPTAIN), "--target_modules", "lm_head"],
             "none of these is in a layer",
         ),
-        (["--lora-rank", "8"], "did you mean --lora_r?"),
+        (["--lora-rank", "8"], "phitune calls it --lora_r"),
         ([PHI_2, "--dataset_path", str(CAPTAIN)], "the hub cannot be reached"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.models import phi4_mini_config, random_folder
 from helpers.rows import logits_of, open_decoder, random_rows
 from safetensors.torch import load_file, save_file
 
@@ -22,6 +23,7 @@ from phitune.model.architecture import (
 from phitune.model.decoder import Decoder
 from phitune.model.files import find_model
 from phitune.model.lora import LoraSpec, attach, load_adapter, save_adapter
+from phitune.model.weights import EMBEDDING, INDEX_FILE, SINGLE_FILE
 
 
 @pytest.fixture
@@ -83,7 +85,6 @@ def test_pickled_weights_are_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("index", "said"),
     [
-        ({"weight_map": {"a": "gone.safetensors"}}, "gone.safetensors"),
         ({"weight_map": {"a": "../model.safetensors"}}, "outside of its folder"),
         ({"weight_map": {"a": "/etc/passwd"}}, "outside of its folder"),
         ({}, "cannot be read"),
@@ -93,6 +94,73 @@ def test_pickled_weights_are_refused(folder: Path) -> None:
 def test_a_bad_index_is_refused(folder: Path, index: Any, said: str) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelError, match=said):
+        open_decoder(folder)
+
+
+def write_shards(folder: Path, times: float = 1.0) -> list[str]:
+    """A second copy of a model in two files, as of an older upload. Returns: their names."""
+    tensors = {name: times * tensor for name, tensor in load_file(folder / SINGLE_FILE).items()}
+    parts = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    places = {name: parts[number % 2] for number, name in enumerate(tensors)}
+    for part in parts:
+        chosen = {name: tensor for name, tensor in tensors.items() if places[name] == part}
+        save_file(chosen, folder / part, metadata={"format": "pt"})
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": places}))
+    return parts
+
+
+def test_a_model_that_is_there_twice_is_refused_by_both_names(folder: Path) -> None:
+    write_shards(folder, times=1.5)
+    with pytest.raises(
+        ModelError, match=r"holds the model twice, in model\.safetensors"
+    ) as refused:
+        open_decoder(folder)
+    assert INDEX_FILE in str(refused.value)
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_an_index_without_its_files_does_not_hide_the_whole_file(folder: Path, left: int) -> None:
+    expected = open_decoder(folder).named_weights()
+    for part in write_shards(folder, times=1.5)[left:]:
+        (folder / part).unlink()
+    found = open_decoder(folder).named_weights()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+def test_an_index_without_its_files_and_without_a_whole_one(folder: Path) -> None:
+    (gone, _) = write_shards(folder)
+    (folder / SINGLE_FILE).unlink()
+    (folder / gone).unlink()
+    with pytest.raises(ModelError, match=f"files of the model are missing:\n  {gone}"):
+        open_decoder(folder)
+
+
+def test_a_tensor_in_two_files_is_refused_by_both_names(folder: Path) -> None:
+    one, other = write_shards(folder)
+    (folder / SINGLE_FILE).unlink()
+    (name, tensor), *_ = load_file(folder / one).items()
+    save_file({**load_file(folder / other), name: tensor}, folder / other)
+    with pytest.raises(ModelError, match=f"{name}: twice, in {one} and in {other}"):
+        open_decoder(folder)
+
+
+def test_a_head_of_its_own_beside_the_tied_flag(tmp_path: Path) -> None:
+    folder = random_folder(phi4_mini_config(), tmp_path)
+    edit(folder, lambda all_: all_.update({"lm_head.weight": all_[EMBEDDING].clone()}))
+    open_decoder(folder)
+    edit(folder, lambda all_: all_.update({"lm_head.weight": all_[EMBEDDING] * 2}))
+    with pytest.raises(ModelError, match=r"tie_word_embeddings is true .* not the token table"):
+        open_decoder(folder)
+    edit(folder, lambda all_: all_.pop("lm_head.weight"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    with pytest.raises(ModelError, match="is in no file, and tie_word_embeddings is not true"):
+        open_decoder(folder)
+
+
+def test_a_model_with_an_adapter_in_its_folder_is_refused(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"an adapter \(adapter_config\.json\) beside"):
         open_decoder(folder)
 
 
@@ -130,7 +198,7 @@ def test_real_configs_are_read_in_both_spellings(shared: Path) -> None:
         ({"model_type": "phimoe"}, "model_type 'phimoe'"),
         ({"hidden_act": "relu"}, "hidden_act 'relu'"),
         ({"qk_layernorm": True}, "qk_layernorm"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "part of 5 dimensions, which is odd"),
+        ({"partial_rotary_factor": 0.5}, "part of 5 dimensions, which is odd"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"hidden_size": None}, "hidden_size is missing, expected a whole number"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "'yarn' is not built"),

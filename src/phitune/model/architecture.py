@@ -304,14 +304,22 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
             f"model_type {model_type!r} is not one of phi (Phi-1, 1.5, 2) and"
             " phi3 (Phi-3, 3.5-mini, 4)"
         )
+    _refuse_contradictions(raw)
     rope = _rope_settings(raw)
-    if not raw.get("sliding_window"):  # Files write 0 and false for none, too.
+    # Files write 0 and false for none, too; and phi has none, whatever its file says.
+    if not raw.get("sliding_window") or model_type == "phi":
         raw = {key: value for key, value in raw.items() if key != "sliding_window"}
     sizes = _checked(_PhiValues if model_type == "phi" else _Phi3Values, raw)
     rotation = _checked(_RopeValues, rope)
     whole_head = 0.5 if model_type == "phi" else 1.0
     rotary_factor = rotation.partial_rotary_factor
     rotary_dim = int(sizes.size_of_head * (whole_head if rotary_factor is None else rotary_factor))
+    if raw.get("rotary_dim") not in (None, rotary_dim):
+        raise ModelError(
+            f"rotary_dim is {_shown(raw['rotary_dim'])}, and partial_rotary_factor"
+            f" ({'missing' if rotary_factor is None else f'{rotary_factor:g}'}) makes it"
+            f" {rotary_dim}; take out the wrong one"
+        )
     config = ModelConfig(
         model_type=model_type,
         vocab_size=sizes.vocab_size,
@@ -421,7 +429,7 @@ class _LongRopeValues(_Values):
     long_factor: _Factors = Field(description=_FACTORS)
     original_max_position_embeddings: int = _whole(2, MAX_POSITIONS)
     attention_factor: float | None = _real(0, 1e6, default=None)
-    factor: float = _real(0, 1e9, default=0.0)
+    factor: float | None = _real(0, 1e9, default=None)
 
 
 V = TypeVar("V", bound=_Values)
@@ -453,14 +461,87 @@ def _in_words(values: type[_Values], problem: ErrorDetails) -> str:
     return f"{name} is {value}, expected {expected}"
 
 
+# Names of the first Phi files, whose weights were laid out in another way, for those of today.
+_EARLY_NAMES = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_head_kv": "num_key_value_heads",
+    "n_inner": "intermediate_size",
+    "n_positions": "max_position_embeddings",
+    "layer_norm_epsilon": "layer_norm_eps",
+    "activation_function": "hidden_act",
+}
+_ROPE_SECTIONS = ("rope_scaling", "rope_parameters")
+
+
+def _refuse_contradictions(raw: Mapping[str, Any]) -> None:
+    """Refuses a value that stands in two places of the file and is not the same there.
+
+    One of them would be ignored, and which one differs between programs.
+    """
+    for early, name in _EARLY_NAMES.items():
+        if raw.get(early) is None or raw[early] == raw.get(name):
+            continue
+        if raw.get(name) is None:
+            raise ModelError(
+                f"{early} is a name of the first Phi files, and there is no {name}; use the"
+                " model's newest revision, or convert it to the layout of transformers"
+            )
+        raise _contradiction(early, raw[early], name, raw[name])
+    sections = [(name, _section(raw, name)) for name in _ROPE_SECTIONS if raw.get(name)]
+    for name, section in sections:
+        if any(isinstance(value, Mapping) for value in section.values()):
+            raise ModelError(f"{name} differs from layer to layer, which is not built")
+        kinds = [kind for key in ("rope_type", "type") if (kind := section.get(key)) is not None]
+        if len({_rope_kind(kind) for kind in kinds}) > 1:
+            raise _contradiction(f"{name}.rope_type", kinds[0], f"{name}.type", kinds[1])
+        for key in ("rope_theta", "partial_rotary_factor", _ORIGINAL):
+            inner, outer = section.get(key), raw.get(key)
+            if inner is not None and outer is not None and inner != outer:
+                raise _contradiction(f"{name}.{key}", inner, key, outer)
+    if len(sections) == 2 and _normal(sections[0][1]) != _normal(sections[1][1]):
+        raise _contradiction("rope_scaling", sections[0][1], "rope_parameters", sections[1][1])
+
+
+def _contradiction(name: str, value: Any, other: str, its_value: Any) -> ModelError:
+    return ModelError(
+        f"{name} is {_shown(value)}, and {other} is {_shown(its_value)}; take out the wrong one"
+    )
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 40 else shown[:40] + "..."
+
+
+_ORIGINAL = "original_max_position_embeddings"
+_PHI3_ORIGINAL = 4096  # where a file says nothing
+
+
+def _rope_kind(kind: Any) -> Any:
+    return "longrope" if kind == "su" else kind  # its first name
+
+
+def _normal(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A section without what is null, its kind under one name."""
+    kind = section.get("rope_type") or section.get("type")
+    kept = {k: v for k, v in section.items() if v is not None and k not in ("type", "rope_type")}
+    return {**kept, "rope_type": _rope_kind(kind)}
+
+
+def _section(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = raw.get(name) or {}
+    if not isinstance(section, Mapping):
+        raise ModelError(f"{name} is a {type(section).__name__}, expected an object")
+    return section
+
+
 def _rope_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary settings gathered from either spelling."""
     found = {key: raw[key] for key in ("rope_theta", "partial_rotary_factor") if key in raw}
-    for name in ("rope_scaling", "rope_parameters"):
-        section = raw.get(name) or {}
-        if not isinstance(section, Mapping):
-            raise ModelError(f"{name} is a {type(section).__name__}, expected an object")
-        found |= section
+    for name in _ROPE_SECTIONS:
+        found |= {key: value for key, value in _section(raw, name).items() if value is not None}
     return found
 
 
@@ -472,9 +553,17 @@ def _long_rope(
         return None
     if kind not in ("longrope", "su"):
         raise ModelError(f"rotary scaling {kind!r} is not built; only longrope is")
-    name = "original_max_position_embeddings"
-    original = rope.get(name) or raw.get(name)
-    given = {**rope, name: longest if original is None else original}
+    original = raw.get(_ORIGINAL)
+    if original is None and raw["model_type"] == "phi3":
+        original = _PHI3_ORIGINAL
+        if rope.get(_ORIGINAL) not in (None, original):
+            raise ModelError(
+                f"{_ORIGINAL} is {_shown(rope[_ORIGINAL])} in the rotary settings only, where"
+                f" transformers takes {original} if it is not outside of them, too; write it there"
+            )
+    elif original is None:
+        original = longest if rope.get(_ORIGINAL) is None else rope[_ORIGINAL]
+    given = {**rope, _ORIGINAL: original}
     if rope.get("attention_factor") is not None:
         given.pop("factor", None)  # It says nothing then.
     values = _checked(_LongRopeValues, given)
@@ -487,7 +576,7 @@ def _long_rope(
     original = values.original_max_position_embeddings
     if values.attention_factor is not None:
         return LongRope(short, long, original, values.attention_factor)
-    factor = values.factor or longest / original
+    factor = longest / original if values.factor is None else values.factor
     # Section 3.1 of LongRoPE (arXiv:2402.13753): keeps the attention's entropy.
     attention_factor = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     return LongRope(short, long, original, attention_factor)
@@ -496,8 +585,10 @@ def _long_rope(
 def _refuse_unknown_features(raw: Mapping[str, Any], config: ModelConfig) -> None:
     activation = {"phi": ("gelu_new", "gelu_pytorch_tanh"), "phi3": ("silu", "swish")}
     problems = []
-    if raw.get("hidden_act") not in activation[config.model_type]:
+    if raw.get("hidden_act", activation[config.model_type][0]) not in activation[config.model_type]:
         problems.append(f"hidden_act {raw.get('hidden_act')!r}")
+    if raw.get("per_layer_config"):
+        problems.append("per_layer_config")
     if raw.get("qk_layernorm"):
         problems.append("qk_layernorm")
     if raw.get("attention_bias"):

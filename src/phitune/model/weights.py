@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from phitune.errors import ModelError, listing
-from phitune.model.architecture import ModelConfig
+from phitune.model.adapter_config import CONFIG_FILE as ADAPTER_CONFIG
+from phitune.model.architecture import LM_HEAD, ModelConfig
 from phitune.model.decoder import Decoder
 from phitune.untrusted import own_file, read_object
 
@@ -152,6 +153,7 @@ def load_weights(
         ModelError: files missing or damaged, or tensors that do not fit the configuration.
     """
     headers = checked_headers(decoder, folder)
+    _check_tied_head(folder, decoder, headers)
     destinations = decoder.named_weights()
     for done, (name, destination) in enumerate(destinations.items(), start=1):
         if name == EMBEDDING and _can_stay_in_file(decoder, headers[name]):
@@ -179,9 +181,21 @@ def checked_headers(decoder: Decoder, folder: Path) -> dict[str, TensorHeader]:
         ModelError: files missing or damaged, or tensors that do not fit the decoder.
     """
     files = weight_files(folder)
-    headers = {name: header for file in files for name, header in read_header(file).items()}
+    headers: dict[str, TensorHeader] = {}
+    problems = []
+    for file in files:
+        found = read_header(file)
+        problems += [
+            f"{name}: twice, in {headers[name].file.name} and in {file.name}"
+            for name in found.keys() & headers.keys()
+        ]
+        headers |= found
     destinations = decoder.named_weights()
-    problems = [f"{name}: missing" for name in destinations.keys() - headers.keys()]
+    untied = f" ({LM_HEAD}.weight is in no file, and tie_word_embeddings is not true)"
+    problems += [
+        f"{name}: missing{untied if name == f'{LM_HEAD}.weight' else ''}"
+        for name in destinations.keys() - headers.keys()
+    ]
     for name, header in headers.items():
         file, shape, dtype = header.file, header.shape, header.dtype
         if name not in destinations:
@@ -200,6 +214,37 @@ def checked_headers(decoder: Decoder, folder: Path) -> dict[str, TensorHeader]:
             + listing(sorted(problems))
         )
     return headers
+
+
+def _check_tied_head(folder: Path, decoder: Decoder, headers: Mapping[str, TensorHeader]) -> None:
+    """Refuses a head of its own in the files of a model whose head is the token table.
+
+    Raises:
+        ModelError: it is not the token table; transformers would use it.
+    """
+    head, table = headers.get(f"{LM_HEAD}.weight"), headers[EMBEDDING]
+    if head is None or not decoder.config.tie_word_embeddings:
+        return
+    is_same = head.shape == table.shape
+    rows = max(1, PIECE_BYTES // (4 * decoder.config.hidden_size))
+    for start in range(0, table.shape[0], rows):
+        if not is_same:
+            break
+        with (
+            safe_open(head.file, framework="pt") as of_head,
+            safe_open(table.file, framework="pt") as of_table,
+        ):
+            pieces = [
+                file.get_slice(name)[start : start + rows].to(decoder.dtype)
+                for file, name in ((of_head, f"{LM_HEAD}.weight"), (of_table, EMBEDDING))
+            ]
+        is_same = torch.equal(*pieces)
+    if not is_same:
+        raise ModelError(
+            f"{folder}: tie_word_embeddings is true in config.json, and {head.file.name} has a"
+            f" {LM_HEAD}.weight that is not the token table. transformers uses it then: set"
+            " tie_word_embeddings to false to do so, or delete the tensor"
+        )
 
 
 def torch_type(header: TensorHeader) -> torch.dtype:
@@ -237,6 +282,13 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         ModelError: there are none, or the index names files that are missing or elsewhere.
     """
+    if own_file(folder / ADAPTER_CONFIG):
+        raise ModelError(
+            f"{folder}: holds an adapter ({ADAPTER_CONFIG}) beside the files of a model, and"
+            " transformers loads it on top; move one of them to another folder, and name the"
+            " adapter with --adapter_path"
+        )
+    single = folder / SINGLE_FILE
     index = folder / INDEX_FILE
     if own_file(index):
         files = read_object(index, "").get("weight_map")
@@ -247,11 +299,20 @@ def weight_files(folder: Path) -> list[Path]:
         names = sorted(set(files.values()))
         if outside := [name for name in names if Path(name).name != name or name in ("", "..")]:
             raise ModelError(f"{index}: names files outside of its folder: {outside[:3]}")
-        if missing := [name for name in names if not own_file(folder / name)]:
+        missing = [name for name in names if not own_file(folder / name)]
+        if SINGLE_FILE not in names and own_file(single):
+            if missing:  # What is left of an older copy in several files.
+                return [single]
+            raise ModelError(
+                f"{folder}: holds the model twice, in {SINGLE_FILE} and in the {len(names)} files"
+                f" of {INDEX_FILE}, and they may differ. transformers takes {SINGLE_FILE}: delete"
+                f" {INDEX_FILE} to use it, or {SINGLE_FILE} to use the others"
+            )
+        if missing:
             raise ModelError(f"{folder}: files of the model are missing:\n{listing(missing)}")
         return [folder / name for name in names]
-    if own_file(folder / SINGLE_FILE):
-        return [folder / SINGLE_FILE]
+    if own_file(single):
+        return [single]
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:
         raise ModelError(

@@ -237,7 +237,7 @@ BAD_ROWS = {
         ("--dataset_path nowhere.jsonl", ["nowhere.jsonl", "there is no such file"]),
         ("--dataset_path data/nothing", ["data/nothing: there is no such file or folder"]),
         ("--dataset_path bin", ["bin: has no data files", ".parquet"]),
-        ("--dataset_path rows.xlsx", ["rows.xlsx: files of this kind are not read", ".csv"]),
+        ("--dataset_path rows.xlsx", ["rows.xlsx: this file type is not supported", ".csv"]),
         ("--columns prompt", ["columns = 'prompt'", "prompt=title,response=body"]),
         ("--columns prompt=a --data_format alpaca", ["not the fields of alpaca", "instruction"]),
         ("--dataset_path not_json.jsonl", ["not_json.jsonl:2: not JSON"]),

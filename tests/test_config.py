@@ -111,7 +111,7 @@ def test_flags_win_over_the_file_and_origins_are_known(tmp_path: Path) -> None:
             "begins with a dash (\u2014) that is no hyphen, flags with two: write --epo",
         ),
         ("\u2013\u2013lr 3", "phitune calls it --learning_rate"),
-        ("--epochs 3 --epochs 5", "--epochs is given twice: 3, then 5; leave out the one"),
+        ("--epochs 3 --epochs 5", "--epochs is given twice: 3, then 5; remove the one"),
         ("--cache --no-cache", "--no-cache is given twice: true, then false"),
         ("--output_dir $HOME/runs", "variables such as $HOME are not replaced here"),
         ("--dataset_path %USERPROFILE%/a", "variables such as %USERPROFILE% are not replaced"),

@@ -210,7 +210,7 @@ def repeated(pairs: Iterable[tuple[Hashable, Any]]) -> list[str]:
     for name, value in pairs:
         if name in found:
             lines.append(
-                f"{name} is given twice: {found[name]}, then {value}; leave out the one that you"
+                f"{name} is given twice: {found[name]}, then {value}; remove the one that you"
                 " do not mean"
             )
         found[name] = value
@@ -882,7 +882,7 @@ def resolve(
         if origins["validation_split"] != "default":
             raise SettingsError(
                 "validation_path and validation_split: only one of them can be used;"
-                " leave out the one you do not mean"
+                " remove one of them"
             )
         return Resolved(settings, origins).choose(validation_split=0.0)
     return Resolved(settings, origins)
@@ -942,7 +942,7 @@ def validated(values: Mapping[str, Any], where: Mapping[str, str]) -> Settings:
     if settings.recompute_layers and not settings.gradient_checkpointing:
         raise SettingsError(
             "recompute_layers and gradient_checkpointing false contradict each other;"
-            " leave out the one you do not mean"
+            " remove one of them"
         )
     return settings
 

@@ -46,7 +46,7 @@ def own_file(path: Path) -> Path | None:
     if any(target.is_relative_to(one) for one in allowed):
         return path
     raise ModelError(
-        f"{path}: is a link out of its folder, to {target}, and is not followed; put the file"
+        f"{path}: is a link out of its folder, to {target}, and is not followed; copy the file"
         " itself there"
     )
 
@@ -70,7 +70,7 @@ def read_text(path: Path, if_missing: str, max_bytes: int = MAX_BYTES) -> str:
         if len(content) > max_bytes:
             raise ModelError(
                 f"{path}: has {path.stat().st_size:,} bytes, more than the {max_bytes:,} that such"
-                " a file can need; get it again from where it came from"
+                " a file can need; download it again"
             )
         return content.decode("utf-8")
     except (OSError, ValueError) as error:
@@ -146,6 +146,6 @@ def _check_depth(content: Any) -> None:
     while rest:
         value, depth = rest.pop()
         if depth > MAX_DEPTH:
-            raise ValueError(f"objects in objects, more than {MAX_DEPTH} deep")
+            raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
         inner = value.values() if isinstance(value, dict) else value
         rest += [(part, depth + 1) for part in inner if isinstance(part, dict | list)]

@@ -482,10 +482,10 @@ def test_retry_undo_reset_compare_and_stats(paper: Paper, obey: Callable[[str], 
         ("/save", "name the file"),
         ("/save x.jsonl", "there is no answer yet"),
         ("/append x.jsonl", "there is no answer yet"),
-        ("/compare", "nothing was asked yet"),
-        ("/retry", "nothing was asked yet"),
-        ("/undo", "nothing was asked yet"),
-        ("/stats", "nothing was asked yet"),
+        ("/compare", "no question was asked yet"),
+        ("/retry", "no question was asked yet"),
+        ("/undo", "no question was asked yet"),
+        ("/stats", "no question was asked yet"),
     ],
 )
 def test_wrong_commands_say_what_is_allowed_and_change_nothing(
@@ -533,7 +533,7 @@ def test_what_is_saved_is_a_row_that_trains_what_was_said(
     assert len(prompt) == chat.exchanges[-1].prompt_tokens
 
     before = path.read_bytes()
-    with pytest.raises(SettingsError, match="is there already; /append"):
+    with pytest.raises(SettingsError, match="already exists; /append"):
         obey(f"/save {path}")
     assert path.read_bytes() == before
     path.write_bytes(before.rstrip(b"\n"))  # As some editors leave it.

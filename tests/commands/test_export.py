@@ -151,7 +151,7 @@ def test_kinds_of_adapters_that_are_not_built(
     path = place / "adapter" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     assert export(place / "adapter") == 2
-    assert "asks for what is not built" in refused(capsys)
+    assert "uses features that are not supported" in refused(capsys)
     assert left_in(place) == ["adapter"]
 
 
@@ -283,7 +283,7 @@ def test_a_limit_on_the_size_of_files(
         assert export(phi_2_run, "--output_dir", "out") == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "out: cannot be written, and nothing is left of it: File too large" in refused(capsys)
+    assert "out: cannot be written, and was removed: File too large" in refused(capsys)
     assert left_in(place) == []
 
 

@@ -243,7 +243,7 @@ def test_validation_and_test_files_of_a_folder_never_reach_training(tmp_path: Pa
     fill(other, "latest.jsonl", "dev.jsonl", "eval.jsonl")
     assert names_of(other) == ["latest.jsonl"]
     fill(tmp_path / "third", "test.jsonl")
-    with pytest.raises(DataError, match="no file is for train"):
+    with pytest.raises(DataError, match="no file name matches train"):
         find_source(tmp_path / "third")
 
 

@@ -177,7 +177,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "dora": (
         lambda folder: _change(folder, use_dora=True),
-        ["asks for what is not built", "use_dora = True", "Only plain LoRA adapters"],
+        ["uses features that are not supported", "use_dora = True", "Only plain LoRA adapters"],
     ),
     "prompt tuning": (
         lambda folder: _change(folder, peft_type="PROMPT_TUNING"),
@@ -217,13 +217,13 @@ BAD: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "not finite": (
         lambda folder: _weights(folder, lambda all_: all_[A_NAME].fill_(float("inf"))),
-        [A_NAME, "not finite", "half the learning rate"],
+        [A_NAME, "NaN or infinity", "half the learning rate"],
     ),
     "not floats": (
         lambda folder: _weights(
             folder, lambda all_: all_.update({A_NAME: all_[A_NAME].to(torch.int8)})
         ),
-        [A_NAME, "torch.int8", "expected a plain float"],
+        [A_NAME, "torch.int8", "expected fp32, bf16, fp16 or fp64"],
     ),
     "targets this model lacks": (
         lambda folder: _weights(folder, _rename),
@@ -243,7 +243,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         lambda folder: _weights(folder, lambda all_: all_.update({A_NAME: torch.zeros(4, 999)})),
         [f"{A_NAME}: shape (4, 999), expected (4, ", "--model_name"],
     ),
-    "no base named": (_no_base, ["no base model is named", "--model_name"]),
+    "no base named": (_no_base, ["the base model is not known", "--model_name"]),
     "base gone": (
         lambda folder: _change(folder, base_model_name_or_path="/nowhere/phi"),
         ["/nowhere/phi: there is no such folder", "adapter_config.json", "--model_name"],

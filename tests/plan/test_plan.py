@@ -362,7 +362,7 @@ def test_memory_that_is_no_amount_is_refused(text: str) -> None:
 
 
 def test_bytes_without_a_unit_are_refused() -> None:
-    with pytest.raises(SettingsError, match="which no machine has"):
+    with pytest.raises(SettingsError, match="more than any machine has"):
         parse_memory("24000000000")
 
 

@@ -304,7 +304,7 @@ def test_the_second_signal_leaves_at_once(
 ) -> None:
     kill_at(monkeypatch, 3, signal.SIGTERM, times=2)
     assert phitune(f"{LINE} --output_dir run") == 143
-    assert "ended at once by SIGTERM" in capsys.readouterr().err
+    assert "stopped at once by SIGTERM" in capsys.readouterr().err
     names = [path.name for path in (place / "run/checkpoints").iterdir()]
     assert names == ["step-000000-epoch-0"]
 
@@ -349,7 +349,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
     (newest / "optimizer.safetensors").write_bytes(data)
     assert phitune("train --resume run") == 0
     out = capsys.readouterr().out
-    assert f"{newest.name} is damaged (optimizer.safetensors: its SHA-256 is not right)" in out
+    assert f"{newest.name} is damaged (optimizer.safetensors: its SHA-256 is wrong)" in out
     assert f"resuming from run/checkpoints/{before.name}" in out
     assert contents(stopped) == contents(whole)
     for folder in checkpoints_of(stopped / "checkpoints"):
@@ -526,7 +526,7 @@ def test_a_saved_adapter_that_is_not_the_one_in_memory_is_an_error(
     monkeypatch.setattr(trainer, "save_adapter", flips_a_bit)
     assert phitune(f"{LINE} --output_dir run") == 1
     said = capsys.readouterr()
-    assert "what was saved is not what is in memory" in said.err
+    assert "the saved adapter differs from the one in memory" in said.err
     assert "lora_" in said.err
     assert "all epochs done" not in said.out
     assert not (place / "run" / "summary.json").exists()

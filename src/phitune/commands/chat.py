@@ -325,7 +325,7 @@ class ChatCommands:
             file = path.open("x", encoding="utf-8")
         except FileExistsError:
             raise SettingsError(
-                f"/save {name}: is there already; /append {name} adds a row to it"
+                f"/save {name}: already exists; /append {name} adds a row to it"
             ) from None
         except OSError as error:
             raise SettingsError(f"/save {name}: {error.strerror or error}") from None
@@ -347,9 +347,7 @@ class ChatCommands:
                     row = row if file.read(1) == b"\n" else b"\n" + row
                 _write_all_or_nothing(file, row, before)
         except FileNotFoundError:
-            raise SettingsError(
-                f"/append {name}: there is no such file; /save begins one"
-            ) from None
+            raise SettingsError(f"/append {name}: no such file; /save creates it") from None
         except OSError as error:
             raise SettingsError(f"/append {name}: {error.strerror or error}") from None
         self._saved(path)
@@ -372,7 +370,7 @@ class ChatCommands:
     def _stats(self) -> None:
         chat = self.chat
         if not chat.exchanges:
-            raise SettingsError("nothing was asked yet")
+            raise SettingsError("no question was asked yet")
         last = chat.exchanges[-1]
         total = sum(exchange.answer.tokens for exchange in chat.exchanges)
         used = last.prompt_tokens + last.answer.tokens

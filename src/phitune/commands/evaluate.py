@@ -114,11 +114,11 @@ class EvaluateOptions(ModelOptions):
         given = self.model_fields_set
         harness = {"include_path", "num_fewshot", "apply_chat_template"} & given
         if harness and not self.tasks:
-            raise ValueError(f"--{min(harness)} is for --tasks, and none are named")
+            raise ValueError(f"--{min(harness)} needs --tasks")
         of_rows = {"data_format", "columns", "max_length"}
         own = {"dataset_path", "metric", "general_text", "max_new_tokens", *of_rows} & given
         if self.tasks and own:
-            raise ValueError(f"--tasks and --{min(own)}: the harness has data and metrics itself")
+            raise ValueError(f"--tasks and --{min(own)}: the harness has its own data and metrics")
         if self.tasks and self.limit < 1:
             raise ValueError("--limit 0 leaves no questions of --tasks; use 1 or more")
         if (of_rows & given) and self.dataset_path is None:

@@ -306,8 +306,8 @@ class _Once(argparse.Action):
         if hasattr(namespace, self.dest):
             first = getattr(namespace, self.dest)
             parser.error(
-                f"{option_string} is given twice: {_typed(first)}, then {_typed(values)}; leave"
-                " out the one that you do not mean"
+                f"{option_string} is given twice: {_typed(first)}, then {_typed(values)};"
+                " remove the one that you do not mean"
             )
         setattr(namespace, self.dest, values)
 

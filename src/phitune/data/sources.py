@@ -46,7 +46,7 @@ def find_source(source: Path | str, part: Part = "train") -> Source:
     path = Path(source).expanduser()
     if path.is_file():
         if suffix_of(path) is None:
-            raise DataError(f"{path}: files of this kind are not read; those that are: {READABLE}")
+            raise DataError(f"{path}: this file type is not supported; supported are: {READABLE}")
         return Source(source, (path,))
     if path.is_dir():
         return _choose(source, path, part)
@@ -67,7 +67,7 @@ def _choose(source: Path | str, folder: Path, part: Part) -> Source:
     """The files of a folder that are for training or for validation, by their names."""
     files = _files_below(folder)
     if not files:
-        raise DataError(f"{source}: has no data files; those that are read: {READABLE}")
+        raise DataError(f"{source}: has no data files; supported are: {READABLE}")
 
     def words(path: Path) -> set[str]:
         return set(re.split(r"[^a-z0-9]+", path.relative_to(folder).as_posix().lower()))
@@ -82,8 +82,7 @@ def _choose(source: Path | str, folder: Path, part: Part) -> Source:
         taken = next((kind for kind in held_out if kind), neutral)
     if not taken:
         raise DataError(
-            f"{source}: judging by their names, no file is for {part}"
-            f" ({_names(folder, files)}); name one of them"
+            f"{source}: no file name matches {part} ({_names(folder, files)}); name one of them"
         )
     notes = []
     if len(files) > 1:

@@ -130,7 +130,7 @@ class TextTokenizer:
         try:
             added = added_tokens(spec)
         except ModelError as error:
-            raise ModelError(f"{self._file}: not usable: {error}") from None
+            raise ModelError(f"{self._file}: invalid: {error}") from None
         self._control = {
             token["content"]: _ControlToken(
                 token["content"],
@@ -325,7 +325,7 @@ class TextTokenizer:
         bos = [token.content for token in self._control.values() if token.id == with_special[0]]
         if not bos:
             raise ModelError(
-                f"{self._file}: not usable: it puts the token {with_special[0]} in front of a text,"
+                f"{self._file}: invalid: it puts the token {with_special[0]} in front of a text,"
                 " which is none of its added tokens"
             )
         return bos[0]
@@ -394,7 +394,7 @@ def load(spec: dict[str, Any], file: Path) -> Tokenizer:
     for part in ("normalizer", "pre_tokenizer", "decoder"):
         if (growth := _growth(spec.get(part))) > _MAX_GROWTH:
             raise ModelError(
-                f"{file}: not usable: its {part} makes a text up to {growth:,} times as long"
+                f"{file}: invalid: its {part} makes a text up to {growth:,} times as long"
             )
     with _silent(), library_errors(file):
         tokenizer = Tokenizer.from_str(json.dumps(spec))
@@ -440,7 +440,7 @@ def library_errors(file: Path) -> Iterator[None]:
         # The library raises nothing narrower; and its panic is a BaseException.
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             lines = str(error).splitlines() or [type(error).__name__]
-            raise ModelError(f"{file}: not usable: {lines[0][:_MAX_MESSAGE]}") from None
+            raise ModelError(f"{file}: invalid: {lines[0][:_MAX_MESSAGE]}") from None
         raise
 
 

@@ -74,7 +74,7 @@ def export(
             write_proof(folder, proof, {"phitune": __version__})
     except OSError as error:
         raise ExportError(
-            f"{output}: cannot be written, and nothing is left of it: {error.strerror or error}"
+            f"{output}: cannot be written, and was removed: {error.strerror or error}"
         ) from None
     return replace(proof, notes=(*notes, *proof.notes))
 

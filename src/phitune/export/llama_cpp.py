@@ -37,7 +37,7 @@ def require_llama_cpp() -> str:
     """
     if importlib.util.find_spec("xllamacpp") is None:
         raise ExportError(
-            "an export is only called done once llama.cpp itself has loaded it and answered as the"
+            "an export is only complete once llama.cpp itself has loaded it and answered as the"
             " adapter does, and that needs the xllamacpp package;"
             " install it with: pip install 'phitune[gguf]'"
         )

@@ -205,7 +205,7 @@ class Chat:
             SettingsError: there is none.
         """
         if not self.exchanges:
-            raise SettingsError("nothing was asked yet")
+            raise SettingsError("no question was asked yet")
         question = self.exchanges.pop().question
         self.forgotten = min(self.forgotten, len(self.exchanges))
         return question
@@ -222,7 +222,7 @@ class Chat:
             OutOfMemoryError: while it is computed; the cache is freed.
         """
         if any("\ud800" <= letter <= "\udfff" for letter in question):
-            raise SettingsError("the question holds bytes that are not UTF-8")
+            raise SettingsError("the question contains bytes that are not UTF-8")
         prompt_ids = self._fit(question)
         sampling = replace(self.sampling, seed=self.sampling.seed + self._drawn)
         return self._answer(question, prompt_ids, sampling)
@@ -238,7 +238,7 @@ class Chat:
         if not self.model.adapters:
             raise SettingsError("there is no adapter to compare with; start with --adapter_path")
         if not self.exchanges:
-            raise SettingsError("nothing was asked yet")
+            raise SettingsError("no question was asked yet")
         choices = [self._choice, 0 if self._choice is None else None]
         earlier, question = self.exchanges[self.forgotten : -1], self.exchanges[-1].question
         prompts = [self.model.coder(c).encode(self._turns(earlier, question)) for c in choices]
@@ -328,7 +328,7 @@ class Chat:
             self._cache.forget()
             raise OutOfMemoryError(
                 f"out of memory on {model.decoder.device} at {len(prompt_ids) + len(ids):,}"
-                f" positions: {str(error).splitlines()[0]}; begin anew, or with a smaller"
+                f" positions: {str(error).splitlines()[0]}; start again, or with a smaller"
                 " context_length"
             ) from None
         finally:

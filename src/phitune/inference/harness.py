@@ -401,7 +401,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             if not draws:
                 options.pop("temperature", None)
             if other := {k: v for k, v in asked.items() if v is not None and _NEUTRAL.get(k) != v}:
-                raise ModelError(f"a task asks generation for what is not built: {other}")
+                raise ModelError(f"a task uses generation options that are not supported: {other}")
             sampling = Sampling(**options, seed=self._seed)
             for start in range(0, len(group), _SEQUENCES):
                 yield group[start : start + _SEQUENCES], until, limit, sampling

@@ -261,11 +261,11 @@ def base_model_name(named: Mapping[Path, str]) -> str:
                 )
         return names.pop()
     if not names:
-        raise ModelError("no base model is named; name it with --model_name")
+        raise ModelError("the base model is not known; specify it with --model_name")
     listed = "\n".join(f"  {folder}: {name}" for folder, name in named.items())
     raise ModelError(
         f"the adapters are of different base models:\n{listed}\n"
-        "Only adapters of one base can be loaded together; --model_name overrules what they name."
+        "Only adapters of one base can be loaded together; --model_name overrides this."
     )
 
 

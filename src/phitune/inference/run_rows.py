@@ -165,8 +165,8 @@ def rows_of_run(
         raise DataError(f"{path}: holds no validation rows that fit. {remedy}")
     if run.digest and run.digest != digest_of(rows):
         raise DataError(
-            f"{path}: has changed since {run.path} was trained: its validation rows are others now,"
-            f" and some of them may have been trained on. {remedy}"
+            f"{path}: has changed since {run.path} was trained: its validation rows are different"
+            f" now, and some of them may have been trained on. {remedy}"
         )
     notes = list(data.warnings)
     if not run.digest:

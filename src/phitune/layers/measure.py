@@ -128,7 +128,7 @@ def measure(
         if not all(map(math.isfinite, [mean_loss, *values])):
             raise NonFiniteError(
                 f"batch {number}: the loss is {mean_loss} and a gradient is not finite; try"
-                " --precision fp32, or look for odd rows in the data"
+                " --precision fp32, or look for unusual rows in the data"
             )
         for (module, pair), value in zip(adapter.pairs.items(), values, strict=True):
             squares[module].append(value / _expected(module, pair))

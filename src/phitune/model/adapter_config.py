@@ -135,7 +135,7 @@ def read_adapter_config(path: Path) -> AdapterConfig:
     """What is honoured of an adapter_config.json.
 
     Raises:
-        ModelError: missing, damaged, or it asks for what is not built; naming every such key.
+        ModelError: missing, damaged, or with unsupported features; naming every such key.
     """
     raw = read_object(path, f"is {path.parent} an adapter folder?")
     if problems := _not_built(raw):
@@ -143,7 +143,7 @@ def read_adapter_config(path: Path) -> AdapterConfig:
             raw
         )
         raise ModelError(
-            f"{path}: asks for what is not built:\n{listing(problems)}\n"
+            f"{path}: uses features that are not supported:\n{listing(problems)}\n"
             "Only plain LoRA adapters can be opened; train one without these"
             + (_MERGE if mergeable else ".")
         )
@@ -191,7 +191,7 @@ def _given(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _not_built(raw: Mapping[str, Any]) -> list[str]:
-    """One line for each key that asks for what is not built."""
+    """One line for each key that uses a feature that is not supported."""
     if raw.get("peft_type") != "LORA":
         return [f"peft_type {raw.get('peft_type')!r:.80}"]
     problems = []

@@ -552,7 +552,7 @@ def _long_rope(
     if kind == "default":
         return None
     if kind not in ("longrope", "su"):
-        raise ModelError(f"rotary scaling {kind!r} is not built; only longrope is")
+        raise ModelError(f"rotary scaling {kind!r} is not supported; only longrope is")
     original = raw.get(_ORIGINAL)
     if original is None and raw["model_type"] == "phi3":
         original = _PHI3_ORIGINAL
@@ -604,7 +604,7 @@ def _refuse_unknown_features(raw: Mapping[str, Any], config: ModelConfig) -> Non
     if config.rotary_dim == 0:
         problems.append("no rotary part at all")
     if problems:
-        raise ModelError(f"asks for what is not built:\n{listing(problems)}")
+        raise ModelError(f"uses features that are not supported:\n{listing(problems)}")
 
 
 # -------------------------------------------------------------------------------------------------

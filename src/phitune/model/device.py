@@ -212,11 +212,11 @@ def choose_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and not cuda:
         built = "" if torch.version.cuda else "; this torch is built without CUDA"
-        raise SettingsError(f"device {name}: there is no CUDA device here{built}")
+        raise SettingsError(f"device {name}: no CUDA device found{built}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise SettingsError(f"device {name}: there are {torch.cuda.device_count()} CUDA devices")
     if device.type == "mps" and not mps:
-        raise SettingsError(f"device {name}: there is no Apple GPU here")
+        raise SettingsError(f"device {name}: no Apple GPU found")
     return device
 
 

@@ -40,7 +40,7 @@ def find_model(name: str) -> Path:
         if path.exists():
             raise ModelError(f"model_name {name}: is a file, expected the folder of a model")
     except (OSError, ValueError, RuntimeError) as error:  # A name that no file can have.
-        raise ModelError(f"model_name {name}: cannot be looked up: {error}") from None
+        raise ModelError(f"model_name {name}: cannot be found: {error}") from None
     if not _HUB_ID.fullmatch(name):
         raise ModelError(
             f"model_name {name}: there is no such folder, and it is neither a hub id (owner/name)"

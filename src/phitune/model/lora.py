@@ -169,7 +169,7 @@ def load_adapter(
         device: where the adapter's matrices are, if not where the decoder is.
 
     Raises:
-        ModelError: files missing or damaged, another base, or a kind of adapter that is not built.
+        ModelError: files missing or damaged, another base, or an unsupported kind of adapter.
     """
     # Both files.
     config = read_adapter_config(folder / CONFIG_FILE)
@@ -297,10 +297,12 @@ def _check_numbers(path: Path, tensors: dict[str, Tensor], spec: LoraSpec) -> No
     """Refuses tensors (A should be [R, D]) whose dtype, numbers or rank are wrong."""
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            raise ModelError(f"{path}: {name} is of type {tensor.dtype}, expected a plain float")
+            raise ModelError(
+                f"{path}: {name} is of type {tensor.dtype}, expected fp32, bf16, fp16 or fp64"
+            )
         if not tensor.isfinite().all():
             raise ModelError(
-                f"{path}: {name} holds numbers that are not finite; the run that wrote it went"
+                f"{path}: {name} contains NaN or infinity; the run that wrote it went"
                 " wrong, train again with half the learning rate"
             )
     for module in spec.modules:
@@ -373,7 +375,8 @@ def compare_with_memory(adapter: Adapter, folder: Path) -> None:
     ]
     if problems:
         raise SavedAdapterError(
-            f"{folder}: what was saved is not what is in memory:\n{listing(sorted(problems))}"
+            f"{folder}: the saved adapter differs from the one in memory:\n"
+            f"{listing(sorted(problems))}"
         )
 
 

@@ -61,7 +61,7 @@ def parse_memory(text: str) -> int:
         raise SettingsError(f"--memory {text!r}: is not an amount of memory; {remedy}")
     if not 0 < size <= _MOST_MEMORY:
         raise SettingsError(
-            f"--memory {text!r}: is {size / GB:,.0f} GB, which no machine has; {remedy}"
+            f"--memory {text!r}: is {size / GB:,.0f} GB, more than any machine has; {remedy}"
         )
     return size
 

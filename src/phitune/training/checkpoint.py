@@ -204,7 +204,7 @@ def read_checkpoint(folder: Path) -> dict[str, bytes]:
     """
     try:
         if (size := (folder / MANIFEST).stat().st_size) > MAX_JSON_BYTES:
-            raise DamagedCheckpointError(f"{MANIFEST}: {size} bytes are too many")
+            raise DamagedCheckpointError(f"{MANIFEST}: {size} bytes, more than allowed")
         text = (folder / MANIFEST).read_bytes()
         content = json.loads(text)
         name, found = content["name"], content["files"]
@@ -215,14 +215,14 @@ def read_checkpoint(folder: Path) -> dict[str, bytes]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         is_whole = False
     if not is_whole:
-        raise DamagedCheckpointError(f"{MANIFEST}: its checksum is not right")
+        raise DamagedCheckpointError(f"{MANIFEST}: its checksum is wrong")
     if name != folder.name.removesuffix(OLD):
-        raise DamagedCheckpointError(f"{MANIFEST}: is that of {name}")
+        raise DamagedCheckpointError(f"{MANIFEST}: belongs to {name}")
     there = {entry.name for entry in folder.iterdir()} - {MANIFEST}
     if missing := sorted(expected.keys() - there):
         raise DamagedCheckpointError(f"{missing[0]}: is missing")
     if unknown := sorted(there - expected.keys()):
-        raise DamagedCheckpointError(f"{unknown[0]}: does not belong here")
+        raise DamagedCheckpointError(f"{unknown[0]}: is not part of the checkpoint")
     return {
         file: _verified(folder / file, size=size, sha256=sha256)
         for file, (size, sha256) in expected.items()
@@ -289,5 +289,5 @@ def _verified(path: Path, *, size: int, sha256: str) -> bytes:
     except OSError as error:
         raise DamagedCheckpointError(f"{path.name}: {error.strerror or error}") from None
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise DamagedCheckpointError(f"{path.name}: its SHA-256 is not right")
+        raise DamagedCheckpointError(f"{path.name}: its SHA-256 is wrong")
     return data

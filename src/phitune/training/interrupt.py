@@ -86,7 +86,9 @@ def stop_signals(say: Callable[[str], None]) -> Iterator[Stop]:
     def on_signal(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if stop.requested:
-            raise Interrupted(f"ended at once by {name}; nothing more was saved", EXIT_CODES[name])
+            raise Interrupted(
+                f"stopped at once by {name}; nothing more was saved", EXIT_CODES[name]
+            )
         stop.signal = name
         if name == "SIGHUP":
             stop.hang_up()

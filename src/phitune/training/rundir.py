@@ -132,8 +132,8 @@ def _refusal(folder: Path) -> ResumeError:
     holder = _holder(folder)
     who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
     return ResumeError(
-        f"{folder}: {who} is training in it; wait for it, stop it, or choose another"
-        f" --output_dir. If there is no such process any more, remove {folder / LOCK}"
+        f"{folder}: {who} is training in it; wait, stop it, or choose another"
+        f" --output_dir. If that process no longer exists, remove {folder / LOCK}"
     )
 
 

@@ -51,6 +51,49 @@ def own_file(path: Path) -> Path | None:
     )
 
 
+_LFS = b"version https://git-lfs.github.com/spec/"
+_PAGES = (b"<!doctype", b"<html", b"<?xml")
+_PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+_REFUSALS = (
+    *(b"Entry not found", b"Repository not found", b"Invalid username or password"),
+    *(b"Access to model", b"404: Not Found", b"Not Found", b"Unauthorized", b'{"error"'),
+)
+HEAD_BYTES = 512  # that tell what a file is
+
+
+def instead_of_file(head: bytes) -> str | None:
+    """What lies in the place of a model's file, with the remedy, where its beginning tells.
+
+    Args:
+        head: the first HEAD_BYTES of the file, or all of a shorter one.
+    """
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if head.startswith(_LFS):
+        return "is a Git LFS pointer, not the file: git lfs pull (or download the file itself)"
+    if not text:
+        return "is empty; get it again from where it came from"
+    if not head.strip(b"\0"):
+        return "holds zeros only, as a download leaves it that was broken off; get it again"
+    if text[:9].lower().startswith(_PAGES):
+        return (
+            "is a web page, not the file; download the file itself (on the hub: resolve/main in"
+            " the address, not blob/main)"
+        )
+    if head.startswith(_PICKLES):
+        return (
+            "is a pickle, and loading a pickle runs the code in it; use a copy that is saved as"
+            " safetensors"
+        )
+    if head.startswith(b"GGUF"):
+        return "is a GGUF file for llama.cpp; use the model that it was made from, as safetensors"
+    if head.startswith(b"\x1f\x8b"):
+        return "is packed with gzip; unpack it"
+    if head.startswith(_REFUSALS):
+        said = head.splitlines()[0][:100].decode("utf-8", "replace")
+        return f"is what a server answered, not the file ({said!r}); download it again"
+    return None
+
+
 def read_text(path: Path, if_missing: str, max_bytes: int = MAX_BYTES) -> str:
     """The text in a small file.
 
@@ -72,6 +115,8 @@ def read_text(path: Path, if_missing: str, max_bytes: int = MAX_BYTES) -> str:
                 f"{path}: has {path.stat().st_size:,} bytes, more than the {max_bytes:,} that such"
                 " a file can need; download it again"
             )
+        if content.strip() and (instead := instead_of_file(content[:HEAD_BYTES])):
+            raise ModelError(f"{path}: {instead}")
         return content.decode("utf-8")
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read: {error}") from None
@@ -84,6 +129,8 @@ def read_object(path: Path, if_missing: str, max_bytes: int = MAX_BYTES) -> dict
         ModelError: as `read_text`; or not JSON, not an object, or beyond the limits.
     """
     text = read_text(path, if_missing, max_bytes)
+    if not text.strip():
+        raise ModelError(f"{path}: {instead_of_file(b'')}")
     try:
         if sum(map(text.count, ",[{")) > MAX_PARTS:
             raise ValueError(f"more than {MAX_PARTS:,} entries")

@@ -19,7 +19,7 @@ from phitune.errors import ModelError, listing
 from phitune.model.adapter_config import CONFIG_FILE as ADAPTER_CONFIG
 from phitune.model.architecture import LM_HEAD, ModelConfig
 from phitune.model.decoder import Decoder
-from phitune.untrusted import own_file, read_object
+from phitune.untrusted import HEAD_BYTES, instead_of_file, own_file, read_object
 
 # -------------------------------------------------------------------------------------------------
 # The header of a safetensors file: the library checks it, and here is what it lets through.
@@ -52,6 +52,11 @@ def read_header(file: Path) -> dict[str, TensorHeader]:
         raise ModelError(f"{file}: missing")
     try:
         with file.open("rb") as opened:
+            head = opened.read(HEAD_BYTES)
+            # A length may begin as a pickle does.
+            if head[8:9] != b"{" and (instead := instead_of_file(head)):
+                raise ModelError(f"{file}: {instead}")
+            opened.seek(0)
             size, length = file.stat().st_size, int.from_bytes(opened.read(8), "little")
             if length > min(size, MAX_HEADER):
                 raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")

@@ -23,7 +23,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup
-	$(BIN)/phitune train --config examples/demo.yaml --output_dir $(DEMO_OUTPUT) --overwrite
+	$(BIN)/phitune demo --output_dir $(DEMO_OUTPUT) --overwrite
 
 # On every core, whatever is left of a worker's tests going to one that has none. Without the tests
 # that take long: those are the campaigns, which CI runs too.

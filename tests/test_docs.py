@@ -62,6 +62,7 @@ ADDED = {
 # Added where a command leaves the data to the example of 560 rows.
 DATA = "--dataset_path data/train.jsonl"
 NOT_RUN = {
+    "phitune demo": "tests/commands/test_demo.py runs it",
     "source .venv/bin/activate": "the environment this test runs in stands for it",
     "pip install 'phitune[eval]'": "it installs",
     "phitune evaluate --adapter_path output/my_model --tasks hellaswag,arc_easy --limit 200": (

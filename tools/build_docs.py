@@ -58,6 +58,8 @@ def made() -> dict[Path, str]:
         GUIDE: guide,
         ARCHITECTURE: architecture(),
         **{ROOT / "examples" / name: text for name, text in examples.items()},
+        # The demo lies in the package, so that it runs without a clone; here it can be read.
+        ROOT / "examples" / "demo.yaml": (SOURCE / "assets" / "demo.yaml").read_text("utf-8"),
     }
 
 

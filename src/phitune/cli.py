@@ -26,6 +26,7 @@ MAX_LINE = 1000  # characters of an error's line that are shown
 # Each is a module of `commands`, imported when it is asked for; all but train, which `main` calls
 # itself, have `run(argv) -> exit code`.
 COMMANDS = {
+    "demo": "teach a tiny shipped model to talk like a sea captain, in about a minute",
     "train": "fine-tune a model on a file of prompts and responses",
     "chat": "chat with a base model or a fine-tuned one",
     "compare": "show the answers of the base model and of adapters side by side",

@@ -672,6 +672,7 @@ _NEIGHBOURS = {
     "limit": "max_samples num_samples",
     "output": "out outfile output_file output_path",
     # Commands.
+    "demo": "quickstart example tutorial",
     "train": "finetune fine_tune fit sft lora",
     "chat": "generate inference infer run",
     "evaluate": "eval test",

@@ -193,7 +193,7 @@ def check_output_dir(path: Path, *, overwrite: bool, resuming: bool = False) -> 
     if names and not overwrite:
         raise SettingsError(
             f"output_dir {path}: is not empty; choose another, resume the run in it with"
-            f" --resume {path}, or replace it with --overwrite"
+            f" phitune train --resume {path}, or replace it with --overwrite"
         )
     if foreign := [name for name in names if ours[name] is None]:
         raise SettingsError(

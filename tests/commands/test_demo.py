@@ -1,0 +1,115 @@
+"""`phitune demo`: from an installed wheel too, in a folder that has nothing of the clone."""
+
+import io
+import os
+import subprocess
+import sys
+import sysconfig
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers.command_line import phitune
+
+from phitune.commands import demo
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def short_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory, and the demo with one epoch instead of twenty."""
+    settings = yaml.safe_load(demo.CONFIG.read_text())
+    short = tmp_path / "short.yaml"
+    short.write_text(yaml.safe_dump({**settings, "epochs": 1, "sample_tokens": 8, "device": "cpu"}))
+    monkeypatch.setattr(demo, "CONFIG", short)
+    place = tmp_path / "place"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    return place
+
+
+def test_it_ends_with_the_table_and_three_commands_that_run(
+    short_demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hello\n")))
+    done = phitune("demo")
+    assert done.returncode == 0, done.stderr
+    assert "Answers before and after" in done.stdout
+    assert (short_demo / "output" / "demo" / "summary.json").is_file()
+    _, _, after = done.stdout.partition("\nTry next:\n")
+    commands = [line.strip() for line in after.splitlines()]
+    assert len(commands) == 3
+    for command in commands:
+        assert command.startswith("phitune ")
+        answer = phitune(command.removeprefix("phitune "))
+        assert answer.returncode == 0, (command, answer.stderr)
+
+
+def test_an_earlier_run_is_replaced_only_when_asked(short_demo: Path) -> None:
+    run = short_demo / "my run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("{}\n")
+    done = phitune(["demo", "--output_dir", str(run)])
+    assert done.returncode == 2
+    assert "is not empty" in done.stderr
+    assert "--overwrite" in done.stderr
+    assert f"phitune train --resume {run}" in done.stderr
+    assert (run / "metrics.jsonl").read_text() == "{}\n"
+
+    done = phitune(["demo", "--output_dir", str(run), "--overwrite"])
+    assert done.returncode == 0, done.stderr
+    assert f"phitune chat --adapter_path '{run}'" in done.stdout
+
+
+def test_make_demo_is_the_same_command() -> None:
+    done = subprocess.run(
+        ["make", "--dry-run", "--directory", str(ROOT), "demo"], capture_output=True, text=True
+    )
+    assert "phitune demo --output_dir output/demo --overwrite" in done.stdout
+
+
+@pytest.mark.campaign
+@pytest.mark.skipif(
+    not find_spec("hatchling"), reason="hatchling, which builds the wheel, is missing"
+)
+def test_an_installed_wheel_runs_it_without_a_clone(tmp_path: Path) -> None:
+    build = [
+        sys.executable,
+        "-m",
+        "hatchling",
+        "build",
+        "-t",
+        "wheel",
+        "-d",
+        str(tmp_path / "dist"),
+    ]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    [wheel] = (tmp_path / "dist").glob("phitune-*.whl")
+
+    # An environment of its own with this one's packages behind it, but for the one under test.
+    environment = tmp_path / "env"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+    python = environment / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps"]
+    subprocess.run([*pip, "--no-index", str(wheel)], check=True)
+    [site] = (environment / "lib").glob("python*/site-packages")
+    (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+
+    place = tmp_path / "place"
+    place.mkdir()
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    where = "import phitune; print(phitune.__file__)"
+    found = subprocess.check_output([python, "-c", where], cwd=place, env=variables, text=True)
+    assert Path(found.strip()).is_relative_to(environment)
+    done = subprocess.run(
+        [environment / "bin" / "phitune", "demo"],
+        cwd=place,
+        env=variables,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Ahoy!" in done.stdout
+    assert "Try next:" in done.stdout

@@ -193,6 +193,6 @@ def _check_depth(content: Any) -> None:
     while rest:
         value, depth = rest.pop()
         if depth > MAX_DEPTH:
-            raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
+            raise ValueError(f"objects nested more than {MAX_DEPTH} deep")
         inner = value.values() if isinstance(value, dict) else value
         rest += [(part, depth + 1) for part in inner if isinstance(part, dict | list)]

@@ -5,18 +5,24 @@
 Rows of every format are written as every kind of file and then damaged: values of other types, bits
 flipped, pieces cut out, doubled or put in, files cut off. A case fails by any other exception than
 a refusal, by a refusal without file, line and remedy, by a row that is not what an Example
-promises, or by taking too long. Writes results/fuzz_data.json and .md.
+promises, or by taking too long. As many files are written as other programs write them, in random
+encodings, delimiters, line ends, quoting and shapes: each comes back equal, or is refused where no
+reader could know. Writes results/fuzz_data.json and .md.
 """
 
 import argparse
+import codecs
+import csv
 import gzip
+import io
 import json
 import random
 import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +200,162 @@ def campaign(number: int, start: int) -> Counter[str]:
     return found
 
 
+# --- Files as other programs write them ----------------------------------------------------------
+
+_PIECES = (
+    *("word", "a", "\u00e9", "\u4e2d", "\U0001f600", " ", "  ", "'", "{", "[", "\\", "0", "sep=;"),
+    *(",", ";", "\t", "|", '"', '""', "\n", "\r\n", "\r"),
+)
+_texts = st.lists(st.sampled_from(_PIECES), min_size=1, max_size=6).map("".join)
+_words = _texts.filter(lambda text: any(letter.isalnum() for letter in text))
+_MARKED = {
+    "utf-8": b"",
+    "utf-8-sig": b"",
+    "utf-16-le": codecs.BOM_UTF16_LE,
+    "utf-16-be": codecs.BOM_UTF16_BE,
+    "utf-32-le": codecs.BOM_UTF32_LE,
+}
+# These are refused, unless all is ASCII in the last.
+_UNMARKED = ("utf-16-le", "utf-16-be", "cp1252")
+_QUOTINGS = (csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC)
+_SHAPES = ("lines", "array", "pretty", "columns", "index", "split", "list", "under", "twice", "one")
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file as a program writes it."""
+
+    name: str
+    content: bytes
+    pairs: tuple[tuple[str, str], ...]  # prompts and responses
+    may_be_refused: bool  # the file does not say enough to be read
+    may_differ: bool  # it can be read in two ways; then a note says which
+
+
+@st.composite
+def written(draw: st.DrawFn) -> Written:
+    """A table or JSON with random texts."""
+    pairs = tuple(draw(st.lists(st.tuples(_words, _words), min_size=1, max_size=5)))
+    as_table = draw(st.booleans())
+    text, name, may_differ = draw(_a_table(pairs)) if as_table else draw(_a_json(pairs))
+    encodings = (*_MARKED, *(f"{encoding} without a mark" for encoding in _UNMARKED))
+    encoding = draw(st.sampled_from(encodings))
+    may_be_refused = encoding not in _MARKED
+    bare = encoding.removesuffix(" without a mark")
+    try:
+        content = (b"" if may_be_refused else _MARKED[bare]) + text.encode(bare)
+    except UnicodeEncodeError:  # Not in cp1252.
+        content, may_be_refused = text.encode(), False
+    may_be_refused = may_be_refused and not (bare == "cp1252" and text.isascii())
+    if draw(st.booleans()):
+        content, name = gzip.compress(content, mtime=0), f"{name}.gz"
+    return Written(name, content, pairs, may_be_refused, may_differ)
+
+
+@st.composite
+def _a_table(draw: st.DrawFn, pairs: Sequence[tuple[str, str]]) -> tuple[str, str, bool]:
+    """A table's text, its name, and whether it can be read in two ways."""
+    delimiter = draw(st.sampled_from(",;\t|"))
+    end = draw(st.sampled_from(["\n", "\r\n", "\r"]))
+    more = draw(st.sampled_from(["", "id", "note, internal", "a;b", "a|b"]))
+    rows = [["prompt", "response", more] if more else ["prompt", "response"]]
+    rows += [[*pair, "x"] if more else list(pair) for pair in pairs]
+    cells = [cell for row in rows for cell in row]
+    one_line = not any(mark in cell for cell in cells for mark in "\n\r")
+    plain = one_line and not any(delimiter in cell for cell in cells)
+    written = io.StringIO()
+    if plain and delimiter in "\t|" and draw(st.booleans()):
+        # Without quoting, as many tools write tabs.
+        written.write("".join(delimiter.join(row) + end for row in rows))
+        may_differ = any(cell.startswith('"') for cell in cells)
+    else:
+        # Python 3.11 quotes no line end but its own.
+        quoting: Any = draw(st.sampled_from(_QUOTINGS)) if one_line else csv.QUOTE_ALL
+        writer = csv.writer(written, delimiter=delimiter, lineterminator=end, quoting=quoting)
+        writer.writerows(rows)
+        # Every line inside a quoted cell may happen to look like a row.
+        may_differ = delimiter in "\t|" and not plain
+    head = f"sep={delimiter}{end}" if draw(st.booleans()) else ""
+    name = draw(st.sampled_from(["case.csv", "case.tsv"]))
+    return head + written.getvalue(), name, may_differ
+
+
+@st.composite
+def _a_json(draw: st.DrawFn, pairs: Sequence[tuple[str, str]]) -> tuple[str, str, bool]:
+    """JSON in one of the shapes that tools write, its name, and that it can be read in one way."""
+    rows = [{"prompt": prompt, "response": response} for prompt, response in pairs]
+    ascii_only, indent = draw(st.booleans()), draw(st.sampled_from([None, 1]))
+
+    def dumps(value: Any, *, indent: int | None = indent) -> str:
+        return json.dumps(value, ensure_ascii=ascii_only, indent=indent)
+
+    end = draw(st.sampled_from(["\n", "\r\n", "\r"]))
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    shapes: dict[str, Callable[[], str]] = {
+        "lines": lambda: "".join(dumps(row, indent=None) + end for row in rows),
+        "array": lambda: dumps(rows),
+        "pretty": lambda: "".join(dumps(row, indent=2) + "\n" for row in rows),
+        "columns": lambda: dumps(
+            {name: {str(i): v for i, v in enumerate(vs)} for name, vs in columns.items()}
+        ),
+        "index": lambda: dumps({str(i): row for i, row in enumerate(rows)}),
+        "split": lambda: dumps({"columns": [*rows[0]], "index": [0], "data": [*map(list, pairs)]}),
+        "list": lambda: dumps(columns),
+        "under": lambda: dumps({"version": 1, "data": rows}),
+        "twice": lambda: "".join(dumps(dumps(row), indent=None) + end for row in rows),
+        "one": lambda: "".join(dumps(row, indent=None) for row in rows),
+    }
+    assert tuple(shapes) == _SHAPES
+    shape = draw(st.sampled_from(_SHAPES))
+    return shapes[shape](), draw(st.sampled_from(["case.json", "case.jsonl"])), False
+
+
+def check_written(case: Written, folder: Path) -> str:
+    """Reads one case. Returns: "equal", "refused" or "noted"; else an AssertionError."""
+    path = folder / case.name
+    path.write_bytes(case.content)
+    started = time.perf_counter()
+    stream = read_examples(path)
+    pairs: list[tuple[str, str]] = []
+    refusal = ""
+    try:
+        pairs = [(example.turns[0].content, example.turns[-1].content) for example in stream]
+    except DataError as error:
+        refusal = str(error)
+    assert time.perf_counter() - started < SECONDS
+    if refusal:
+        assert case.may_be_refused or case.may_differ, f"{refusal}\n{case}"
+        assert re.search(re.escape(str(path)) + r":\d+: ", refusal), refusal
+        assert _REMEDY.search(refusal), refusal
+        return "refused"
+    if pairs == list(case.pairs):
+        return "equal"
+    assert case.may_differ, f"{pairs}\n{case}"
+    assert len(stream.notes) > 1, f"{pairs}\n{case}"
+    return "noted"
+
+
+def written_campaign(number: int, start: int) -> Counter[str]:
+    """Reads `number` files as other programs write them. Returns: how many came out how."""
+    found: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory(prefix="phitune-fuzz-") as name:
+        folder = Path(name)
+
+        @seed(start)
+        @settings(
+            max_examples=number,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(written())
+        def run(case: Written) -> None:
+            found[check_written(case, folder)] += 1
+
+        run()
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--cases", type=int, default=CASES)
@@ -202,6 +364,9 @@ def main() -> None:
     started = time.perf_counter()
     found = campaign(number, start)
     seconds = time.perf_counter() - started
+    started = time.perf_counter()
+    as_written = written_campaign(number, start)
+    seconds_written = time.perf_counter() - started
     outcomes = {
         word: sum(n for key, n in found.items() if key.endswith(word))
         for word in ("read", "refused")
@@ -214,8 +379,18 @@ def main() -> None:
         "| file | read | refused |",
         "|---|---|---|",
         *(f"| {k} | {found[f'{k} read']:,} | {found[f'{k} refused']:,} |" for k in _KINDS),
+        "",
+        f"{number:,} files as other programs write them, in {seconds_written:.0f} s:"
+        f" {as_written['equal']:,} came back equal, {as_written['refused']:,} were refused (UTF-16"
+        " without a byte order mark, Windows-1252), "
+        f"{as_written['noted']:,} were read in the other of two ways and said so.",
     ]
-    save("fuzz_data", "Damaged data files", lines, {"seed": start, "found": dict(found)})
+    save(
+        "fuzz_data",
+        "Damaged data files, and files of other programs",
+        lines,
+        {"seed": start, "found": dict(found), "as_written": dict(as_written)},
+    )
 
 
 if __name__ == "__main__":

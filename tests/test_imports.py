@@ -54,7 +54,7 @@ MAY_IMPORT = {
     "text": set(),
 }
 # What must answer at once starts without these.
-HEAVY = ("torch", "transformers", "peft", "numpy", "huggingface_hub", "duckdb", "jinja2")
+HEAVY = ("torch", "transformers", "peft", "numpy", "huggingface_hub", "duckdb", "pyarrow", "jinja2")
 LIGHT = (
     "phitune.cli",
     *(f"phitune.commands.{name}" for name in COMMANDS),
@@ -63,6 +63,9 @@ LIGHT = (
     "phitune.data.dataset",
     "phitune.data.files",
     "phitune.data.sources",
+    "phitune.data.json_rows",
+    "phitune.data.tables",
+    "phitune.data.columnar",
     "phitune.data.prompt",
     "phitune.data.tokenizer",
     "phitune.data.prepare",

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phitune.data import files
+from phitune.data import json_rows
 from phitune.data.dataset import read_examples
-from phitune.data.files import RawRow, read_rows, suffix_of
+from phitune.data.files import read_rows, suffix_of
+from phitune.data.raw_row import FileNotes, RawRow
 from phitune.data.sources import find_source, hub_id
 from phitune.errors import DataError
 
@@ -99,6 +100,7 @@ def test_parquet_gives_texts_and_nested_conversations_in_order(tmp_path: Path) -
 def test_parquet_without_duckdb_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(__import__("sys").modules, "duckdb", None)
     with pytest.raises(DataError, match=r"pip install 'phitune\[parquet\]'"):
         list(read_rows(tmp_path / "a.parquet"))
@@ -110,19 +112,25 @@ def test_an_array_is_the_same_however_it_is_cut(
 ) -> None:
     rows = [*ROWS, {"a": [1.5e3, -20, True, None, {"b": "\ud83d\ude00\\n"}]}, {}]
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    monkeypatch.setattr(files, "_CHUNK", chunk)
+    monkeypatch.setattr(json_rows, "_CHUNK", chunk)
     assert rows_of(tmp_path / "a.json") == json.loads(json.dumps(rows))
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
     max_leaves=6,
 )
 
 
 @given(
-    rows=st.lists(st.dictionaries(st.text(max_size=4), json_values, max_size=3), max_size=5),
+    rows=st.lists(
+        st.dictionaries(st.text(max_size=4), json_values, min_size=2, max_size=4), max_size=5
+    ),
     indent=st.sampled_from([None, 1]),
     ascii_only=st.booleans(),
     chunk=st.integers(1, 40),
@@ -138,11 +146,11 @@ def test_any_array_is_read_as_json_reads_it(
     path = tmp_path_factory.mktemp("array") / "a.json"
     text = json.dumps(rows, indent=indent, ensure_ascii=ascii_only)
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    before, files._CHUNK = files._CHUNK, chunk
+    before, json_rows._CHUNK = json_rows._CHUNK, chunk
     try:
         found = list(read_rows(path))
     finally:
-        files._CHUNK = before
+        json_rows._CHUNK = before
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -168,7 +176,6 @@ def damaged(content: bytes, name: str) -> RawRow:
         ("a.json", b'[{"a": 1}]\n[]', 2, "something follows the end"),
         ("a.json", b'[{"a": 1},\n{"b": "\xff"}]', 2, "not UTF-8"),
         ("a.json", b"[" * 100_000, 1, "not JSON"),
-        ("a.json", b'{\n "data": []\n}', 1, "is one JSON object over many lines"),
         ("a.json.gz", b"no gzip", 1, "the compressed data is damaged"),
         (
             "a.jsonl.gz",
@@ -178,7 +185,7 @@ def damaged(content: bytes, name: str) -> RawRow:
         ),
         ("a.csv", b'a,b\n1,2\n"open,3\n4,5\n', 3, "not CSV: unexpected end of data"),
         ("a.csv", b'a,b\n1,2\n"x"y,3\n', 3, "not CSV: ',' expected after '\"'"),
-        ("a.csv", b"a,b\n1\n", 2, "has 1 cells, the header has 2"),
+        ("a.csv", b"a,b\n1\n", 2, "has 1 cell, the header has 2"),
         ("a.csv", b"a,a\n1,2\n", 1, "two columns are named 'a'"),
         ("a.csv", b"a,b\n1,caf\xe9\n", 2, "not UTF-8"),
         ("a.tsv", b"a\tb\n1\t2\t3\n", 2, "has 3 cells, the header has 2"),
@@ -211,6 +218,39 @@ def test_suffixes() -> None:
     assert suffix_of(Path("A.JSONL.GZ")) == ".jsonl.gz"
     assert suffix_of(Path("a.parquet.gz")) is None
     assert suffix_of(Path("jsonl")) is None
+
+
+@pytest.mark.parametrize("how", ["new_stream", "new_file"])
+def test_arrow_gives_rows_as_save_to_disk_writes_them(tmp_path: Path, how: str) -> None:
+    pa = pytest.importorskip("pyarrow")
+    path = tmp_path / "data-00000-of-00001.arrow"
+    conversation = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = [{"messages": conversation, "number": number} for number in range(3000)]
+    batches = pa.Table.from_pylist(rows).to_batches(max_chunksize=1100)
+    with getattr(pa.ipc, how)(path, batches[0].schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    assert rows_of(path) == rows
+    damage = path.read_bytes()[:-2000]
+    path.write_bytes(damage)
+    assert list(read_rows(path))[-1].fatal
+
+
+def test_arrow_without_pyarrow_names_the_extra_and_what_else_helps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.arrow").write_bytes(b"ARROW1")
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"pip install 'phitune\[arrow\]'.*load_from_disk"):
+        list(read_rows(tmp_path / "a.arrow"))
+
+
+def test_columns_of_bytes_are_texts_where_they_are_utf8(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", "SELECT 'q'::BLOB AS prompt, '\\xFF'::BLOB AS x")
+    notes = FileNotes()
+    (row,) = read_rows(path, notes=notes)
+    assert row.values == {"prompt": "q", "x": b"\xff"}
+    assert notes.sentences() == ["the column 'prompt' holds bytes, which are read as UTF-8"]
 
 
 def fill(folder: Path, *names: str) -> None:

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from phitune.data.conversation import Example, Refusal, Role
-from phitune.data.files import BytesRead, RawRow, read_rows, suffix_of
+from phitune.data.files import BytesRead, read_rows, suffix_of
 from phitune.data.formats import (
     EXPECTED,
     FIELD_NAMES,
+    ROW_NAMES,
     RowFormat,
     RowNotes,
     detect,
@@ -29,6 +30,7 @@ from phitune.data.formats import (
     parse_roles,
     unknown_fields,
 )
+from phitune.data.raw_row import FileNotes, RawRow
 from phitune.data.sources import Part, Source, find_source
 from phitune.errors import MAX_LISTED, DataError
 from phitune.text import plural
@@ -105,6 +107,7 @@ class ExampleStream:
         self.row_notes = RowNotes()  # of the rows that can be used
         self.bytes_read = BytesRead()
         self._source_notes = source.notes
+        self._file_notes: list[tuple[Path, str]] = []
         self._reading = reading
         self._strict = strict
         self._refusal = refusal
@@ -117,8 +120,12 @@ class ExampleStream:
 
     @property
     def notes(self) -> list[str]:
-        """Which files were taken, the format each was read as, and what was not read."""
+        """Which files were taken, what was found in them, their formats, and what was not read."""
         notes = list(self._source_notes)
+        for sentence in dict.fromkeys(sentence for _, sentence in self._file_notes):
+            files = [path for path, found in self._file_notes if found == sentence]
+            more = f" and {len(files) - 1} more files" if len(files) > 1 else ""
+            notes.append(f"{files[0]}{more}: {sentence}")
         for row_format in dict.fromkeys(map(str, self.formats.values())):
             files = [path for path, found in self.formats.items() if str(found) == row_format]
             more = f" and {len(files) - 1} more files" if len(files) > 1 else ""
@@ -148,6 +155,7 @@ class ExampleStream:
                 [numbers[path], row_format.name, dict(row_format.columns)]
                 for path, row_format in self.formats.items()
             ],
+            "file_notes": [[numbers[path], sentence] for path, sentence in self._file_notes],
             "rows": self.rows,
             "problem_count": self.problems.count,
             "problems": self.problems.first,
@@ -161,6 +169,9 @@ class ExampleStream:
             self.files[number]: RowFormat(name, columns)
             for number, name, columns in findings["formats"]
         }
+        self._file_notes = [
+            (self.files[number], sentence) for number, sentence in findings["file_notes"]
+        ]
         self.rows = findings["rows"]
         self.problems = Problems(findings["problem_count"], findings["problems"])
         self.row_notes = RowNotes(Counter(findings["unread"]), Counter(findings["read_as"]))
@@ -179,10 +190,24 @@ class ExampleStream:
         self._raise_problems(kept)
 
     def _of_file(self, file: Path) -> Iterator[Example]:
-        reading = self._reading
-        numbered = is_numbered(reading.columns)
-        rows = read_rows(file, numbered=numbered, bytes_read=self.bytes_read)
+        notes = FileNotes()
+        numbered = is_numbered(self._reading.columns)
+        named = self._reading.columns.values()
+        fields = ROW_NAMES | {column.partition(".")[0].strip().lower() for column in named}
+        rows = read_rows(
+            file,
+            numbered=numbered,
+            fields=frozenset(fields),
+            bytes_read=self.bytes_read,
+            notes=notes,
+        )
+        try:
+            yield from self._examples(file, rows, numbered)
+        finally:
+            self._file_notes += [(file, sentence) for sentence in notes.sentences()]
 
+    def _examples(self, file: Path, rows: Iterator[RawRow], numbered: bool) -> Iterator[Example]:
+        reading = self._reading
         # The format: that of the first row that has one.
         tried: list[RawRow] = []
         row_format = None

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from phitune.data.conversation import Example, Role, Turn
-from phitune.data.files import json_name
+from phitune.data.raw_row import json_name
 from phitune.errors import SettingsError
 
 # --- Names of fields -----------------------------------------------------------------------------
@@ -58,6 +58,10 @@ OPTIONAL: dict[str, Fields] = {
 }
 FIELD_NAMES = {name for fields in FIELDS.values() for names in fields.values() for name in names}
 FIELD_NAMES |= set(_INPUT)
+# An object of a file that has one of these is a row, not what holds rows.
+ROW_NAMES = FIELD_NAMES | {
+    name for fields in _WIDER_FIELDS.values() for names in fields.values() for name in names
+}
 EXPECTED = (
     '"prompt" and "response", "question" and "answer", "instruction", "input" and "output",'
     ' "messages", "conversations" or "text"'

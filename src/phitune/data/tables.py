@@ -1,0 +1,291 @@
+"""CSV and TSV files as rows, as spreadsheets and other tools write them.
+
+The delimiter is the one that gives the header and the first rows the same number of cells; a first
+line `sep=;` names it. Quotes are CSV's (doubled inside a quoted cell), but in tables with tabs or
+bars, which many tools write without quoting, a quote is a letter where only that gives every line
+the cells of the header. Cells are never edited.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from phitune.data.content import Text, not_utf8
+from phitune.data.raw_row import FileNotes, RawRow
+
+# Characters of a cell; without a limit an open quote would read to the end of any file.
+_MAX_CELL = 2**27
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+_SELDOM_QUOTED = "\t|"
+_JUDGED = 50  # rows that the delimiter is chosen by
+_SEP = re.compile(r'"?sep=(?P<delimiter>.)"?\s*', re.IGNORECASE)
+_JSON = re.compile(r"\s*(?:\[\s*)?\{\s*(?:[\"'}]|$)")
+_BOM = "\ufeff"
+_SHOWN = 40  # characters of a cell in a message
+
+
+@dataclass(frozen=True)
+class _Dialect:
+    """How the cells of a table are written."""
+
+    delimiter: str
+    cells: int  # of the header
+    skipped: int = 0  # lines before the header
+    quoted: bool = True
+
+    def rows(self, lines: Iterator[str]) -> Iterator[list[str]]:
+        """The cells of each row; raises csv.Error at a damaged one and goes on behind it."""
+        return csv.reader(
+            lines,
+            delimiter=self.delimiter,
+            quoting=csv.QUOTE_MINIMAL if self.quoted else csv.QUOTE_NONE,
+            strict=True,
+        )
+
+
+def table_rows(
+    text: Text, kind: str, fields: frozenset[str], *, numbered: bool, notes: FileNotes
+) -> Iterator[RawRow]:
+    """The rows of a table.
+
+    Args:
+        kind: "CSV" or "TSV", by the name of the file.
+        fields: names of fields that rows have, in lower case.
+        numbered: there is no header; the fields are named "0", "1" and so on.
+    """
+    sample = text.sample.decode("utf-8", "surrogateescape")
+    if _JSON.match(sample) and _is_json(sample):
+        problem = f"holds JSON, not {kind}; name the file .jsonl (or .json if it is an array)"
+        yield RawRow(1, problem, fatal=True)
+        return
+    csv.field_size_limit(_MAX_CELL)
+    dialect = _dialect(sample, text, kind, fields)
+    usual = "\t" if kind == "TSV" else ","
+    if dialect.delimiter != usual:
+        name = _DELIMITERS.get(dialect.delimiter, repr(dialect.delimiter))
+        notes.add(f"its cells are separated by {name}")
+    if not dialect.quoted:
+        notes.add(
+            "quotes are read as letters, since only so every line has the cells of the header"
+        )
+    yield from _rows(text, kind, dialect, numbered, notes)
+
+
+def _rows(
+    text: Text, kind: str, dialect: _Dialect, numbered: bool, notes: FileNotes
+) -> Iterator[RawRow]:
+    lines = _Lines(text, dialect)
+    reader = dialect.rows(lines)
+    header: list[str] | None = None
+    while True:
+        line = lines.next_row()
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            row = _damaged(kind, line, lines, str(error))
+            yield row
+            if row.fatal:
+                return
+            continue
+        if not any(cell.strip() for cell in cells):
+            continue
+        if (damaged := next((cell for cell in cells if not _is_text(cell)), None)) is not None:
+            problem = not_utf8(damaged.encode("utf-8", "surrogateescape"), "cell")
+            yield RawRow(line, problem, fatal=header is None and not numbered)
+            if header is None and not numbered:
+                return
+            continue
+        if lines.count > 1:
+            _note_line_ends(kind, dialect, line, lines, notes)
+        if numbered:
+            yield RawRow(line, {str(index): cell for index, cell in enumerate(cells)})
+        elif header is None:
+            header = [cell.strip() for cell in cells]
+            repeated = [name for name in header if name and header.count(name) > 1]
+            if repeated:
+                yield RawRow(line, f"two columns are named {repeated[0]!r}", fatal=True)
+                return
+        else:
+            yield _row(line, header, cells, dialect)
+
+
+def _row(line: int, header: list[str], cells: list[str], dialect: _Dialect) -> RawRow:
+    if len(cells) > len(header) and not any(cells[len(header) :]):
+        cells = cells[: len(header)]  # Delimiters after the last cell.
+    if len(cells) != len(header):
+        found = f"{len(cells)} cell{'s' * (len(cells) != 1)}"
+        name = repr(dialect.delimiter)
+        more = len(cells) > len(header) and dialect.quoted
+        remedy = f"; a cell with {name} inside stands in quotes" if more else ""
+        return RawRow(line, f"has {found}, the header has {len(header)}{remedy}")
+    if [cell.strip() for cell in cells] == header:
+        return RawRow(line, "is the header again, as where files were joined; remove the line")
+    return RawRow(line, dict(zip(header, cells, strict=True)))
+
+
+def _note_line_ends(
+    kind: str, dialect: _Dialect, line: int, lines: "_Lines", notes: FileNotes
+) -> None:
+    """Says of cells with line ends what may be a mistake: they are few tools' in such tables."""
+    if lines.like_rows:
+        notes.add(
+            "a quoted cell runs over lines that each have the cells of a row: see whether its quote"
+            " was meant to be one",
+            line,
+        )
+    elif dialect.delimiter in _SELDOM_QUOTED:
+        notes.add(f"a quoted cell of the {kind} has line ends", line)
+
+
+def _damaged(kind: str, line: int, lines: "_Lines", error: str) -> RawRow:
+    """A row that csv could not read, with the cause."""
+    where = f" (lines {line} to {line + lines.count - 1})" if lines.count > 1 else ""
+    if "unexpected end of data" in error or "field larger" in error:
+        cause = (
+            f"a quote is opened on this line and never closed{where}, so all that follows is one"
+            " cell"
+        )
+        return RawRow(line, f"not {kind}: unexpected end of data: {cause}", fatal=True)
+    if lines.escaped:
+        cause = (
+            'a quote inside a cell is written \\", which CSV writes ""; write the file again, for'
+            " example with pandas: read_csv(FILE, escapechar='\\\\').to_json(NEW, orient='records',"
+            " lines=True)"
+        )
+    elif "expected after" in error:
+        cause = f'{error}: text follows a closing quote{where}; a quote inside a cell is written ""'
+    else:
+        cause = f"{error}{where}"
+    return RawRow(line, f"not {kind}: {cause}")
+
+
+def _is_text(cell: str) -> bool:
+    """Whether no byte of a cell was kept as half a surrogate pair, as no UTF-8."""
+    return cell.isascii() or not any("\udc80" <= letter <= "\udcff" for letter in cell)
+
+
+def _is_json(sample: str) -> bool:
+    """Whether a text that begins with a brace is JSON, or many lines of it."""
+    first = sample.lstrip().partition("\n")[0].rstrip().rstrip(",")
+    try:
+        json.loads(first)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(first) or len(first) > 2**10
+    except (ValueError, RecursionError):
+        return True
+    return True
+
+
+# --- How the cells are written -------------------------------------------------------------------
+
+
+def _dialect(sample: str, text: Text, kind: str, fields: frozenset[str]) -> _Dialect:
+    """The delimiter, and whether quotes mean anything."""
+    lines = sample.splitlines(keepends=True)
+    if not text.whole and len(lines) > 1:
+        lines.pop()  # It is cut off.
+    skipped = 0
+    if lines and (named := _SEP.fullmatch(lines[0])):
+        delimiter, skipped = named["delimiter"], 1
+        header = next(csv.reader(lines[1:], delimiter=delimiter), [])
+        dialect = _Dialect(delimiter, len(header), skipped)
+    else:
+        usual = "\t" if kind == "TSV" else ","
+        candidates = [usual, *(other for other in _DELIMITERS if other != usual)]
+        judged = {one: _agreement(lines, one, fields, whole=text.whole) for one in candidates}
+        delimiter = max(candidates, key=lambda one: judged[one][:2])
+        dialect = _Dialect(delimiter, judged[delimiter][2])
+    if delimiter in _SELDOM_QUOTED and not _is_quoted(text, dialect):
+        return _Dialect(delimiter, dialect.cells, skipped, quoted=False)
+    return dialect
+
+
+def _agreement(
+    lines: list[str], delimiter: str, fields: frozenset[str], *, whole: bool
+) -> tuple[int, float, int]:
+    """What speaks for a delimiter, and the cells that it gives the header.
+
+    Returns:
+        (known fields in the header, the share of the first rows with as many cells as the header,
+        cells of the header). A header of one cell speaks for nothing.
+    """
+    try:
+        reader = csv.reader(lines, delimiter=delimiter)
+        rows = [row for row in islice(reader, _JUDGED) if any(cell.strip() for cell in row)]
+    except csv.Error:
+        rows = []
+    cells = len(rows[0]) if rows else 0
+    if cells < 2:
+        return 0, 0.0, cells
+    known = sum(cell.strip().lower() in fields for cell in rows[0])
+    if not whole and 1 < len(rows) < _JUDGED:
+        rows.pop()  # A quoted cell may be cut off.
+    alike = sum(len(row) == cells for row in rows)
+    return known, alike / len(rows), cells
+
+
+def _is_quoted(text: Text, dialect: _Dialect) -> bool:
+    """Whether the quotes of a table are quotes, and no letters.
+
+    They are letters where every line has the cells of the header if they are taken for letters, and
+    rows are damaged or run over several lines if they are taken for quotes.
+    """
+    delimiter, delimiters = dialect.delimiter, dialect.cells - 1
+    opening = f'{delimiter}"'
+    quotes = False
+    for line in islice(text.lines(), dialect.skipped, None):
+        if line.isspace():
+            continue
+        if line.count(delimiter) != delimiters:
+            return True
+        quotes = quotes or line.lstrip(_BOM).startswith('"') or opening in line
+    if not quotes:
+        return True
+    lines = _Lines(text, dialect)
+    reader = dialect.rows(lines)
+    try:
+        while True:
+            lines.next_row()
+            cells = next(reader, None)
+            if cells is None:
+                return True
+            if lines.count > 1 or (len(cells) != dialect.cells and any(cells)):
+                return False
+    except csv.Error:
+        return False
+
+
+class _Lines:
+    """The lines of a table for csv's reader, and what they showed since a row began."""
+
+    def __init__(self, text: Text, dialect: _Dialect) -> None:
+        self._lines = islice(text.lines(), dialect.skipped, None)
+        self._delimiter, self._delimiters = dialect.delimiter, dialect.cells - 1
+        self._read = dialect.skipped
+        self.count = 0  # lines of the row
+        self.escaped = False  # it has a quote behind a backslash
+        self.like_rows = True  # each of its lines has the delimiters of a row
+
+    def next_row(self) -> int:
+        """Forgets the row before. Returns: the line on which the next begins."""
+        self.count, self.escaped, self.like_rows = 0, False, self._delimiters > 0
+        return self._read + 1
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._lines)
+        # Tools that join files put a byte order mark in front of a row in the middle.
+        if not self.count and line.startswith(_BOM):
+            line = line[1:]
+        self._read += 1
+        self.count += 1
+        self.escaped = self.escaped or '\\"' in line
+        self.like_rows = self.like_rows and line.count(self._delimiter) == self._delimiters
+        return line

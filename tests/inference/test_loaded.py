@@ -119,6 +119,47 @@ def test_a_folder_of_pefts_without_tokenizer(tmp_path: Path) -> None:
     assert greedy(model, 0) != greedy(model, None)
 
 
+def test_without_a_template_of_its_own_an_adapter_is_asked_in_its_bases(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = write_adapter(tmp_path / "bare", "tiny-phi-3.5", None)
+    trained = opened(write_adapter(tmp_path / "trained", "tiny-phi-3.5", "chat"))
+    model = opened(bare)
+    for choice in (None, 0):
+        assert model.coder(choice).format_name == "chat"
+        assert model.coder(choice).encode(ASKED) == trained.coder(0).encode(ASKED)
+    (warning,) = model.warnings
+    assert "assumed to be the base model's chat template; --prompt_format instruct" in warning
+    assert opened(bare, prompt_format="instruct").warnings == ()
+    assert opened(bare, prompt_format="instruct").coder(0).format_name == "instruct"
+
+    # Every command says so.
+    question = tmp_path / "questions.yaml"
+    question.write_text("questions: ['Hi?']\n")
+    for command in (
+        ["compare", "--questions_file", str(question), "--max_new_tokens", "2"],
+        ["export", "--format", "merged", "--output_dir", str(tmp_path / "out")],
+    ):
+        assert main([*command, "--adapter_path", str(bare), "--device", "cpu"]) == 0
+        shown = capsys.readouterr()
+        assert "assumed to be the base model's chat template" in shown.err + shown.out
+    assert "note: the chat template is the base model's own" in shown.out
+    written = TextTokenizer(tmp_path / "out").chat_template
+    assert written == TextTokenizer(ASSETS / "tiny-phi-3.5").chat_template
+
+    # A template without a tokenizer is the adapter's all the same.
+    own = (trained.adapters[0].folder / "chat_template.jinja").read_text() + "{# its own #}"
+    (bare / "chat_template.jinja").write_text(own)
+    assert opened(bare).warnings == ()
+    assert opened(bare).coder(0).prompt_format.chat_template == own
+
+
+def test_without_any_template_the_instruct_format_is_assumed(tmp_path: Path) -> None:
+    bare = write_adapter(tmp_path / "bare", prompt_format=None)
+    (warning,) = opened(bare).warnings
+    assert "neither has its base model; the prompt format is assumed to be instruct" in warning
+
+
 def test_two_names_of_one_base_need_a_word(adapter: Path, copy: Path) -> None:
     _change(copy, base_model_name_or_path=str(ASSETS / "tiny-phi-2"))
     with pytest.raises(ModelError, match="different base models") as failed:

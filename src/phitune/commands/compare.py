@@ -125,9 +125,6 @@ def run(argv: list[str]) -> int:
     with memory_errors(_LESS_MEMORY):
         with _status("loading the model"):
             model = options.open_model()
-        for warning in model.warnings:
-            print(f"warning: {warning}", file=sys.stderr)
-
         asked = Asked(
             model.model_name,
             source,

@@ -13,6 +13,7 @@ import argparse
 import inspect
 import re
 import shlex
+import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NoReturn, TypeVar, get_args
@@ -48,6 +49,7 @@ from phitune.config import (
     unknown_name,
 )
 from phitune.errors import SettingsError
+from phitune.text import visible
 
 if TYPE_CHECKING:
     from phitune.inference.generate import Sampling
@@ -177,7 +179,10 @@ class ModelOptions(Options):
         group="model",
     )
     prompt_format: Literal["instruct", "chat"] | None = option(
-        None, "format of the prompts (default: the one the adapter was trained with)", group="model"
+        None,
+        "format of the prompts (default: the one the adapter was trained with, as its chat template"
+        " tells; else the base model's chat template, if it has one; else instruct)",
+        group="model",
     )
     device: Device = option(
         "auto", "where the model runs: auto, cpu, cuda, cuda:N or mps", group="model"
@@ -193,19 +198,22 @@ class ModelOptions(Options):
         return self
 
     def open_model(self) -> "LoadedModel":
-        """The model; without adapter and name the default base model."""
+        """The model; without adapter and name the default base model. Its warnings are printed."""
         from phitune.inference.loaded import open_model
 
         name = self.model_name
         if not self.adapter_path:
             name = name or Settings.model_fields["model_name"].default
-        return open_model(
+        model = open_model(
             self.adapter_path,
             model_name=name,
             prompt_format=self.prompt_format,
             device=self.device,
             precision=self.precision,
         )
+        for warning in model.warnings:
+            print(f"warning: {visible(warning)}", file=sys.stderr)
+        return model
 
 
 class SamplingOptions(Options):

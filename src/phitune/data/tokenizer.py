@@ -152,7 +152,7 @@ class TextTokenizer:
 
         self.special_tokens = self._special_tokens()  # such as {"eos_token": "<|endoftext|>"}
         self.bos_token = self._automatic_bos(spec)  # in front of every text, or ""
-        self.chat_template = self._chat_template()
+        self.chat_template = read_chat_template(folder)
 
     @property
     def control_tokens(self) -> list[str]:
@@ -330,16 +330,22 @@ class TextTokenizer:
             )
         return bos[0]
 
-    def _chat_template(self) -> str | None:
-        if file := own_file(self.folder / "chat_template.jinja"):
-            return read_text(file, "")
-        template = self.config.get("chat_template")
-        if isinstance(template, list):  # Several, by name.
-            entries = [entry for entry in template if isinstance(entry, dict)]
-            template = next(
-                (entry.get("template") for entry in entries if entry.get("name") == "default"), None
-            )
-        return template if isinstance(template, str) else None
+
+def read_chat_template(folder: Path) -> str | None:
+    """The chat template in a folder of a tokenizer; None where it has none.
+
+    Raises:
+        ModelError: a file that cannot be read.
+    """
+    if file := own_file(folder / "chat_template.jinja"):
+        return read_text(file, "")
+    template = _read_if_there(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):  # Several, by name.
+        entries = [entry for entry in template if isinstance(entry, dict)]
+        template = next(
+            (entry.get("template") for entry in entries if entry.get("name") == "default"), None
+        )
+    return template if isinstance(template, str) else None
 
 
 def _without_leading_space(spec: dict[str, Any]) -> dict[str, Any]:

@@ -51,12 +51,13 @@ def export(
     check_output(output, overwrite=settings.overwrite)
     fetch_weights(source.model_name, source.model_folder)
     limit_product_caches()
-    notes: tuple[str, ...] = ()
+    notes = source.notes
     if settings.precision == "auto":
         needed, free = proof_bytes(source.config), memory_budget(choose_device(settings.device))
         settings = replace(settings, precision="fp32" if needed <= free.bytes else "bf16")
         if needed > free.bytes:
             notes = (
+                *notes,
                 f"note: the proof computes in bf16: fp32 takes {needed / GIB:.1f} GiB, and"
                 f" {free.bytes / GIB:.1f} GiB are free on {choose_device(settings.device)}",
             )

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from phitune.data.coder import FormatName
+from phitune.data.coder import Coder, FormatName
+from phitune.data.tokenizer import read_chat_template
 from phitune.export.card import TrainedAdapter
 from phitune.inference.loaded import (
     LoadedModel,
@@ -32,6 +33,7 @@ class Source(TrainedAdapter):
     config: ModelConfig
     adapter: Adapter  # on the CPU, on no decoder
     format_name: FormatName | None  # as asked; None for the format it was trained in
+    notes: tuple[str, ...]  # for the user: the chat template that is written, and what is assumed
 
     def load(self, device: str, precision: Literal["auto", "fp32", "bf16"]) -> LoadedModel:
         """The base in memory with the adapter as its only one.
@@ -59,13 +61,25 @@ def open_source(
     name = model_name or base_model_name(base_names([folder]))
     model_folder = find_model(name)
     config = read_model_config(model_folder)
+    coder, warnings = read_coder(folder, model_folder, config, prompt_format)
     return Source(
         model_name=name,
         adapter_folder=folder,
-        coder=read_coder(folder, model_folder, config, prompt_format),
+        coder=coder,
         run=next((path for path in (folder, folder.parent) if (path / CONFIG).is_file()), None),
         model_folder=model_folder,
         config=config,
         adapter=read_adapter(config, folder),
         format_name=prompt_format,
+        notes=(*(f"warning: {line}" for line in warnings), _template_note(coder, model_folder)),
     )
+
+
+def _template_note(coder: Coder, model_folder: Path) -> str:
+    """Which chat template an export writes."""
+    written, own = coder.prompt_format.chat_template, read_chat_template(model_folder)
+    if written == own:
+        return "note: the chat template is the base model's own"
+    what = "that of the instruct format" if coder.format_name == "instruct" else "the adapter's own"
+    instead = ", in place of the base model's" if own else ""
+    return f"note: the chat template is {what}{instead}"

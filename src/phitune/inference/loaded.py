@@ -1,7 +1,9 @@
 """A base model and the adapters on it, ready to answer: from folders to `LoadedModel`.
 
 What a run knows travels with its adapter: the base model's name, the tokenizer, the prompt format
-(as the chat template that renders it) and the stop ids. Nothing of it is asked again.
+(as the chat template that renders it) and the stop ids. Nothing of it is asked again. What an
+adapter of another program does not say is assumed, with a warning: the base's own chat template, if
+it has one.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +15,7 @@ from typing import Literal
 import torch
 
 from phitune.data.coder import Coder, FormatName
-from phitune.data.tokenizer import TextTokenizer
+from phitune.data.tokenizer import TextTokenizer, read_chat_template
 from phitune.errors import ModelError, OutOfMemoryError
 from phitune.inference.generate import (
     GREEDY,
@@ -144,8 +146,8 @@ def open_model(
     Args:
         adapter_paths: run directories, or adapter folders written here or by PEFT.
         model_name: of the base; by default the one the adapters name.
-        prompt_format: by default the one the adapter was trained in, as its chat template tells,
-            and without an adapter the base model's own; instruct where there is no template.
+        prompt_format: by default the one the adapter was trained in, as its chat template tells;
+            without an adapter, or where it has none, the base model's own; else instruct.
 
     Raises:
         ModelError: files missing, damaged or of another base.
@@ -172,8 +174,12 @@ def open_model(
     # Adapters are tried on a model without numbers: before gigabytes are fetched and read.
     for path in folders:
         load_adapter(Decoder(config, torch.float32, "meta"), path)
-    coders = [read_coder(path, folder, config, prompt_format) for path in folders]
-    base_coder = coders[0] if coders else read_coder(folder, folder, config, prompt_format)
+    coders = []
+    for path in folders:
+        coder, notes = read_coder(path, folder, config, prompt_format)
+        coders.append(coder)
+        warnings += notes
+    base_coder = coders[0] if coders else read_coder(folder, folder, config, prompt_format)[0]
     torch_device = choose_device(device)
     dtype = DTYPES[choose_precision(precision, torch_device)]
     fetch_weights(model_name, folder)
@@ -186,11 +192,17 @@ def open_model(
     return LoadedModel(model_name, folder, decoder, base_coder, adapters, warnings)
 
 
-def read_coder(path: Path, base: Path, config: ModelConfig, name: FormatName | None) -> Coder:
-    """The tokenizer in a folder, or else the base's, and the format it was used with.
+def read_coder(
+    path: Path, base: Path, config: ModelConfig, name: FormatName | None
+) -> tuple[Coder, list[str]]:
+    """The tokenizer and the format that a folder was used with, and what is assumed of them.
+
+    A folder of another program may have neither: then they are those of the base alone, which is
+    what a base is trained in by most programs.
 
     Args:
-        name: of the format; None for the one that the folder's chat template renders.
+        path: of an adapter, or the base itself.
+        name: of the format; None for the one that the chat template renders.
 
     Raises:
         ModelError: there is no usable tokenizer, or it does not belong to the base.
@@ -202,9 +214,24 @@ def read_coder(path: Path, base: Path, config: ModelConfig, name: FormatName | N
             f"{tokenizer.folder / TOKENIZER_FILE}: has {tokenizer.size} tokens, the model in {base}"
             f" {config.vocab_size}; they do not belong together, name another with --model_name"
         )
-    if own and name is None:
-        return Coder.as_saved(tokenizer)
-    return Coder.of(tokenizer, name or "instruct")
+    template = read_chat_template(path)
+    tokenizer.chat_template = template or read_chat_template(base)
+    if name is not None:
+        return Coder.of(tokenizer, name), []
+    coder = Coder.as_saved(tokenizer)
+    if template or path == base:
+        return coder, []
+    if tokenizer.chat_template:
+        assumed = (
+            "the prompt format is assumed to be the base model's chat template;"
+            " --prompt_format instruct changes that"
+        )
+    else:
+        assumed = (
+            "neither has its base model; the prompt format is assumed to be instruct; a"
+            " chat_template.jinja in the folder and --prompt_format chat change that"
+        )
+    return coder, [f"{path}: has no chat template; {assumed}"]
 
 
 def adapter_folder(path: Path) -> Path:

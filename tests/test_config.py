@@ -348,6 +348,7 @@ def test_a_path_that_is_right_from_the_files_folder_is_refused_with_both_places(
         ({"warmup_ratio": 0.5}, "warmup_ratio"),
         ({"lora_r": 64, "lora_alpha": 128}, "lora_r"),
         ({"lora_alpha": 8}, "lora_alpha"),
+        ({"use_rslora": True}, "lora_alpha"),
         ({"lora_dropout": 0}, "lora_dropout"),
     ],
 )
@@ -355,6 +356,12 @@ def test_a_warning_of_a_range_says_whose_it_is(changes: dict[str, Any], name: st
     (warning,) = Settings(**changes).warnings()
     assert warning.startswith(name)
     assert "outside of the training guide's range" in warning
+
+
+def test_the_range_of_alpha_is_that_of_the_scale() -> None:
+    (warning,) = Settings(use_rslora=True).warnings()
+    assert warning.endswith("5.66 to 11.3 (2 to 4 x sqrt(lora_r))")
+    assert Settings(use_rslora=True, lora_alpha=8).warnings() == []
 
 
 def test_the_saved_file_repeats_the_settings(tmp_path: Path) -> None:

@@ -57,3 +57,35 @@ def test_a_bare_clone_trains_without_being_installed(
     with pytest.raises(importlib.metadata.PackageNotFoundError):
         importlib.metadata.version("phitune")
     assert main(short_run(tmp_path)) == 0, capsys.readouterr().err
+
+
+def test_rslora_is_what_peft_makes_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the flag to the adapter's files: the same logits in PEFT, and the scale in the card."""
+    from helpers.reference import reference_model
+    from helpers.rows import logits_of, open_decoder, random_rows
+    from peft import PeftModel
+
+    from phitune.data.packing import pack
+    from phitune.model.files import ASSETS
+    from phitune.model.lora import load_adapter
+
+    flags = ["--use_rslora", "--lora_alpha", "8", "--learning_rate", "0.01"]
+    assert main([*short_run(tmp_path), *flags]) == 0, capsys.readouterr().err
+    folder = tmp_path / "run" / "adapter"
+    assert json.loads((folder / "adapter_config.json").read_text())["use_rslora"] is True
+    assert "use_rslora | true" in (folder / "README.md").read_text().replace("`", "")
+    decoder = open_decoder(ASSETS / "tiny-phi-2")
+    rows = random_rows((20,), vocab_size=1000)
+    with torch.no_grad():
+        base = logits_of(decoder, pack(rows))
+        adapter = load_adapter(decoder, folder)
+        ours = logits_of(decoder, pack(rows))
+        tuned = PeftModel.from_pretrained(reference_model("tiny-phi-2"), folder).eval()
+        theirs = tuned(torch.tensor([rows[0].input_ids])).logits[0]
+    assert adapter.spec.scaling == pytest.approx(8 / 8**0.5)
+    assert torch.dist(ours, theirs) < 1e-3 * torch.dist(ours, base)
+    resume = ["train", "--resume", str(tmp_path / "run"), "--resume_with", "use_rslora=false"]
+    assert main(resume) == 2
+    assert "use_rslora: cannot be changed" in capsys.readouterr().err

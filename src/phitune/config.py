@@ -437,6 +437,12 @@ class Settings(BaseModel):
         group=_LORA,
         gt=0.0,
     )
+    use_rslora: bool = knob(
+        False,
+        "rank-stabilized LoRA: the output of the adapter is multiplied by lora_alpha /"
+        " sqrt(lora_r) instead",
+        group=_LORA,
+    )
     lora_dropout: Real = knob(
         0.05,
         "dropout on the input of the adapter",
@@ -529,11 +535,13 @@ class Settings(BaseModel):
                     f"{name} = {value:g} is outside of the training guide's range, {low:g} to"
                     f" {high:g}"
                 )
-        low, high = (factor * self.lora_r for factor in LORA_ALPHA_PER_RANK)
+        divisor = math.sqrt(self.lora_r) if self.use_rslora else self.lora_r
+        low, high = (factor * divisor for factor in LORA_ALPHA_PER_RANK)
         if not low <= self.lora_alpha <= high:
+            name = "sqrt(lora_r)" if self.use_rslora else "lora_r"
             found.append(
                 f"lora_alpha = {self.lora_alpha:g} is outside of the training guide's range,"
-                f" {low:g} to {high:g} (2 to 4 x lora_r)"
+                f" {low:.3g} to {high:.3g} (2 to 4 x {name})"
             )
         return found
 
@@ -629,6 +637,7 @@ _NEIGHBOURS = {
     "lora_r": "lora_rank lora_dim rank r adapter_rank peft_lora_r",
     "lora_alpha": "alpha peft_lora_alpha lora_scale",
     "lora_dropout": "dropout peft_lora_dropout",
+    "use_rslora": "rslora rs_lora peft_use_rslora lora_use_rslora rank_stabilized",
     "target_modules": "lora_target lora_target_modules lora_modules lora_target_linear"
     " lora_attn_modules peft_target_modules",
     "layers": "layers_to_transform lora_layers num_layers finetune_layers",

@@ -213,7 +213,11 @@ class Phi2LoRATrainer:
             )
             self._base_fingerprint = weights_fingerprint(decoder)
             spec = LoraSpec(
-                settings.lora_r, settings.lora_alpha, settings.lora_dropout, self.target_modules
+                settings.lora_r,
+                settings.lora_alpha,
+                settings.lora_dropout,
+                self.target_modules,
+                settings.use_rslora,
             )
             self._model = PreparedModel(decoder, attach(decoder, spec, settings.seed))
         return self._model

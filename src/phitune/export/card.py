@@ -45,6 +45,7 @@ _SETTINGS = (
     "max_grad_norm",
     "lora_r",
     "lora_alpha",
+    "use_rslora",
     "lora_dropout",
     "target_modules",
     "layers",
@@ -171,6 +172,7 @@ def _chosen(settings: Mapping[str, Any], adapter_folder: Path) -> list[tuple[str
         settings = {
             "lora_r": raw.get("r"),
             "lora_alpha": raw.get("lora_alpha"),
+            "use_rslora": raw.get("use_rslora"),
             "lora_dropout": raw.get("lora_dropout"),
             "target_modules": raw.get("target_modules"),
         }

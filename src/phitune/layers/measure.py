@@ -398,7 +398,13 @@ def survey(
         decoder = load_decoder(
             setup.folder, config, DTYPES[settings.precision], torch.device(settings.device)
         )
-        spec = LoraSpec(settings.lora_r, settings.lora_alpha, settings.lora_dropout, modules)
+        spec = LoraSpec(
+            settings.lora_r,
+            settings.lora_alpha,
+            settings.lora_dropout,
+            modules,
+            settings.use_rslora,
+        )
         adapter = attach(decoder, spec, settings.seed)
         measurement = measure(_engine(setup, decoder), decoder, adapter, setup.batches, batch_done)
     except (RuntimeError, MemoryError, OutOfMemoryError) as error:

@@ -77,6 +77,7 @@ WHY_NOT = {
     "train_on_prompt": _ROWS,
     "lora_r": _SHAPE,
     "lora_alpha": "the adapter was trained at this scale so far",
+    "use_rslora": "the adapter was trained at this scale so far",
     "target_modules": _SHAPE,
     "layers": _SHAPE,
     "precision": "the frozen weights would be other numbers",

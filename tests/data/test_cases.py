@@ -359,6 +359,193 @@ def test_a_file_is_read_or_refused_by_its_cause(tmp_path: Path, case: Case) -> N
         assert not notes
 
 
+# --- Folders -------------------------------------------------------------------------------------
+
+
+def row(name: str) -> str:
+    """One row that says which file it is from."""
+    return lines([{"prompt": name, "response": "x"}])
+
+
+CONFIGS = """---
+license: mit
+configs:
+- config_name: main
+  {default}data_files:
+  - split: train
+    path: main/train-*
+  - split: test
+    path: main/test-*
+- config_name: socratic
+  data_files:
+  - split: train
+    path: [socratic/train-*]
+---
+# Cards
+"""
+TWO = {
+    name: row(name)
+    for name in ("main/train-0.jsonl", "main/test-0.jsonl", "socratic/train-0.jsonl")
+}
+LIST = "---\nconfigs:\n- config_name: default\n  data_files: [a.jsonl, b/*.jsonl]\n---\n"
+DIRECTORY = "---\nconfigs:\n- config_name: x\n  data_dir: b\n---\n"
+
+
+class FolderCase(NamedTuple):
+    name: str
+    files: dict[str, str]
+    right: str  # a part of the notes if rows come out, else of the refusal
+    prompts: Sequence[str] = ()  # none: refused
+    inside: str = ""  # named after the folder
+
+
+FOLDER_CASES = [
+    FolderCase(
+        "configurations with a default",
+        {"README.md": CONFIGS.format(default="default: true\n  "), **TWO},
+        "the configuration main of its README.md; others are ",
+        ["main/train-0.jsonl"],
+    ),
+    FolderCase(
+        "configurations without one",
+        {"README.md": CONFIGS.format(default=""), **TWO},
+        "has 2 configurations and none of them is the default",
+    ),
+    FolderCase(
+        "the configuration that is named",
+        {"README.md": CONFIGS.format(default=""), **TWO},
+        "1 file for train, split train",
+        ["socratic/train-0.jsonl"],
+        ":socratic",
+    ),
+    FolderCase("a folder that is named", TWO, "left out of train", ["main/train-0.jsonl"], ":main"),
+    FolderCase("a file that is named", TWO, "", ["main/test-0.jsonl"], ":main/test-0.jsonl"),
+    FolderCase(
+        "nothing of that name", TWO, "no file, folder, configuration or split", (), ":other"
+    ),
+    FolderCase(
+        "a split that is named",
+        {name: row(name) for name in ("data/train_a-00000-of-00001.jsonl", "data/train_b.jsonl")},
+        "train_a-00000",
+        ["data/train_a-00000-of-00001.jsonl"],
+        ":train_a",
+    ),
+    FolderCase(
+        "files without splits",
+        {"README.md": LIST, **{name: row(name) for name in ("a.jsonl", "b/c.jsonl", "d.jsonl")}},
+        "split train",
+        ["a.jsonl", "b/c.jsonl"],
+    ),
+    FolderCase(
+        "a directory",
+        {"README.md": DIRECTORY, **{name: row(name) for name in ("a.jsonl", "b/c.jsonl")}},
+        "the configuration x",
+        ["b/c.jsonl"],
+    ),
+    FolderCase(
+        "files that are not there", {"README.md": LIST, "a.jsonl": row("a")}, "names b/*.jsonl"
+    ),
+    FolderCase(
+        "a path out of it",
+        {"README.md": LIST.replace("b/*", "../*"), "a.jsonl": row("a")},
+        "leads out of the data set",
+    ),
+    FolderCase(
+        "a header that is no YAML",
+        {"README.md": "---\nconfigs: [\n---\n", "a.jsonl": row("a")},
+        "",
+        ["a"],
+    ),
+    FolderCase(
+        "splits for other trainings",
+        {f"data/{name}.jsonl": row(name) for name in ("train_gen", "train_sft", "test_sft")},
+        "left out of train: data/test_sft.jsonl, data/train_gen.jsonl",
+        ["train_sft"],
+    ),
+    FolderCase(
+        "two formats",
+        {
+            "train.jsonl": row("a"),
+            "train.csv": "prompt,response\nb,c\n",
+            "x/train.csv": "prompt,response\nd,e\n",
+        },
+        "the same name is there in another format: train.csv",
+        ["a", "d"],
+    ),
+    FolderCase(
+        "a schema",
+        {"schema.json": '{"type": "object", "properties": {}}', "a.json": f"[{row('a')}]"},
+        "left out, as it holds no rows: schema.json",
+        ["a"],
+    ),
+    FolderCase(
+        "an object a file",
+        {"a.json": row("a"), "b.json": row("b")},
+        "2 files for train",
+        ["a", "b"],
+    ),
+    FolderCase(
+        "runs and models in it",
+        {
+            "a.jsonl": row("a"),
+            "out/run/config.yaml": "",
+            "out/run/metrics.jsonl": "{}",
+            "out/run/summary.json": "{}",
+            "out/run/adapter/adapter_config.json": "{}",
+            "model/config.json": "{}",
+            "model/tokenizer.json": "{}",
+        },
+        "left out, as it is no data: model (a model), out/run (a run of phitune)",
+        ["a"],
+    ),
+    FolderCase(
+        "a run alone",
+        {"config.yaml": "", "metrics.jsonl": "{}"},
+        "is a run of phitune, not a data set",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", FOLDER_CASES, ids=[case.name for case in FOLDER_CASES])
+def test_a_folder_gives_its_rows_once_or_asks_which(tmp_path: Path, case: FolderCase) -> None:
+    for name, content in case.files.items():
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    source = f"{tmp_path / 'data'}{case.inside}"
+    if not case.prompts:
+        with pytest.raises(DataError) as caught:
+            list(read_examples(source))
+        assert case.right in str(caught.value)
+        assert str(tmp_path) in str(caught.value)
+        return
+    stream = read_examples(source)
+    assert [example.turns[0].content for example in stream] == list(case.prompts)
+    assert case.right in "\n".join(stream.notes)
+
+
+@pytest.mark.parametrize("splits", [(), ("test", "train")])
+def test_folders_of_save_to_disk_are_read(tmp_path: Path, splits: Sequence[str]) -> None:
+    pa = pytest.importorskip("pyarrow")
+    for split in splits or ("",):
+        folder = tmp_path / split
+        folder.mkdir(exist_ok=True)
+        for name, rows in (("data-00000-of-00001.arrow", ROWS), ("cache-1.arrow", ROWS[:1])):
+            written = pa.Table.from_pylist(rows)
+            with pa.ipc.new_stream(folder / name, written.schema) as writer:
+                writer.write_table(written)
+        state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}
+        (folder / "state.json").write_text(json.dumps(state))
+        (folder / "dataset_info.json").write_text("{}")
+    if splits:
+        (tmp_path / "dataset_dict.json").write_text(json.dumps({"splits": splits}))
+    stream = read_examples(tmp_path)
+    assert [example.turns[0].content for example in stream] == [pair[0] for pair in PAIRS]
+    assert [path.parent.name for path in stream.files] == [splits[-1] if splits else tmp_path.name]
+
+
+# --- The reported files themselves ---------------------------------------------------------------
+
 CASES_FOLDER = Path(__file__).parents[3] / "shared" / "cases"
 REFUSED = {
     "backslash.csv": 'a quote inside a cell is written \\"',
@@ -382,6 +569,18 @@ FOLDERS = (
     "25-check-hides-bad-rows",
 )
 SHAPES = ("double_json", "pandas_default", "pandas_records", "pandas_split", "wrapped", "binary")
+
+
+def test_the_reported_folders_are_read_once() -> None:
+    if not CASES_FOLDER.is_dir():
+        pytest.skip(f"needs the reported files, and there is no {CASES_FOLDER}")
+    folders = [*(CASES_FOLDER / "05-dataset-configs").iterdir()]
+    folders += [*(CASES_FOLDER / "13-save-to-disk").iterdir()]
+    assert len(folders) == 7
+    for folder in folders:
+        stream = read_examples(folder)
+        assert len(list(stream)) == 12, folder
+        assert len(stream.files) == 1, folder
 
 
 def test_the_reported_files_are_read_or_refused_by_their_cause() -> None:

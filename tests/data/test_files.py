@@ -310,9 +310,16 @@ def test_a_hub_data_set_is_read_from_the_prepared_cache(hub_data: Path) -> None:
 
     assert prompts("owner/rows") == ["data/train-0.jsonl", "small/train.jsonl"]
     assert prompts("owner/rows:small") == ["small/train.jsonl"]
+    assert prompts("owner/rows:test") == ["data/test-0.jsonl"]
     assert prompts("owner/rows:data/test-0.jsonl") == ["data/test-0.jsonl"]
     found = find_source(Path("owner/rows"), "validation")
     assert [path.name for path in found.files] == ["test-0.jsonl"]
+    files = "[{split: train, path: data/test-0.jsonl}]"
+    readme = f"configs:\n- config_name: odd\n  data_files: {files}\n- config_name: small\n"
+    (hub_data / "README.md").write_text(f"---\n{readme}  data_dir: small\n---\n")
+    assert prompts("owner/rows:odd") == ["data/test-0.jsonl"]
+    with pytest.raises(DataError, match="name one: owner/rows:odd, owner/rows:small"):
+        find_source("owner/rows")
     with pytest.raises(DataError, match=r"owner/none: there is no such file.*cannot be reached"):
         find_source("owner/none")
 

@@ -1,5 +1,7 @@
 """tokenizer.json: what would change rows silently is ignored, and damage is one error."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -28,3 +30,76 @@ def test_a_damaged_tokenizer_is_one_error(tmp_path: Path, content: str | None) -
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(ModelError, match=r"tokenizer\.json"):
         TextTokenizer(tmp_path)
+
+
+def with_files(tmp_path: Path, **changes: dict[str, object]) -> Path:
+    """tiny-phi-3.5's tokenizer, some keys of its files changed; of a null value taken out."""
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(ASSETS / "tiny-phi-3.5", folder)
+    for name, keys in changes.items():
+        file = folder / f"{name}.json"
+        raw = {**(json.loads(file.read_text()) if file.exists() else {}), **keys}
+        file.write_text(json.dumps({k: v for k, v in raw.items() if v is not None}))
+    return folder
+
+
+END = {"content": "<|end|>", "lstrip": False, "rstrip": False, "special": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"tokenizer_config": {"added_tokens_decoder": {"1003": {**END, "content": "<|x|>"}}}},
+            "'<|x|>' of tokenizer_config.json: not among the added tokens",
+        ),
+        (
+            {"tokenizer_config": {"added_tokens_decoder": {"5": END}}},
+            "'<|end|>' of tokenizer_config.json: id is 5 there, and",
+        ),
+        (
+            {"tokenizer_config": {"added_tokens_decoder": None}, "added_tokens": {"<|x|>": 1003}},
+            "'<|x|>' of added_tokens.json: not among the added tokens",
+        ),
+        (
+            {"tokenizer_config": {"eos_token": "<|im_end|>"}},
+            "'<|im_end|>' of tokenizer_config.json (eos_token): not among the added tokens",
+        ),
+        (
+            {
+                "tokenizer_config": {"added_tokens_decoder": None},
+                "special_tokens_map": {"eos_token": "<|im_end|>"},
+            },
+            "'<|im_end|>' of special_tokens_map.json (eos_token): not among",
+        ),
+        (
+            {"tokenizer_config": {"additional_special_tokens": ["<|tool|>"]}},
+            "'<|tool|>' of tokenizer_config.json (additional_special_tokens): not among",
+        ),
+    ],
+)
+def test_added_tokens_of_other_files_must_be_those_of_tokenizer_json(
+    changes: dict[str, dict[str, object]], said: str, tmp_path: Path
+) -> None:
+    folder = with_files(tmp_path, **changes)
+    with pytest.raises(ModelError) as refused:
+        TextTokenizer(folder)
+    assert said in str(refused.value)
+    assert str(folder / "tokenizer.json") in str(refused.value)
+    assert "AutoTokenizer" in str(refused.value)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_of_two_files_the_end_token_is_that_of_transformers(listed: bool, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    folder = with_files(
+        tmp_path,
+        tokenizer_config={"eos_token": "<|end|>"}
+        | ({} if listed else {"added_tokens_decoder": None}),
+        special_tokens_map={"eos_token": "<|endoftext|>"},
+        added_tokens={"<|nobody|>": 7} if listed else {},
+    )
+    assert TextTokenizer(folder).special_tokens["eos_token"] == (
+        AutoTokenizer.from_pretrained(folder).eos_token
+    )

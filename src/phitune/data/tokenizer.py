@@ -30,7 +30,7 @@ from tokenizers import Tokenizer
 
 from phitune.data.conversation import Example
 from phitune.data.prompt import Segment
-from phitune.errors import ModelError
+from phitune.errors import ModelError, listing
 from phitune.untrusted import flag, own_file, read_object, read_text, whole, write_object
 
 # --- Rows as tokens ------------------------------------------------------------------------------
@@ -141,6 +141,7 @@ class TextTokenizer:
             for token in added
             if token["content"].strip()
         }
+        self._check_added_elsewhere(added)
         longest_first = sorted(self._control, key=len, reverse=True)
         self._control_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._control_ids = {token.id for token in self._control.values()}
@@ -304,15 +305,78 @@ class TextTokenizer:
                     f"{file}: has more than {MAX_FILE_BYTES:,} bytes, the limit for such a file"
                 )
 
+    def _check_added_elsewhere(self, added: Sequence[dict[str, Any]]) -> None:
+        """Refuses added tokens of other files that tokenizer.json lacks, or has in another way.
+
+        transformers adds them when it opens the folder, and gives those that are new another id
+        than the file says. added_tokens.json counts where tokenizer_config.json lists none.
+        """
+        known = {token["content"]: token for token in added}
+        problems = []
+        for name, token in self._added_elsewhere():
+            content = token.get("content")
+            own = known.get(str(content))
+            if own is None:
+                problems.append(f"{content!r} of {name}: not among the added tokens")
+                continue
+            problems += [
+                f"{content!r} of {name}: {key} is {token[key]!r} there, and {own.get(key)!r} here"
+                for key in ("id", "lstrip", "rstrip")
+                if key in token
+                and token[key] != (own.get(key) if key == "id" else bool(own.get(key)))
+            ]
+        if problems:
+            raise ModelError(
+                f"{self._file}: other files of this tokenizer say something else:\n"
+                + listing(problems)
+                + "\nLet transformers write one that has all of them, and look at their ids:"
+                " AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            )
+
+    def _added_elsewhere(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Each token that another file adds: where it is named, and what is said of it."""
+        listed = self.config.get("added_tokens_decoder")
+        if isinstance(listed, dict):
+            for place, token in listed.items():
+                values = token if isinstance(token, dict) else {"content": token}
+                yield "tokenizer_config.json", {**values, "id": _as_id(place)}
+        else:
+            for text, place in _read_if_there(self.folder / "added_tokens.json").items():
+                yield "added_tokens.json", {"content": text, "id": place}
+        for name in ("bos_token", "eos_token"):
+            file, content = self._named(name)
+            if content:
+                yield f"{file} ({name})", {"content": content}
+        for name in ("additional_special_tokens", "extra_special_tokens"):
+            more = self.config.get(name)
+            for token in more if isinstance(more, list) else []:
+                yield (
+                    f"tokenizer_config.json ({name})",
+                    {"content": token.get("content") if isinstance(token, dict) else token},
+                )
+
+    def _named(self, name: str) -> tuple[str, str | None]:
+        """The content of bos_token or the like, and the file that decides it for transformers."""
+        files = {
+            "tokenizer_config.json": self.config,
+            "special_tokens_map.json": _read_if_there(self.folder / "special_tokens_map.json"),
+        }
+        if "added_tokens_decoder" not in self.config:
+            files = dict(reversed(files.items()))
+        for file, values in files.items():
+            token = values.get(name)
+            content = token.get("content") if isinstance(token, dict) else token
+            if isinstance(content, str) and content:
+                return file, content
+        return next(iter(files)), None
+
     def _special_tokens(self) -> dict[str, str]:
         """bos_token, eos_token and the like by name, as far as the tokenizer has them."""
         found = {}
-        saved = _read_if_there(self.folder / "special_tokens_map.json")
         for name in _NAMED_TOKENS:
-            token = self.config.get(name) or saved.get(name)
-            content = token.get("content") if isinstance(token, dict) else token
-            if isinstance(content, str) and content in self._control:
-                found[name] = content
+            _, content = self._named(name)
+            if content in self._control:
+                found[name] = str(content)
         return found
 
     def _automatic_bos(self, spec: dict[str, Any]) -> str:
@@ -369,6 +433,10 @@ def _without_leading_space(spec: dict[str, Any]) -> dict[str, Any]:
 
     parts = ("normalizer", "pre_tokenizer", "decoder")
     return {**spec, **{part: strip(spec.get(part)) for part in parts}}
+
+
+def _as_id(place: str) -> int | str:
+    return int(place) if place.isdecimal() and len(place) < 10 else place
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:

@@ -9,6 +9,10 @@ if TYPE_CHECKING:
 
 # The hub's library reads it when it is imported: nothing is told to anyone who was not asked.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+if sys.platform == "linux":
+    # Read when torch is. Threads that wait in a loop wait for ever for threads that other programs
+    # keep from running; on two cores beside four other processes, training took 20 times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if sys.platform == "linux" and "PYTORCH_ALLOC_CONF" not in os.environ:
     # Read at the first allocation on a GPU. Without it, the holes between tensors of changing sizes
     # hold 3 to 15 % more of the card's memory than the plan (docs/lab-notes.md).

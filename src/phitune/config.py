@@ -270,7 +270,7 @@ Texts = Annotated[list[Annotated[str, AfterValidator(_encodable)]], BeforeValida
 Modules = Annotated[list[Annotated[str, AfterValidator(_encodable)]], BeforeValidator(_modules)]
 Layers = Annotated[str | None, BeforeValidator(_layers)]
 Pairs = Annotated[str | None, BeforeValidator(_pairs)]
-BatchSize = Annotated[int | Literal["auto"], BeforeValidator(_count_or("auto", 1))]
+AutoCount = Annotated[int | Literal["auto"], BeforeValidator(_count_or("auto", 1))]
 LayerCount = Annotated[int | Literal["all"] | None, BeforeValidator(_count_or("all", 0))]
 SaveEvery = Annotated[str, BeforeValidator(_save_every)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d{1,4})?)$")]
@@ -390,7 +390,7 @@ class Settings(BaseModel):
         True, "keep the tokenized data in ~/.cache/phitune for the next run", group=_DATA
     )
 
-    batch_size: BatchSize = knob(
+    batch_size: AutoCount = knob(
         DEFAULT_BATCH_SIZE,
         "sequences per micro-batch; auto: as many as fit, with the same number of rows per step",
         group=_TRAIN,
@@ -469,6 +469,11 @@ class Settings(BaseModel):
     precision: Precision = knob(
         "auto",
         "precision of the frozen base model; auto: bf16 on CUDA and MPS, fp32 on CPU",
+        group=_MACHINE,
+    )
+    threads: AutoCount = knob(
+        "auto",
+        "threads of the CPU, or auto: as many as train fastest, measured before the first step",
         group=_MACHINE,
     )
     engine: Literal["fused", "reference"] = knob(

@@ -6,6 +6,7 @@ dry run has fitted. The loop only yields events; here they are written, shown, s
 """
 
 import datetime
+import os
 import shlex
 import time
 from collections.abc import Mapping
@@ -31,6 +32,7 @@ from phitune.errors import (
     NonFiniteError,
     OutOfMemoryError,
     SavedAdapterError,
+    SettingsError,
 )
 from phitune.export.card import write_adapter_card
 from phitune.inference.answers import sample_answers
@@ -75,6 +77,7 @@ from phitune.progress import (
     targets_line,
     warning_lines,
 )
+from phitune.text import plural
 from phitune.training.checkpoint import checkpoints_of
 from phitune.training.events import (
     EpochEvaluated,
@@ -102,6 +105,7 @@ from phitune.training.rundir import (
 )
 from phitune.training.saver import Moment, Saver, moment_of
 from phitune.training.state import TrainingState, copy_of, restore
+from phitune.training.threads import are_chosen_by_the_user, measure_threads
 
 # Freed memory is kept for speed where this share of the plan fits: what is kept is fragmented.
 _PLENTY = 1.25
@@ -115,6 +119,19 @@ class PreparedModel:
 
     decoder: Decoder
     adapter: Adapter
+
+
+def _check_threads(threads: int | str) -> None:
+    """
+    Raises:
+        SettingsError: more threads than processors, which would only wait for one another.
+    """
+    processors = os.cpu_count() or 1
+    if isinstance(threads, int) and threads > processors:
+        raise SettingsError(
+            f"threads {threads}: this machine has {plural(processors, 'processor')}; use"
+            f" --threads {processors}, or auto"
+        )
 
 
 class Phi2LoRATrainer:
@@ -159,6 +176,7 @@ class Phi2LoRATrainer:
         if self._resumption:
             resolved, self._asked = self._resumption.effective, self._resumption.asked
         self.resolved = resolved.choose(**self._chosen(resolved.settings))
+        _check_threads(self.resolved.settings.threads)
         self.settings = self.resolved.settings
         self._check_output_dir()
         check_tracker(self.settings.report_to)
@@ -239,6 +257,10 @@ class Phi2LoRATrainer:
                 resumption.check_unchanged()
             self._check_output_dir()
 
+            held.callback(torch.set_num_threads, torch.get_num_threads())
+            if isinstance(self.settings.threads, int):
+                torch.set_num_threads(self.settings.threads)
+
             # Data: read, checked, tokenized.
             data = self.prepare_data()
             check_before_training(self.settings, self._dataset_path, self.coder, data, self._say)
@@ -267,6 +289,7 @@ class Phi2LoRATrainer:
                         self._warn(warning_lines(tried, data))
                     else:
                         self._say(str(tried))
+                provenance = self._choose_threads(provenance, engine, state, data)
                 release_freed_memory()  # Threads and small things come next.
 
                 # Training: each event is shown, written, and saved when a checkpoint is due.
@@ -499,6 +522,25 @@ class Phi2LoRATrainer:
         threads = self._resumption.threads_to_use(now)
         torch.set_num_threads(threads)
         return self._resumption.resumed(now, threads)
+
+    def _choose_threads(
+        self, provenance: Provenance, engine: Engine, state: TrainingState, data: PreparedData
+    ) -> Provenance:
+        """The threads of a new run that trains on a CPU: by measurement, unless they are given."""
+        if self._resumption or self.settings.threads != "auto" or engine.device.type != "cpu":
+            return provenance
+        if not are_chosen_by_the_user():
+            seconds = measure_threads(engine, state, data, self.settings)
+            if len(seconds) > 1:
+                figures = [f"{n}: {1000 * each:.1f} ms" for n, each in seconds.items()]
+                self._say(
+                    f"threads: {torch.get_num_threads()}, measured on a micro-batch"
+                    f" ({', '.join(figures)})"
+                )
+        threads = torch.get_num_threads()
+        self._take(self.resolved.choose(threads=threads))
+        effective = with_absolute_paths(self.resolved)
+        return replace(provenance, effective=effective, threads=threads)
 
     def _open_run(self, state: TrainingState) -> RunDirectory:
         """The run directory, emptied; of a resumed run, both it and the state as they were when the

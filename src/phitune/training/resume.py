@@ -52,6 +52,7 @@ CHANGEABLE = (
     "torch_compile",
     "engine",
     "device",
+    "threads",
     "save_every",
     "keep_checkpoints",
     "cache",
@@ -69,6 +70,7 @@ WHY_NOT = {
     "seed": _ROWS,
     "data_format": _ROWS,
     "columns": _ROWS,
+    "roles": _ROWS,
     "on_bad_row": _ROWS,
     "validation_split": _ROWS,
     "prompt_format": _ROWS,
@@ -315,8 +317,12 @@ class Resumption:
         return notes
 
     def threads_to_use(self, now: Provenance) -> int:
-        """The number of threads of the run, where this machine has as many processors."""
-        return self.saved.threads if self.saved.threads <= (os.cpu_count() or 1) else now.threads
+        """The number of threads of the run, where this machine has as many processors; another one
+        only by `--resume_with`.
+        """
+        asked = now.effective.settings.threads
+        threads = asked if isinstance(asked, int) else self.saved.threads
+        return threads if threads <= (os.cpu_count() or 1) else now.threads
 
     def resumed(self, now: Provenance, threads: int) -> Provenance:
         """The provenance of the resumed run, with the changes of settings."""

@@ -140,6 +140,25 @@ def test_other_data_tokenizers_and_formats_have_entries_of_their_own(
     assert len(entries()) == 5
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_change_in_the_middle_is_seen_though_size_and_date_are_kept(
+    data: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    if not whole:  # As of a file that is too large to be hashed at every start.
+        monkeypatch.setattr(store_module, "_HASHED_WHOLE", 0)
+        monkeypatch.setattr(store_module, "_EDGE", 16)
+    tokenized(data, "train", Settings(), CODER)
+    content, found = bytearray(data.read_bytes()), data.stat()
+    at = content.index(b'"content": "', len(content) // 2) + len(b'"content": "')
+    content[at] ^= 1
+    data.write_bytes(content)
+    os.utime(data, ns=(found.st_atime_ns, found.st_mtime_ns))
+    assert data.stat().st_mtime_ns == found.st_mtime_ns
+    changed = tokenized(data, "train", Settings(), CODER)
+    assert len(entries()) == 2
+    assert not any("taken from the cache" in note for note in changed.notes)
+
+
 def test_no_cache_leaves_nothing_behind(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(data.parent / "tmp"))
     (data.parent / "tmp").mkdir()

@@ -154,7 +154,8 @@ class _Encoding:
 # An entry is written beside its place and renamed, so it is complete or not there at all, also when
 # two runs write it at once.
 
-_EDGE = 2**16  # bytes of a file's beginning and end that are in its identity
+# Bytes of a file that its identity is a hash of: all of it, or its beginning and end.
+_HASHED_WHOLE, _EDGE = 2**24, 2**16
 _UNUSED_DAYS, _ABANDONED_DAYS = 30, 1
 _DAY = 24 * 60 * 60  # seconds
 _NEW = ".new"
@@ -265,13 +266,16 @@ def _identity(path: Path) -> list[str | int]:
     """What distinguishes a file from others, and from itself before a change."""
     try:
         found = path.stat()
+        edge = found.st_size if found.st_size <= _HASHED_WHOLE else _EDGE
         with path.open("rb") as file:
-            checksum = zlib.crc32(file.read(_EDGE))
-            file.seek(max(0, found.st_size - _EDGE))
-            checksum = zlib.crc32(file.read(_EDGE), checksum)
+            digest = hashlib.blake2b(file.read(edge), digest_size=16)
+            file.seek(max(edge, found.st_size - edge))
+            digest.update(file.read(edge))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-    return [str(path.absolute()), found.st_size, found.st_mtime_ns, checksum]
+    # The last change of a file cannot be set back, as its date can; a replaced file has a new number.
+    times = (found.st_mtime_ns, found.st_ctime_ns)
+    return [str(path.absolute()), found.st_size, *times, found.st_ino, digest.hexdigest()]
 
 
 def _code() -> str:

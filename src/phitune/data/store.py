@@ -273,7 +273,7 @@ def _identity(path: Path) -> list[str | int]:
             digest.update(file.read(edge))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-    # The last change of a file cannot be set back, as its date can; a replaced file has a new number.
+    # The time of the last change cannot be set back as the date can; a new file has a new number.
     times = (found.st_mtime_ns, found.st_ctime_ns)
     return [str(path.absolute()), found.st_size, *times, found.st_ino, digest.hexdigest()]
 

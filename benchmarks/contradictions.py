@@ -4,9 +4,13 @@ Whole and undamaged, so that transformers and PEFT open most of them, each in it
 phitune makes of one must be what they make of it, or one error that names what contradicts what.
 """
 
+import contextlib
 import copy
+import io
 import json
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -36,6 +40,33 @@ def contradicted(rng: Random, folder: Folder, kinds: str) -> tuple[Folder, list[
         words += ways[name](rng, folder)
         names.append(name)
     return folder, names, words
+
+
+def their_logits(
+    model: Path, rows: Sequence[Sequence[int]], adapter: Path | None = None
+) -> torch.Tensor | None:
+    """What transformers makes of a model folder, and PEFT of an adapter on it.
+
+    Returns: logits of rows of ids [T, V]; None if they do not open it, or not to finite numbers.
+    """
+    import transformers
+    from peft import PeftModel
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
+        warnings.simplefilter("ignore")
+        try:
+            opened: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                model, dtype=torch.float32, attn_implementation="sdpa"
+            )
+            if adapter:
+                opened = PeftModel.from_pretrained(opened, adapter)
+            opened.eval()
+            logits = torch.cat([opened(torch.tensor([list(row)])).logits[0] for row in rows])
+        except Exception:  # They raise whatever they like.
+            return None
+    return logits if logits.isfinite().all() else None
 
 
 def _change(folder: Folder, file: str, change: Callable[[dict[str, Any]], None]) -> None:

@@ -8,12 +8,15 @@ answer a prompt, and its tokenizer must save. A case fails by any other exceptio
 by an error without the place, by taking more than 5 s, by ending the process, by a file written
 outside of the run directory, by a word on the error stream, by reading a file that a link leads to,
 by asking the network, and by starting a process (other than the one that renders chat templates).
-Cases run in a child process with a limit on its memory, so that one that ends it is told from the
-others. Writes results/fuzz_models.json and .md.
+Four folders in ten are whole, and say a thing twice or name an option that nobody trained with
+(contradictions.py): these must give the logits of transformers and PEFT, or be refused by the name
+of what contradicts. Cases run in a child process with a limit on its memory, so that one that ends
+it is told from the others. Writes results/fuzz_models.json and .md.
 """
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import random
@@ -108,7 +111,7 @@ def _child(seed: int, start: int, stop: int, scratch: Path) -> Iterator[dict[str
     if done < stop:
         said = (scratch / "errors").read_text()[-2000:]
         assert case or start, f"the child did not start: {said}"
-        kind, damages = _drawn(seed, done)[1:3]
+        _, kind, damages, _ = _drawn(seed, done)
         why = f"the process ended ({code}) or hung: {said}"
         yield {
             **{"case": done, "kind": kind, "damages": damages, "outcome": "failed", "why": why},
@@ -116,22 +119,58 @@ def _child(seed: int, start: int, stop: int, scratch: Path) -> Iterator[dict[str
         }
 
 
-_KINDS = ("phi model", "phi3 model", "phi sharded", "phi3 sharded", "phi adapter", "phi3 adapter")
+_JUDGED = "contradicted"
+_KINDS = (
+    *("phi model", "phi3 model", "phi sharded", "phi3 sharded", "phi adapter", "phi3 adapter"),
+    *(f"phi model {_JUDGED}", f"phi3 model {_JUDGED}"),
+    *(f"phi adapter {_JUDGED}", f"phi3 adapter {_JUDGED}"),
+)
 
 
 def _drawn(
     seed: int, case: int, wholes: dict[str, Any] | None = None, base: Path = Path()
-) -> tuple[Any, str, list[str]]:
-    """The folder of a case, its kind, and the names of its damages."""
+) -> tuple[Any, str, list[str], list[str]]:
+    """The folder of a case, its kind, the names of its damages, and words of the error to come."""
+    from contradictions import contradicted
     from model_damage import DAMAGES, damaged
 
     rng = random.Random(f"{seed}/{case}")
     kind = rng.choice(_KINDS)
     if wholes is None:  # Only what it was, for a case that ended its process.
         count = rng.choice((1, 1, 1, 2, 3))
-        return {}, kind, [rng.choice(sorted(DAMAGES))] if count == 1 else ["several"]
+        return {}, kind, [rng.choice(sorted(DAMAGES))] if count == 1 else ["several"], []
+    if kind.endswith(_JUDGED):
+        _, of, _ = kind.split()
+        folder, names, words = contradicted(rng, wholes[kind.removesuffix(f" {_JUDGED}")], of)
+        return folder, kind, names, words
     folder, damages = damaged(rng, wholes[kind], base)
-    return folder, kind, damages
+    return folder, kind, damages, []
+
+
+_NEAR = 1e-4
+
+
+def _judged(folder: Path, base: Path, of: str) -> tuple[str, str]:
+    """Whether what was loaded computes what transformers and PEFT do."""
+    import torch
+    from contradictions import their_logits
+
+    from phitune.model.architecture import read_model_config
+    from phitune.model.lora import load_adapter
+    from phitune.model.weights import load_decoder
+
+    model = folder if of == "model" else base
+    ids = torch.arange(1, 41)
+    theirs = their_logits(model, [ids.tolist()], folder if of == "adapter" else None)
+    if theirs is None:
+        return "loaded", ""
+    decoder = load_decoder(model, read_model_config(model), torch.float32, torch.device("cpu"))
+    if of == "adapter":
+        load_adapter(decoder, folder)
+    with torch.no_grad():
+        ours = decoder.logits(decoder(ids, torch.arange(40), (0, 40)))
+    apart = float(torch.dist(ours, theirs) / theirs.norm())
+    return ("loaded", "") if apart < _NEAR else ("failed", f"{apart:.2g} from their logits")
 
 
 def _run_cases(seed: int, start: int, stop: int, scratch: Path) -> None:
@@ -140,6 +179,7 @@ def _run_cases(seed: int, start: int, stop: int, scratch: Path) -> None:
     from model_damage import SECRET, whole_folders
 
     torch.set_num_threads(1)
+    importlib.import_module("peft")  # before memory is limited
     bases = {kind: scratch / f"base-{kind}" for kind in ("phi", "phi3")}
     wholes = whole_folders(bases)
     for kind, base in bases.items():
@@ -151,7 +191,7 @@ def _run_cases(seed: int, start: int, stop: int, scratch: Path) -> None:
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + _MEMORY,) * 2)
     for number in range(start, stop):
-        drawn, kind, damages = _drawn(seed, number, wholes, bases["phi"])
+        drawn, kind, damages, words = _drawn(seed, number, wholes, bases["phi"])
         for path in (folder, run):
             shutil.rmtree(path, ignore_errors=True)
         _write(drawn, folder)
@@ -164,6 +204,10 @@ def _run_cases(seed: int, start: int, stop: int, scratch: Path) -> None:
         finally:
             watch.on = False
         used = time.process_time() - before
+        if kind.endswith(_JUDGED) and outcome == "loaded":
+            outcome, why = _judged(folder, bases[kind.split()[0]], kind.split()[1])
+        elif words and outcome == "refused" and not any(word in why for word in words):
+            outcome, why = "failed", f"none of {words} is named: {why[:2000]}"
         if watch.seen:
             outcome, why = "failed", f"not allowed: {watch.seen[:3]}"
         if used > SECONDS:
@@ -361,6 +405,7 @@ def main() -> None:
 
 
 def _save(found: Found, seed: int, seconds: float) -> None:
+    from contradictions import ADAPTER_WAYS, MODEL_WAYS
     from machine import save
     from model_damage import DAMAGES
 
@@ -384,6 +429,8 @@ def _save(found: Found, seed: int, seconds: float) -> None:
         *table("folder", _KINDS, found.outcomes),
         "",
         *table("damage (one to three a case)", sorted(DAMAGES), found.damages),
+        "",
+        *table("contradiction", sorted({**MODEL_WAYS, **ADAPTER_WAYS}), found.damages),
     ]
     details = {"seed": seed, "seconds": round(seconds), "longest": found.longest}
     counts = {"outcomes": dict(found.outcomes), "damages": dict(found.damages)}

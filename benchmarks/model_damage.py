@@ -373,6 +373,45 @@ def _files(rng: Random, folder: Folder, base: Path) -> None:
             folder[added] = rng.choice((b"", b"{}", b"[1]", Special("hole"), Special("folder")))
 
 
+_INSTEAD = (
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 99\n",
+    *(
+        b"<!DOCTYPE html><html>",
+        b"\n<html>",
+        b"Entry not found",
+        b'{"error":"no"}',
+        b" \n",
+        b"\0" * 999,
+    ),
+    *(
+        b"PK\x03\x04" + b"x" * 99,
+        b"\x80\x02}q\x00.",
+        b"GGUF\x03\0\0\0",
+        b"\x1f\x8b\x08",
+        b"\xef\xbb\xbf{}",
+    ),
+)
+
+
+def _instead(rng: Random, folder: Folder, base: Path) -> None:
+    """A pointer, a page, a pickle or the like in the place of a file."""
+    if name := _file(rng, folder):
+        folder[name] = rng.choice(_INSTEAD)
+
+
+def _tokens_elsewhere(rng: Random, folder: Folder, base: Path) -> None:
+    """Added tokens that another file than tokenizer.json names."""
+    content = rng.choice(("<|end|>", "<|im_end|>", "</s>", "[PAD]", " ", "", "\0"))
+    place = rng.choice((5, 999, 1000, 10**9, -1, "5", None))
+    name, key = rng.choice((("added_tokens.json", content), ("tokenizer_config.json", "")))
+    if key or name == "added_tokens.json":
+        folder[name] = json.dumps({content: place}).encode()
+        _set(rng, folder, "tokenizer_config.json", "added_tokens_decoder", None)
+        return
+    token = rng.choice(({"content": content, "rstrip": True}, content, None, {"content": 5}))
+    _set(rng, folder, name, "added_tokens_decoder", {str(place): token})
+
+
 def _links(rng: Random, folder: Folder, base: Path) -> None:
     """Links to elsewhere, to nowhere, to themselves, and to devices."""
     names = [*sorted(folder), "vocab.json", "merges.txt", "chat_template.jinja"]
@@ -448,6 +487,8 @@ DAMAGES: dict[str, Callable[[Random, Folder, Path], None]] = {
     "tensor headers": _header,
     "numbers": _numbers,
     "files": _files,
+    "other files": _instead,
+    "added tokens": _tokens_elsewhere,
     "links": _links,
     "index": _index,
     "chat template": _template,

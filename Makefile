@@ -10,7 +10,7 @@ PHI_2_CONFIG ?= config.json
 PHI_2_FOLDER ?= phi-2
 
 .PHONY: setup demo test campaigns lint check format docs models full-size export-memory export-gguf \
-  benchmarks peers gpu fuzz torture disk-faults memory-limits kernels clean
+  benchmarks busy peers gpu fuzz torture disk-faults memory-limits kernels clean
 
 setup: $(INSTALLED)
 
@@ -99,6 +99,10 @@ memory-limits: setup
 # The numeric tests under the kernels of other processors; ten minutes.
 kernels: setup
 	$(BIN)/python benchmarks/kernels.py
+
+# Training on a busy machine; a quarter of an hour on an idle one.
+busy: setup
+	$(BIN)/python benchmarks/busy.py --demo
 
 # phitune beside its peers, which it installs into output/peers-env; about an hour on an idle machine.
 peers: setup

@@ -32,6 +32,7 @@ if "ATEN_CPU_CAPABILITY" in os.environ:
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Nor for the cache of the person who runs the tests.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="phitune-test-cache-")
+os.environ["TRACKIO_DIR"] = os.environ["XDG_CACHE_HOME"] + "/trackio"
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 

@@ -184,6 +184,23 @@ def _layers(value: Any) -> Any:
 _LAYERS_LOOK = "must look like 16-31 or 0,2,8-11"
 
 
+TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
+
+
+def _report_to(value: Any) -> Any:
+    """Names as a text with commas between; also from a list, as YAML has it."""
+    if isinstance(value, list | tuple):
+        value = ",".join(map(str, value))
+    if not isinstance(value, str):
+        return value
+    names = [name.strip().lower() for name in value.strip("[] ").split(",")]
+    if len(set(names)) < len(names):
+        raise ValueError("names a tracker twice; leave out one")
+    if names != ["none"] and not set(names) <= set(TRACKERS):
+        raise ValueError(f"must be none, or of {', '.join(TRACKERS)}, with commas between")
+    return ",".join(names)
+
+
 def _pairs(value: Any) -> Any:
     """name=value,...: also from a mapping, as YAML has it. A name stands there once."""
     if isinstance(value, Mapping):
@@ -269,6 +286,7 @@ Real = Annotated[float, BeforeValidator(_real)]
 Texts = Annotated[list[Annotated[str, AfterValidator(_encodable)]], BeforeValidator(_one_or_more)]
 Modules = Annotated[list[Annotated[str, AfterValidator(_encodable)]], BeforeValidator(_modules)]
 Layers = Annotated[str | None, BeforeValidator(_layers)]
+ReportTo = Annotated[str, BeforeValidator(_report_to)]
 Pairs = Annotated[str | None, BeforeValidator(_pairs)]
 AutoCount = Annotated[int | Literal["auto"], BeforeValidator(_count_or("auto", 1))]
 LayerCount = Annotated[int | Literal["all"] | None, BeforeValidator(_count_or("all", 0))]
@@ -503,8 +521,11 @@ class Settings(BaseModel):
     sample_tokens: Whole = knob(
         64, "longest answer to a sample prompt in tokens; 0: no samples", group=_REPORT, ge=0
     )
-    report_to: Literal["none", "tensorboard"] = knob(
-        "none", "experiment tracker to write to, besides metrics.jsonl", group=_REPORT
+    report_to: ReportTo = knob(
+        "none",
+        "experiment trackers to write to, besides metrics.jsonl: none, or tensorboard, trackio,"
+        " wandb and mlflow with commas between",
+        group=_REPORT,
     )
 
     @field_validator("*", mode="before")
@@ -670,7 +691,7 @@ _NEIGHBOURS = {
     " enable_activation_checkpointing activation_checkpointing grad_checkpointing",
     "torch_compile": "compile use_compile",
     "seed": "random_seed data_seed",
-    "report_to": "logger tracker wandb tensorboard",
+    "report_to": "logger tracker log_with use_wandb wandb tensorboard mlflow trackio",
     "sample_prompts": "eval_prompts inference_prompts",
     "config": "config_file config_path yaml",
     # Flags of the other commands.

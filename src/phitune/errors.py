@@ -8,7 +8,10 @@ import os
 import re
 from collections.abc import Sequence
 
-_TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+_TOKEN_VARIABLES = (
+    *("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "TRACKIO_WRITE_TOKEN"),
+    *("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD"),
+)
 _SHORTEST_TOKEN = 8  # characters; anything shorter might be a word of the message
 # Tokens of the hub, user and password in a URL, and what follows "Bearer".
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^/\s@]+(?=@)|(?<=\b[Bb]earer )[\w.~+/=-]+")

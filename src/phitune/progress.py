@@ -1,7 +1,7 @@
 """What a person sees of a run: a live view on a terminal, plain lines everywhere else.
 
 A view shows events and decides nothing. The lines about settings, data, model and memory that stand
-above a run are made here too, and so is what a tracker such as TensorBoard gets.
+above a run are made here too.
 """
 
 import datetime
@@ -10,9 +10,9 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import rich.progress
 from rich.console import Console, Group
@@ -30,7 +30,7 @@ from rich.text import Text
 from phitune.config import Resolved, Settings
 from phitune.data.prepare import PreparedData
 from phitune.data.store import Progress as DataProgress
-from phitune.errors import SettingsError, listing
+from phitune.errors import listing
 from phitune.inference.loaded import Answer
 from phitune.model.architecture import EMBED_TOKENS, LM_HEAD, ModelConfig
 from phitune.model.decoder import Decoder
@@ -49,71 +49,6 @@ from phitune.training.events import (
     StepMetrics,
     Validating,
 )
-
-# -------------------------------------------------------------------------------------------------
-# Trackers: where numbers go besides metrics.jsonl.
-
-# What a line of metrics.jsonl says about when; everything else in it is a curve.
-_WHEN = ("step", "epoch")
-
-
-class Tracker(Protocol):
-    """Takes the numbers of each step and each validation."""
-
-    def log(self, event: Event) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class TensorBoardTracker:
-    """Writes event files for TensorBoard."""
-
-    def __init__(self, folder: Path, first_step: int = 0) -> None:
-        """
-        Args:
-            first_step: of a resumed run; points of the curves behind it are removed.
-        """
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder), purge_step=first_step or None)
-
-    def log(self, event: Event) -> None:
-        match event:
-            case StepDone(metrics=numbers) | EpochEvaluated(evaluation=Evaluation() as numbers):
-                for name, value in asdict(numbers).items():
-                    if name not in _WHEN:
-                        self._writer.add_scalar(name, value, numbers.step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-def check_tracker(report_to: Literal["none", "tensorboard"]) -> None:
-    """Refuses a tracker that is not installed, before anything costly is done.
-
-    Raises:
-        SettingsError: with the command that installs it.
-    """
-    if report_to == "tensorboard":
-        try:
-            import torch.utils.tensorboard  # noqa: F401
-        except ImportError:
-            raise SettingsError(
-                "report_to tensorboard: TensorBoard is not installed;"
-                " run: pip install 'phitune[tensorboard]'"
-            ) from None
-
-
-def open_trackers(
-    report_to: Literal["none", "tensorboard"], run_path: Path, first_step: int = 0
-) -> list[Tracker]:
-    """The trackers a run was asked to feed; their files lie in the run directory."""
-    if report_to == "none":
-        return []
-    return [TensorBoardTracker(run_path / "tensorboard", first_step)]
-
-
-# -------------------------------------------------------------------------------------------------
 
 
 class RunConsole(Console):

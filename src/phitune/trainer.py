@@ -63,15 +63,12 @@ from phitune.plan.plan import check_against_model, settle_memory, what_would_fit
 from phitune.progress import (
     Position,
     RunConsole,
-    Tracker,
     View,
     answers_table,
-    check_tracker,
     data_line,
     data_progress,
     memory_line,
     model_line,
-    open_trackers,
     open_view,
     settings_lines,
     targets_line,
@@ -106,6 +103,7 @@ from phitune.training.rundir import (
 from phitune.training.saver import Moment, Saver, moment_of
 from phitune.training.state import TrainingState, copy_of, restore
 from phitune.training.threads import are_chosen_by_the_user, measure_threads
+from phitune.training.trackers import Trackers, check_trackers, tracker_names
 
 # Freed memory is kept for speed where this share of the plan fits: what is kept is fragmented.
 _PLENTY = 1.25
@@ -179,7 +177,7 @@ class Phi2LoRATrainer:
         _check_threads(self.resolved.settings.threads)
         self.settings = self.resolved.settings
         self._check_output_dir()
-        check_tracker(self.settings.report_to)
+        check_trackers(tracker_names(self.settings.report_to))
         self.model_folder = find_model(self.settings.model_name)
         self.model_config = read_model_config(self.model_folder)
         self.tokenizer = TextTokenizer(self.model_folder)
@@ -300,7 +298,7 @@ class Phi2LoRATrainer:
                     base_samples, is_adapter_saved = self._base_samples(run, prompts), True
                     refused: NumbersRefused | None = None
                     view, trackers = self._open_views(run, state, data)
-                    saver = self._saver(run)
+                    saver, is_through = self._saver(run), False
                     try:
                         for event in fit(engine, state, data, self.settings):
                             with stop.showing():
@@ -323,11 +321,11 @@ class Phi2LoRATrainer:
                                     break
                                 base_samples = base_samples if event.epoch else samples
                             run.write(event, data)
-                            for tracker in trackers:
-                                tracker.log(event)
+                            failed = trackers.log(event)
                             if isinstance(event, EpochEvaluated):
                                 run.write_samples(event.epoch, prompts, samples)
                             with stop.showing():
+                                self._warn(failed)
                                 shown = samples[:_SAMPLES_SHOWN]
                                 view.show_samples(prompts[: len(shown)], shown)
                             if moment := moment_of(event):
@@ -338,14 +336,16 @@ class Phi2LoRATrainer:
                                 break
                         if not refused:
                             self._save(saver, state, "end", provenance)
+                        is_through = not (stop.requested or refused)
                     except OutOfMemoryError:
                         self._save(saver, state, "end", provenance)
                         raise
                     finally:
                         with stop.showing():
                             view.close()
-                        for tracker in trackers:
-                            tracker.close()
+                        unwritten = trackers.close(finished=is_through)
+                        with stop.showing():
+                            self._warn(unwritten)
                     if refused:
                         raise self._non_finite(refused, state, run)
                     state.restore_best()
@@ -577,10 +577,13 @@ class Phi2LoRATrainer:
 
     def _open_views(
         self, run: RunDirectory, state: TrainingState, data: PreparedData
-    ) -> tuple[View, list[Tracker]]:
+    ) -> tuple[View, Trackers]:
         """What shows the run: the terminal, and trackers such as TensorBoard."""
         first_step = state.step + 1 if self._resumption else 0
-        trackers = open_trackers(self.settings.report_to, run.path, first_step)
+        names = tracker_names(self.settings.report_to)
+        trackers = Trackers(names, run.path, self.settings, first_step)
+        for place in trackers.places:
+            self._say(f"report_to {place}")
         rows, epochs = len(data.train_rows), self.settings.epochs
         view = open_view(self.console)
         view.start(

@@ -1,12 +1,10 @@
 """The run directory: replaced as a whole, and never in the place of somebody's files."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
 from phitune.errors import SettingsError
-from phitune.progress import check_tracker
 from phitune.training.rundir import RunDirectory, check_output_dir, default_output_dir
 
 
@@ -57,13 +55,3 @@ def test_default_folders_of_one_second_get_numbers(
     names = {path.name for path in Path("output").iterdir()}
     assert len(names) == 20
     assert any(name.endswith("-2") for name in names)
-
-
-def test_a_tracker_that_is_not_installed_is_refused_with_the_remedy(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    with pytest.raises(SettingsError, match=r"pip install 'phitune\[tensorboard\]'"):
-        check_tracker("tensorboard")
-    check_tracker("none")

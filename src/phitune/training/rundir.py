@@ -6,6 +6,7 @@
     adapter/        the best adapter so far in PEFT's format, with tokenizer and chat template
     checkpoints/    what it takes to resume, see `checkpoint.py`
     summary.json    written last, when training has ended: what came out
+    trackers.json   what continues the curves of trackers, see `trackers.py`
     evaluation.json base against tuned on a few validation rows, and what tells these rows again
     run.lock        there while a run is at work; run.pid says which process it is
 
@@ -139,7 +140,7 @@ def _refusal(folder: Path) -> ResumeError:
 
 # -------------------------------------------------------------------------------------------------
 
-ADAPTER, CONFIG, METRICS, SAMPLES, SUMMARY, EVALUATION, CHECKPOINTS = (
+ADAPTER, CONFIG, METRICS, SAMPLES, SUMMARY, EVALUATION, CHECKPOINTS, TRACKERS = (
     "adapter",
     "config.yaml",
     "metrics.jsonl",
@@ -147,8 +148,12 @@ ADAPTER, CONFIG, METRICS, SAMPLES, SUMMARY, EVALUATION, CHECKPOINTS = (
     "summary.json",
     "evaluation.json",
     "checkpoints",
+    "trackers.json",
 )
-_OURS = (ADAPTER, CONFIG, METRICS, SAMPLES, SUMMARY, EVALUATION, CHECKPOINTS, "tensorboard")
+_OURS = (
+    *(ADAPTER, CONFIG, METRICS, SAMPLES, SUMMARY, EVALUATION, CHECKPOINTS, TRACKERS),
+    *("tensorboard", "wandb"),
+)
 # What only a run with results has.
 _RESULTS = (ADAPTER, SUMMARY)
 # The files that grow line by line.

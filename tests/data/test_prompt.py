@@ -24,7 +24,13 @@ def test_a_template_without_a_place_for_a_system_turn_refuses_it() -> None:
     said = chat.refusal(example_of("q", "a", system="s").turns)
     assert said
     assert "no place for a system turn" in said
-    assert "--prompt_format instruct" in said
+    assert "--prompt_format" not in said
+    advised = ChatFormat.from_template(
+        template, {"eos_token": "</s>"}, ["</s>"], remedy="use --prompt_format instruct"
+    )
+    assert str(advised.refusal(example_of("q", "a", system="s").turns)).endswith(
+        "; use --prompt_format instruct"
+    )
     strict = template.replace("{% for", "{{ raise_exception('no') if messages[2] }}{% for", 1)
     chat = ChatFormat.from_template(strict, {"eos_token": "</s>"}, ["</s>"])
     assert "the chat template failed: no on the turns user, assistant, user" in str(
@@ -35,9 +41,9 @@ def test_a_template_without_a_place_for_a_system_turn_refuses_it() -> None:
 @pytest.mark.parametrize(
     ("ending", "said"),
     [
-        ("{{ '</s>' if loop.last else '|' }}", "does not put </s> right after an answer"),
+        ("{{ '</s>' if loop.last else '|' }}", None),
         ("{{ '</s>' if not loop.last or messages|length < 4 else '</s>!' }}", None),
-        ("{{ '</s>' + ('!' if messages|length > 3 else '') }}", "renders the beginning of a conv"),
+        ("{{ '</s>' + ('!' if messages|length > 3 else '') }}", "writes the beginning of a conv"),
     ],
 )
 def test_a_template_that_changes_what_was_said_is_refused(ending: str, said: str | None) -> None:
@@ -57,12 +63,8 @@ def test_a_template_that_changes_what_was_said_is_refused(ending: str, said: str
     [
         ("{% for %}", "is not Jinja"),
         ("{{ raise_exception('no') }}", "no"),
-        ("{{ messages[0]['content'] }}", "does not put the answer right after"),
+        ("{{ messages[0]['content'] }}", "no place for an assistant turn"),
         ("{{ ''.__class__.__mro__ }}", "chat template"),
-        (
-            "{% for m in messages %}{{ m['content'] }}{{ '' if loop.last else '|' }}{% endfor %}",
-            "puts text between",
-        ),
     ],
 )
 def test_templates_that_cannot_be_used_are_refused(template: str, said: str) -> None:

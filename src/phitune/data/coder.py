@@ -31,8 +31,16 @@ class Coder:
     # Which format
 
     @classmethod
-    def of(cls, tokenizer: TextTokenizer, name: FormatName) -> "Coder":
+    def of(
+        cls,
+        tokenizer: TextTokenizer,
+        name: FormatName,
+        remedy: str = "use --prompt_format instruct",
+    ) -> "Coder":
         """A tokenizer and the named format in its special tokens.
+
+        Args:
+            remedy: where the chat template cannot be used; "" for what was trained in it.
 
         Raises:
             ModelError: chat is asked of a model that has no chat template, or no end token.
@@ -49,15 +57,22 @@ class Coder:
             )
         try:
             chat = ChatFormat.from_template(
-                template, tokenizer.special_tokens, tokenizer.control_tokens, tokenizer.bos_token
+                template,
+                tokenizer.special_tokens,
+                tokenizer.control_tokens,
+                tokenizer.bos_token,
+                remedy,
             )
         except ModelError as error:
             raise ModelError(f"{tokenizer.folder}: {error}") from None
         return cls(tokenizer, chat)
 
     @classmethod
-    def as_saved(cls, tokenizer: TextTokenizer) -> "Coder":
+    def as_saved(cls, tokenizer: TextTokenizer, remedy: str = "") -> "Coder":
         """A tokenizer and the format that it carries as its chat template; instruct without one.
+
+        Args:
+            remedy: where the template cannot be used. What was trained in it has no other format.
 
         Raises:
             ModelError: the template cannot be used.
@@ -66,7 +81,7 @@ class Coder:
         template = tokenizer.chat_template
         if not template or template == instruct.prompt_format.chat_template:
             return instruct
-        return cls.of(tokenizer, "chat")
+        return cls.of(tokenizer, "chat", remedy)
 
     @property
     def format_name(self) -> FormatName:

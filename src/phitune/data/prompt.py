@@ -5,20 +5,21 @@ knows which special token ends an answer and which chat template has the same fo
 adapter takes the form it was trained in along with it.
 
 A segment is either control (written by the format: special tokens in it are tokens) or plain
-(written by the user: `<|end|>` in it is seven characters). The user's text is never edited. Every
-answer ends with the end token, also within a conversation: inference stops there, so that is what
-the next question follows.
+(written by the user: `<|end|>` in it is seven characters). The user's text is never edited, unless
+the model's template strips it. The last answer ends with the end token, where inference stops;
+those within a conversation too, unless the model's template writes none there.
 
 Knows no token ids (see coder.py) and no torch.
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from phitune.data.conversation import Role, Turn
-from phitune.data.template import render
+from phitune.data.template import render, searched_texts
 from phitune.errors import ModelError
 
 
@@ -138,24 +139,50 @@ class InstructFormat:
 
 # --- The model's chat template -------------------------------------------------------------------
 
-# Rendered in place of the texts: characters that no template looks at or splits.
+# Rendered in place of the texts: a character that no template looks at or splits, among what a
+# template may change. Two forms of each, since spaces may be stripped, and texts be looked into.
 _MARK = "\ue000"
-_USER, _ASSISTANT = f"{_MARK}user{_MARK}", f"{_MARK}assistant{_MARK}"
+_AROUND = (("\n \t", "\t \n"), (" \n\t", "\t\n "))
+_WITHIN = (" aZ\n\n<b>&\"'\\", " 9. " + "Zz \n" * 40 + ".")
+# What `str.strip` may be given, where nothing or all white space is stripped too.
+_STRIPS: tuple[str | None, ...] = ("", "\n", " ", " \n", None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a template puts the text of a turn."""
+
+    before: str  # what it writes before it, after the text of the turn before
+    lstrip: str | None  # characters that it strips from the text, as in `str.lstrip`
+    rstrip: str | None
+
+    def text(self, content: str) -> str:
+        """A turn's text as the template writes it."""
+        return content.lstrip(self.lstrip).rstrip(self.rstrip)
 
 
 @dataclass(frozen=True)
 class ChatFormat:
     """The model's own chat template: what it writes around the texts of a conversation.
 
-    The template is rendered with placeholders, once for each sequence of roles, and the texts are
-    put in afterwards. So its special tokens are distinguished from those that a user typed, and a
-    template that strips texts does not edit them.
+    The template is rendered with placeholders, twice for each sequence of roles, and the texts are
+    put in afterwards. So its special tokens are distinguished from those that a user typed. Texts
+    are edited as far as the template strips them, and refused where it changes more.
+
+    An answer is what inference is to generate after the prompt that `apply_chat_template` makes: it
+    may begin with a text of the template (`lead`) and ends with the end token, before which another
+    one may stand (`ending`). Where the template makes no cue to answer, the cue is what it writes
+    between a question and its answer.
     """
 
     end_token: str
     chat_template: str
     special_tokens: tuple[tuple[str, str], ...]  # names and tokens that the template may use
     bos_token: str = ""  # in front of a completion, as in `InstructFormat`
+    ending: str = ""  # between an answer and its end token
+    lead: str = ""  # before an answer and generated with it, without special tokens
+    cues: bool = True  # add_generation_prompt makes a difference
+    remedy: str = field(default="", repr=False, compare=False)  # what else a user may do
 
     @classmethod
     def from_template(
@@ -164,6 +191,7 @@ class ChatFormat:
         special_tokens: dict[str, str],
         control_tokens: list[str],
         bos_token: str = "",
+        remedy: str = "",
     ) -> "ChatFormat":
         """Finds out how a template writes prompts and answers.
 
@@ -172,106 +200,282 @@ class ChatFormat:
             special_tokens: bos_token, eos_token and the like, which templates may name.
             control_tokens: every special token, to find the one that ends an answer.
             bos_token: what the tokenizer itself puts in front of a text, or "".
+            remedy: for the user, where the template cannot be used.
 
         Raises:
-            ModelError: the template fails, or does not keep prompt and answer in order.
+            ModelError: the template fails, or has no place for a question and its answer.
         """
-        user = {"role": "user", "content": _USER}
-        assistant = {"role": "assistant", "content": _ASSISTANT}
-        try:
-            prompt = render(chat_template, [user], special_tokens, add_generation_prompt=True)
-            whole = render(chat_template, [user, assistant], special_tokens)
-        except ModelError as error:
-            raise ModelError(f"{error}; use --prompt_format instruct") from None
-        if prompt.count(_USER) != 1 or whole.count(_ASSISTANT) != 1 or not whole.startswith(prompt):
-            raise ModelError(
-                "the model's chat template does not put the answer right after the prompt; "
-                "use --prompt_format instruct"
-            )
-        if not whole[len(prompt) :].startswith(_ASSISTANT):
-            raise ModelError(
-                "the model's chat template puts text between the prompt and the answer; "
-                "use --prompt_format instruct"
-            )
+        tokens = tuple(special_tokens.items())
+        chat = cls(special_tokens["eos_token"], chat_template, tokens, bos_token, remedy=remedy)
+        question: tuple[Role, ...] = ("user",)
+        answered: tuple[Role, ...] = ("user", "assistant")
+        plain, cued = (_rendered(chat.source, question, cued=cued) for cued in (False, True))
+        whole = _rendered(chat.source, answered, cued=False)
+        for found in (cued, whole):
+            if isinstance(found, str):
+                raise ModelError(chat._refused(found))
+        assert not isinstance(whole, str)
         # The end token: the first after the answer; of two that begin at one place, the longer.
-        after = whole[len(prompt) + len(_ASSISTANT) :]
-        found = [token for token in control_tokens if token in after]
-        first = min(found, key=lambda token: (after.index(token), -len(token)), default=None)
-        end_token = first or special_tokens["eos_token"]
-        return cls(end_token, chat_template, tuple(special_tokens.items()), bos_token)
+        after = whole[1]
+        found_tokens = [token for token in control_tokens if token in after]
+        first = min(found_tokens, key=lambda token: (after.index(token), -len(token)), default=None)
+        chat = replace(chat, cues=plain != cued)
+        if first:
+            chat = replace(chat, end_token=first, ending=after[: after.index(first)])
+        layout = _layout(chat, answered)
+        if isinstance(layout, str):
+            raise ModelError(chat._refused(layout))
+        lead = layout.leads[1]
+        for token in control_tokens:
+            lead = lead.replace(token, "")
+        return replace(chat, lead=lead)
+
+    @property
+    def source(self) -> tuple[str, tuple[tuple[str, str], ...]]:
+        """What decides how a conversation is rendered."""
+        return self.chat_template, self.special_tokens
 
     def refusal(self, turns: Sequence[Turn]) -> str | None:
         if _is_completion(turns):
             return None
-        around = _around_turns(self, tuple(turn.role for turn in turns))
-        return around if isinstance(around, str) else None
+        layout = _layout(self, tuple(turn.role for turn in turns))
+        if isinstance(layout, str):
+            return self._refused(layout)
+        if searched := [
+            text for text in _searched(self) if any(text in turn.content for turn in turns)
+        ]:
+            return self._changed_text(turns, layout, searched[0])
+        return None
 
     def segments(self, turns: Sequence[Turn]) -> list[Segment]:
         if _is_completion(turns):
             return _completion(turns, self.bos_token, self.end_token)
-        around = _around_turns(self, tuple(turn.role for turn in turns))
-        if isinstance(around, str):
-            raise ModelError(around)
+        if refusal := self.refusal(turns):
+            raise ModelError(refusal)
+        layout = _layout(self, tuple(turn.role for turn in turns))
+        assert not isinstance(layout, str)
+        return self._segments(turns, layout)
+
+    def _segments(self, turns: Sequence[Turn], layout: "_Layout") -> list[Segment]:
         segments = []
-        for turn, before in zip(turns, around, strict=False):
-            if before:
-                segments.append(Segment(before, control=True))
+        for turn, place, lead, ends in zip(
+            turns, layout.places, layout.leads, layout.ends, strict=True
+        ):
+            if place.before:
+                segments.append(Segment(place.before, control=True))
             trained = turn.role == "assistant"
-            segments.append(Segment(turn.content, trained=trained))
-            if trained:
+            if lead:
+                segments.append(Segment(lead, control=True, trained=True))
+            segments.append(Segment(place.text(turn.content), trained=trained))
+            if ends:
+                if self.ending:
+                    segments.append(Segment(self.ending, control=True, trained=True))
                 segments.append(Segment(self.end_token, control=True, trained=True))
-        if turns[-1].role == "user":
-            segments.append(Segment(around[-1], control=True))
+        if layout.cue:
+            segments.append(Segment(layout.cue, control=True))
         return segments
 
     def response(self, answer: str) -> str:
-        return answer
+        answer = answer.removeprefix(self.lead)
+        return answer.removesuffix(self.ending) if self.ending else answer
 
-
-@functools.lru_cache(maxsize=1024)
-def _around_turns(chat: ChatFormat, roles: tuple[Role, ...]) -> tuple[str, ...] | str:
-    """What the template writes before each turn and after the last, answers' end tokens left out.
-
-    Returns:
-        One more text than there are turns, or why the template cannot be used on them.
-    """
-    # Render the placeholders, and split the text at each.
-    placeholders = [f"{_MARK}{index}{_MARK}" for index in range(len(roles))]
-    messages = [
-        {"role": role, "content": text} for role, text in zip(roles, placeholders, strict=True)
-    ]
-    is_prompt = roles[-1] == "user"
-    try:
-        text = render(
-            chat.chat_template, messages, dict(chat.special_tokens), add_generation_prompt=is_prompt
-        )
-    except ModelError as error:
-        return f"{error} on the turns {', '.join(roles)}; use --prompt_format instruct"
-    around: list[str] = []
-    for role, placeholder in zip(roles, placeholders, strict=True):
-        if text.count(placeholder) != 1:
-            return (
-                f"the model's chat template has no place for a {role} turn here; use"
-                " --prompt_format instruct"
+    def _changed_text(self, turns: Sequence[Turn], layout: "_Layout", searched: str) -> str | None:
+        """Compares with what the template makes of the texts themselves, where it may look into
+        them.
+        """
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        is_prompt = turns[-1].role == "user"
+        try:
+            text = render(
+                self.chat_template,
+                messages,
+                dict(self.special_tokens),
+                add_generation_prompt=is_prompt,
             )
-        before, _, text = text.partition(placeholder)
-        around.append(before)
-    around.append(text)
+        except ModelError as error:
+            return self._refused(str(error))
+        ours = "".join(segment.text for segment in self._segments(turns, layout))
+        if (
+            ours.startswith(text)
+            if is_prompt
+            else text.startswith(ours.removesuffix(self.end_token))
+        ):
+            return None
+        return self._refused(
+            f"the chat template changes texts with {searched!r} in them, as this one; remove it"
+        )
 
-    # Each answer must be followed by the end token, and must follow what inference is given there.
+    def _refused(self, cause: str) -> str:
+        return f"{cause}; {self.remedy}" if self.remedy else cause
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where the texts of a conversation go."""
+
+    places: tuple[_Place, ...]  # [turns]
+    leads: tuple[str, ...]  # [turns] before an answer, and trained with it
+    ends: tuple[bool, ...]  # [turns] an answer whose end token follows
+    cue: str  # after the last turn of a prompt
+
+
+@functools.lru_cache(maxsize=8)
+def _searched(chat: ChatFormat) -> tuple[str, ...]:
+    return tuple(searched_texts(chat.chat_template))
+
+
+@functools.lru_cache(maxsize=4096)
+def _rendered(
+    source: tuple[str, tuple[tuple[str, str], ...]], roles: tuple[Role, ...], *, cued: bool
+) -> "tuple[tuple[_Place, ...], str] | str":
+    """The place of each turn and what follows the last, or why the template cannot be used.
+
+    Args:
+        source: the template, and the special tokens that it may name.
+        cued: with the cue to answer.
+    """
+
+    def rendered(texts: Sequence[str]) -> str:
+        template, special_tokens = source
+        messages = [
+            {"role": role, "content": text} for role, text in zip(roles, texts, strict=True)
+        ]
+        return render(template, messages, dict(special_tokens), add_generation_prompt=cued)
+
+    plain = [f"Text{index}" for index in range(len(roles))]
+    forms = []
+    try:
+        as_plain = rendered(plain)
+        for (left, right), within in zip(_AROUND, _WITHIN, strict=True):
+            texts = [f"{_MARK}{index}{_MARK}{within}{_MARK}" for index in range(len(roles))]
+            between = _split(rendered([left + text + right for text in texts]), roles, texts)
+            if isinstance(between, str):
+                return between
+            forms.append(between)
+    except ModelError as error:
+        return f"{error} on the turns {', '.join(roles)}"
+
+    # What the template itself writes, of which the two forms must have the same.
+    gaps = []
+    for index, pair in enumerate(zip(*forms, strict=True)):
+        gap = _gap(pair, after_text=index > 0, before_text=index < len(roles))
+        if gap is None:
+            return f"the chat template looks into the text of {_turn(roles[index - (index > 0)])}"
+        gaps.append(gap)
+    places = tuple(
+        _Place(gap.text, gap.lstrip, after.rstrip) for gap, after in itertools.pairwise(gaps)
+    )
+    last = gaps[-1].text
+    composed = "".join(place.before + text for place, text in zip(places, plain, strict=True))
+    if composed + last != as_plain:
+        return f"the chat template looks into the text of {_turn(roles[-1])}"
+    return places, last
+
+
+def _split(rendered: str, roles: Sequence[Role], texts: Sequence[str]) -> list[str] | str:
+    """What stands before each text and after the last, or why that cannot be told."""
+    between: list[str] = []
+    rest = rendered
+    for role, text in zip(roles, texts, strict=True):
+        if rest.count(text) == 1:
+            before, _, rest = rest.partition(text)
+            between.append(before)
+        elif text in rest:
+            return f"the chat template writes the text of {_turn(role)} twice"
+        elif text in rendered:
+            return "the chat template writes these turns in another order than they come in"
+        elif text[:4] in rendered:
+            return f"the chat template changes the text of {_turn(role)}"
+        else:
+            return f"the chat template has no place for {_turn(role)} here"
+    return [*between, rest]
+
+
+def _turn(role: Role) -> str:
+    return f"{'an' if role == 'assistant' else 'a'} {role} turn"
+
+
+@dataclass(frozen=True, slots=True)
+class _Gap:
+    """What a template writes between two texts, and what it strips from them there."""
+
+    text: str
+    rstrip: str | None  # of the text before
+    lstrip: str | None  # of the text after
+
+
+def _gap(pair: Sequence[str], *, after_text: bool, before_text: bool) -> _Gap | None:
+    """The gap that leaves both forms with the same text; None if there is none.
+
+    Args:
+        pair: what stands between the two texts in each form, what is left of their spaces included.
+    """
+    for rstrip in _STRIPS if after_text else ("",):
+        for lstrip in _STRIPS if before_text else ("",):
+            found = set()
+            for form, text in enumerate(pair):
+                left = _AROUND[form][1].rstrip(rstrip) if after_text else ""
+                right = _AROUND[form][0].lstrip(lstrip) if before_text else ""
+                fits = len(left) + len(right) <= len(text)
+                if not (fits and text.startswith(left) and text.endswith(right)):
+                    break
+                found.add(text[len(left) : len(text) - len(right)])
+            else:
+                if len(found) == 1:
+                    return _Gap(found.pop(), rstrip, lstrip)
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _layout(chat: ChatFormat, roles: tuple[Role, ...]) -> _Layout | str:
+    """Where the texts of a prompt, or of a row to train on, go; or why they cannot."""
+    is_prompt = roles[-1] != "assistant"
+    rendered = _rendered(chat.source, roles, cued=is_prompt)
+    if isinstance(rendered, str):
+        return rendered
+    places, after = [*rendered[0]], rendered[1]
+    if is_prompt and not chat.cues:
+        # The cue is what the template writes before an answer.
+        answered = _rendered(chat.source, (*roles, "assistant"), cued=False)
+        if not isinstance(answered, str) and answered[0][:-1] == rendered[0]:
+            between = answered[0][-1].before
+            # Spaces before an answer are its own, as in `InstructFormat`.
+            if not between.startswith(after) or between[len(after) :].strip():
+                after = between.rstrip(" ")
+    leads, ends = [""] * len(roles), [False] * len(roles)
     for index, role in enumerate(roles):
         if role != "assistant":
             continue
-        if index + 1 < len(roles):
-            if not around[index + 1].startswith(chat.end_token):
-                return (
-                    f"the model's chat template does not put {chat.end_token} right after an answer"
-                    " within a conversation; use --prompt_format instruct"
-                )
-            around[index + 1] = around[index + 1][len(chat.end_token) :]
-        if index and _around_turns(chat, roles[:index]) != tuple(around[: index + 1]):
-            return (
-                "the model's chat template renders the beginning of a conversation differently"
-                " once more turns follow; use --prompt_format instruct"
+        # What inference is given before this answer.
+        if index:
+            prompt = _layout(chat, roles[:index])
+            if isinstance(prompt, str):
+                return prompt
+            before = places[index].before
+            there = _Layout(
+                tuple(places[:index]), tuple(leads[:index]), tuple(ends[:index]), prompt.cue
             )
-    return tuple(around)
+            if there == prompt and before.startswith(prompt.cue):
+                leads[index] = before[len(prompt.cue) :]
+                places[index] = replace(places[index], before=prompt.cue)
+            elif not is_prompt:
+                if there == prompt:
+                    return (
+                        f"the chat template writes {prompt.cue!r} before an answer that is"
+                        f" generated, and {before!r} before one that is trained"
+                    )
+                return (
+                    "the chat template writes the beginning of a conversation differently once"
+                    " more turns follow, so its answers have not one prompt"
+                )
+        # What follows it. Within a conversation some templates write no end token.
+        follows = places[index + 1].before if index + 1 < len(roles) else after
+        end = chat.ending + chat.end_token
+        ends[index] = follows.startswith(end)
+        if ends[index] and index + 1 < len(roles):
+            places[index + 1] = replace(places[index + 1], before=follows[len(end) :])
+        elif ends[index] and is_prompt:
+            after = follows[len(end) :]
+        if index + 1 == len(roles):
+            ends[index] = True
+    return _Layout(tuple(places), tuple(leads), tuple(ends), after if is_prompt else "")

@@ -26,6 +26,8 @@ from phitune.errors import ModelError
 
 MAX_SOURCE = 2**15  # characters of a template; the longest in use have half of it
 MAX_WAIT = 30.0  # seconds by the clock for MAX_SECONDS of processor time on a busy machine
+# Of a template that writes the date: one for all conversations, also over midnight.
+_NOW = time.time()
 _LOOK_EVERY = 0.05  # seconds
 _MAX_REPLY = 12 * MAX_TEXT + 100  # bytes: a character in JSON has 12 at most
 # Without the user's environment and site packages but with our own path, see `__main__` there.
@@ -44,22 +46,36 @@ def render(
     Raises:
         ModelError: the template is not Jinja, gives up on these messages, or passes a limit.
     """
-    if len(chat_template) > MAX_SOURCE:
-        raise ModelError(
-            f"the chat template has {len(chat_template):,} characters, more than {MAX_SOURCE:,}"
-        )
     variables = {
         "messages": messages,
+        "tools": None,
+        "documents": None,
         "add_generation_prompt": add_generation_prompt,
         **special_tokens,
     }
+    return _asked({"template": chat_template, "variables": variables, "now": _NOW})
+
+
+def searched_texts(chat_template: str) -> list[str]:
+    """The texts that a chat template searches other texts for, such as `</think>`.
+
+    Raises:
+        ModelError: the template is not Jinja.
+    """
+    texts: list[str] = json.loads(_asked({"template": chat_template, "searched": True}))
+    return texts
+
+
+def _asked(request: dict[str, Any]) -> str:
+    if (size := len(request["template"])) > MAX_SOURCE:
+        raise ModelError(f"the chat template has {size:,} characters, more than {MAX_SOURCE:,}")
     global _worker
     with _lock:
         if _worker and not _worker.is_ready:
             _worker.end()
             _worker = None
         _worker = _worker or _Worker()
-        reply = _worker.ask({"template": chat_template, "variables": variables})
+        reply = _worker.ask(request)
     if "error" in reply:
         raise ModelError(f"the chat template {reply['error']}")
     return reply["text"]

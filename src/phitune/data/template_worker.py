@@ -5,16 +5,17 @@ this package nothing is imported here and, apart from Jinja, only the standard l
 starts in 0.1 s and takes 20 MB.
 
 Jinja's sandbox keeps a template from Python's insides, the limits keep it from running for hours or
-filling the memory. A template that passes the limit of processor time ends this process; the caller
-starts another one.
+filling the memory. Beyond that it is the environment of transformers' `apply_chat_template`: loop
+controls, generation blocks, `tojson` without escapes, `strftime_now`. A template that passes the
+limit of processor time ends this process; the caller starts another one.
 """
 
 import functools
 import json
-import re
 import signal
 import sys
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ MAX_MEMORY = 2**28  # bytes, in addition to those of the interpreter
 MAX_TEXT = 2**20  # characters of a rendered conversation
 _MAX_ERROR = 300  # characters of a template's own error that are passed on
 _GLOBALS = ("range", "dict", "cycler", "joiner", "namespace")
+# Methods and filters that look for a text within another one.
+_SEARCHING = (
+    "split", "rsplit", "partition", "rpartition", "startswith", "endswith", "replace", "find",
+    "rfind", "index", "rindex", "count", "removeprefix", "removesuffix", "strip", "lstrip",
+    "rstrip",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -42,7 +49,11 @@ def _answer(request: dict[str, Any]) -> dict[str, str]:
     """{"text": the conversation} or {"error": what the template did}."""
     from jinja2 import TemplateSyntaxError
 
+    global _now
     try:
+        if request.get("searched"):
+            return {"text": json.dumps(_searched(request["template"]))}
+        _now = datetime.fromtimestamp(request["now"])
         text = _compiled(request["template"]).render(request["variables"])
     except MemoryError:
         return {"error": f"was stopped: it takes more than {MAX_MEMORY >> 20} MiB of memory"}
@@ -55,17 +66,83 @@ def _answer(request: dict[str, Any]) -> dict[str, str]:
     return {"text": text}
 
 
+def _searched(template: str) -> list[str]:
+    """The texts that a template searches other texts for, such as `</think>`."""
+    from jinja2 import nodes
+
+    tree = _environment().parse(template)
+    found = [
+        compare.expr.value
+        for compare in tree.find_all(nodes.Compare)
+        if isinstance(compare.expr, nodes.Const) and compare.ops[0].op in ("in", "notin")
+    ]
+    for call in tree.find_all(nodes.Call):
+        if isinstance(call.node, nodes.Getattr) and call.node.attr in _SEARCHING:
+            found += [argument.value for argument in call.args if isinstance(argument, nodes.Const)]
+    for applied in tree.find_all(nodes.Filter):
+        if applied.name == "replace":
+            found += [a.value for a in applied.args if isinstance(a, nodes.Const)]
+    return [text for text in found if isinstance(text, str) and text.strip()]
+
+
 @functools.lru_cache(maxsize=8)
 def _compiled(template: str) -> Any:
+    return _environment().from_string(template)
+
+
+@functools.lru_cache(maxsize=1)
+def _environment() -> Any:
+    from jinja2 import ext, nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    class Generation(ext.Extension):
+        """Marks what the assistant says, for trainers that mask by template; plain text to us."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            call = self.call_method("_unchanged")
+            return nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+        def _unchanged(self, caller: Any) -> Any:
+            return caller()
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
+    )
     # What draws random numbers is left out: a conversation has one form.
     environment.globals = {name: environment.globals[name] for name in _GLOBALS}
     environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    environment.filters["tojson"] = _to_json
     del environment.filters["random"]
-    # Marks what the assistant says, for trainers that mask by template; plain text to us.
-    return environment.from_string(re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template))
+    return environment
+
+
+_now = datetime.fromtimestamp(0)
+
+
+def _strftime_now(form: str) -> str:
+    return _now.strftime(form)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own escapes what HTML would take for its own."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
 
 
 def _raise_exception(message: object) -> None:

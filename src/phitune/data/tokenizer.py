@@ -87,7 +87,9 @@ TOKENIZER_FILES = (
 )
 # Of each of these files. Phi-4-mini's tokenizer.json, with 200,000 tokens, has half of it.
 MAX_FILE_BYTES = 2**25
-_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+_NAMED_TOKENS = tuple(
+    f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+)
 
 
 @dataclass(frozen=True, slots=True)

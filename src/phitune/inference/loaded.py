@@ -218,7 +218,8 @@ def read_coder(
     tokenizer.chat_template = template or read_chat_template(base)
     if name is not None:
         return Coder.of(tokenizer, name), []
-    coder = Coder.as_saved(tokenizer)
+    trained = template and path != base
+    coder = Coder.as_saved(tokenizer, "" if trained else "use --prompt_format instruct")
     if template or path == base:
         return coder, []
     if tokenizer.chat_template:

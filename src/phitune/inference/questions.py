@@ -217,7 +217,7 @@ def validation_questions(adapter_paths: Sequence[Path], count: int) -> Validatio
             f" only a run knows its validation rows. {_REMEDY}"
         )
     run, *others = {run.path.resolve(): run for run in found}.values()
-    coder = Coder.of(TextTokenizer(run.path / ADAPTER), run.settings.prompt_format)
+    coder = Coder.as_saved(TextTokenizer(run.path / ADAPTER))
     data = rows_of_run(run, coder, remedy=_REMEDY)
     there = len(data.rows)
     examples = data.examples(spread(count, there))

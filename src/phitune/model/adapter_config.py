@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from phitune.errors import ModelError, listing
+from phitune.model.architecture import EMBEDDING_MODULE
 from phitune.untrusted import read_object
 
 CONFIG_FILE = "adapter_config.json"
+PEFT_PREFIX = "base_model.model."  # of every tensor's name
 
 # Read below.
 _READ = (
@@ -129,6 +131,15 @@ def _matches(wanted: str | tuple[str, ...], module: str) -> bool:
 def _prefixes(module: str) -> list[str]:
     parts = module.split(".")
     return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+
+
+def peft_names(module: str) -> tuple[str, str]:
+    """The names of a module's A and B in PEFT's files."""
+    if module == EMBEDDING_MODULE:
+        names = ("lora_embedding_A", "lora_embedding_B")
+    else:
+        names = ("lora_A.weight", "lora_B.weight")
+    return f"{PEFT_PREFIX}{module}.{names[0]}", f"{PEFT_PREFIX}{module}.{names[1]}"
 
 
 def read_adapter_config(path: Path) -> AdapterConfig:

@@ -303,6 +303,12 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
         raise ModelError(
             f"model_type {model_type!r} is not one of phi (Phi-1, 1.5, 2) and"
             " phi3 (Phi-3, 3.5-mini, 4)"
+            + (
+                "; of a Phi in Llama's layout use the original, such as"
+                " microsoft/Phi-3.5-mini-instruct, on which its adapters can be opened, too"
+                if model_type in ("llama", "mistral")
+                else ""
+            )
         )
     _refuse_contradictions(raw)
     rope = _rope_settings(raw)

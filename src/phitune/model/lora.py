@@ -25,14 +25,20 @@ from torch import Tensor, nn
 
 from phitune.errors import ModelError, SavedAdapterError, listing
 from phitune.model import ops
-from phitune.model.adapter_config import CONFIG_FILE, AdapterConfig, read_adapter_config
+from phitune.model.adapter_config import (
+    CONFIG_FILE,
+    PEFT_PREFIX,
+    AdapterConfig,
+    peft_names,
+    read_adapter_config,
+)
 from phitune.model.architecture import EMBEDDING_MODULE, FAMILIES, LM_HEAD, ModelConfig
 from phitune.model.decoder import Decoder, LoraBank, LoraPair
+from phitune.model.llama_layout import is_in_parts, joined, parts_of
 from phitune.model.weights import read_header
 from phitune.untrusted import write_object
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-_PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ class Adapter:
         """All matrices, A [R, D] and B [O, R], under PEFT's names."""
         found = {}
         for module, pair in self.pairs.items():
-            name_A, name_B = _peft_names(module)
+            name_A, name_B = peft_names(module)
             found[name_A], found[name_B] = pair.lora_A.detach(), pair.lora_B.detach()
         return found
 
@@ -178,16 +184,24 @@ def load_adapter(
 
     # What they hold: one pair of matrices for each module that the model knows.
     known = (EMBEDDING_MODULE, *decoder.fused_linears())
-    modules = tuple(name for name in known if _peft_names(name)[0] in tensors)
-    spec = LoraSpec(config.rank, config.alpha, config.dropout, modules, config.use_rslora)
     copies = {name for name in tensors if _weight_of_base(decoder, name)}
     given = {name: tensor for name, tensor in tensors.items() if name not in copies}
-    _check_numbers(path, given, spec)
+    parts = parts_of(decoder.config)
+    in_parts = is_in_parts(parts, given)
+    named = [part for name in known for part in (parts.get(name, [name]) if in_parts else [name])]
+    in_file = [name for name in named if peft_names(name)[0] in given]
+    _check_numbers(path, given, in_file, config.rank)
+    problems: list[str] = []
+    if in_parts:
+        hidden_size = decoder.config.hidden_size
+        config, given, problems = joined(parts, config, hidden_size, given)
+    modules = tuple(name for name in known if peft_names(name)[0] in given)
+    spec = LoraSpec(config.rank, config.alpha, config.dropout, modules, config.use_rslora)
 
     # Names and shapes, against those of a new adapter of this kind.
     adapter = attach(decoder, spec, seed, device)
     expected = adapter.tensors()
-    problems = [f"{name}: missing" for name in expected.keys() - given.keys()]
+    problems += [f"{name}: missing" for name in expected.keys() - given.keys()]
     problems += _unknown_tensors(given.keys() - expected.keys(), known, decoder.config)
     problems += [
         f"{name}: shape {tuple(given[name].shape)}, expected {tuple(tensor.shape)}"
@@ -204,7 +218,7 @@ def load_adapter(
                 + "\nOpen it with the base model that it was trained on (--model_name)."
             )
         _check_copies(folder, config, decoder, {name: tensors[name] for name in copies})
-        _check_selected(folder, config, known, modules)
+        _check_selected(folder, config, named, in_file)
     except ModelError:
         detach(decoder)
         raise
@@ -238,7 +252,7 @@ def _weight_of_base(decoder: Decoder, name: str) -> str | None:
     PEFT writes the token table and the head beside the matrices if they are adapted or resized, and
     whatever `modules_to_save` names.
     """
-    plain = name.removeprefix(_PEFT_PREFIX).replace(".base_layer.", ".")
+    plain = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
     if plain == f"{LM_HEAD}.weight" and decoder.config.tie_word_embeddings:
         plain = f"{EMBEDDING_MODULE}.weight"
     return plain if plain in decoder.named_weights() else None
@@ -293,7 +307,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:  # of any shape, not checked
         raise ModelError(f"{path}: damaged or not a safetensors file: {error}") from None
 
 
-def _check_numbers(path: Path, tensors: dict[str, Tensor], spec: LoraSpec) -> None:
+def _check_numbers(
+    path: Path, tensors: dict[str, Tensor], modules: Iterable[str], expected_rank: int
+) -> None:
     """Refuses tensors (A should be [R, D]) whose dtype, numbers or rank are wrong."""
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
@@ -305,13 +321,13 @@ def _check_numbers(path: Path, tensors: dict[str, Tensor], spec: LoraSpec) -> No
                 f"{path}: {name} contains NaN or infinity; the run that wrote it went"
                 " wrong, train again with half the learning rate"
             )
-    for module in spec.modules:
-        name = _peft_names(module)[0]
+    for module in modules:
+        name = peft_names(module)[0]
         rank = tensors[name].shape[0] if tensors[name].ndim else 0
-        if rank != spec.rank:
+        if rank != expected_rank:
             raise ModelError(
-                f"{path}: {name} has rank {rank}, and {CONFIG_FILE} says r = {spec.rank}; the two"
-                " files do not belong together"
+                f"{path}: {name} has rank {rank}, and {CONFIG_FILE} says r = {expected_rank}; the"
+                " two files do not belong together"
             )
 
 
@@ -322,7 +338,7 @@ def _unknown_tensors(
     foreign = FAMILIES[config.model_type].foreign
     problems: dict[str, None] = {}
     for name in names:
-        module, lora, _ = name.removeprefix(_PEFT_PREFIX).partition(".lora_")
+        module, lora, _ = name.removeprefix(PEFT_PREFIX).partition(".lora_")
         if not lora or module in known:
             problems[f"{name}: not in this model"] = None
             continue
@@ -385,14 +401,6 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
     one, other = one.detach().cpu().contiguous(), other.detach().cpu().contiguous()
     is_alike = one.dtype == other.dtype and one.shape == other.shape
     return is_alike and one.numpy().tobytes() == other.numpy().tobytes()
-
-
-def _peft_names(module: str) -> tuple[str, str]:
-    if module == EMBEDDING_MODULE:
-        names = ("lora_embedding_A", "lora_embedding_B")
-    else:
-        names = ("lora_A.weight", "lora_B.weight")
-    return f"{_PEFT_PREFIX}{module}.{names[0]}", f"{_PEFT_PREFIX}{module}.{names[1]}"
 
 
 def _peft_config(adapter: Adapter, base_model_name: str) -> dict[str, Any]:

@@ -45,7 +45,7 @@ DOCUMENTS = (
 PRESET_FILES = tuple(f"examples/{name}.yaml" for name in PRESETS)
 
 # Everything in a document runs as it is written, in a folder with data/train.jsonl,
-# data/valid.jsonl and examples/, but for what is listed here.
+# data/valid.jsonl, data/second.jsonl and examples/, but for what is listed here.
 STAND_INS = {
     # Models of 32 layers and 16 channels, under these names in the hub's cache, with the tokenizer
     # and the family of a shipped one. Those of Phi-2's family end every answer at once.
@@ -164,7 +164,7 @@ def place(tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "src").symlink_to(ROOT / "src")
     (tmp_path / "README.md").symlink_to(ROOT / "README.md")
     (tmp_path / "data").mkdir()
-    for name, count in {"train": 12, "valid": 3}.items():
+    for name, count in {"train": 12, "valid": 3, "second": 12}.items():
         rows = [
             {"prompt": f"What is {n} in {name}?", "response": f"It is {n}."} for n in range(count)
         ]

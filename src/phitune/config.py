@@ -339,6 +339,12 @@ class Settings(BaseModel):
         "a hub id, a local folder, or a shipped model (tiny-phi-2, tiny-phi-3.5)",
         group=_RUN,
     )
+    start_adapter: UserPath | None = knob(
+        None,
+        "a run directory or adapter folder, of the same shape and base, to train further (default:"
+        " a new adapter)",
+        group=_RUN,
+    )
     seed: Seed = knob(
         42,
         "seed of the validation split, the order of rows, dropout and the initial adapter",
@@ -622,8 +628,12 @@ def default_text(value: Any) -> str:
     return " ".join(value) if isinstance(value, list) else str(value)
 
 
-def to_yaml(resolved: Resolved) -> str:
-    """The effective settings as a file for `--config`, each with its origin as a comment."""
+def to_yaml(resolved: Resolved, remarks: Mapping[str, str] | None = None) -> str:
+    """The effective settings as a file for `--config`, each with its origin as a comment.
+
+    Args:
+        remarks: more for the comments, by the name of the setting.
+    """
     import yaml
 
     lines = []
@@ -631,9 +641,9 @@ def to_yaml(resolved: Resolved) -> str:
         if name in NOT_REPEATED:
             continue
         text = yaml.safe_dump({name: value}, allow_unicode=True, width=10_000).rstrip("\n")
-        comment = f"  # {resolved.origins[name]}"
+        comment = ", ".join([resolved.origins[name], *filter(None, [(remarks or {}).get(name)])])
         head, newline, rest = text.partition("\n")
-        lines.append(head + comment + newline + rest)
+        lines.append(f"{head}  # {comment}{newline}{rest}")
     return "\n".join(lines) + "\n"
 
 
@@ -682,7 +692,9 @@ _NEIGHBOURS = {
     "prompt_format": "template chat_template prompt_template prompt_style conversation_template",
     "output_dir": "out_dir output output_path save_path save_dir adapter_output_dir log_dir",
     "overwrite": "overwrite_output_dir force overwrite_output",
-    "resume": "resume_from_checkpoint resume_from resume_adapter_file",
+    "resume": "resume_from_checkpoint resume_from",
+    "start_adapter": "adapter_path init_adapter resume_adapter_file lora_model_dir adapter lora"
+    " lora_path peft_model peft_path adapter_name_or_path lora_weights adapter_dir",
     "save_every": "save_steps save_strategy save_interval steps_per_save save_freq save_epochs",
     "keep_checkpoints": "save_total_limit max_checkpoints",
     "precision": "dtype torch_dtype bf16 bfloat16 fp16 half mixed_precision",
@@ -720,6 +732,7 @@ for _ours, _theirs in _NEIGHBOURS.items():
         _CALLED_HERE.setdefault(_name, []).append(_ours)
 # Where the value is another one, too.
 _OTHER_VALUES = {
+    "adapter_path": "an adapter to train further",
     "warmup_steps": "a share of all steps",
     "lr_warmup_steps": "a share of all steps",
     "num_warmup_steps": "a share of all steps",
@@ -925,7 +938,7 @@ def resolve(
 
 
 # Settings of a file that name something that must be there.
-_READ = ("dataset_path", "validation_path", "model_name", "resume")
+_READ = ("dataset_path", "validation_path", "model_name", "start_adapter", "resume")
 
 
 def refuse_places_beside(config_path: Path, values: Mapping[str, Any]) -> None:

@@ -79,17 +79,22 @@ class View(Protocol):
     def close(self) -> None: ...
 
 
-def open_view(console: Console) -> View:
-    """The live view where the cursor can be moved, plain lines where it cannot."""
+def open_view(console: Console, start: str = "base model") -> View:
+    """The live view where the cursor can be moved, plain lines where it cannot.
+
+    Args:
+        start: what is evaluated before the first step.
+    """
     live = console.is_terminal and not console.is_dumb_terminal
-    return LiveView(console) if live else PlainView(console)
+    return LiveView(console, start) if live else PlainView(console, start)
 
 
 class PlainView:
     """One line for each step and each validation: logs, pipes, terminals without cursor control."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, start: str = "base model") -> None:
         self._console = console
+        self._start = start
         self._total_steps = self._first_step = 0
         self._started = 0.0
 
@@ -102,7 +107,7 @@ class PlainView:
             case StepDone(metrics):
                 self._print(self._step_line(metrics))
             case EpochEvaluated(evaluation=Evaluation() as evaluation, is_best=is_best):
-                self._print(_evaluation_line(evaluation, is_best=is_best))
+                self._print(_evaluation_line(evaluation, self._start, is_best=is_best))
 
     def show_samples(self, prompts: Sequence[str], answers: Sequence[Answer]) -> None:
         for line in _sample_lines(prompts, answers):
@@ -131,8 +136,9 @@ class PlainView:
 class LiveView:
     """A progress bar over all rows, with the latest numbers below it."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, start: str = "base model") -> None:
         self._console = console
+        self._start = start
         self._bar = rich.progress.Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -169,7 +175,7 @@ class LiveView:
                 self._bar.update(self._task, description=f"validation {done}/{rows}")
             case EpochEvaluated(evaluation=Evaluation() as evaluation, is_best=is_best):
                 self._evaluation = evaluation
-                line = _evaluation_line(evaluation, is_best=is_best)
+                line = _evaluation_line(evaluation, self._start, is_best=is_best)
                 self._console.print(escape(line), highlight=False)
                 self._refresh()
 
@@ -214,8 +220,8 @@ def warning_lines(event: Event, data: PreparedData) -> list[str]:
     return []
 
 
-def _evaluation_line(evaluation: Evaluation, *, is_best: bool) -> str:
-    when = f"epoch {evaluation.epoch}" if evaluation.epoch else "base model"
+def _evaluation_line(evaluation: Evaluation, start: str, *, is_best: bool) -> str:
+    when = f"epoch {evaluation.epoch}" if evaluation.epoch else start
     best = "  best so far" if is_best else ""
     return f"{when}  validation loss {evaluation.validation_loss:.4f}{best}"
 
@@ -318,11 +324,18 @@ def memory_line(plan: MemoryPlan, budget: Memory) -> str:
 
 
 def answers_table(
-    prompts: Sequence[str], before: Sequence[Answer], after: Sequence[Answer]
+    prompts: Sequence[str],
+    before: Sequence[Answer],
+    after: Sequence[Answer],
+    start: str = "base",
 ) -> Table:
-    """The base's and the tuned answers side by side."""
+    """The answers before and after training side by side.
+
+    Args:
+        start: who answered before.
+    """
     table = Table(title="Answers before and after", title_justify="left", show_lines=True)
-    for heading in ("prompt", "base", "tuned"):
+    for heading in ("prompt", start, "tuned"):
         table.add_column(heading, ratio=1, overflow="fold")
     for prompt, old, new in zip(prompts, before, after, strict=True):
         table.add_row(Text(prompt), _answer_text(old), _answer_text(new))

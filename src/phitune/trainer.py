@@ -37,7 +37,7 @@ from phitune.errors import (
 from phitune.export.card import write_adapter_card
 from phitune.inference.answers import sample_answers
 from phitune.inference.evaluate import evaluate_at_end
-from phitune.inference.loaded import Answer, LoadedAdapter, LoadedModel
+from phitune.inference.loaded import TOKENIZER_FILE, Answer, LoadedAdapter, LoadedModel
 from phitune.model.architecture import read_model_config, resolve_targets
 from phitune.model.decoder import Decoder
 from phitune.model.device import (
@@ -55,7 +55,8 @@ from phitune.model.device import (
 )
 from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
 from phitune.model.files import EXAMPLE_DATASET, fetch_weights, find_model
-from phitune.model.lora import Adapter, LoraSpec, attach, compare_with_memory, save_adapter
+from phitune.model.lora import Adapter, attach, compare_with_memory, save_adapter
+from phitune.model.start_adapter import find_start_adapter, sha256_there, spec_of
 from phitune.model.weights import load_decoder, weights_fingerprint
 from phitune.plan.machine import Memory, ProcessMemoryLimit, memory_budget
 from phitune.plan.memory import GIB, MemoryPlan
@@ -86,6 +87,7 @@ from phitune.training.interrupt import Stop, StopRequested, stop_signals
 from phitune.training.loop import fit, outcome_of, start_state
 from phitune.training.out_of_memory import dry_run, why_not_written
 from phitune.training.resume import (
+    START_ADAPTER,
     Provenance,
     Resumption,
     data_fingerprints,
@@ -94,6 +96,7 @@ from phitune.training.resume import (
     with_absolute_paths,
 )
 from phitune.training.rundir import (
+    ADAPTER,
     CHECKPOINTS,
     RunDirectory,
     check_output_dir,
@@ -189,6 +192,15 @@ class Phi2LoRATrainer:
         check_against_model(
             self.settings, self.model_config, self.tokenizer.size, self.model_folder
         )
+        # A resumed run has all of it in its checkpoint.
+        self._start = (
+            None
+            if self._resumption
+            else find_start_adapter(self.settings, self.model_config, self.target_modules)
+        )
+        self._start_sha256 = self._start.sha256 if self._start else None
+        if self._resumption:
+            self._start_sha256 = self._resumption.saved.fingerprints.get(START_ADAPTER)
         self._model: PreparedModel | None = None
 
     @property
@@ -228,14 +240,12 @@ class Phi2LoRATrainer:
                 self.device,
             )
             self._base_fingerprint = weights_fingerprint(decoder)
-            spec = LoraSpec(
-                settings.lora_r,
-                settings.lora_alpha,
-                settings.lora_dropout,
-                self.target_modules,
-                settings.use_rslora,
-            )
-            self._model = PreparedModel(decoder, attach(decoder, spec, settings.seed))
+            spec = spec_of(settings, self.target_modules)
+            if self._start:
+                adapter = self._start.put_on(decoder, spec, settings.seed)
+            else:
+                adapter = attach(decoder, spec, settings.seed)
+            self._model = PreparedModel(decoder, adapter)
         return self._model
 
     def train(self) -> Outcome:
@@ -295,7 +305,7 @@ class Phi2LoRATrainer:
                 with stop_signals(self._say) as stop:
                     run = self._open_run(state)
                     prompts = self._sample_prompts(data)
-                    base_samples, is_adapter_saved = self._base_samples(run, prompts), True
+                    first_samples, is_adapter_saved = self._first_samples(run, prompts), True
                     refused: NumbersRefused | None = None
                     view, trackers = self._open_views(run, state, data)
                     saver, is_through = self._saver(run), False
@@ -319,7 +329,7 @@ class Phi2LoRATrainer:
                                 samples = self._samples(data, stop)
                                 if stop.requested:
                                     break
-                                base_samples = base_samples if event.epoch else samples
+                                first_samples = first_samples if event.epoch else samples
                             run.write(event, data)
                             failed = trackers.log(event)
                             if isinstance(event, EpochEvaluated):
@@ -355,6 +365,7 @@ class Phi2LoRATrainer:
                 compare_with_memory(model.adapter, run.adapter)
 
                 # Results: answers and evaluation of the best adapter, its card, the summary.
+                before = "start adapter" if self._start_sha256 else "base"
                 tuned = [] if outcome.interrupted else self._samples(data)
                 evaluation = self._evaluate(outcome, run, data)
                 summary = {
@@ -363,17 +374,18 @@ class Phi2LoRATrainer:
                     "data": facts,
                     "changes": provenance.changes,
                     "trainable_parameters": model.adapter.num_parameters,
+                    **self._started_from(),
                     "answers": [
-                        {"prompt": prompt, "base": old.text, "tuned": new.text}
-                        for prompt, old, new in zip(prompts, base_samples, tuned, strict=False)
+                        {"prompt": prompt, before: old.text, "tuned": new.text}
+                        for prompt, old, new in zip(prompts, first_samples, tuned, strict=False)
                     ],
                     "answers_stopped_by_themselves": sum(answer.stopped for answer in tuned),
                 }
                 write_adapter_card(run.path, summary)
                 run.write_summary(summary)  # Last: a run that has one is finished.
-                if tuned and base_samples:
+                if tuned and first_samples:
                     self.console.print()
-                    self.console.print(answers_table(prompts, base_samples, tuned))
+                    self.console.print(answers_table(prompts, first_samples, tuned, before))
                 self._show_results(outcome, run, tuned, saver.training_seconds)
                 for line in evaluation:
                     self._say(line)
@@ -403,6 +415,11 @@ class Phi2LoRATrainer:
     @property
     def _dataset_path(self) -> Path:
         return self.settings.dataset_path or EXAMPLE_DATASET
+
+    @property
+    def _step_0(self) -> str:
+        """What answers and is validated before the first step."""
+        return "start adapter (step 0)" if self._start_sha256 else "base model"
 
     @property
     def _steps_before(self) -> int:
@@ -471,6 +488,36 @@ class Phi2LoRATrainer:
             self._say(f"warning: {warning}")
         self._say(data_line(data, self.settings.dataset_path or EXAMPLE_DATASET.name))
         self._say(targets_line(self.target_modules, self.model_config, self.settings.lora_r))
+        if self._start:
+            self._say(
+                f"start adapter: {self._start.folder} (sha256 {self._start.sha256[:16]});"
+                " the answers and the validation loss at step 0 are its own, not the base model's"
+            )
+            for warning in self._other_format(self._start.folder):
+                self._say(f"warning: {warning}")
+
+    def _other_format(self, folder: Path) -> list[str]:
+        """A warning where the start adapter carries another prompt format than the run's."""
+        if not (folder / TOKENIZER_FILE).is_file():
+            return []
+        theirs = Coder.as_saved(TextTokenizer(folder))
+        if theirs.prompt_format.chat_template == self.coder.prompt_format.chat_template:
+            return []
+        return [
+            f"{folder}: was trained in the {theirs.format_name} format"
+            f" ({theirs.text((Turn('user', '...'),))!r}), and this run asks in"
+            f" {self.coder.text((Turn('user', '...'),))!r}; see --prompt_format"
+        ]
+
+    def _started_from(self) -> dict[str, Any]:
+        """The entry of a run in its summary that started from an adapter."""
+        path = self.settings.start_adapter
+        if path is None:
+            return {}
+        # For people: the name of the run, where it is a run's.
+        path = path.absolute()
+        name = path.parent.name if path.name == ADAPTER else path.name
+        return {"start_adapter": {"name": name, "path": str(path), "sha256": self._start_sha256}}
 
     def _load(self, plan: MemoryPlan, budget: Memory) -> tuple[PreparedModel, Engine]:
         started = time.perf_counter()
@@ -511,6 +558,7 @@ class Phi2LoRATrainer:
             {
                 **data_fingerprints(data, self.tokenizer),
                 "base model": self._base_fingerprint,
+                **self._start_fingerprint(),
             },
             surroundings(device_name(self.device), engine.choices),
             torch.get_num_threads(),
@@ -542,6 +590,23 @@ class Phi2LoRATrainer:
         effective = with_absolute_paths(self.resolved)
         return replace(provenance, effective=effective, threads=threads)
 
+    def _start_fingerprint(self) -> dict[str, str]:
+        """That of the adapter which this run started from, where there is one."""
+        path = self.settings.start_adapter
+        if path is None or self._start_sha256 is None:
+            return {}
+        found: str | None = self._start_sha256
+        if self._resumption and not (found := sha256_there(path)):
+            self._say(f"start_adapter {path}: is gone; the checkpoint holds what became of it")
+        return {START_ADAPTER: found or self._start_sha256}
+
+    def _config_text(self) -> str:
+        """The run's config.yaml."""
+        remarks = {}
+        if self._start_sha256:
+            remarks["start_adapter"] = f"sha256 {self._start_sha256}"
+        return to_yaml(with_absolute_paths(self.resolved), remarks)
+
     def _open_run(self, state: TrainingState) -> RunDirectory:
         """The run directory, emptied; of a resumed run, both it and the state as they were when the
         checkpoint was written.
@@ -557,7 +622,7 @@ class Phi2LoRATrainer:
             self._say(f"resuming from {resumption.checkpoint}: step {state.step} is done")
         else:
             run.empty()
-        run.write_config(to_yaml(with_absolute_paths(self.resolved)))
+        run.write_config(self._config_text())
         return run
 
     def _put_back_adapter(self, best: dict[str, Tensor], run: RunDirectory) -> None:
@@ -585,7 +650,7 @@ class Phi2LoRATrainer:
         for place in trackers.places:
             self._say(f"report_to {place}")
         rows, epochs = len(data.train_rows), self.settings.epochs
-        view = open_view(self.console)
+        view = open_view(self.console, self._step_0)
         view.start(
             total=Position(epochs * state.steps_per_epoch, epochs * rows),
             done=Position(state.step, state.rows_seen(rows, self.settings)),
@@ -612,7 +677,7 @@ class Phi2LoRATrainer:
         self._take(self.resolved.choose(**dict(now.items() - then.items())))
         if run:
             try:
-                run.write_config(to_yaml(with_absolute_paths(self.resolved)))
+                run.write_config(self._config_text())
             except OSError as error:
                 self._warn([f"config.yaml cannot be written: {error.strerror or error}"])
         return provenance.after(event, self.resolved)
@@ -670,8 +735,8 @@ class Phi2LoRATrainer:
             self._warn(["there is no memory for the answers to the sample prompts; skipped"])
             return []
 
-    def _base_samples(self, run: RunDirectory, prompts: list[str]) -> list[Answer]:
-        """The base model's answers that an earlier process of this run wrote."""
+    def _first_samples(self, run: RunDirectory, prompts: list[str]) -> list[Answer]:
+        """The answers before the first step that an earlier process of this run wrote."""
         lines = run.samples(epoch=0)
         if [line["prompt"] for line in lines] != prompts:
             return []

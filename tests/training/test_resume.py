@@ -383,7 +383,7 @@ def test_what_differs_is_refused_with_a_list(
     data.write_text(text.replace("It is 7, matey", "It is 8, matey"))
     assert phitune("train --resume run") == 2
     said = capsys.readouterr().err
-    assert "the data or the base model changed" in said
+    assert "the data, the base model or the start adapter changed" in said
     assert "rows: then " in said
     data.write_text(text)
     assert contents(place / "run") == before

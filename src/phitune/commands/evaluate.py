@@ -305,7 +305,8 @@ def show(evaluation: "Evaluation", title: str, data: str, console: Console) -> N
         said.append(forgetting_line(general))
     if evaluation.recorded:
         base, tuned = evaluation.recorded
-        said.append(Text(f"recorded by the run: validation loss {base:.4f} -> {tuned:.4f}"))
+        before = "" if base is None else f"{base:.4f} -> "
+        said.append(Text(f"recorded by the run: validation loss {before}{tuned:.4f}"))
     notes = [*evaluation.notes, *(general.notes if general else ())]
     said += [Text(f"note: {note}", style="yellow") for note in notes]
     for text in said:

@@ -90,6 +90,10 @@ def run(argv: list[str]) -> int:
     if options.preset is not None:
         flags = {**preset_settings(options.preset), **flags}
     plan = make_plan(resolve(flags, options.config), options.memory, options.preset)
+    if plan.settings.start_adapter:
+        from phitune.model.start_adapter import find_start_adapter  # Takes torch along.
+
+        find_start_adapter(plan.settings, plan.config, plan.modules)
     if options.as_json:
         print_json(as_json(plan))
     elif options.presets:

@@ -22,6 +22,7 @@ from phitune.data.sources import hub_id
 from phitune.data.tokenizer import TextTokenizer
 from phitune.model.adapter_config import CONFIG_FILE
 from phitune.model.files import SHIPPED_MODELS, is_hub_id
+from phitune.model.lora import WEIGHTS_FILE
 from phitune.training.checkpoint import replace_file
 from phitune.training.rundir import ADAPTER, CONFIG, EVALUATION, SUMMARY
 from phitune.untrusted import read_object
@@ -131,6 +132,7 @@ def _card(
         ends=[f"`{tokens[token]}` ({token})" for token in coder.stop_ids],
         data=_data(data_name, summary),
         settings=_chosen(settings, adapter.adapter_folder),
+        start=_start(summary),
         measured=_measured(summary),
         rows_evaluated=evaluation.get("rows_evaluated"),
         measures=_measures(evaluation),
@@ -187,6 +189,14 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _start(summary: Mapping[str, Any]) -> str | None:
+    """The adapter that training started from, without the folders of this machine."""
+    start = summary.get("start_adapter")
+    if not isinstance(start, Mapping):
+        return None
+    return f"`{start.get('name')}` (SHA-256 of {WEIGHTS_FILE}: `{start.get('sha256')}`)"
 
 
 def _measured(summary: Mapping[str, Any]) -> list[tuple[str, str]]:

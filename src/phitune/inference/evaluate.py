@@ -248,7 +248,7 @@ class Evaluation:
     general: Forgetting | None
     answers: tuple[AnsweredRow, ...]
     metrics: tuple[str, ...]
-    recorded: tuple[float, float] | None  # validation losses that the run wrote down
+    recorded: tuple[float | None, float] | None  # validation losses that the run wrote down
     notes: tuple[str, ...]
 
 
@@ -364,7 +364,7 @@ def _check_recorded(data: DataRows, loss: PairedDifference) -> list[str]:
     if data.recorded is None:
         return []
     base, tuned = data.recorded
-    if abs(loss.base - base) > _SAME_LOSS * base:
+    if base is not None and abs(loss.base - base) > _SAME_LOSS * base:
         said = f"the base model's loss was {base:.4f} in the run and is {loss.base:.4f} now"
         if not data.is_verified:
             raise DataError(

@@ -45,7 +45,8 @@ class Run:
 
     path: Path
     settings: Settings
-    recorded: tuple[float, float] | None  # validation loss of the base, and of the best adapter
+    # Validation loss of the base (None where the run started from an adapter), and of the best.
+    recorded: tuple[float | None, float] | None
     digest: str | None  # of its validation rows
 
     def same_split(self, other: "Run") -> bool:
@@ -74,7 +75,7 @@ class DataRows:
     settings: Settings
     prompt_format: PromptFormat
     notes: tuple[str, ...] = ()
-    recorded: tuple[float, float] | None = None
+    recorded: tuple[float | None, float] | None = None
     is_verified: bool = False  # the tokens are those of the run
 
     @classmethod
@@ -120,12 +121,12 @@ def find_run(adapter_path: Path) -> Run | None:
     if not (path / CONFIG).is_file():
         return None
     settings = resolve({}, path / CONFIG).settings
-    recorded = None
+    recorded: tuple[float | None, float] | None = None
     if (path / SUMMARY).is_file():
         summary = read_object(path / SUMMARY, "")
         losses = (summary.get("first_validation_loss"), summary.get("best_validation_loss"))
         if isinstance(losses[0], float) and isinstance(losses[1], float):
-            recorded = losses[0], losses[1]
+            recorded = None if settings.start_adapter else losses[0], losses[1]
     left = read_object(path / EVALUATION, "") if (path / EVALUATION).is_file() else {}
     digest = left.get("validation_rows_digest")
     return Run(path, settings, recorded, digest if isinstance(digest, str) else None)

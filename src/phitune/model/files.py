@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from phitune.errors import ModelError
+from phitune.model.adapter_config import CONFIG_FILE
 
 ASSETS = Path(__file__).parent.parent / "assets"
 EXAMPLE_DATASET = ASSETS / "captain.jsonl"  # trained on where no data set is named
@@ -36,6 +37,7 @@ def find_model(name: str) -> Path:
     try:
         path = Path(name).expanduser()
         if path.is_dir():
+            _refuse_adapter(name, path)
             return path
         if path.exists():
             raise ModelError(f"model_name {name}: is a file, expected the folder of a model")
@@ -47,6 +49,19 @@ def find_model(name: str) -> Path:
             f" nor a shipped model ({', '.join(SHIPPED_MODELS)})"
         )
     return _from_hub(name, SMALL_FILES)
+
+
+def _refuse_adapter(name: str, folder: Path) -> None:
+    """Refuses a folder that holds an adapter, or a run, and no model."""
+    if (folder / "config.json").exists():
+        return
+    for what, file in (("an adapter", CONFIG_FILE), ("a run", f"adapter/{CONFIG_FILE}")):
+        if (folder / file).is_file():
+            raise ModelError(
+                f"model_name {name}: is {what}, not a model; to train it further, name it with"
+                " --start_adapter, and to use it, with --adapter_path (and its base model with"
+                " --model_name)"
+            )
 
 
 def is_hub_id(name: str) -> bool:

@@ -163,7 +163,7 @@ def checkpoint_name(step: int, rows: int = 0, epoch: int | None = None) -> str:
     Args:
         step: optimizer steps done.
         rows: of the current step whose gradients are accumulated.
-        epoch: which has just ended, its validation included; 0 for that of the base model.
+        epoch: which has just ended, its validation included; 0 for that before the first step.
     """
     behind = f"-row-{rows}" if rows else "" if epoch is None else f"-epoch-{epoch}"
     return f"step-{step:06d}{behind}"

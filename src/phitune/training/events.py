@@ -26,7 +26,7 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The validation loss after a step; step 0 is the base model."""
+    """The validation loss after a step; step 0 is what training starts from."""
 
     step: int
     epoch: int
@@ -180,7 +180,7 @@ class Validating:
 
 @dataclass(frozen=True)
 class EpochEvaluated:
-    """An epoch (0: the base model) was evaluated; the state does not count it yet.
+    """An epoch (0: before the first step) was evaluated; the state does not count it yet.
 
     A run that stops here evaluates the epoch again when it resumes.
     """

@@ -80,7 +80,7 @@ def fit(
     adapter_at_start = copy_of(state.adapter)
     state.micro_batch, state.has_fitted = settings.micro_batch, False
 
-    # The base model, before the first step.
+    # The base model or the start adapter, before the first step.
     if state.epochs_done < 0:
         evaluation = yield from validate(engine, state, data, settings, epoch=0)
         if evaluation and not math.isfinite(evaluation.validation_loss):

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -22,6 +23,7 @@ from phitune.data.prepare import PreparedData
 from phitune.data.sources import hub_id
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import ResumeError, SettingsError, listing
+from phitune.model.adapter_config import CONFIG_FILE
 from phitune.model.files import SHIPPED_MODELS
 from phitune.training.checkpoint import (
     DamagedCheckpointError,
@@ -63,6 +65,7 @@ CHANGEABLE = (
     "dataset_path",
     "validation_path",
     "model_name",
+    "start_adapter",
 )
 _ROWS = "it decides which rows are trained on and in which order, and some of them are done"
 _SHAPE = "the adapter in the checkpoint has this shape"
@@ -198,6 +201,9 @@ def data_fingerprints(data: PreparedData, tokenizer: TextTokenizer) -> dict[str,
     return {**found, "tokenizer": tokenizer.fingerprint[:16]}
 
 
+START_ADAPTER = "start adapter"  # among the fingerprints, where a run started from one
+
+
 def surroundings(device_name: str, choices: Mapping[str, str]) -> dict[str, str]:
     """Versions, the machine, and what the engine chose on it.
 
@@ -236,6 +242,8 @@ def with_absolute_paths(resolved: Resolved) -> Resolved:
     model = Path(settings.model_name).expanduser()
     if settings.model_name not in SHIPPED_MODELS and model.is_dir():
         paths["model_name"] = str(model.resolve())
+    if settings.start_adapter:
+        paths["start_adapter"] = str(settings.start_adapter.resolve())
     values = {**settings.model_dump(), **paths}
     return Resolved(Settings.model_validate(values), resolved.origins)
 
@@ -301,7 +309,8 @@ class Resumption:
         """
         if found := differences(self.saved.fingerprints, now.fingerprints):
             raise ResumeError(
-                f"{self.folder}: the data or the base model changed since the run was saved:\n"
+                f"{self.folder}: the data, the base model or the start adapter changed since the"
+                " run was saved:\n"
                 + listing([str(each) for each in found])
                 + "\nRestore it as it was, or start a new run in another --output_dir."
             )
@@ -387,6 +396,11 @@ def _folder_of(settings: Settings) -> Path:
 def _why_nothing(folder: Path) -> str:
     if not folder.is_dir():
         return "there is no such folder"
+    if not (folder / CONFIG).exists() and (folder / CONFIG_FILE).is_file():
+        return (
+            "is an adapter, not a run that was stopped; for a second round of training from it,"
+            f" with new data and from step 0: --start_adapter {shlex.quote(str(folder))}"
+        )
     if not (folder / CONFIG).exists():
         return f"is not a run, it has no {CONFIG}"
     if read_summary(folder):

@@ -118,7 +118,7 @@ class TrainingState:
     checkpoint_seconds: float = 0.0  # spent since the last step; not in a checkpoint either
 
     step: int = 0  # optimizer steps done
-    epochs_done: int = -1  # with their validation; -1 before that of the base model
+    epochs_done: int = -1  # with their validation; -1 before that of epoch 0
     rows_in_step: int = 0  # rows of the current step whose gradients are accumulated
     seconds_in_step: float = 0.0
     bad_steps: int = 0  # latest steps in a row whose numbers were not finite

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -466,3 +467,113 @@ def test_doctor_says_what_training_would_use_and_trains_nothing(place: Path) -> 
     assert unknown.returncode == 2
     assert "did you mean --device" in unknown.stderr
     assert sorted(path.name for path in place.iterdir()) == ["data"]
+
+
+# --- what a process may find missing --------------------------------------------------------------
+
+SHORT = (
+    "train --model_name tiny-phi-2 --dataset_path data/train.jsonl --epochs 1 --sample_tokens 0"
+    " --output_dir run"
+)
+
+
+def in_shell(line: str, **variables: str | None) -> "subprocess.CompletedProcess[str]":
+    """A line of shell with `phitune` in it, with some variables set, or None: unset."""
+    command = line.replace("phitune", " ".join(PHITUNE))
+    environment = {k: v for k, v in os.environ.items() if k not in variables}
+    given = {k: v for k, v in variables.items() if v is not None}
+    return subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=600,
+        env={**environment, **given},
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_behind_the_output_costs_no_step_and_is_named(place: Path) -> None:
+    done = in_shell(f"phitune {SHORT} > /dev/full")
+    assert done.returncode == 0, done.stderr
+    assert "standard output: No space left on device; the run goes on" in done.stderr
+    assert (place / "run" / "summary.json").exists()
+    for line in ("--help", "check data/train.jsonl", "plan --model_name tiny-phi-2 --json"):
+        for buffered in ("", "1"):
+            shown = in_shell(f"phitune {line} > /dev/full", PYTHONUNBUFFERED=buffered)
+            said = "phitune: standard output: No space left on device\n"
+            assert (shown.returncode, shown.stderr) == (1, said), line
+    assert in_shell("phitune train --epoch 3 2> /dev/full").returncode == 2
+
+
+def test_closed_streams_are_no_files_of_the_run(place: Path) -> None:
+    done = in_shell(f"phitune {SHORT} <&- >&- 2>&-")
+    assert done.returncode == 0
+    assert all(line["step"] >= 0 for line in lines_of(place / "run" / "metrics.jsonl"))
+    asked = in_shell("phitune chat --model_name tiny-phi-2 <&-")
+    assert (asked.returncode, asked.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("command", ["train", "check x", "plan", "chat", "layers", "doctor"])
+def test_a_deleted_working_directory_is_said_in_one_sentence(place: Path, command: str) -> None:
+    done = in_shell(f"mkdir gone; cd gone; rmdir ../gone; phitune {command}")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("phitune: the working directory cannot be used (No such file")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(
+    shutil.which("setpriv") is None or os.getuid() != 0,
+    reason="needs setpriv, and the right to become another user",
+)
+def test_without_a_home_and_a_name_a_run_keeps_its_caches_elsewhere(place: Path) -> None:
+    with tempfile.TemporaryDirectory() as name:  # Outside of pytest's own, which is closed to all.
+        folder = Path(name)
+        folder.chmod(0o777)
+        shutil.copytree(place / "data", folder / "data")
+        nobody = f"cd {folder}; setpriv --reuid 54321 --clear-groups phitune {SHORT}"
+        unset = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "LOGNAME", "USER", "HF_HOME"))
+        done = in_shell(nobody, **unset, TMPDIR=name)
+        assert done.returncode == 0, done.stderr
+        assert list((folder / "phitune-user-54321/cache/phitune/tokens").iterdir())
+        refused = in_shell(nobody.replace("_dir run", "_dir '~/run'"), **unset, TMPDIR=name)
+    assert refused.returncode == 2
+    assert "~ stands for a home folder, and none is known; write the whole path" in refused.stderr
+
+
+def test_variables_that_are_empty_are_unset(place: Path) -> None:
+    done = in_shell(f"phitune {SHORT}", XDG_CACHE_HOME="", HF_HOME="", TMPDIR=" ")
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in place.iterdir()} == {"data", "run"}
+
+
+def test_no_folder_for_temporary_files_is_refused_with_the_variable(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/x']")
+
+    monkeypatch.setattr("tempfile.gettempdir", none)
+    done = phitune(f"{SHORT} --no-cache")
+    assert done.returncode == 1
+    assert "a folder that can be written to with the variable TMPDIR" in done.stderr
+
+
+def test_names_that_are_not_text_are_trained_on_or_refused(place: Path) -> None:
+    odd = place / os.fsdecode(b"caf\xe9")
+    shutil.copytree(place / "data", odd / "rows")
+    (odd / "rows" / "train.jsonl").rename(odd / "rows" / f"{odd.name}.jsonl")
+    named = in_shell(f"phitune {SHORT.replace('data/train.jsonl', 'caf*/rows')}")
+    assert named.returncode == 2
+    assert "is not UTF-8 text; rename the file or the folder" in named.stderr
+    here = in_shell(f"cd caf*; phitune {SHORT.replace('data/train.jsonl', 'rows')}")
+    assert here.returncode == 2
+    assert "the name of a folder in it is not UTF-8 text" in here.stderr
+    (odd / "rows").rename(place / "rows")
+    done = phitune(SHORT.replace("data/train.jsonl", "rows"))
+    assert done.returncode == 0, done.stderr
+    assert list(json.loads((place / "run/summary.json").read_text())["data"]["files"]) == [
+        "caf?.jsonl"
+    ]
+    assert phitune("export --adapter_path run --format adapter").returncode == 0

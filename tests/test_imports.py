@@ -12,7 +12,7 @@ import phitune
 from phitune.cli import COMMANDS
 
 SOURCE = Path(phitune.__file__).parent
-FREE_TO_ALL = {"config", "errors", "text", "untrusted"}
+FREE_TO_ALL = {"config", "environment", "errors", "text", "untrusted"}
 MAY_IMPORT = {
     "cli": {"commands", *FREE_TO_ALL},
     "commands": {
@@ -50,6 +50,7 @@ MAY_IMPORT = {
     "data": FREE_TO_ALL,
     "config": {"errors"},
     "untrusted": {"errors"},
+    "environment": {"errors"},
     "errors": set(),
     "text": set(),
 }

@@ -14,14 +14,17 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
+from contextlib import suppress
 
 from phitune import __version__
+from phitune.environment import find_folders, lose_output, open_streams
 from phitune.errors import Interrupted, PhituneError, SettingsError, without_tokens
 from phitune.text import shortened, visible
 
 EXIT_INTERRUPTED = 130
 DEBUG_VARIABLE = "PHITUNE_DEBUG"
 DESCRIPTION = "Fine-tune Phi-2, Phi-3.5 and their siblings with LoRA on the machine you own."
+_WITHOUT_FOLDERS: tuple[list[str], ...] = ([], ["-h"], ["--help"], ["--version"])
 MAX_LINE = 1000  # characters of an error's line that are shown
 # Each is a module of `commands`, imported when it is asked for; all but train, which `main` calls
 # itself, have `run(argv) -> exit code`.
@@ -41,12 +44,23 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; no traceback reaches the terminal."""
+    open_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A terminal that lacks a letter of some answer must not end a run.
             stream.reconfigure(errors="backslashreplace")
+    code = _exit_code(list(sys.argv[1:] if argv is None else argv))
     try:
-        words = list(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()  # What fails now would fail behind our back.
+    except OSError as error:
+        return _output_failed(error)
+    return code
+
+
+def _exit_code(words: list[str]) -> int:
+    try:
+        if words[:1] not in _WITHOUT_FOLDERS:
+            find_folders()
         if words[:1] != ["train"]:
             return _run(words)
         # The main job: `train` and the loop `fit` are all that lies between here and a step.
@@ -54,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         trainer_of(words[1:]).train()
         return 0
+    except SystemExit as left:  # argparse, once its help is shown.
+        return int(left.code or 0)
     except PhituneError as error:
         _print_error(str(error))
         return error.exit_code
@@ -61,33 +77,66 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print_error(str(stopped))
         return stopped.exit_code
     except KeyboardInterrupt:
-        print("phitune: interrupted", file=sys.stderr)
+        _print_error("interrupted")
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output left; its pipe must not fail once more when Python exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        _print_error(f"{where}{error.strerror or error}")
-        return 1
+        return _system_failed(error)
     except Exception as error:  # The last resort: a fault of ours, reported without a traceback.
-        import tempfile
         import traceback
 
         trace = without_tokens(traceback.format_exc())
         if os.environ.get(DEBUG_VARIABLE):
             print(trace, file=sys.stderr)
             return 1
-        with tempfile.NamedTemporaryFile(
-            "w", prefix="phitune-", suffix=".log", delete=False, encoding="utf-8"
-        ) as log:
-            log.write(trace)
         _print_error(
             f"internal error: {type(error).__name__}: {error}\n"
-            f"This is a fault of phitune, please report it with {log.name}"
+            f"This is a fault of phitune, please report it with {_written(trace)}"
         )
         return 1
+
+
+def _system_failed(error: OSError) -> int:
+    """Says what the system refused, and where."""
+    if not error.filename:  # Of a file that was being written, or of standard output.
+        try:
+            print(flush=True)
+        except OSError as still:
+            return _output_failed(still)
+    if isinstance(error, BrokenPipeError):
+        return _output_failed(error)
+    where = f"{error.filename}: " if error.filename else ""
+    what = str(error.strerror or error)
+    if "temporary directory" in what:
+        what += "; name a folder that can be written to with the variable TMPDIR"
+    _print_error(where + what)
+    return 1
+
+
+def _output_failed(error: OSError) -> int:
+    """The reader of our output left, which is no news to anyone, or its disk is full."""
+    lose_output()
+    if not isinstance(error, BrokenPipeError):
+        _print_error(f"standard output: {error.strerror or error}")
+    return 1
+
+
+def _written(trace: str) -> str:
+    """Where a traceback was written, or how to see it."""
+    import tempfile
+
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w",
+            prefix="phitune-",
+            suffix=".log",
+            delete=False,
+            encoding="utf-8",
+            errors="backslashreplace",
+        ) as log:
+            log.write(trace)
+    except OSError:
+        return f"what it prints where {DEBUG_VARIABLE}=1 is set"
+    return log.name
 
 
 def _print_error(what: str) -> None:
@@ -96,7 +145,8 @@ def _print_error(what: str) -> None:
         "".join(shortened(line, MAX_LINE, MAX_LINE // 4))
         for line in visible(without_tokens(what)).split("\n")
     ]
-    print("phitune: " + "\n".join(lines), file=sys.stderr)
+    with suppress(OSError):  # Where nobody listens, the exit code still says it.
+        print("phitune: " + "\n".join(lines), file=sys.stderr)
 
 
 def _run(argv: list[str]) -> int:

@@ -7,12 +7,13 @@ above a run are made here too.
 import datetime
 import errno
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import rich.progress
 from rich.console import Console, Group
@@ -30,6 +31,7 @@ from rich.text import Text
 from phitune.config import Resolved, Settings
 from phitune.data.prepare import PreparedData
 from phitune.data.store import Progress as DataProgress
+from phitune.environment import NO_ROOM, lose_output
 from phitune.errors import listing
 from phitune.inference.loaded import Answer
 from phitune.model.architecture import EMBED_TOKENS, LM_HEAD, ModelConfig
@@ -52,7 +54,22 @@ from phitune.training.events import (
 
 
 class RunConsole(Console):
-    """A console whose reader may leave without ending the run on the spot."""
+    """A console whose reader may leave, or whose disk may be full, without ending the run."""
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        try:
+            super().print(*objects, **how)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            lose_output()  # Not worth a step: the numbers are in metrics.jsonl.
+            with suppress(OSError):
+                print(
+                    f"phitune: standard output: {error.strerror}; the run goes on, and what it"
+                    " would show is in its folder",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     def on_broken_pipe(self) -> None:
         # rich would exit here; what is to be done is the matter of `interrupt.Stop.showing`.

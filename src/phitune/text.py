@@ -15,6 +15,9 @@ _UNITS = {"": 10**9, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _AMOUNT = re.compile(r"\s*(\d{1,18}(?:\.\d+)?)\s*(?:([KMGT])(i?)B?)?\s*", re.IGNORECASE)
 
+# For encode(): what a file's name has that is not UTF-8 becomes a question mark.
+ODD_BYTES = "replace"
+
 
 def visible(text: str) -> str:
     """The text with such characters written out, such as `\\x1b`."""

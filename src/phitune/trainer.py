@@ -26,6 +26,7 @@ from phitune.data.coder import Coder
 from phitune.data.conversation import Turn
 from phitune.data.prepare import PreparedData, facts_of, prepare_data
 from phitune.data.tokenizer import TextTokenizer
+from phitune.environment import find_folders
 from phitune.errors import (
     CheckpointError,
     Interrupted,
@@ -157,6 +158,7 @@ class Phi2LoRATrainer:
         model_name: str | None = None,
         config: Mapping[str, Any] | str | Path | Resolved | None = None,
     ) -> None:
+        find_folders()
         self.console: Console = RunConsole(highlight=False)
         given = {
             "output_dir": output_dir,

@@ -366,7 +366,8 @@ def test_what_differs_is_refused_with_a_list(
         kill_at(patched, 30, signal.SIGTERM)
         assert phitune(f"{LINE} --output_dir run") == 143
     before = contents(place / "run")
-    assert phitune(f"{LINE} --output_dir run --resume auto --epochs 3 --lora_r 4") == 2
+    longer = LINE.replace("--epochs 2", "--epochs 3")
+    assert phitune(f"{longer} --output_dir run --resume auto --lora_r 4") == 2
     said = capsys.readouterr().err
     assert "epochs: then 2, now 3" in said
     assert "lora_r: then 8, now 4" in said
@@ -540,7 +541,8 @@ def test_python_goes_on_too(stopped: Path) -> None:
 
 def test_checkpoints_are_written_when_due_and_rotated(place: Path) -> None:
     """Every second step, one kept, and that of the best epoch."""
-    line = f"{LINE} --output_dir run --save_every 2 --keep_checkpoints 1 --epochs 4"
+    line = f"{LINE} --output_dir run --save_every 2 --keep_checkpoints 1"
+    line = line.replace("--epochs 2", "--epochs 4")
     assert phitune(line) == 0
     summary = json.loads((place / "run/summary.json").read_text())
     names = {path.name for path in (place / "run/checkpoints").iterdir()}

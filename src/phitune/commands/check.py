@@ -33,7 +33,7 @@ from phitune.commands.terminal import (
     table_of,
 )
 from phitune.errors import DataError, SettingsError
-from phitune.text import marks_of, plural, shortened, visible
+from phitune.text import ODD_BYTES, marks_of, plural, shortened, visible
 
 if TYPE_CHECKING:
     from phitune.check.report import Finding, Report, Verdict
@@ -340,7 +340,7 @@ def run(argv: list[str]) -> int:
             progress=lambda rows: status.update(f"{rows:,} rows read"),
         )
     if options.html:
-        options.html.write_text(page(report), encoding="utf-8")
+        options.html.write_text(page(report), encoding="utf-8", errors=ODD_BYTES)
     if options.as_json:
         print_json(as_json(report))
     else:

@@ -37,7 +37,7 @@ from phitune.commands.terminal import jsonable, print_json, render
 from phitune.config import UserPath
 from phitune.errors import DataError
 from phitune.inference.metrics import NORMALISATION
-from phitune.text import marks_of, shortened, visible
+from phitune.text import ODD_BYTES, marks_of, shortened, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -271,7 +271,7 @@ def _write(options: CompareOptions, comparison: Comparison, asked: Asked) -> Non
         html: Path = options.html
         new = html.with_name(f"{html.name}.new")
         try:
-            new.write_text(page(comparison, asked), encoding="utf-8")
+            new.write_text(page(comparison, asked), encoding="utf-8", errors=ODD_BYTES)
             new.replace(html)
         except OSError:
             new.unlink(missing_ok=True)

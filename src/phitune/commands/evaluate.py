@@ -28,6 +28,7 @@ from phitune.commands.terminal import json_text, print_json
 from phitune.config import Pairs, UserPath
 from phitune.errors import SettingsError
 from phitune.inference.metrics import METRICS
+from phitune.text import ODD_BYTES
 
 if TYPE_CHECKING:
     from phitune.inference.evaluate import Evaluation, Forgetting, Measure, Unit, Wanted
@@ -281,7 +282,7 @@ def _progress() -> "Iterator[Progress]":
 
 def _write(path: Path, document: dict[str, Any]) -> None:
     new = path.with_name(path.name + ".new")
-    new.write_text(json_text(document) + "\n", encoding="utf-8")
+    new.write_text(json_text(document) + "\n", encoding="utf-8", errors=ODD_BYTES)
     new.replace(path)
 
 

@@ -23,6 +23,7 @@ from phitune.data.tokenizer import TextTokenizer
 from phitune.model.adapter_config import CONFIG_FILE
 from phitune.model.files import SHIPPED_MODELS, is_hub_id
 from phitune.model.lora import WEIGHTS_FILE
+from phitune.text import ODD_BYTES
 from phitune.training.checkpoint import replace_file
 from phitune.training.rundir import ADAPTER, CONFIG, EVALUATION, SUMMARY
 from phitune.untrusted import read_object
@@ -91,7 +92,7 @@ def write_card(
         gguf: the file, where the format is one of llama.cpp's.
     """
     card = _card(adapter, format_name, _object(adapter.run, SUMMARY), gguf)
-    (folder / CARD_FILE).write_text(card, encoding="utf-8")
+    (folder / CARD_FILE).write_text(card, encoding="utf-8", errors=ODD_BYTES)
 
 
 def _card(

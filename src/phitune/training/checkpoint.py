@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from phitune.errors import PhituneError
+from phitune.text import ODD_BYTES
 
 # -------------------------------------------------------------------------------------------------
 # Writing that survives a kill and a power cut: what is there is whole, or it is not there.
@@ -63,7 +64,7 @@ def sync_folder(path: Path) -> None:
 def replace_file(path: Path, text: str) -> None:
     """Puts a file in the place of the one before, whole."""
     new = with_suffix(path, NEW)
-    write_synced(new, text.encode())
+    write_synced(new, text.encode(errors=ODD_BYTES))
     new.replace(path)
     sync_folder(path.parent)
 
@@ -128,7 +129,7 @@ class LineFile:
         before = self.path.stat().st_size if self.path.exists() else 0
         try:
             with self.path.open("ab") as file:
-                file.write("".join(self._waiting).encode())
+                file.write("".join(self._waiting).encode(errors=ODD_BYTES))
         except OSError:
             with suppress(OSError):
                 os.truncate(self.path, before)

@@ -244,6 +244,12 @@ def with_absolute_paths(resolved: Resolved) -> Resolved:
         paths["model_name"] = str(model.resolve())
     if settings.start_adapter:
         paths["start_adapter"] = str(settings.start_adapter.resolve())
+    for name, path in paths.items():
+        if path.encode(errors="ignore") != path.encode(errors="surrogateescape"):
+            raise SettingsError(
+                f"{name} {path}: the name of a folder in it is not UTF-8 text, as it must be to be"
+                " written into config.yaml; rename the folder"
+            )
     values = {**settings.model_dump(), **paths}
     return Resolved(Settings.model_validate(values), resolved.origins)
 

@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Literal
 
 from phitune.config import Settings
+from phitune.text import ODD_BYTES
 from phitune.training.checkpoint import remove_older, write_checkpoint
 from phitune.training.events import EpochDone, Event, NumbersRefused, StepDone
 from phitune.training.out_of_memory import why_not_written
@@ -138,4 +139,5 @@ class Saver:
             "logs": self._run.lengths(),
             "provenance": provenance.as_json(),
         }
-        yield STATE, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode()
+        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+        yield STATE, text.encode(errors=ODD_BYTES)

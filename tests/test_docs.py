@@ -191,7 +191,11 @@ def written_out(command: Command) -> list[str]:
         return words  # A run that goes on has its settings already.
     for start, added in ADDED.items():
         if words[: len(start.split())] == start.split():
-            words += added.split()
+            flag, *rest = added.split()
+            if "--epochs" in words and "--epochs" in rest:
+                words[words.index("--epochs") + 1] = rest.pop()
+                rest.remove("--epochs")
+            words += [flag, *rest]
     if words[:2] == ["phitune", "train"] and "--dataset_path" not in words:
         words += DATA.split()
     return words
@@ -291,8 +295,7 @@ def test_every_flag_in_the_text_is_one(capsys: pytest.CaptureFixture[str]) -> No
     known = {*Settings.model_fields, "logdir", "help", "version"}
     for name in COMMANDS:
         words = [name, "--help"]
-        with pytest.raises(SystemExit):
-            main(words)
+        assert main(words) == 0
         known |= set(re.findall(r"--(\w+)", capsys.readouterr().out))
     for name in DOCUMENTS:
         text = _FENCE.sub("", (ROOT / name).read_text(encoding="utf-8"))

@@ -617,6 +617,21 @@ def choices_of(field: FieldInfo) -> tuple[str, ...]:
     return tuple(kinds) if all(isinstance(kind, str) for kind in kinds) else ()
 
 
+def as_flags(values: Mapping[str, Any]) -> list[str]:
+    """Settings as the words of a command line; what a command line has no word for is left out."""
+    words = []
+    for name, value in values.items():
+        texts = [setting_text(each) for each in (value if isinstance(value, list) else [value])]
+        if value is not None and texts:
+            words += [f"--{name}", *texts]
+    return words
+
+
+def setting_text(value: Any) -> str:
+    """A value as it is typed."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def default_text(value: Any) -> str:
     """A default as it is typed on a command line; "" where there is none."""
     if value is None or value == []:

@@ -1,6 +1,7 @@
 """Text from and for people: made safe to show, counted things in words, sizes such as "24GB"."""
 
 import re
+import shlex
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,6 +23,11 @@ ODD_BYTES = "replace"
 def visible(text: str) -> str:
     """The text with such characters written out, such as `\\x1b`."""
     return _UNSAFE.sub(lambda found: ascii(found.group())[1:-1], text)
+
+
+def command_line(*words: object) -> str:
+    """A command of phitune as a person can paste it into a shell."""
+    return shlex.join(["phitune", *map(str, words)])
 
 
 def plural(count: int, noun: str) -> str:

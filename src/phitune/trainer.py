@@ -7,7 +7,6 @@ dry run has fitted. The loop only yields events; here they are written, shown, s
 
 import datetime
 import os
-import shlex
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -26,7 +25,7 @@ from phitune.data.coder import Coder
 from phitune.data.conversation import Turn
 from phitune.data.prepare import PreparedData, facts_of, prepare_data
 from phitune.data.tokenizer import TextTokenizer
-from phitune.environment import find_folders
+from phitune.environment import NO_ROOM, find_folders
 from phitune.errors import (
     CheckpointError,
     Interrupted,
@@ -76,7 +75,7 @@ from phitune.progress import (
     targets_line,
     warning_lines,
 )
-from phitune.text import plural
+from phitune.text import command_line, plural
 from phitune.training.checkpoint import checkpoints_of
 from phitune.training.events import (
     EpochEvaluated,
@@ -100,6 +99,7 @@ from phitune.training.rundir import (
     ADAPTER,
     CHECKPOINTS,
     RunDirectory,
+    check_can_go_on,
     check_output_dir,
     default_output_dir,
     run_lock,
@@ -134,6 +134,11 @@ def _check_threads(threads: int | str) -> None:
             f"threads {threads}: this machine has {plural(processors, 'processor')}; use"
             f" --threads {processors}, or auto"
         )
+
+
+def _remedy(error: OSError) -> str:
+    """What to do where something cannot be written."""
+    return "free some disk space" if error.errno in NO_ROOM else "make it writable"
 
 
 class Phi2LoRATrainer:
@@ -430,7 +435,7 @@ class Phi2LoRATrainer:
 
     @property
     def _resume_command(self) -> str:
-        return f"phitune train --resume {shlex.quote(str(self._output_dir))}"
+        return command_line("train", "--resume", self._output_dir)
 
     @staticmethod
     def _chosen(settings: Settings) -> dict[str, Any]:
@@ -448,7 +453,9 @@ class Phi2LoRATrainer:
         return chosen
 
     def _check_output_dir(self) -> None:
-        if not self._resumption:
+        if self._resumption:
+            check_can_go_on(self._output_dir)
+        else:
             resuming = self.settings.resume is not None
             check_output_dir(self._output_dir, overwrite=self.settings.overwrite, resuming=resuming)
 
@@ -458,8 +465,7 @@ class Phi2LoRATrainer:
         outcome = Outcome(**{name: resumption.summary[name] for name in names})
         self._say(
             f"{resumption.folder}: this run is finished ({outcome.ended}, {outcome.steps} steps),"
-            f" there is nothing left to do. To train it longer: --resume {resumption.folder}"
-            " --resume_with epochs=N"
+            f" there is nothing left to do. To train it longer: {resumption.command_to_go_on()}"
         )
         return outcome
 
@@ -622,6 +628,8 @@ class Phi2LoRATrainer:
             resumption.set_damaged_aside()
             self._put_back_adapter(state.best, run)
             self._say(f"resuming from {resumption.checkpoint}: step {state.step} is done")
+            if note := resumption.rate_note(state.steps_per_epoch):
+                self._say(note)
         else:
             run.empty()
         run.write_config(self._config_text())
@@ -759,8 +767,9 @@ class Phi2LoRATrainer:
             run.lengths()
         except OSError as error:
             raise CheckpointError(
-                f"{run.path}: the results cannot be written: {error.strerror or error}; free some"
-                f" disk space, then resume from the last checkpoint with: {self._resume_command}"
+                f"{error.filename or run.path}: the results cannot be written:"
+                f" {error.strerror or error}; {_remedy(error)}, then resume from the last"
+                f" checkpoint with: {self._resume_command}"
             ) from None
 
     def _evaluate(self, outcome: Outcome, run: RunDirectory, data: PreparedData) -> list[str]:

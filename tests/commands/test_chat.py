@@ -145,8 +145,7 @@ def test_the_document_names_every_command_and_no_other_flag(
 ) -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     assert set(re.findall(r"`/(\w+)", text)) == {*COMMANDS}
-    with pytest.raises(SystemExit):
-        main(["chat", "--help"])
+    assert main(["chat", "--help"]) == 0
     known = re.findall(r"--(\w+)", capsys.readouterr().out)
     assert set(re.findall(r"--(\w+)", text)) <= {*known}
 

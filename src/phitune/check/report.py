@@ -48,7 +48,7 @@ from phitune.check.survey import (
     sample_of,
     token_statistics,
 )
-from phitune.config import Settings
+from phitune.config import Settings, as_flags
 from phitune.data.coder import Coder
 from phitune.data.dataset import ExampleStream, OnBadRow, read_examples
 from phitune.data.formats import RowNotes
@@ -56,7 +56,7 @@ from phitune.data.prepare import PreparedData, validation_rows
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import DataError, ModelError, listing
 from phitune.model.files import cached_model, find_model
-from phitune.text import plural, visible
+from phitune.text import command_line, plural, visible
 
 # -------------------------------------------------------------------------------------------------
 # Findings: the outcome of each check. What single rows show is in `rows.py`; here are the checks
@@ -647,8 +647,33 @@ def check_before_training(
     if short.errors:
         raise DataError(
             f"{dataset_path}: {plural(len(short.errors), 'error')} in the data; nothing was"
-            f" trained\n{listing(short.errors)}\nSee 'phitune check {dataset_path}'."
+            f" trained\n{listing(short.errors)}\nSee: {_check_command(settings)}"
         )
+
+
+# The settings that decide what the report says.
+_SHOWN = (
+    "model_name",
+    "validation_path",
+    "validation_split",
+    "data_format",
+    "columns",
+    "on_bad_row",
+    "prompt_format",
+    "max_length",
+    "train_on_prompt",
+    "seed",
+)
+
+
+def _check_command(settings: Settings) -> str:
+    """The command that shows the whole report of the data that these settings train on."""
+    given = {
+        name: value
+        for name in _SHOWN
+        if (value := getattr(settings, name)) != Settings.model_fields[name].default
+    }
+    return command_line("check", settings.dataset_path, *as_flags(given))
 
 
 def _key(settings: Settings, data: PreparedData) -> str:

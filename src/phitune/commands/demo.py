@@ -1,11 +1,11 @@
 """`phitune demo`: the whole job once, with what ships with the package; no network and no clone."""
 
-import shlex
 from pathlib import Path
 
 from phitune.commands.options import Options, option, parse, switch
 from phitune.config import UserPath
 from phitune.model.files import ASSETS
+from phitune.text import command_line
 
 # The settings of the run; model and rows are those that ship beside it.
 CONFIG = ASSETS / "demo.yaml"
@@ -38,9 +38,9 @@ def run(argv: list[str]) -> int:
 
 def next_commands(run_directory: Path) -> tuple[str, ...]:
     """What to do with the run that is there now."""
-    named = f"--adapter_path {shlex.quote(str(run_directory))}"
+    named = ("--adapter_path", run_directory)
     return (
-        f"phitune chat {named}",
-        f"phitune compare {named} --from_validation 5",
-        f"phitune export {named} --format merged",
+        command_line("chat", *named),
+        command_line("compare", *named, "--from_validation", 5),
+        command_line("export", *named, "--format", "merged"),
     )

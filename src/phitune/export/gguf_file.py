@@ -32,6 +32,7 @@ from phitune.model.architecture import LM_HEAD, ModelConfig
 from phitune.model.files import is_hub_id
 from phitune.model.lora import Adapter
 from phitune.model.weights import EMBEDDING
+from phitune.text import command_line
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -470,11 +471,11 @@ def require_tool(quantization: str, adapter_path: Path) -> str:
     """
     tool = shutil.which(TOOL)
     if tool is None:
+        f16 = ("--format", "gguf", "--quantization", "f16", "--output_dir", "F16")
         raise ExportError(
             f"--quantization {quantization} is made by llama.cpp's own {TOOL}, which is not on"
             " PATH; install llama.cpp, or export f16 and run it where it is:\n"
-            f"  phitune export --adapter_path {adapter_path} --format gguf --quantization f16"
-            " --output_dir F16\n"
+            f"  {command_line('export', '--adapter_path', adapter_path, *f16)}\n"
             f"  {TOOL} F16/model-f16.gguf model-{quantization}.gguf {quantization.upper()}"
         )
     return tool

@@ -42,6 +42,7 @@ from phitune.model.decoder import Decoder
 from phitune.model.device import in_usable_thread, is_out_of_memory
 from phitune.model.files import ASSETS
 from phitune.model.lora import put_on
+from phitune.text import command_line
 from phitune.training.events import Outcome
 from phitune.training.rundir import RunDirectory
 
@@ -563,4 +564,5 @@ def _lines(measures: Sequence[Measure], part: _Part, run: RunDirectory) -> list[
     lines = [f"evaluation on {len(part.rows)} validation rows: " + ", ".join(said)] if said else []
     if part.skipped:
         lines.append(f"evaluation: left out are {'; '.join(part.skipped)}")
-    return [*lines, f"more of it: phitune evaluate --adapter_path {run.path}"]
+    words = ("evaluate", "--adapter_path", run.path)
+    return [*lines, f"more of it: {command_line(*words)}"]

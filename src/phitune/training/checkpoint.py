@@ -130,9 +130,10 @@ class LineFile:
         try:
             with self.path.open("ab") as file:
                 file.write("".join(self._waiting).encode(errors=ODD_BYTES))
-        except OSError:
+        except OSError as error:
             with suppress(OSError):
                 os.truncate(self.path, before)
+            error.filename = str(self.path)  # It is said of whatever waits for these lines.
             raise
         self._waiting = []
         if self._has_failed:

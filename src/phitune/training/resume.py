@@ -9,7 +9,6 @@ matter of `state.py`, files that of `checkpoint.py`.
 import json
 import os
 import platform
-import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -18,13 +17,22 @@ from pathlib import Path
 from typing import Any
 
 from phitune import __version__
-from phitune.config import Resolved, Settings, unknown_name, validated
+from phitune.config import (
+    Resolved,
+    Settings,
+    repeated,
+    setting_text,
+    split_pairs,
+    unknown_name,
+    validated,
+)
 from phitune.data.prepare import PreparedData
 from phitune.data.sources import hub_id
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import ResumeError, SettingsError, listing
 from phitune.model.adapter_config import CONFIG_FILE
 from phitune.model.files import SHIPPED_MODELS
+from phitune.text import command_line
 from phitune.training.checkpoint import (
     DamagedCheckpointError,
     checkpoints_of,
@@ -33,6 +41,7 @@ from phitune.training.checkpoint import (
 )
 from phitune.training.events import RanOutOfMemory
 from phitune.training.rundir import CHECKPOINTS, CONFIG, read_summary, refuse_if_held
+from phitune.training.state import learning_rate_at
 
 # -------------------------------------------------------------------------------------------------
 # `--resume_with`: what may be changed in a resumed run, and why the rest may not.
@@ -101,10 +110,9 @@ def parse_changes(text: str | None) -> dict[str, str]:
     """
     if text is None:
         return {}
-    # A comma belongs to a value unless a name and = follow.
-    pairs = [part.partition("=") for part in re.split(r",(?=\s*\w+\s*=)", text)]
-    changes = {name.strip(): value.strip() for name, _, value in pairs}
-    problems = []
+    parts = [part.partition("=") for part in split_pairs(text)]
+    pairs = [(name.strip(), value.strip()) for name, _, value in parts]
+    changes, problems = dict(pairs), repeated(pairs)
     for name in changes:
         if name not in Settings.model_fields:
             problems.append(unknown_name(name, CHANGEABLE, kind="setting"))
@@ -277,6 +285,8 @@ def _shown(value: Any) -> str:
 # -------------------------------------------------------------------------------------------------
 
 AUTO = "auto"
+# What the learning rate of a step follows from.
+_SCHEDULE = ("epochs", "learning_rate", "lr_scheduler", "warmup_ratio")
 STATE = "state.json"
 
 
@@ -292,8 +302,55 @@ class Resumption:
     effective: Resolved
     asked: Resolved
     summary: dict[str, Any] | None  # of a finished run with nothing left to do
+    changes: Mapping[str, str]  # what was asked to be changed
     notes: list[str] = field(default_factory=list)
     damaged: list[Path] = field(default_factory=list)
+
+    def command(self, **changes: Any) -> str:
+        """The command that resumes this run, with changes of settings."""
+        pairs = ",".join(f"{name}={setting_text(value)}" for name, value in changes.items())
+        with_them = ("--resume_with", pairs) if pairs else ()
+        return command_line("train", "--resume", self.folder, *with_them)
+
+    def command_to_go_on(self) -> str:
+        """The command that trains a finished run further, whatever it was that ended it."""
+        progress, settings = self.state["progress"], self.effective.settings
+        changes: dict[str, Any] = {**self.changes}
+        if progress["epochs_done"] >= settings.epochs:
+            changes["epochs"] = 2 * progress["epochs_done"]
+        patience, without_gain = settings.early_stopping_patience, progress["epochs_without_gain"]
+        if patience and without_gain >= patience:
+            changes["early_stopping_patience"] = patience + without_gain
+        return self.command(**changes)
+
+    def rate_note(self, steps_per_epoch: int) -> str | None:
+        """How changed settings move the learning rate from one step to the next; None: as before.
+
+        More epochs make a longer schedule: behind the end of one it leaps up.
+        """
+        step = self.state["progress"]["step"]
+        then, now = self.saved.effective.settings, self.effective.settings
+        if step == 0 or all(getattr(then, name) == getattr(now, name) for name in _SCHEDULE):
+            return None
+
+        def rate(settings: Settings, step: int) -> float:
+            return learning_rate_at(
+                step,
+                total_steps=settings.epochs * steps_per_epoch,
+                warmup_ratio=settings.warmup_ratio,
+                peak=settings.learning_rate,
+                schedule=settings.lr_scheduler,
+            )
+
+        before, after = rate(then, step), rate(now, step + 1)
+        if then.epochs * steps_per_epoch > step and after == rate(then, step + 1):
+            return None
+        way = "up" if after > before else "down"
+        return (
+            f"learning rate: goes {way} from {before:.2e} (step {step}) to {after:.2e} (step"
+            f" {step + 1}), since the schedule is {now.lr_scheduler} over {now.epochs} epochs now,"
+            f" not {then.lr_scheduler} over {then.epochs}"
+        )
 
     def check_unchanged(self) -> None:
         """To be called once the folder is locked.
@@ -411,7 +468,13 @@ def _why_nothing(folder: Path) -> str:
         return f"is not a run, it has no {CONFIG}"
     if read_summary(folder):
         return "this run is finished and kept no checkpoints; there is nothing to do"
-    return "the run was stopped before its first checkpoint; start a new one with --overwrite"
+    return f"the run was stopped before its first checkpoint; start it anew: {_anew(folder)}"
+
+
+def _anew(folder: Path) -> str:
+    """The command that starts a run again from its first step, in its place."""
+    words = ("--config", folder / CONFIG, "--output_dir", folder, "--overwrite")
+    return command_line("train", *words)
 
 
 def _resumption(folder: Path, found: list[Path], resolved: Resolved) -> Resumption:
@@ -447,6 +510,7 @@ def _resumption(folder: Path, found: list[Path], resolved: Resolved) -> Resumpti
         effective,
         asked,
         summary,
+        changes,
         notes,
         list(damaged),
     )
@@ -462,7 +526,8 @@ def _newest_whole(found: list[Path]) -> tuple[Path, dict[str, bytes], dict[Path,
         damaged[folder] = files
     lines = [f"{folder}: {why}" for folder, why in damaged.items()]
     raise ResumeError(
-        f"every checkpoint is damaged:\n{listing(lines)}\nStart a new run with --overwrite."
+        f"every checkpoint is damaged:\n{listing(lines)}\nStart the run anew:"
+        f" {_anew(found[0].parents[1])}"
     )
 
 
@@ -498,11 +563,10 @@ def _settings(
             differing.append(Difference(name, in_effect, now))
     if differing:
         lines = [str(difference) for difference in differing]
-        changeable = [each.name for each in differing if each.name in CHANGEABLE]
         hint = "Remove them, or start a new run in another --output_dir (or with --overwrite)."
-        if changeable:
-            pairs = ",".join(f"{n}={getattr(given.settings, n)}" for n in changeable)
-            hint += f" To change them in this run: --resume_with {pairs}"
+        if pairs := _as_changes(differing, saved.effective.settings):
+            command = command_line("train", "--resume", folder, "--resume_with", pairs)
+            hint += f" To change them in this run: {command}"
         raise ResumeError(f"{folder}: the run has other settings:\n{listing(lines)}\n{hint}")
     where = dict.fromkeys(changes, "in --resume_with")
     texts: dict[str, Any] = {**changes}
@@ -518,6 +582,22 @@ def _settings(
         for then in (saved.effective, saved.asked)
     )
     return now_in_effect, now_asked
+
+
+def _as_changes(differing: list[Difference], then: Settings) -> str:
+    """What of these differences --resume_with can make, in its notation."""
+    wanted = {each.name: each.now for each in differing if each.name in CHANGEABLE}
+    sizes = ("batch_size", "gradient_accumulation_steps")
+    now = then.model_copy(update={name: wanted[name] for name in sizes if name in wanted})
+    if now.rows_per_step != then.rows_per_step:
+        wanted = {name: value for name, value in wanted.items() if name not in sizes}
+    pairs = []
+    for name, value in wanted.items():
+        texts = [setting_text(each) for each in (value if isinstance(value, list) else [value])]
+        # Nothing, several prompts, or a text that would be taken for two pairs: no notation for it.
+        if value is not None and len(texts) == 1 and len(split_pairs(f"{name}={texts[0]}")) == 1:
+            pairs.append(f"{name}={texts[0]}")
+    return ",".join(pairs)
 
 
 def _goes_further(then: Settings, now: Settings, state: Mapping[str, Any]) -> bool:

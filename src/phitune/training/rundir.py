@@ -20,6 +20,7 @@ import json
 import os
 import platform
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -30,12 +31,15 @@ from typing import Any, Protocol
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from phitune.data.prepare import PreparedData
-from phitune.errors import ResumeError, SettingsError
+from phitune.environment import NO_ROOM
+from phitune.errors import ResumeError, SettingsError, listing
+from phitune.text import command_line
 from phitune.training.checkpoint import (
     NEW,
     OLD,
     PASSING,
     LineFile,
+    checkpoints_of,
     clear_leftovers,
     replace_file,
     replace_folder,
@@ -196,15 +200,53 @@ def check_output_dir(path: Path, *, overwrite: bool, resuming: bool = False) -> 
     if resuming and set(_RESULTS).isdisjoint(ours.values()):
         overwrite = True
     if names and not overwrite:
-        raise SettingsError(
-            f"output_dir {path}: is not empty; choose another, resume the run in it with"
-            f" phitune train --resume {path}, or replace it with --overwrite"
-        )
+        remedy = "choose another"
+        if None not in ours.values():
+            remedy += ", or replace the run in it with --overwrite"
+            if checkpoints_of(path / CHECKPOINTS) and not read_summary(path):
+                remedy += f", or resume it: {command_line('train', '--resume', path)}"
+        raise SettingsError(f"output_dir {path}: is not empty; {remedy}")
     if foreign := [name for name in names if ours[name] is None]:
         raise SettingsError(
             f"output_dir {path}: --overwrite replaces a run, but this folder holds other things"
             f" ({', '.join(foreign[:3])}); choose another"
         )
+
+
+def check_can_go_on(path: Path) -> None:
+    """Refuses to resume a run whose files cannot be written, before a step is made for nothing.
+
+    A full disk is another matter: there may be room by the time it is needed.
+
+    Raises:
+        ResumeError: names every file and folder that cannot.
+    """
+    files = [path / name for name in (CONFIG, *_LOGS, SUMMARY, EVALUATION)]
+    folders = [path / name for name in (ADAPTER, CHECKPOINTS)]
+    problems = [f"{file}: is a folder" for file in files if file.is_dir()]
+    problems += [f"{each}: is a file" for each in folders if each.is_file()]
+    for place in (*(path / name for name in _LOGS), path, path / CHECKPOINTS):
+        if not problems and (why := _why_not_writable(place)):
+            problems.append(f"{place}: {why}")
+    if problems:
+        raise ResumeError(
+            f"{path}: the run cannot go on, since what it writes cannot be written:\n"
+            f"{listing(problems)}\nCorrect that (chmod u+w), then resume it again."
+        )
+
+
+def _why_not_writable(place: Path) -> str | None:
+    """What keeps a file from growing, or a folder from getting files, but for a full disk."""
+    if not place.exists():
+        return None
+    try:
+        if place.is_dir():
+            with tempfile.TemporaryFile(dir=place):
+                return None
+        with place.open("ab"):
+            return None
+    except OSError as error:
+        return None if error.errno in NO_ROOM else error.strerror or str(error)
 
 
 def _ours(name: str) -> str | None:

@@ -114,7 +114,8 @@ class Saver:
             write_checkpoint(root, state.name, self._files(state, provenance))
         except (OSError, MemoryError, RuntimeError) as error:
             self._tried_at = started
-            self.problem = f"{root / state.name}: {why_not_written(error)}"
+            where = (isinstance(error, OSError) and error.filename) or root / state.name
+            self.problem = f"{where}: {why_not_written(error)}"
             warning = (
                 f"warning: the checkpoint cannot be written: {self.problem}; training continues,"
                 " the previous one is kept, and it is tried again"

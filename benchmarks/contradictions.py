@@ -196,7 +196,7 @@ def _tied(rng: Random, folder: Folder) -> list[str]:
     _set(folder, CONFIG, "tie_word_embeddings", rng.choice((True, False, None)))
     if WEIGHTS in folder:
         tensors = load(folder[WEIGHTS])
-        match rng.randrange(4):
+        match rng.randrange(4) if TABLE in tensors else None:
             case 0:
                 tensors.pop(HEAD, None)
             case 1:

@@ -17,6 +17,7 @@ from phitune.model.architecture import read_model_config
 from phitune.model.files import ASSETS
 from phitune.model.lora import load_adapter
 from phitune.model.weights import read_header
+from phitune.untrusted import read_object
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 9\n"
 WRONG = {
@@ -82,6 +83,15 @@ def test_a_header_whose_length_begins_as_a_pickle_does_is_read(length: int, tmp_
             break
     assert file.read_bytes()[0] == 0x80
     assert list(read_header(file)) == ["a"]
+
+
+def test_a_key_that_is_there_twice_has_one_value(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text('{"a": 1, "b": {"c": 2, "c": 2}, "a": 1}')
+    assert read_object(file, "") == {"a": 1, "b": {"c": 2}}
+    file.write_text('{"b": {"c": 2, "d": 1, "c": 3}}')
+    with pytest.raises(ModelError, match="'c' is there twice, with two values"):
+        read_object(file, "")
 
 
 def test_reported_pointers_are_named(cases: Path) -> None:

@@ -134,7 +134,7 @@ def read_object(path: Path, if_missing: str, max_bytes: int = MAX_BYTES) -> dict
     try:
         if sum(map(text.count, ",[{")) > MAX_PARTS:
             raise ValueError(f"more than {MAX_PARTS:,} entries")
-        content = json.loads(text, parse_int=_whole_number)
+        content = json.loads(text, parse_int=_whole_number, object_pairs_hook=_object)
         _check_depth(content)
         if _SURROGATE.search(text):
             # Half a surrogate pair: such texts can be neither encoded nor written.
@@ -180,6 +180,16 @@ def _shown(value: object) -> str:
         return "missing"
     shown = repr(value)
     return shown if len(shown) <= 40 else shown[:40] + "..."
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object's entries; of a key that is there twice with two values none can be taken."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        for key, value in pairs:
+            if value != found[key]:
+                raise ValueError(f"{_shown(key)} is there twice, with two values")
+    return found
 
 
 def _whole_number(digits: str) -> int:

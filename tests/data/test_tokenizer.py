@@ -103,3 +103,28 @@ def test_of_two_files_the_end_token_is_that_of_transformers(listed: bool, tmp_pa
     assert TextTokenizer(folder).special_tokens["eos_token"] == (
         AutoTokenizer.from_pretrained(folder).eos_token
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"add_prefix_space": True}, "add_prefix_space of tokenizer_config.json: True there, and"),
+        ({"split_special_tokens": True}, "split_special_tokens of tokenizer_config.json"),
+    ],
+)
+def test_settings_of_the_tokenizer_must_be_those_of_tokenizer_json(
+    change: dict[str, object], said: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(ASSETS / "tiny-phi-2", folder)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(ModelError) as refused:
+        TextTokenizer(folder)
+    assert said in str(refused.value)
+
+
+def test_a_tokenizer_of_another_file_comes_with_the_lines_that_convert_it(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").touch()
+    with pytest.raises(ModelError, match=r"there is tokenizer\.model, from which"):
+        TextTokenizer(tmp_path)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,37 @@ def test_what_the_two_files_of_an_adapter_say_must_be_the_same_and_known(
         load_adapter(open_decoder(phi_folder), tmp_path / "adapter")
     assert said in str(refused.value)
     assert str(tmp_path / "adapter") in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("rename", "said"),
+    [
+        (
+            lambda name: name.replace(".weight", ".default.weight"),
+            "the adapter's own name, default, is in those of its tensors",
+        ),
+        (
+            lambda name: name.removeprefix("base_model.model."),
+            "model.layers.0.mlp.fc1: its tensors lack PEFT's prefix base_model.model.",
+        ),
+    ],
+)
+def test_names_of_tensors_that_peft_does_not_write_are_refused_for_what_they_are(
+    rename: Callable[[str], str], said: str, phi_folder: Path, tmp_path: Path
+) -> None:
+    write(phi_folder, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({rename(name): tensor for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(ModelError) as refused:
+        load_adapter(open_decoder(phi_folder), tmp_path)
+    assert said in str(refused.value)
+
+
+def test_an_adapter_of_mlx_is_named(phi_folder: Path, tmp_path: Path) -> None:
+    raw = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": {"rank": 4}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(raw))
+    with pytest.raises(ModelError, match="an adapter of mlx-lm, not of PEFT"):
+        load_adapter(open_decoder(phi_folder), tmp_path)
 
 
 def test_unknown_keys_that_say_nothing_are_harmless(phi_folder: Path, tmp_path: Path) -> None:

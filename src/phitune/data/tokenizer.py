@@ -119,7 +119,7 @@ class TextTokenizer:
         """
         self.folder = folder
         self._file = folder / "tokenizer.json"
-        spec = read_object(self._file, "a model folder needs its tokenizer", MAX_FILE_BYTES)
+        spec = read_object(self._file, self._if_missing(), MAX_FILE_BYTES)
         self._check_files_to_copy()
         self.config = _read_if_there(folder / "tokenizer_config.json")
 
@@ -143,7 +143,8 @@ class TextTokenizer:
             for token in added
             if token["content"].strip()
         }
-        self._check_added_elsewhere(added)
+        pre_tokenizer = spec.get("pre_tokenizer")
+        self._check_other_files(added, pre_tokenizer if isinstance(pre_tokenizer, dict) else {})
         longest_first = sorted(self._control, key=len, reverse=True)
         self._control_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._control_ids = {token.id for token in self._control.values()}
@@ -298,6 +299,15 @@ class TextTokenizer:
         write_object(folder / "tokenizer_config.json", {**kept, **changes})
         write_object(folder / "generation_config.json", {"eos_token_id": list(stop_ids)})
 
+    def _if_missing(self) -> str:
+        for name in ("tokenizer.model", "vocab.json"):
+            if (self.folder / name).is_file():
+                return (
+                    f"there is {name}, from which transformers writes it:"
+                    " AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+                )
+        return "a model folder needs its tokenizer"
+
     def _check_files_to_copy(self) -> None:
         """Refuses files that `save` must not copy: now, not at the end of a run."""
         for name in TOKENIZER_FILES:
@@ -307,14 +317,23 @@ class TextTokenizer:
                     f"{file}: has more than {MAX_FILE_BYTES:,} bytes, the limit for such a file"
                 )
 
-    def _check_added_elsewhere(self, added: Sequence[dict[str, Any]]) -> None:
-        """Refuses added tokens of other files that tokenizer.json lacks, or has in another way.
+    def _check_other_files(
+        self, added: Sequence[dict[str, Any]], pre_tokenizer: dict[str, Any]
+    ) -> None:
+        """Refuses what other files say of the tokenizer and tokenizer.json says in another way.
 
-        transformers adds them when it opens the folder, and gives those that are new another id
-        than the file says. added_tokens.json counts where tokenizer_config.json lists none.
+        transformers goes by them, and gives added tokens that are new another id than the file
+        says. added_tokens.json counts where tokenizer_config.json lists none.
         """
         known = {token["content"]: token for token in added}
         problems = []
+        if self.config.get("split_special_tokens"):
+            problems.append("split_special_tokens of tokenizer_config.json: the tokens are split")
+        wanted, has = self.config.get("add_prefix_space"), pre_tokenizer.get("add_prefix_space")
+        if isinstance(wanted, bool) and isinstance(has, bool) and wanted != has:
+            problems.append(
+                f"add_prefix_space of tokenizer_config.json: {wanted} there, and {has} here"
+            )
         for name, token in self._added_elsewhere():
             content = token.get("content")
             own = known.get(str(content))

@@ -252,8 +252,14 @@ def adapter_folder(path: Path) -> Path:
             f"adapter_path {path}: has {WEIGHTS_FILE} without {CONFIG_FILE}, which says what the"
             " numbers mean; copy both"
         )
+    inside = sorted(each.parent.name for each in path.glob(f"*/{CONFIG_FILE}"))
     raise ModelError(
-        f"adapter_path {path}: holds no {CONFIG_FILE}; name a run directory or an adapter folder"
+        f"adapter_path {path}: holds no {CONFIG_FILE}; name "
+        + (
+            f"one of its folders: {', '.join(inside[:5])}"
+            if inside
+            else "a run directory or an adapter folder"
+        )
     )
 
 

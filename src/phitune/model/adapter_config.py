@@ -203,6 +203,8 @@ def _given(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _not_built(raw: Mapping[str, Any]) -> list[str]:
     """One line for each key that uses a feature that is not supported."""
+    if raw.get("peft_type") is None and ("lora_parameters" in raw or "fine_tune_type" in raw):
+        return ["an adapter of mlx-lm, not of PEFT; merge it there (mlx_lm.fuse)"]
     if raw.get("peft_type") != "LORA":
         return [f"peft_type {raw.get('peft_type')!r:.80}"]
     problems = []

@@ -307,6 +307,8 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
                 "; of a Phi in Llama's layout use the original, such as"
                 " microsoft/Phi-3.5-mini-instruct, on which its adapters can be opened, too"
                 if model_type in ("llama", "mistral")
+                else "; that is the layout of the first Phi files: use the newest revision"
+                if model_type in ("phi-msft", "mixformer-sequential")
                 else ""
             )
         )

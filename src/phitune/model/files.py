@@ -15,6 +15,7 @@ EXAMPLE_DATASET = ASSETS / "captain.jsonl"  # trained on where no data set is na
 SHIPPED_MODELS = ("tiny-phi-2", "tiny-phi-3.5")
 SMALL_FILES = (
     "config.json",
+    "adapter_config.json",  # which does not belong there, and is said to
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",

@@ -338,7 +338,19 @@ def _unknown_tensors(
     foreign = FAMILIES[config.model_type].foreign
     problems: dict[str, None] = {}
     for name in names:
-        module, lora, _ = name.removeprefix(PEFT_PREFIX).partition(".lora_")
+        module, lora, rest = name.removeprefix(PEFT_PREFIX).partition(".lora_")
+        if module in known and (
+            own := re.fullmatch(r"(?:embedding_)?[AB]\.(\w+)(\.weight)?", rest)
+        ):
+            if own[1] != "weight":
+                problems[
+                    f"{module}: the adapter's own name, {own[1]}, is in those of its tensors; it is"
+                    " a state_dict, save it with PEFT's save_pretrained"
+                ] = None
+                continue
+            if not name.startswith(PEFT_PREFIX):
+                problems[f"{module}: its tensors lack PEFT's prefix {PEFT_PREFIX}"] = None
+                continue
         if not lora or module in known:
             problems[f"{name}: not in this model"] = None
             continue

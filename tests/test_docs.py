@@ -45,7 +45,7 @@ DOCUMENTS = (
 PRESET_FILES = tuple(f"examples/{name}.yaml" for name in PRESETS)
 
 # Everything in a document runs as it is written, in a folder with data/train.jsonl,
-# data/valid.jsonl, data/second.jsonl and examples/, but for what is listed here.
+# data/valid.jsonl, data/second.jsonl, data/texts.jsonl and examples/, but for what is listed here.
 STAND_INS = {
     # Models of 32 layers and 16 channels, under these names in the hub's cache, with the tokenizer
     # and the family of a shipped one. Those of Phi-2's family end every answer at once.
@@ -169,6 +169,8 @@ def place(tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             {"prompt": f"What is {n} in {name}?", "response": f"It is {n}."} for n in range(count)
         ]
         (tmp_path / "data" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    texts = [{"text": f"Chapter {n}. " + "The ship sails on. " * 200} for n in range(12)]
+    (tmp_path / "data/texts.jsonl").write_text("\n".join(map(json.dumps, texts)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"What is Python?\n")))
     monkeypatch.setenv("COLUMNS", "80")

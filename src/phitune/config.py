@@ -404,8 +404,11 @@ class Settings(BaseModel):
         group=_DATA,
     )
     max_length: Whole = knob(1024, "longest row in tokens", group=_DATA, ge=8)
-    on_too_long: Literal["drop", "error"] = knob(
-        "drop", "what to do with a longer row; rows are never truncated", group=_DATA
+    on_too_long: Literal["drop", "error", "split"] = knob(
+        "drop",
+        "what to do with a longer row; split: cut plain texts into pieces, drop other rows; answers"
+        " are never truncated",
+        group=_DATA,
     )
     train_on_prompt: bool = knob(
         False, "train on the tokens of the prompt too, not only on those of the answer", group=_DATA

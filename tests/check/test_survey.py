@@ -52,6 +52,7 @@ def table(prompt: list[int], answer: list[int], validation: list[bool]) -> RowTa
             "answer_tokens": np.array(answer, np.int32),
             "end_tokens": np.ones(number, np.int32),
             "validation": np.array(validation),
+            "completion": np.zeros(number, np.bool_),
             "files": (),
         }
     )

@@ -179,7 +179,7 @@ def all_findings(evidence: Evidence, split: Split) -> list[Finding]:
             "keep one of each, or separate such rows with --validation_path",
         ),
         repeated_answer(rows),
-        few_rows(split),
+        few_rows(split, evidence.tokens),
         validation_share(split),
     ]
     if evidence.tokens:
@@ -293,18 +293,20 @@ def repeated_answer(rows: RowTable) -> Finding:
     )
 
 
-def few_rows(split: Split) -> Finding:
-    """Whether there are enough training rows for the epochs."""
+def few_rows(split: Split, tokens: TokenStatistics | None = None) -> Finding:
+    """Whether there are enough training rows for the epochs; a piece of a text is one."""
     name, title = "few_rows", f"enough rows for {split.epochs} epochs"
     least = ROWS_PER_EPOCH * split.epochs
-    if split.train_rows >= least:
+    is_cut = tokens is not None and tokens.texts_cut_by_max_length > 0
+    rows = tokens.epoch.train_rows if tokens and is_cut else split.train_rows
+    if rows >= least:
         return Finding(name, title, "ok")
     message = (
-        f"{split.train_rows:,} training rows, each seen {split.epochs} times, will be memorised;"
+        f"{rows:,} training rows, each seen {split.epochs} times, will be memorised;"
         f" a rule of thumb is {ROWS_PER_EPOCH} rows for each epoch, here {least:,}"
     )
     remedy = "add rows or reduce --epochs, and watch the validation loss"
-    return Finding(name, title, "warning", split.train_rows, message, remedy)
+    return Finding(name, title, "warning", rows, message, remedy)
 
 
 def validation_share(split: Split) -> Finding:
@@ -327,9 +329,19 @@ def validation_share(split: Split) -> Finding:
 
 
 def too_long(tokens: TokenStatistics, rows: RowTable) -> Finding:
-    """Rows that max_length drops."""
-    first = np.flatnonzero(rows.tokens > tokens.max_length_tokens)[:MAX_PLACES]
-    number, keeps = tokens.rows_longer_than_max_length, tokens.max_length_tokens_that_keep
+    """Rows that max_length drops; texts that are cut in its place are counted."""
+    longer, cut = tokens.rows_longer_than_max_length, tokens.texts_cut_by_max_length
+    dropped = rows.tokens > tokens.max_length_tokens
+    if cut:
+        dropped &= ~rows.completion
+    first = np.flatnonzero(dropped)[:MAX_PLACES]
+    number, keeps = longer - cut, tokens.max_length_tokens_that_keep
+    texts = ""
+    if cut:
+        texts = f"{plural(cut, 'text')} cut into {tokens.pieces_of_cut_texts:,} pieces"
+        if not number:
+            title = f"rows longer than max_length {tokens.max_length_tokens:,}"
+            return Finding("too_long", title, "ok", 0, texts)
     found = Found(number, rows.places(first), tuple(f"{rows.tokens[i]:,} tokens" for i in first))
     none_left = not tokens.epoch.train_rows
     finding = _warning_if_any(
@@ -339,7 +351,7 @@ def too_long(tokens: TokenStatistics, rows: RowTable) -> Finding:
         "no training row is left"
         if none_left
         else f"{number / len(rows):.1%} of the rows; rows are never truncated, these are left out"
-        " (--on_too_long)",
+        " (--on_too_long)" + (f"; {texts}" if texts else ""),
         f"--max_length {keeps['100%']} keeps all, {keeps['99%']} keeps 99 %",
     )
     return _as_error(finding) if number and none_left else finding
@@ -678,7 +690,15 @@ def _check_command(settings: Settings) -> str:
 
 def _key(settings: Settings, data: PreparedData) -> str:
     """Changes with whatever changes the short form, but for the data, which has its own folder."""
-    names = ("max_length", "train_on_prompt", "validation_split", "seed", "epochs", "batch_size")
+    names = (
+        "max_length",
+        "on_too_long",
+        "train_on_prompt",
+        "validation_split",
+        "seed",
+        "epochs",
+        "batch_size",
+    )
     validation = data.validation_rows.store.folder.name if settings.validation_path else ""
     paths = [str(settings.dataset_path), str(settings.validation_path), validation]
     decides = [*paths, settings.on_bad_row, *(getattr(settings, name) for name in names)]

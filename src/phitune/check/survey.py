@@ -20,6 +20,7 @@ import numpy.typing as npt
 from phitune.check.duplicates import (
     MAX_PLACES,
     SCRIPTS,
+    Flags,
     Found,
     NearDuplicateFinder,
     NearDuplicates,
@@ -35,6 +36,7 @@ from phitune.check.rows import ROW_CHECKS, RowTexts, special_token_pattern
 from phitune.config import DEFAULT_BATCH_SIZE, Settings
 from phitune.data.coder import Coder
 from phitune.data.conversation import Example
+from phitune.data.pieces import cut, pieces_of
 from phitune.data.store import question_hash
 from phitune.data.tokenizer import IGNORE_INDEX, EncodedRow
 
@@ -105,7 +107,7 @@ class Histogram:
 class Epoch:
     """What one epoch trains on: the training rows that max_length keeps."""
 
-    train_rows: int
+    train_rows: int  # and pieces of texts
     tokens: int  # end tokens included
     trained_tokens: int  # those with a loss
 
@@ -131,6 +133,8 @@ class TokenStatistics:
     histograms: dict[str, Histogram]  # of prompt_tokens, answer_tokens and row_tokens
     max_length_tokens: int
     rows_longer_than_max_length: int
+    texts_cut_by_max_length: int  # of those the ones that are cut (--on_too_long split)
+    pieces_of_cut_texts: int
     max_length_tokens_that_keep: dict[str, int]  # by the share of rows that it keeps: "99%"
     epoch: Epoch
     epochs: int
@@ -146,10 +150,15 @@ def token_statistics(rows: RowTable, settings: Settings) -> TokenStatistics:
     answer = rows.answer_tokens - rows.end_tokens
     row = rows.prompt_tokens + answer
     with_end = rows.tokens
-    kept = with_end <= settings.max_length
+    fits = with_end <= settings.max_length
+    is_cut = ~fits & rows.completion & (settings.on_too_long == "split")
+    kept = fits | is_cut
+    pieces = np.ones(len(rows), np.int64)
+    pieces[is_cut] = pieces_of(with_end[is_cut], settings.max_length)
     in_epoch = kept & ~rows.validation
-    # Nothing predicts the first token of a row.
+    # Nothing predicts the first token of a row, or of a piece.
     trained = np.maximum(with_end - 1, 0) if settings.train_on_prompt else rows.trained_tokens
+    trained = trained + 1 - pieces
     shares = [100 * share for share in KEPT_SHARES]
     limits = np.percentile(with_end, shares, method="inverted_cdf")  # [len(KEPT_SHARES)]
     lengths = {"prompt_tokens": rows.prompt_tokens, "answer_tokens": answer, "row_tokens": row}
@@ -161,14 +170,25 @@ def token_statistics(rows: RowTable, settings: Settings) -> TokenStatistics:
         answer_share=_sum(answer) / _sum(row),
         histograms={name: histogram_of(values) for name, values in lengths.items()},
         max_length_tokens=settings.max_length,
-        rows_longer_than_max_length=int((~kept).sum()),
+        rows_longer_than_max_length=int((~fits).sum()),
+        texts_cut_by_max_length=int(is_cut.sum()),
+        pieces_of_cut_texts=_sum(pieces[is_cut]),
         max_length_tokens_that_keep={
             f"{share:.0%}": int(limit) for share, limit in zip(KEPT_SHARES, limits, strict=True)
         },
-        epoch=Epoch(int(in_epoch.sum()), _sum(with_end[in_epoch]), _sum(trained[in_epoch])),
+        epoch=Epoch(_sum(pieces[in_epoch]), _sum(with_end[in_epoch]), _sum(trained[in_epoch])),
         epochs=settings.epochs,
-        padding_share_of_padding_tools=_padding(with_end[kept], settings),
+        padding_share_of_padding_tools=_padding(
+            _of_pieces(with_end[kept], is_cut[kept], settings.max_length), settings
+        ),
     )
+
+
+def _of_pieces(lengths: Numbers, is_cut: Flags, max_length: int) -> Numbers:
+    """The lengths of rows, and of the pieces of those that are cut. [N], [N]"""
+    row, cuts = cut(lengths, max_length, is_cut)
+    found: Numbers = np.where(cuts.are_parts, cuts.lengths, lengths[row]).astype(np.int64)
+    return found
 
 
 def lengths_of(values: Numbers) -> Lengths:

@@ -73,7 +73,10 @@ def training_facts(tokens: "TokenStatistics") -> dict[str, str]:
     """What a run would do with the rows."""
     limits = tokens.max_length_tokens_that_keep
     kept = ", ".join(f"{limit:,} keeps {share}" for share, limit in limits.items())
-    dropped = plural(tokens.rows_longer_than_max_length, "row")
+    cut = tokens.texts_cut_by_max_length
+    dropped = plural(tokens.rows_longer_than_max_length - cut, "row")
+    if cut:
+        dropped += f" and cuts {plural(cut, 'text')} into {tokens.pieces_of_cut_texts:,} pieces"
     epoch, padding = tokens.epoch, tokens.padding_share_of_padding_tools
     return {
         "max_length": f"{tokens.max_length_tokens:,} drops {dropped}; {kept} of the rows",
@@ -289,6 +292,7 @@ class CheckOptions(TrainingOptions):
         "on_bad_row": "",
         "prompt_format": "",
         "max_length": "",
+        "on_too_long": "",
         "train_on_prompt": "",
         "batch_size": "batch size that the share of padding is estimated for",
         "epochs": "",

@@ -1,9 +1,10 @@
 """The data of a run: rows as tokens, split into training and validation, and its sample prompts.
 
 Reads the data sets that the settings name (dataset.py), encodes them or finds their tokens in the
-cache (store.py), splits off validation rows so that no question is on both sides, and drops or
-refuses rows that are longer than max_length; rows are never truncated. A few bytes of each row are
-in memory, its tokens stay on disk. No torch here, and numpy only once data is prepared.
+cache (store.py), splits off validation rows so that no question is on both sides, and drops, cuts
+or refuses rows that are longer than max_length. Only plain texts are cut, and after the split, so
+that all pieces of one are on one side; answers are never truncated. A few bytes of each row are in
+memory, its tokens stay on disk. No torch here, and numpy only once data is prepared.
 """
 
 import hashlib
@@ -88,11 +89,10 @@ def prepare_data(
         train, validation = split_rows(data.store, settings.validation_split, settings.seed)
 
     # Drop or refuse rows that are too long.
-    train_rows, train_warnings = _fitting(TokenRows(data.store, train), settings, dataset_path)
-    validation_rows, validation_warnings = _fitting(
-        TokenRows(held_out.store, validation), settings, validation_path
+    train_rows = _fitting(TokenRows(data.store, train), settings, dataset_path, notes, warnings)
+    validation_rows = _fitting(
+        TokenRows(held_out.store, validation), settings, validation_path, notes, warnings
     )
-    warnings += train_warnings + validation_warnings
 
     # What samples answer: the given prompts, or the first rows.
     prompts = _given_prompts(settings.sample_prompts, data, coder)
@@ -203,19 +203,38 @@ def _shared_questions(train: "TokenStore", validation: "TokenStore") -> list[int
     return shared
 
 
-def _fitting(rows: "TokenRows", settings: Settings, path: Path) -> "tuple[TokenRows, list[str]]":
-    """The rows of at most max_length tokens, and a warning if others were dropped."""
+def _fitting(
+    rows: "TokenRows", settings: Settings, path: Path, notes: list[str], warnings: list[str]
+) -> "TokenRows":
+    """The rows of at most max_length tokens, with texts cut into such if the settings say so.
+
+    Args:
+        notes, warnings: get a line where texts were cut, and one where rows were dropped.
+    """
     import numpy as np
 
+    from phitune.data.pieces import cut
     from phitune.data.store import TokenRows
 
-    lengths = rows.lengths()
+    lengths, count = rows.lengths(), len(rows)
+    if settings.on_too_long == "split":
+        texts = rows.store.are_texts(rows.indices) & (lengths > settings.max_length)
+        if number := int(texts.sum()):
+            longest = int(lengths[texts].max())
+            row, cuts = cut(lengths, settings.max_length, texts)
+            rows = TokenRows(rows.store, rows.indices[row], cuts)
+            lengths = rows.lengths()
+            notes.append(
+                f"{path}: {number} of {count} rows are texts longer than max_length"
+                f" {settings.max_length} (the longest has {longest:,} tokens); cut into"
+                f" {len(rows) - count + number:,} pieces"
+            )
     too_long = np.flatnonzero(lengths > settings.max_length)
     if not len(too_long):
-        return rows, []
+        return rows
     longest = int(lengths.max())
     problem = (
-        f"{path}: {len(too_long)} of {len(rows)} rows are longer than max_length"
+        f"{path}: {len(too_long)} of {count} rows are longer than max_length"
         f" {settings.max_length} (the longest has {longest} tokens)"
     )
     places = [rows.place(int(index)) for index in too_long[:MAX_LISTED]]
@@ -224,15 +243,20 @@ def _fitting(rows: "TokenRows", settings: Settings, path: Path) -> "tuple[TokenR
             f"{place}: {lengths[index]} tokens"
             for place, index in zip(places, too_long, strict=False)
         ]
+        has_texts = rows.store.are_texts(rows.indices[too_long]).any()
+        remedy = " Plain texts can be cut into pieces: --on_too_long split." if has_texts else ""
         if len(too_long) > MAX_LISTED:
             lines.append(f"... and {len(too_long) - MAX_LISTED} more")
         raise DataError(
             f"{problem}:\n{listing(lines, MAX_LISTED + 1)}\n"
             f"Use --max_length {longest}, shorten these rows, or leave them out with"
-            " --on_too_long drop."
+            " --on_too_long drop." + remedy
         )
-    warning = f"{problem}; dropped, lines {_some([*map(_line, places)], len(too_long))}"
-    return TokenRows(rows.store, rows.indices[lengths <= settings.max_length]), [warning]
+    why = ", since answers are never cut" if settings.on_too_long == "split" else ""
+    shown = _some([*map(_line, places)], len(too_long))
+    warnings.append(f"{problem}; dropped{why}, lines {shown}")
+    kept = lengths <= settings.max_length
+    return TokenRows(rows.store, rows.indices[kept], rows.cuts and rows.cuts.only(kept))
 
 
 def _given_prompts(
@@ -255,7 +279,7 @@ def _first_prompts(
     """The last questions of the first rows. Their text is read again: the store has only tokens."""
     from phitune.data.store import open_stream
 
-    wanted: list[int] = rows.indices[:DEFAULT_SAMPLE_PROMPTS].tolist()
+    wanted = rows.first_rows(DEFAULT_SAMPLE_PROMPTS)
     if not wanted:
         return []
     part: Any = "validation" if path == settings.validation_path else "train"

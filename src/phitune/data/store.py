@@ -10,11 +10,12 @@ all rows does not gather the whole file. Numbers are little-endian.
     spans       per span    start and stop of a trained part, within its row, uint32
     span_ends   per row     where its spans end, uint64
     trained     per row     number of its trained tokens, uint32
-    places      per row     number of its file << 40 | line, uint64
+    places      per row     is plain text << 63 | number of its file << 40 | line, uint64
     questions   per row     hash of its question, for the split, uint64
 
 The cache finds a store again by a hash of everything that decides its content, this package's own
-code included. max_length does not: rows are kept whole, and left out on reading. No torch here.
+code included. max_length does not: rows are kept whole, and left out or cut on reading. No torch
+here.
 """
 
 import hashlib
@@ -44,6 +45,7 @@ from phitune.config import Settings
 from phitune.data.coder import Coder
 from phitune.data.conversation import Example
 from phitune.data.dataset import ExampleStream, read_examples
+from phitune.data.pieces import Cuts
 from phitune.data.prompt import PromptFormat
 from phitune.data.sources import Part
 from phitune.data.tokenizer import EncodedRow, TokenizedExample, labels_of
@@ -288,10 +290,10 @@ def _code() -> str:
 
 # --- A store on disk -----------------------------------------------------------------------------
 
-LAYOUT = 1
+LAYOUT = 2
 MANIFEST = "manifest.json"
 _SHORT_IDS = 2**16
-_LINE_BITS = 40
+_LINE_BITS, _TEXT_BIT = 40, 63
 # Column to the code of its numbers in `array`; that of the ids depends on the vocabulary.
 _TYPES = {
     "ends": "Q",
@@ -337,7 +339,8 @@ class StoreWriter:
         columns["span_ends"].append(self._spans)
         columns["trained"].append(trained)
         source = self._sources[example.file]
-        columns["places"].append(source << _LINE_BITS | example.line)
+        is_text = int(example.is_completion)
+        columns["places"].append(is_text << _TEXT_BIT | source << _LINE_BITS | example.line)
         columns["questions"].append(question_hash(example))
         self.rows += 1
         if len(columns["ids"]) >= _FLUSH_TOKENS:
@@ -419,23 +422,32 @@ class TokenStore:
         """The files that the rows were read from."""
         return self._sources
 
-    def example(self, index: int) -> TokenizedExample:
-        """One row."""
+    def example(self, index: int, first: int = 0, last: int | None = None) -> TokenizedExample:
+        """One row, or its tokens from `first` to before `last`."""
         self._rows_read += 1
         if self._rows_read % _ROWS_BETWEEN_RELEASES == 0:
             self._release()
-        start = int(self._ends[index - 1]) if index else 0
-        ids = self._ids[start : int(self._ends[index])].tolist()
-        first = int(self._span_ends[index - 1]) if index else 0
-        flat = self._spans[2 * first : 2 * int(self._span_ends[index])].tolist()
-        spans = zip(flat[::2], flat[1::2], strict=True)
+        start, stop = int(self._ends[index - 1]) if index else 0, int(self._ends[index])
+        if last is not None:
+            start, stop = start + first, start + last
+        ids = self._ids[start:stop].tolist()
+        of_row = int(self._span_ends[index - 1]) if index else 0
+        flat = self._spans[2 * of_row : 2 * int(self._span_ends[index])].tolist()
+        spans = list(zip(flat[::2], flat[1::2], strict=True))
+        if last is not None:  # Nothing comes before the first token of a piece: it is not trained.
+            spans = [(max(1, a - first), b - first) for a, b in spans if b > first + 1 and a < last]
         line = int(self._places[index]) & ((1 << _LINE_BITS) - 1)
         return TokenizedExample(ids, labels_of(ids, spans), line)
 
     def place(self, index: int) -> str:
         """file:line of a row."""
-        place = int(self._places[index])
+        place = int(self._places[index]) & ((1 << _TEXT_BIT) - 1)
         return f"{self._sources[place >> _LINE_BITS]}:{place & ((1 << _LINE_BITS) - 1)}"
+
+    def are_texts(self, indices: NDArray[np.uint32]) -> NDArray[np.bool_]:
+        """Which of these rows are plain texts, not conversations. [rows]"""
+        parts = [self._places[rows] >> np.uint64(_TEXT_BIT) for rows in self._pieces(indices)]
+        return np.concatenate([np.empty(0, np.bool_), *(part.astype(np.bool_) for part in parts)])
 
     def lengths(self, indices: NDArray[np.uint32]) -> Iterator[NDArray[np.uint32]]:
         """Tokens of these rows, in pieces of at most _CHUNK. [rows]"""
@@ -478,11 +490,21 @@ class TokenStore:
 
 
 class TokenRows(Sequence[TokenizedExample]):
-    """Some rows of a store, in order; takes four bytes of memory for each."""
+    """Some rows of a store, in order; takes four bytes of memory for each, twelve with cuts.
 
-    def __init__(self, store: TokenStore, indices: NDArray[np.uint32]) -> None:  # [rows]
+    With cuts a row of this sequence is a piece of a text, and the pieces of one text follow each
+    other.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        indices: NDArray[np.uint32],  # [rows]
+        cuts: Cuts | None = None,
+    ) -> None:
         self.store = store
         self.indices = indices
+        self.cuts = cuts
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -493,43 +515,73 @@ class TokenRows(Sequence[TokenizedExample]):
     def __getitem__(self, index: slice) -> list[TokenizedExample]: ...
     def __getitem__(self, index: int | slice) -> TokenizedExample | list[TokenizedExample]:
         if isinstance(index, slice):
-            return [self.store.example(int(row)) for row in self.indices[index]]
-        return self.store.example(int(self.indices[index]))
+            return [self[each] for each in range(*index.indices(len(self)))]
+        row = int(self.indices[index])
+        if self.cuts and self.cuts.last[index]:
+            return self.store.example(row, int(self.cuts.first[index]), int(self.cuts.last[index]))
+        return self.store.example(row)
 
     def place(self, index: int) -> str:
         """file:line of a row."""
         return self.store.place(int(self.indices[index]))
 
+    def first_rows(self, count: int) -> list[int]:
+        """The first rows of the store that are among these, as indices."""
+        found: list[int] = []
+        for row in map(int, self.indices):  # Pieces of a text follow each other.
+            if len(found) == count:
+                break
+            if row not in found:
+                found.append(row)
+        return found
+
     @property
     def fingerprint(self) -> str:
-        """16 digits that change with any token, any trained part, and the choice of rows.
+        """16 digits that change with any token, any trained part, and the choice of rows and cuts.
 
         Files and lines of the rows are not part of it.
         """
         digest = hashlib.sha256(self.indices.astype("<u4").tobytes())
+        if self.cuts:
+            digest.update(self.cuts.first.astype("<u4").tobytes())
+            digest.update(self.cuts.last.astype("<u4").tobytes())
         for name in ("ids", "ends", "spans", "span_ends"):
             digest.update(f"{name} {self.store.checksums[name]}\n".encode())
         return digest.hexdigest()[:16]
 
     def lengths(self) -> NDArray[np.uint32]:
         """Tokens of each row. [rows]"""
-        return _joined(self.store.lengths(self.indices), len(self))
+        lengths = _joined(self.store.lengths(self.indices), len(self))
+        if self.cuts:
+            are_parts = self.cuts.are_parts
+            lengths[are_parts] = self.cuts.lengths[are_parts]
+        return lengths
 
     def trained(self) -> NDArray[np.uint32]:
         """Trained tokens of each row. [rows]"""
-        return _joined(self.store.trained(self.indices), len(self))
+        trained = _joined(self.store.trained(self.indices), len(self))
+        if self.cuts:  # Of a text all but the first, which nothing predicts.
+            are_parts = self.cuts.are_parts
+            trained[are_parts] = self.cuts.lengths[are_parts] - 1
+        return trained
 
     @cached_property
     def num_tokens(self) -> int:
+        if self.cuts:
+            return int(self.lengths().sum(dtype=np.uint64))
         return sum(int(part.sum(dtype=np.uint64)) for part in self.store.lengths(self.indices))
 
     @cached_property
     def num_target_tokens(self) -> int:
+        if self.cuts:
+            return int(self.trained().sum(dtype=np.uint64))
         return sum(int(part.sum(dtype=np.uint64)) for part in self.store.trained(self.indices))
 
     @cached_property
     def longest(self) -> int:
         """Tokens of the longest row."""
+        if self.cuts:
+            return int(self.lengths().max(initial=0))
         parts = self.store.lengths(self.indices)
         return max((int(part.max()) for part in parts), default=0)
 

@@ -205,7 +205,7 @@ def rows_of_data(
         "validation_split": 0.0,
         "data_format": "auto",
         "columns": None,
-        "on_too_long": "drop",
+        "on_too_long": "split" if run and run.settings.on_too_long == "split" else "drop",
         "sample_prompts": [],
         **changes,
     }

@@ -63,6 +63,11 @@ ADDED = {
 DATA = "--dataset_path data/train.jsonl"
 NOT_RUN = {
     "phitune demo": "tests/commands/test_demo.py runs it",
+    # tests/export/test_hub.py runs what is like them, against a hub on loopback.
+    "phitune export --adapter_path output/my_model --format adapter --push your-name/my-model": (
+        "it uploads"
+    ),
+    "phitune export --push your-name/my-model --output_dir output/my_model-adapter": "it uploads",
     "source .venv/bin/activate": "the environment this test runs in stands for it",
     "pip install 'phitune[eval]'": "it installs",
     "phitune evaluate --adapter_path output/my_model --tasks hellaswag,arc_easy --limit 200": (

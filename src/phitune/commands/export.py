@@ -1,9 +1,11 @@
 """`phitune export`: an adapter as a folder that others load, proven to answer the same."""
 
+import re
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import AfterValidator, BeforeValidator, model_validator
 
 from phitune.commands.options import ModelOptions, one_of, option, parse, switch
 from phitune.config import UserPath
@@ -19,11 +21,28 @@ def _size(text: Any) -> int:
     return size
 
 
+_PART = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9_]([\w.-]{0,94}[A-Za-z0-9_])?", re.ASCII)
+
+
+def _repository(name: str) -> str:
+    """owner/name, as the hub takes it."""
+    parts = name.split("/")
+    if len(parts) != 2 or not all(map(_PART.fullmatch, parts)) or name.endswith((".git", ".ipynb")):
+        raise ValueError(
+            "must be OWNER/NAME: your name or that of an organization on the hub, and a name of"
+            " letters, digits, hyphens, dots and underscores"
+        )
+    return name
+
+
 class ExportOptions(ModelOptions):
     """Write an adapter in the form that another program loads. The result is loaded again and its
     answers are compared with the adapter's; a result that differs is removed."""
 
     usage = "export --adapter_path RUN_OR_ADAPTER --format FORMAT [flags]"
+    epilog = (
+        "phitune export --push OWNER/NAME --output_dir EXPORT uploads an export that lies there."
+    )
 
     format: Annotated[str, one_of(FORMATS)] | None = option(
         None,
@@ -59,8 +78,35 @@ class ExportOptions(ModelOptions):
         metavar="TYPE",
     )
 
+    push: Annotated[str, AfterValidator(_repository)] | None = option(
+        None,
+        "upload the proven export to this repository of the Hugging Face hub; a new one is private",
+        group="hub",
+        metavar="OWNER/NAME",
+    )
+    public: bool = switch("push: everybody may see and load it", group="hub")
+    push_overwrite: bool = switch(
+        "push: replace what the repository holds, in a new commit", group="hub"
+    )
+
     @model_validator(mode="after")
     def _goes_together(self) -> "ExportOptions":
+        if self.push is None:
+            for name in ("public", "push_overwrite"):
+                if getattr(self, name):
+                    raise ValueError(f"--{name} has no effect without --push OWNER/NAME")
+        elif self.is_upload_only:
+            for name in sorted(self.model_fields_set - set(_OF_AN_UPLOAD)):
+                raise ValueError(
+                    f"--{name} has no effect on an export that is there already; to make one, name"
+                    " the adapter with --adapter_path, and --format"
+                )
+            if self.output_dir is None:
+                raise ValueError(
+                    "--push needs an export: --adapter_path and --format make one, --output_dir"
+                    " alone names one that is there"
+                )
+            return self
         if not self.adapter_path:
             raise ValueError("--adapter_path is missing: the run directory or adapter to export")
         if self.format is None:
@@ -74,15 +120,26 @@ class ExportOptions(ModelOptions):
                 )
         return self
 
+    @property
+    def is_upload_only(self) -> bool:
+        """Whether an export that is there is uploaded, and none is made."""
+        return self.push is not None and not self.adapter_path and self.format is None
+
     def of_format(self) -> dict[str, Any]:
         """The given options that only some formats have."""
         names = {name for format_ in FORMATS.values() for name in format_.options}
         return {name: getattr(self, name) for name in sorted(names & self.model_fields_set)}
 
 
+_OF_AN_UPLOAD = ("push", "public", "push_overwrite", "output_dir")
+
+
 def run(argv: list[str]) -> int:
-    """Exports one adapter; returns the exit code."""
+    """Exports one adapter, or uploads an export; returns the exit code."""
     options = parse(ExportOptions, argv)
+    if options.is_upload_only:
+        assert options.output_dir  # `_goes_together` has seen to it.
+        return _upload(options, options.output_dir)
     adapter_path, format_name = options.adapter_path[0], str(options.format)
     # A name at the end, also of "." and of "output/run/".
     whole = adapter_path.expanduser().resolve()
@@ -103,7 +160,11 @@ def run(argv: list[str]) -> int:
     from phitune.export.source import open_source
 
     console, errors = Console(highlight=False), Console(stderr=True)
+    if options.push:
+        _check_before_work(options, output.expanduser())
     source = open_source(adapter_path, options.model_name, options.prompt_format)
+    if options.push:
+        _check_base(options, source.model_name)
     bar = Progress(
         BarColumn(),
         DownloadColumn(),
@@ -126,4 +187,75 @@ def run(argv: list[str]) -> int:
         f"{settings.format}: {output}",
     ):
         console.print(escape(line), soft_wrap=not console.is_terminal)
+    return _upload(options, output.expanduser()) if options.push else 0
+
+
+# --- the hub --------------------------------------------------------------------------------------
+
+
+def _again(options: ExportOptions, output: Path) -> str:
+    """The command that uploads an export which is there."""
+    words = ["phitune", "export", "--push", str(options.push), "--output_dir", str(output)]
+    words += ["--public"] * options.public + ["--push_overwrite"] * options.push_overwrite
+    return shlex.join(words)
+
+
+def _check_before_work(options: ExportOptions, output: Path) -> None:
+    """Refuses what the upload would fail on, before an export is made.
+
+    Raises:
+        SettingsError: see `open_repository` and `check_free`; or an export lies in `output`.
+    """
+    from phitune.errors import SettingsError
+    from phitune.export.hub import check_free, open_repository
+    from phitune.export.proof import PROOF_FILE
+
+    if (output / PROOF_FILE).is_file() and not options.overwrite:
+        raise SettingsError(
+            f"output_dir {output}: holds an export already; upload it with:\n"
+            f"  {_again(options, output)}\nor replace it with --overwrite"
+        )
+    repository = open_repository(str(options.push), public=options.public)
+    check_free(repository, replace=options.push_overwrite)
+
+
+def _check_base(options: ExportOptions, model_name: str) -> None:
+    """Refuses an adapter whose base only this machine has: nobody else could load it.
+
+    Raises:
+        SettingsError: it names its base by a folder.
+    """
+    from phitune.errors import SettingsError
+    from phitune.model.files import SHIPPED_MODELS, is_hub_id
+
+    whole = options.format in ("merged", "gguf")
+    if not whole and model_name not in SHIPPED_MODELS and not is_hub_id(model_name):
+        raise SettingsError(
+            f"--push {options.push}: the adapter's base is {model_name}, a folder that others do"
+            " not have; name the same model on the hub with --model_name owner/name, or export"
+            " --format merged"
+        )
+
+
+def _upload(options: ExportOptions, output: Path) -> int:
+    """Uploads an export as it was proven; returns the exit code.
+
+    Raises:
+        SettingsError: the export or the repository is not fit for it.
+        ExportError: the upload failed; it can be repeated.
+    """
+    from phitune.export.hub import check_free, is_there, open_repository, proven_files, push
+
+    repository = open_repository(str(options.push), public=options.public)
+    files = proven_files(output)
+    if is_there(repository, output, files):
+        print(f"{repository.name}: holds this export already; nothing to upload")
+        return 0
+    check_free(repository, replace=options.push_overwrite)
+    print(
+        f"uploading {len(files)} files to {repository.name} ({repository.kind}); if that is"
+        f" interrupted, repeat it with: {_again(options, output)}",
+        flush=True,
+    )
+    print(f"pushed: {push(repository, output, files)} ({repository.kind})")
     return 0

@@ -9,6 +9,7 @@ Not here: how an export is loaded and what its format allows; see the modules of
 Shapes: n tokens of an answer, V vocabulary, T packed tokens, D hidden.
 """
 
+import hashlib
 import itertools
 import json
 import math
@@ -90,15 +91,32 @@ class Proof:
         return said
 
 
+_PIECE = 2**20  # bytes
+
+
+def file_digest(path: Path, digest: "hashlib._Hash") -> str:
+    """The hash of a file's content, in hexadecimal, a piece at a time."""
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
 def write_proof(folder: Path, proof: Proof, about: Mapping[str, Any]) -> None:
-    """Writes export_proof.json: the proof, what it is about, and the files of the export."""
-    files = {
-        path.relative_to(folder).as_posix(): path.stat().st_size
+    """Writes export_proof.json: the proof, what it is about, and the files of the export.
+
+    Their hashes tell later whether they are still the files that were proven.
+    """
+    paths = {
+        path.relative_to(folder).as_posix(): path
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+    files = {name: path.stat().st_size for name, path in paths.items()}
+    hashes = {name: file_digest(path, hashlib.sha256()) for name, path in paths.items()}
     figures = {key: value for key, value in vars(proof).items() if key not in ("measured", "notes")}
     content = {**about, **figures, **proof.measured, "passed": proof.passed, "files": files}
+    content["sha256"] = hashes
     write_object(folder / PROOF_FILE, content)
 
 

@@ -293,7 +293,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         lambda folder: _change(folder, base_model_name_or_path="tiny-phi-3.5"),
         [
             "does not fit the model",
-            "self_attn.q_proj: not in this model, its work is done by qkv_proj",
+            "self_attn.dense: not in this model, its work is done by o_proj",
         ],
     ),
     "template that is not Jinja": (

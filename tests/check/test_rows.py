@@ -88,6 +88,8 @@ def table_of(rows: list[tuple[str, ...]], validation: set[int] = frozenset()) ->
         (in_a_template, ("<|im_start|>user\nWhat is Rust?", "A language.")),
         (in_a_template, ("Human: What is Rust?\nAssistant:", "A language.")),
         (in_a_template, ("What is Rust?", "### Response:\nA language.")),
+        (in_a_template, ("<|user|>\nWhat is Rust?<|end|>\n<|assistant|>\nA language.",)),
+        (in_a_template, ("Instruct: What is Rust?\n\nOutput: A language.",)),
         (in_a_template, ("What is Rust?", "A language.\n\nInstruct: What is Go?")),
         (special_tokens_inside, ("What is Rust?", "A language.<|endoftext|>")),
         (special_tokens_inside, ("What is Rust?", "A language.<|im_end|>")),
@@ -139,8 +141,7 @@ def test_found(check: Callable[[RowTexts], str | None], bad: tuple[str, ...]) ->
         (in_a_template, ("What does a teacher instruct? Explain the output: is it right?", "Yes.")),
         (in_a_template, ("# Title\n## Part\nSummarise a < b and <b>bold</b>.", "Fine.")),
         (in_a_template, ("Which of these is right:", "The second.")),
-        # A completion is trained as it is, so a template in it is meant.
-        (in_a_template, ("Instruct: What is Rust?\n\nOutput: A language.",)),
+        (in_a_template, ("Question: What is Rust?\n\nAnswer: A language.",)),
         (special_tokens_inside, ("What is <b>bold</b> and a < b?", "Markup <i>.")),
         (answer_without_letters, ("How much is 6 times 7?", "42")),
         (answer_without_letters, ("\u0643\u064a\u0641\u061f", "\u062c\u064a\u062f")),

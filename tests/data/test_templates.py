@@ -36,6 +36,9 @@ class Shape:
     bos: str = "<s>"
     refused: Sequence[tuple[str, str]] = ()  # (what, words of the reason)
     own_cue: bool = True  # add_generation_prompt does something
+    # The cue ends in two line ends: one of GPT-2's tokens in a prompt, two before a word. A row
+    # of ours begins with its prompt's tokens.
+    seam: bool = False
 
 
 NO_SYSTEM = (("system", "no place for a system turn"),)
@@ -261,6 +264,7 @@ SHAPES = {
         "{% endif %}{{ content }}" + END + "{% if add_generation_prompt %}{{ '<|start_header_id|>"
         "assistant<|end_header_id|>\n\n' }}{% endif %}",
         "<|eot_id|>",
+        seam=True,
     ),
     "llama-3-no-cue": Shape(
         "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content ="
@@ -269,6 +273,7 @@ SHAPES = {
         "{% endif %}{{ content }}" + END,
         "<|eot_id|>",
         own_cue=False,
+        seam=True,
     ),
     "llama-3.1": Shape(
         "{{- bos_token }}\n{%- if not date_string is defined %}\n    {%- set date_string ="
@@ -285,6 +290,7 @@ SHAPES = {
         " }}\n    {%- endif %}\n{%- endfor %}\n{%- if add_generation_prompt %}\n    {{-"
         " '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}\n{%- endif %}\n",
         "<|eot_id|>",
+        seam=True,
     ),
     "llama-3.2-date": Shape(
         "{{- bos_token }}{%- if strftime_now is defined %}{%- set date_string ="
@@ -294,6 +300,7 @@ SHAPES = {
         " message['content'] | trim + '<|eot_id|>' }}{%- endfor %}{%- if add_generation_prompt %}"
         "{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}",
         "<|eot_id|>",
+        seam=True,
     ),
     "tinyllama": Shape(
         IM + "\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + eos_token"  # noqa: E501
@@ -639,7 +646,8 @@ def test_ids_are_those_of_transformers_or_the_construct_is_named(name: str, fold
             else:
                 assert text == rendered, (kind, count)
             # Spaces that a user typed are kept behind special tokens that would take them.
-            if kind != "spaces" or folder.name == "tiny-phi-2":
+            same = kind != "spaces" or folder.name == "tiny-phi-2"
+            if same and not (shape.seam and folder.name == "phi-2"):
                 assert encoded == expected, (kind, count)
 
 

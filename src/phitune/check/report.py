@@ -54,6 +54,7 @@ from phitune.data.dataset import ExampleStream, OnBadRow, read_examples
 from phitune.data.formats import RowNotes
 from phitune.data.prepare import PreparedData, validation_rows
 from phitune.data.tokenizer import TextTokenizer
+from phitune.data.written import PLAIN_FORMS
 from phitune.errors import DataError, ModelError, listing
 from phitune.model.files import cached_model, find_model
 from phitune.text import command_line, plural, visible
@@ -563,6 +564,7 @@ def _open(
         roles=settings.roles,
         on_bad_row=on_bad_row,
         refusal=coder.prompt_format.refusal if coder else None,
+        written_forms=coder.prompt_format.written_forms if coder else PLAIN_FORMS,
         part="validation" if validation else "train",
     )
 

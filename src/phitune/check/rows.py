@@ -70,15 +70,19 @@ _TEMPLATE_IN_ANSWER = re.compile(
     r"|^\s*Instruct:|^###\s*(?:Instruction|Human)\b|<\|(?:user|im_start)\|>|\[/?INST\]",
     re.MULTILINE,
 )
+# In a text that is trained as it is, only what nobody writes.
+_TEMPLATE_IN_TEXT = re.compile(
+    r"<\|(?:user|assistant|system|im_start|start_header_id)\|>|^\s*Instruct:"
+    r"|^\s*###\s*(?:Instruction|Response)\b|\[/?INST\]|<<SYS>>|<start_of_turn>",
+    re.MULTILINE,
+)
 _TEMPLATE_SIGNS = ("###", "<|", "<<", "<s", "INST", "Instruct:", "Output:")
 
 
 def in_a_template(row: RowTexts) -> str | None:
     """The mark of a prompt template in a row that will be put into another one."""
-    # A completion is trained as it is; a template in it is the user's choice.
-    if row.completion:
-        return None
-    for texts, pattern in ((row.prompts, _TEMPLATE), (row.answers, _TEMPLATE_IN_ANSWER)):
+    in_answers = _TEMPLATE_IN_TEXT if row.completion else _TEMPLATE_IN_ANSWER
+    for texts, pattern in ((row.prompts, _TEMPLATE), (row.answers, in_answers)):
         for text in texts:
             if (any(sign in text for sign in _TEMPLATE_SIGNS) or text.rstrip().endswith(":")) and (
                 found := pattern.search(text)
@@ -299,8 +303,11 @@ ROW_CHECKS = (
         "template",
         "rows already in a template",
         in_a_template,
-        "--prompt_format puts a second template around them, which no later prompt will have",
-        'remove the template, or train the text as it is: rows with the one field "text"',
+        "inside a text its special tokens are letters, and --prompt_format puts a second template"
+        " around it, which no later prompt will have",
+        'remove the template: write the turns as "messages", or as a prompt and a response; texts'
+        " that are whole conversations in the template of --prompt_format chat, in the instruct"
+        " format or in Alpaca's are split by themselves",
         error_from=0.5,
     ),
     RowCheck(
@@ -309,6 +316,7 @@ ROW_CHECKS = (
         special_tokens_inside,
         "inside a text they are ordinary characters, and the model learns to write those",
         "remove them; the end token is added to every answer anyway",
+        error_from=0.5,
     ),
     RowCheck(
         "empty_answers",

@@ -13,6 +13,7 @@ from typing import Literal
 from phitune.data.conversation import Example, Turn
 from phitune.data.prompt import ChatFormat, InstructFormat, PromptFormat
 from phitune.data.tokenizer import EncodedRow, Span, TextTokenizer, TokenizedExample
+from phitune.data.written import forms_of
 from phitune.errors import ModelError
 
 FormatName = Literal["instruct", "chat"]
@@ -49,7 +50,10 @@ class Coder:
         if not end_token:
             raise ModelError(f"{tokenizer.folder}: tokenizer_config.json names no eos_token")
         if name == "instruct":
-            return cls(tokenizer, InstructFormat(end_token, tokenizer.bos_token))
+            return cls(
+                tokenizer,
+                InstructFormat(end_token, tokenizer.bos_token, forms_of(tokenizer.control_tokens)),
+            )
         template = tokenizer.chat_template
         if not template:
             raise ModelError(

@@ -5,14 +5,15 @@ that cannot be used is a problem with file and line; either all problems are rai
 the end of the data, or such rows are left out and counted (`on_bad_row`). Rows are not kept, texts
 are never edited.
 
-Knows no tokens, no prompt format (it asks one whether it accepts a row), no torch.
+Knows no tokens, no prompt format (it asks one whether it accepts a row, and which forms of written
+conversations it knows), no torch.
 """
 
 import itertools
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -32,6 +33,7 @@ from phitune.data.formats import (
 )
 from phitune.data.raw_row import FileNotes, RawRow
 from phitune.data.sources import Part, Source, find_source
+from phitune.data.written import WrittenForm
 from phitune.errors import MAX_LISTED, DataError
 from phitune.text import plural
 
@@ -40,6 +42,7 @@ OnBadRow = Literal["error", "skip"]
 
 # --- The stream of Examples ----------------------------------------------------------------------
 
+_CHARACTERS_TO_DETECT = 2**20
 _ROWS_TO_DETECT = 100  # rows of a file that are tried until one has the fields of a format
 
 
@@ -51,6 +54,7 @@ def read_examples(
     roles: str | None = None,
     on_bad_row: OnBadRow = "error",
     refusal: Refusal | None = None,
+    written_forms: Sequence[WrittenForm] = (),
     part: Part = "train",
 ) -> "ExampleStream":
     """The rows of a file, of the files of a folder, or of a hub data set.
@@ -61,6 +65,8 @@ def read_examples(
         roles: other names of roles, as `assistant=model,user=customer`.
         on_bad_row: "error" reads to the end of the data and then raises; "skip" leaves rows out.
         refusal: that of a prompt format; a row that it cannot render is a problem too.
+        written_forms: those of a prompt format. Where most rows of a file hold a conversation in
+            one of them, such rows are split into turns.
         part: which files of a folder are taken.
 
     Raises:
@@ -72,6 +78,7 @@ def read_examples(
         RowReading(data_format, parse_columns(columns, data_format), parse_roles(roles)),
         strict=on_bad_row == "error",
         refusal=refusal,
+        written_forms=written_forms,
     )
 
 
@@ -94,6 +101,7 @@ class ExampleStream:
         *,
         strict: bool,
         refusal: Refusal | None,
+        written_forms: Sequence[WrittenForm] = (),
     ) -> None:
         """
         Args:
@@ -111,6 +119,7 @@ class ExampleStream:
         self._reading = reading
         self._strict = strict
         self._refusal = refusal
+        self._written_forms = written_forms
         self._fatal = False  # a problem that leaving out rows does not solve
 
     @property
@@ -152,7 +161,7 @@ class ExampleStream:
         numbers = {path: number for number, path in enumerate(self.files)}
         return {
             "formats": [
-                [numbers[path], row_format.name, dict(row_format.columns)]
+                [numbers[path], row_format.name, dict(row_format.columns), row_format.written]
                 for path, row_format in self.formats.items()
             ],
             "file_notes": [[numbers[path], sentence] for path, sentence in self._file_notes],
@@ -166,8 +175,8 @@ class ExampleStream:
     def restore(self, findings: dict[str, Any]) -> None:
         """Takes over the `findings` of another stream over the same files, without reading them."""
         self.formats = {
-            self.files[number]: RowFormat(name, columns)
-            for number, name, columns in findings["formats"]
+            self.files[number]: RowFormat(name, columns, written)
+            for number, name, columns, written in findings["formats"]
         }
         self._file_notes = [
             (self.files[number], sentence) for number, sentence in findings["file_notes"]
@@ -218,6 +227,7 @@ class ExampleStream:
                 row_format = detect(row.values, reading.columns, reading.data_format)
                 if row_format or len(tried) == _ROWS_TO_DETECT:
                     break
+        seen = len(tried)
         if not tried:
             return
         problem = self._format_problem(file, row_format, tried[0], numbered)
@@ -226,10 +236,14 @@ class ExampleStream:
             self._fatal = True
         if problem or row_format is None:
             return
+        tried += self._read_ahead(rows, row_format)
+        form = self._written_form(file, tried, row_format)
+        if form:
+            row_format = replace(row_format, written=form.name)
         self.formats[file] = row_format
 
         # The rows, those that were tried first.
-        self.rows -= len(tried)
+        self.rows -= seen
         for row in itertools.chain(tried, rows):
             if not self._readable(file, row):
                 continue
@@ -237,12 +251,50 @@ class ExampleStream:
             row_format = row_format.with_optional(row.values)
             self.formats[file] = row_format
             example = row_format.example(row.values, file, row.line, reading.roles, self.row_notes)
+            if form and isinstance(example, Example):
+                example = _split(example, form)
             if isinstance(example, str):
                 self.problems.add(f"{file}:{row.line}: {example}")
             elif self._refusal and (refused := self._refusal(example.turns)):
                 self.problems.add(f"{file}:{row.line}: {refused}")
             else:
                 yield example
+
+    def _read_ahead(self, rows: Iterator[RawRow], row_format: RowFormat) -> list[RawRow]:
+        """The next rows, enough to tell how texts of this format are written."""
+        read: list[RawRow] = []
+        size = 0
+        if self._written_forms and row_format.name not in ("messages", "sharegpt"):
+            while len(read) < _ROWS_TO_DETECT and size < _CHARACTERS_TO_DETECT:
+                row = next(rows, None)
+                if row is None:
+                    break
+                read.append(row)
+                values = row.values.values() if isinstance(row.values, dict) else ()
+                size += sum(len(value) for value in values if isinstance(value, str))
+        return read
+
+    def _written_form(
+        self, file: Path, rows: Sequence[RawRow], row_format: RowFormat
+    ) -> WrittenForm | None:
+        """The form in which most of these rows hold a conversation."""
+        if not self._written_forms or row_format.name in ("messages", "sharegpt"):
+            return None
+        found: Counter[WrittenForm] = Counter()
+        examples = 0
+        for row in rows:
+            if isinstance(row.values, str):
+                continue
+            example = row_format.example(
+                row.values, file, row.line, self._reading.roles, RowNotes()
+            )
+            if isinstance(example, str):
+                continue
+            examples += 1
+            text = _whole_text(example)
+            found.update([form for form in self._written_forms if text and form.turns(text)][:1])
+        most = found.most_common(1)
+        return most[0][0] if most and 2 * most[0][1] > examples else None
 
     def _readable(self, file: Path, row: RawRow) -> bool:
         """Counts a row, and its problem if it could not be read."""
@@ -291,6 +343,19 @@ class ExampleStream:
         if not kept:
             what = "the file is empty" if len(self.files) == 1 else "its files are empty"
             raise DataError(f"{self.source}: {what}; it needs rows with {EXPECTED}")
+
+
+def _whole_text(example: Example) -> str:
+    """The text of a completion, or of a prompt and its response; "" of other rows."""
+    if len(example.turns) > 2 or example.turns[0].role == "system":
+        return ""
+    return "".join(turn.content for turn in example.turns)
+
+
+def _split(example: Example, form: WrittenForm) -> Example:
+    """The row with the turns that its text holds in a form."""
+    turns = form.turns(_whole_text(example))
+    return replace(example, turns=turns) if turns else example
 
 
 class Problems:

@@ -228,13 +228,15 @@ class RowFormat:
 
     name: str
     columns: Mapping[str, str]  # a column within an object is named with a dot: data.messages
+    written: str = ""  # the form of a conversation that its texts hold; see written.py
 
     def __str__(self) -> str:
         names = [
             column if column == name else f"{name}={column}"
             for name, column in self.columns.items()
         ]
-        return f"{self.name} ({', '.join(names)})"
+        split = f", texts in {self.written}: split into turns" if self.written else ""
+        return f"{self.name} ({', '.join(names)}){split}"
 
     @property
     def expected(self) -> str:

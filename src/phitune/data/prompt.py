@@ -20,6 +20,7 @@ from typing import Protocol
 
 from phitune.data.conversation import Role, Turn
 from phitune.data.template import render, searched_texts
+from phitune.data.written import PLAIN_FORMS, WrittenForm, exact_form, forms_of
 from phitune.errors import ModelError
 
 
@@ -43,6 +44,11 @@ class PromptFormat(Protocol):
     @property
     def chat_template(self) -> str:
         """A Jinja template of the same form, for servers that read one beside the adapter."""
+        ...
+
+    @property
+    def written_forms(self) -> tuple[WrittenForm, ...]:
+        """Forms in which a text may hold a whole conversation already."""
         ...
 
     def refusal(self, turns: Sequence[Turn]) -> str | None:
@@ -97,6 +103,7 @@ class InstructFormat:
 
     end_token: str
     bos_token: str = ""  # of tokenizers that put one in front of every text
+    written_forms: tuple[WrittenForm, ...] = PLAIN_FORMS
 
     def refusal(self, turns: Sequence[Turn]) -> str | None:
         return None
@@ -182,6 +189,7 @@ class ChatFormat:
     ending: str = ""  # between an answer and its end token
     lead: str = ""  # before an answer and generated with it, without special tokens
     cues: bool = True  # add_generation_prompt makes a difference
+    written_forms: tuple[WrittenForm, ...] = PLAIN_FORMS  # the template itself first
     remedy: str = field(default="", repr=False, compare=False)  # what else a user may do
 
     @classmethod
@@ -228,7 +236,10 @@ class ChatFormat:
         lead = layout.leads[1]
         for token in control_tokens:
             lead = lead.replace(token, "")
-        return replace(chat, lead=lead)
+        chat = replace(chat, lead=lead)
+        own = _own_form(chat)
+        forms = forms_of(control_tokens)
+        return replace(chat, written_forms=(own, *forms) if own else forms)
 
     @property
     def source(self) -> tuple[str, tuple[tuple[str, str], ...]]:
@@ -307,6 +318,29 @@ class ChatFormat:
 
     def _refused(self, cause: str) -> str:
         return f"{cause}; {self.remedy}" if self.remedy else cause
+
+
+def _own_form(chat: ChatFormat) -> WrittenForm | None:
+    """How a conversation is written by the template; None where its turns have no marks."""
+    single = _layout(chat, ("user", "assistant"))
+    several = _layout(chat, ("user", "assistant", "user", "assistant"))
+    system = _layout(chat, ("system", "user", "assistant"))
+    assert not isinstance(single, str)
+    bos = dict(chat.special_tokens).get("bos_token", "")
+    question, answer = (place.before for place in single.places)
+    openers: list[tuple[Role | None, Role, str]] = [
+        (None, "user", question.removeprefix(bos)),
+        ("user", "assistant", answer + single.leads[1]),
+    ]
+    if not isinstance(several, str):
+        end = chat.ending + chat.end_token if several.ends[1] else ""
+        openers.append(("assistant", "user", end + several.places[2].before))
+    if not isinstance(system, str):
+        first, then = (place.before for place in system.places[:2])
+        openers += [(None, "system", first.removeprefix(bos)), ("system", "user", then)]
+    ends = {chat.ending.strip() + chat.end_token, chat.end_token, bos}
+    ends.add(dict(chat.special_tokens)["eos_token"])
+    return exact_form("the model's chat template", openers, tuple(sorted(ends - {""})))
 
 
 @dataclass(frozen=True, slots=True)

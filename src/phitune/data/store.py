@@ -99,10 +99,11 @@ def tokenized(
         stream.restore(store.about)
         notes = [f"{source}: its tokens are taken from the cache, {store.folder}"]
     warnings += stream.warnings
-    formats = {row_format.name for row_format in stream.formats.values()}
-    return TokenizedData(
-        store, stream.notes + notes, warnings, is_completion=formats == {"completion"}
+    is_completion = all(
+        row_format.name == "completion" and not row_format.written
+        for row_format in stream.formats.values()
     )
+    return TokenizedData(store, stream.notes + notes, warnings, is_completion)
 
 
 def open_stream(
@@ -116,6 +117,7 @@ def open_stream(
         roles=settings.roles,
         on_bad_row=settings.on_bad_row,
         refusal=prompt_format.refusal,
+        written_forms=prompt_format.written_forms,
         part=part,
     )
 

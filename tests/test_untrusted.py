@@ -30,6 +30,8 @@ WRONG = {
     "answer of a bucket": (b"<?xml version='1.0'?><Error>", "is a web page, not the file"),
     "answer of the hub": (b"Entry not found", "is what a server answered, not the file"),
     "answer in JSON": (b'{"error":"Access denied"}', "is what a server answered, not the file"),
+    "UTF-16": ("{}".encode("utf-16"), "is text in UTF-16; save it as UTF-8"),
+    "mark": ("{}".encode("utf-8-sig"), "is text in UTF-8 with a byte order mark"),
     "torch.save": (b"PK\x03\x04" + b"x" * 90, "is a pickle, and loading a pickle runs"),
     "pickle": (b"\x80\x02}q\x00." + b"x" * 90, "is a pickle, and loading a pickle runs"),
     "gguf": (b"GGUF\x03\0\0\0" + b"\0" * 90, "is a GGUF file for llama.cpp"),

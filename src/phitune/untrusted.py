@@ -72,6 +72,9 @@ def instead_of_file(head: bytes) -> str | None:
         return "is a Git LFS pointer, not the file: git lfs pull (or download the file itself)"
     if not text:
         return "is empty; get it again from where it came from"
+    if head.startswith((b"\xff\xfe", b"\xfe\xff", b"\xef\xbb\xbf")):
+        kind = "UTF-8 with a byte order mark" if head[0] == 0xEF else "UTF-16"
+        return f"is text in {kind}; save it as UTF-8 without a byte order mark"
     if not head.strip(b"\0"):
         return "holds zeros only, as a download leaves it that was broken off; get it again"
     if text[:9].lower().startswith(_PAGES):

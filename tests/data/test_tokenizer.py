@@ -128,3 +128,19 @@ def test_a_tokenizer_of_another_file_comes_with_the_lines_that_convert_it(tmp_pa
     (tmp_path / "tokenizer.model").touch()
     with pytest.raises(ModelError, match=r"there is tokenizer\.model, from which"):
         TextTokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("model", ["tiny-phi-2", "tiny-phi-3.5"])
+def test_tokens_that_transformers_added_and_saved_are_taken(model: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(ASSETS / model)
+    theirs.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    theirs.add_tokens(["<tool>"])
+    theirs.eos_token = "<|im_end|>"
+    theirs.pad_token = "[PAD]"
+    theirs.save_pretrained(tmp_path)
+    ours = TextTokenizer(tmp_path)
+    for token in ("<|im_start|>", "<|im_end|>", "<tool>"):
+        assert ours.token_id(token) == theirs.convert_tokens_to_ids(token)
+    assert ours.special_tokens["eos_token"] == "<|im_end|>"

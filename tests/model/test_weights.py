@@ -144,6 +144,25 @@ def test_a_tensor_in_two_files_is_refused_by_both_names(folder: Path) -> None:
         open_decoder(folder)
 
 
+@pytest.mark.parametrize(
+    ("rename", "said"),
+    [
+        (lambda name: f"_orig_mod.{name}", "begin with '_orig_mod.': they are those of a compiled"),
+        (lambda name: f"module.{name}", "begin with 'module.'"),
+        (lambda name: f"base_model.model.{name}", "call merge_and_unload"),
+        (lambda name: name.removeprefix("model."), "lack 'model.': this is a model without its"),
+    ],
+)
+def test_names_with_another_beginning_are_named(
+    rename: Callable[[str], str], said: str, folder: Path
+) -> None:
+    tensors = load_file(folder / SINGLE_FILE)
+    save_file({rename(name): tensor for name, tensor in tensors.items()}, folder / SINGLE_FILE)
+    with pytest.raises(ModelError) as refused:
+        open_decoder(folder)
+    assert said in str(refused.value)
+
+
 def test_a_head_of_its_own_beside_the_tied_flag(tmp_path: Path) -> None:
     folder = random_folder(phi4_mini_config(), tmp_path)
     edit(folder, lambda all_: all_.update({"lm_head.weight": all_[EMBEDDING].clone()}))

@@ -11,6 +11,7 @@ All pairs of an adapter have one rank here: the others are filled up with zeros.
 Shapes: r rank in the file, R rank of the result, D in, O out.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
@@ -98,8 +99,9 @@ def joined(
                 whole_A[place] = tensors[name_A]
                 whole_B[rows.start : rows.stop, place] = tensors[name_B]
                 found |= dict(zip(peft_names(module), (whole_A, whole_B), strict=True))
-    scaling = config.alpha / (rank**0.5 if config.use_rslora else rank)
-    return replace(config, rank=total, alpha=scaling * total, use_rslora=False), found, problems
+    # The same scale at the larger rank.
+    more = math.sqrt(max(pieces)) if config.use_rslora else max(pieces)
+    return replace(config, rank=total, alpha=config.alpha * more), found, problems
 
 
 def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:

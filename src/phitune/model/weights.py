@@ -6,7 +6,7 @@ taken; every mismatch is in one error. Pickled weights are refused: loading them
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,11 @@ _TORCH_TYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
+_OTHER_PREFIXES = {
+    "_orig_mod.": "a compiled model; save the model that torch.compile was given",
+    "module.": "a model that was trained on several devices; save what is in its .module",
+    "base_model.model.": "a model with an adapter on it; call merge_and_unload() and save that",
+}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -217,6 +222,7 @@ def checked_headers(decoder: Decoder, folder: Path) -> dict[str, TensorHeader]:
         raise ModelError(
             f"{folder}: {len(problems)} tensors do not fit config.json:\n"
             + listing(sorted(problems))
+            + _other_prefix(headers.keys(), destinations.keys())
         )
     return headers
 
@@ -250,6 +256,19 @@ def _check_tied_head(folder: Path, decoder: Decoder, headers: Mapping[str, Tenso
             f" {LM_HEAD}.weight that is not the token table. transformers uses it then: set"
             " tie_word_embeddings to false to do so, or delete the tensor"
         )
+
+
+def _other_prefix(found: Set[str], expected: Set[str]) -> str:
+    """A line for the error where only the beginning of the names is another."""
+    for prefix, of in _OTHER_PREFIXES.items():
+        if 2 * sum(name.removeprefix(prefix) in expected for name in found - expected) > len(found):
+            return f"\nThe names begin with {prefix!r}: they are those of {of}."
+    if 2 * sum(f"model.{name}" in expected for name in found - expected) > len(found):
+        return (
+            "\nThe names lack 'model.': this is a model without its head (AutoModel); save it"
+            " with its head (AutoModelForCausalLM)."
+        )
+    return ""
 
 
 def torch_type(header: TensorHeader) -> torch.dtype:

@@ -79,8 +79,10 @@ benchmarks: setup
 	$(BIN)/python benchmarks/data_scale.py
 	$(BIN)/python benchmarks/data_report.py
 
-# Twenty thousand damaged data files, and as many model and adapter folders; ten minutes.
+# Twenty thousand damaged data files, as many model and adapter folders, as many odd settings; a
+# quarter of an hour.
 fuzz: setup
+	$(BIN)/python benchmarks/fuzz_settings.py
 	$(BIN)/python benchmarks/fuzz_data.py
 	$(BIN)/python benchmarks/fuzz_models.py
 

@@ -455,6 +455,17 @@ def test_what_the_engine_cannot_do_is_refused(place: Path, flags: str, said: str
     assert not (place / "run").exists()
 
 
+@pytest.mark.campaign
+def test_doctor_takes_less_than_three_seconds_of_the_processor() -> None:
+    times = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert call(*PHITUNE, "doctor").returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(times) < 3
+
+
 def test_doctor_says_what_training_would_use_and_trains_nothing(place: Path) -> None:
     done = phitune("doctor")
     assert done.returncode == 0, done.stderr

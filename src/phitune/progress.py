@@ -39,6 +39,7 @@ from phitune.model.decoder import Decoder
 from phitune.model.lora import Adapter
 from phitune.plan.machine import Memory
 from phitune.plan.memory import GIB, MemoryPlan
+from phitune.text import visible
 from phitune.training.events import (
     EpochEvaluated,
     Evaluation,
@@ -266,7 +267,7 @@ def settings_lines(resolved: Resolved) -> Text:
         lines.append(
             Text.assemble(
                 f"  {name:<{width}}  ",
-                (str(shown) or "-", "" if origin == "default" else "bold"),
+                (visible(str(shown)) or "-", "" if origin == "default" else "bold"),
                 (f"  ({origin})", "dim"),
             )
         )

@@ -117,6 +117,7 @@ def test_flags_win_over_the_file_and_origins_are_known(tmp_path: Path) -> None:
         ("--dataset_path %USERPROFILE%/a", "variables such as %USERPROFILE% are not replaced"),
         ("--output_dir ~nobody-at-all/runs", "~nobody-at-all stands for a home folder, and none"),
         ("--output_dir None", "is no name; leave it out"),
+        (f"--resume {'9' * 5000}", "cannot be looked up: File name too long"),
         ("--dataset_path a\udce9", "is not UTF-8 text; rename the file or the folder"),
         ("--resume a\udce9", "is not UTF-8 text; rename the file or the folder"),
         ("--columns prompt=a,response=b,prompt=c", "prompt is given twice: a, then c"),

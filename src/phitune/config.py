@@ -258,8 +258,11 @@ def place_text(value: Any) -> Any:
         raise ValueError("has a NUL character in it, which no name has")
     if value.strip() in ("None", "null"):
         raise ValueError("is no name; leave it out")
-    home = _expanded(Path(value))
-    if (found := _VARIABLE.search(value)) and not home.exists():
+    try:
+        is_there = _expanded(Path(value)).exists()
+    except OSError as error:  # Longer than a name can be, or behind a folder that is closed to us.
+        raise ValueError(f"cannot be looked up: {error.strerror}") from None
+    if (found := _VARIABLE.search(value)) and not is_there:
         raise ValueError(
             f"variables such as {found.group()} are not replaced here, and there is nothing of"
             " that name; write the path itself, or ~ for your home folder"
@@ -959,6 +962,13 @@ def resolve(
 _READ = ("dataset_path", "validation_path", "model_name", "start_adapter", "resume")
 
 
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # It names nothing at all; said when it is validated.
+        return False
+
+
 def refuse_places_beside(config_path: Path, values: Mapping[str, Any]) -> None:
     """Refuses a relative path that is right from the file's folder and wrong from here.
 
@@ -976,7 +986,7 @@ def refuse_places_beside(config_path: Path, values: Mapping[str, Any]) -> None:
         if not isinstance(text, str) or not text.strip() or "\0" in text or is_hub_id:
             continue
         path, beside = Path(text), config_path.parent / text
-        if path.is_absolute() or text.startswith("~") or path.exists() or not beside.exists():
+        if path.is_absolute() or text.startswith("~") or _is_there(path) or not _is_there(beside):
             continue
         problems.append(
             f"{name} = {text!r} (in {config_path}): is not in the working directory {Path.cwd()},"

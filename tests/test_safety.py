@@ -423,6 +423,8 @@ def test_a_template_that_looks_around_or_fails_is_one_error(source: str) -> None
 )
 def test_conversations_are_rendered_as_jinja_does(source: str) -> None:
     plain = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    # As transformers has it: the order of keys stays, and nothing is escaped for HTML.
+    plain.filters["tojson"] = lambda value, indent: json.dumps(value, indent=indent)
     assert render(source, MESSAGES, {}) == plain.from_string(source).render(messages=MESSAGES)
 
 
@@ -606,7 +608,7 @@ def test_ids_beyond_the_vocabulary_count_in_the_size(model: Path) -> None:
 
 
 def test_special_tokens_of_any_type_are_left_alone(model: Path, tmp_path: Path) -> None:
-    strange = [None, 5, ["a"], {"content": ["a"]}, {"content": 5}, "not a token"]
+    strange = [None, 5, ["a"], {"content": ["a"]}, {"content": 5}]
     for value in strange:
         edit(model / "tokenizer_config.json", bos_token=value, unk_token=value, auto_map={"a": "b"})
         edit(model / "generation_config.json", eos_token_id=[value, True, {}, [1], 10**9])

@@ -49,7 +49,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             # A terminal that lacks a letter of some answer must not end a run.
             stream.reconfigure(errors="backslashreplace")
-    code = _exit_code(list(sys.argv[1:] if argv is None else argv))
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if words[:1] not in _WITHOUT_FOLDERS:
+            find_folders()
+        if words[:1] == ["train"]:
+            # The main job: `train` and the loop `fit` are all that lies between here and a step.
+            from phitune.commands.train import trainer_of
+
+            trainer_of(words[1:]).train()
+            code = 0
+        else:
+            code = _run(words)
+    except BaseException as error:  # Whatever ends a command is an exit code.
+        code = _exit_code(error)
     try:
         sys.stdout.flush()  # What fails now would fail behind our back.
     except OSError as error:
@@ -57,42 +70,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _exit_code(words: list[str]) -> int:
-    try:
-        if words[:1] not in _WITHOUT_FOLDERS:
-            find_folders()
-        if words[:1] != ["train"]:
-            return _run(words)
-        # The main job: `train` and the loop `fit` are all that lies between here and a step.
-        from phitune.commands.train import trainer_of
+def _exit_code(error: BaseException) -> int:
+    """Says what ended a command."""
+    match error:
+        case SystemExit():  # argparse, once its help is shown.
+            return int(error.code or 0)
+        case PhituneError() | Interrupted():
+            _print_error(str(error))
+            return error.exit_code
+        case KeyboardInterrupt():
+            _print_error("interrupted")
+            return EXIT_INTERRUPTED
+        case OSError():
+            return _system_failed(error)
+    # The last resort: a fault of ours, reported without a traceback.
+    import traceback
 
-        trainer_of(words[1:]).train()
-        return 0
-    except SystemExit as left:  # argparse, once its help is shown.
-        return int(left.code or 0)
-    except PhituneError as error:
-        _print_error(str(error))
-        return error.exit_code
-    except Interrupted as stopped:
-        _print_error(str(stopped))
-        return stopped.exit_code
-    except KeyboardInterrupt:
-        _print_error("interrupted")
-        return EXIT_INTERRUPTED
-    except OSError as error:
-        return _system_failed(error)
-    except Exception as error:  # The last resort: a fault of ours, reported without a traceback.
-        import traceback
-
-        trace = without_tokens(traceback.format_exc())
-        if os.environ.get(DEBUG_VARIABLE):
-            print(trace, file=sys.stderr)
-            return 1
-        _print_error(
-            f"internal error: {type(error).__name__}: {error}\n"
-            f"This is a fault of phitune, please report it with {_written(trace)}"
-        )
+    trace = without_tokens("".join(traceback.format_exception(error)))
+    if os.environ.get(DEBUG_VARIABLE):
+        print(trace, file=sys.stderr)
         return 1
+    _print_error(
+        f"internal error: {type(error).__name__}: {error}\n"
+        f"This is a fault of phitune, please report it with {_written(trace)}"
+    )
+    return 1
 
 
 def _system_failed(error: OSError) -> int:

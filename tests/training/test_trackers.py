@@ -6,6 +6,7 @@ import os
 import struct
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -365,6 +366,7 @@ def test_wandb_keeps_the_run_here_and_sends_nothing(
     note = note_of("wandb")
     assert f"report_to wandb: run {note['id']} of project phitune: " in said
     assert "offline; nothing is sent" in said
+    time.sleep(1.1)  # wandb's folders are named by the second.
     go_on()
     assert note_of("wandb") == note
     files = sorted(Path("run/wandb").glob(f"offline-run-*-{note['id']}/run-{note['id']}.wandb"))

@@ -25,6 +25,7 @@ from phitune.model.lora import (
     load_adapter,
     read_adapter,
 )
+from phitune.text import command_line
 
 _PIECE = 2**20  # bytes of a file that are read at once
 
@@ -182,11 +183,9 @@ def _other_shape(adapter: Adapter, wanted: LoraSpec) -> list[_Other]:
 
 def _remedy(settings: Settings, others: Sequence[_Other]) -> str:
     if not all(other.flags for other in others):
-        return (
-            "There are no settings for what this adapter is. Merge it, and train on the result:"
-            f" phitune export --adapter_path {shlex.quote(str(settings.start_adapter))} --format"
-            " merged"
-        )
+        path = str(settings.start_adapter)
+        merge = command_line("export", "--adapter_path", path, "--format", "merged")
+        return f"No settings give a run this adapter. Merge it, and train on the result: {merge}"
     remedy = f"Give the run the adapter's: {' '.join(other.flags for other in others)}"
     if any(other.name == "model_name" for other in others):
         remedy += (

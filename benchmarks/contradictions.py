@@ -122,11 +122,12 @@ def _rope_at_the_top(rng: Random, folder: Folder) -> list[str]:
 def _sizes(rng: Random, folder: Folder) -> list[str]:
     """Sizes in two names, or null."""
     raw = json.loads(folder[CONFIG])
-    heads = raw["num_attention_heads"]
+    # Another contradiction may have taken them out.
+    heads, hidden_size = raw.get("num_attention_heads", 4), raw.get("hidden_size", 16)
     key, values = rng.choice(
         (
             ("num_key_value_heads", (None, 1, 2, heads)),
-            ("head_dim", (None, raw["hidden_size"] // heads, 8)),
+            ("head_dim", (None, hidden_size // heads, 8)),
             ("sliding_window", (None, 0, False, 5, 1000)),
             ("num_hidden_layers", (2, 3, 4)),
             ("vocab_size", (119, 121, None)),

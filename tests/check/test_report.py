@@ -10,11 +10,13 @@ from helpers.reports import chat_rows, make, messy_rows, report_of, rows_like, w
 
 from phitune.check.report import check_before_training, make_report
 from phitune.cli import main
+from phitune.commands.check import as_json
 from phitune.config import Settings, resolve
 from phitune.data.coder import Coder
+from phitune.data.conversation import Example, Turn
 from phitune.data.prepare import PreparedData, prepare_data
 from phitune.data.tokenizer import TextTokenizer
-from phitune.errors import ModelError
+from phitune.errors import DataError, ModelError
 from phitune.model.files import find_model
 
 
@@ -161,3 +163,63 @@ def test_columns_that_carry_meaning_and_are_not_read_are_a_warning(tmp_path: Pat
     assert (finding.verdict, finding.rows) == ("warning", 12)
     assert finding.message.startswith("label: it is not trained")
     assert any("not read: id (12 of 12 rows)" in note for note in report.notes)
+
+
+def test_bad_rows_are_reported_before_the_split_that_they_make_impossible(tmp_path: Path) -> None:
+    lines = [json.dumps(row) for row in rows_like(12)]
+    path = tmp_path / "commas.jsonl"
+    path.write_text(",\n".join(lines))
+    report = report_of(path)
+    first, second = report.checks[:2]
+    assert (first.name, first.verdict, first.rows) == ("unreadable", "error", 11)
+    assert "a comma follows the object" in first.examples[0]
+    assert (second.name, second.verdict) == ("split", "error")
+    assert "leaves nothing to train on" in second.message
+    assert "--validation_split 0" in second.remedy
+    given = {"dataset_path": path, "on_bad_row": "skip", "model_name": "tiny-phi-2"}
+    settings = resolve(given).settings
+    with pytest.raises(DataError, match=r"leaves nothing to train on(.|\n)*11 of 12 rows"):
+        prepared(settings)
+
+
+@pytest.mark.parametrize("model", ["tiny-phi-2", "tiny-phi-3.5"])
+@pytest.mark.parametrize("letters", ["word ", "-", "\u4e2d", "\U0001f600 "])
+def test_a_giant_row_is_too_long_without_being_encoded_or_shown_whole(
+    tmp_path: Path, model: str, letters: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    giant = letters * (3_000_000 // len(letters))
+    rows = rows_like(40)
+    path = write(
+        tmp_path / "a.jsonl", [*rows, {"prompt": "q", "response": giant}, *rows_like(50)[40:]]
+    )
+    encoded: list[int] = []
+    encode = TextTokenizer.encode_batch
+
+    def counted(self: TextTokenizer, conversations: Any) -> Any:
+        encoded.extend(sum(len(part.text) for part in parts) for parts in conversations)
+        return encode(self, conversations)
+
+    monkeypatch.setattr(TextTokenizer, "encode_batch", counted)
+    report = report_of(path, model_name=model)
+    assert max(encoded) < 10_000
+    found = next(check for check in report.checks if check.name == "too_long")
+    assert (found.verdict, found.rows) == ("warning", 1)
+    assert f"line 41: {len(giant) + 2:,} characters, " in found.examples[0]
+    assert found.examples[0].endswith("tokens or more")
+    assert report.tokens
+    assert report.tokens.row_tokens.maximum < 200
+    assert "100%" not in report.tokens.max_length_tokens_that_keep
+    assert report.characters.maximum == len(giant) + 2
+    longest = next(sample for sample in report.samples if "longest" in sample.title)
+    assert (longest.line, longest.tokens) == (41, None)
+    assert len(json.dumps(as_json(report))) < 100_000
+
+
+def test_a_row_that_may_fit_is_counted_to_the_last_token(tmp_path: Path) -> None:
+    fits = "the " * 75_000
+    path = write(tmp_path / "a.jsonl", [*rows_like(20), {"prompt": "q", "response": fits}])
+    report = report_of(path, max_length=100_000)
+    assert report.tokens
+    coder = coder_of(resolve({"model_name": "tiny-phi-2"}).settings)
+    row = coder.encode_example(Example((Turn("user", "q"), Turn("assistant", fits)), path, 21))
+    assert report.tokens.row_tokens_with_end_tokens.maximum == len(row.input_ids) > 75_000

@@ -310,4 +310,4 @@ def test_letters_are_counted_by_script() -> None:
 def test_a_row_keeps_its_numbers_only() -> None:
     table = table_of([("a question", "an answer"), ("another", "one")])
     columns = [value for value in vars(table).values() if isinstance(value, np.ndarray)]
-    assert sum(column.itemsize for column in columns) == 56
+    assert sum(column.itemsize for column in columns) == 57

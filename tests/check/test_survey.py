@@ -53,6 +53,7 @@ def table(prompt: list[int], answer: list[int], validation: list[bool]) -> RowTa
             "end_tokens": np.ones(number, np.int32),
             "validation": np.array(validation),
             "completion": np.zeros(number, np.bool_),
+            "counted": np.ones(number, np.bool_),
             "files": (),
         }
     )

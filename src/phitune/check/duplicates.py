@@ -1,6 +1,6 @@
 """Rows that repeat or contradict each other, or stand on both sides of the split.
 
-What is remembered of every row is 56 bytes of numbers in a `RowTable`, never its text. Exact
+What is remembered of every row is 57 bytes of numbers in a `RowTable`, never its text. Exact
 questions are answered from hashes; two different texts share one of 2**64 hashes with a probability
 of 3e-6 among ten million rows.
 
@@ -66,6 +66,7 @@ class RowTable:
     words: Small
     validation: Flags
     completion: Flags
+    counted: Flags  # its tokens are exact; else it is too long, and has so many at least
     files: tuple[Path, ...]
 
     def __len__(self) -> int:
@@ -119,12 +120,19 @@ class TableWriter:
         return RowTable(**columns, files=tuple(self._files))
 
 
+_HASHED_AT_ONCE = 2**20  # characters
+
+
 def hash_of(turns: Sequence[Turn]) -> int:
     """64 bits that differ for different turns."""
-    # No role holds a line break, so two lists of turns never read the same.
-    text = "\0".join(f"{turn.role}\n{len(turn.content)}\n{turn.content}" for turn in turns)
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
+    digest = hashlib.blake2b(digest_size=8)
+    for turn in turns:
+        # No role holds a line break, so two lists of turns never read the same.
+        digest.update(f"{turn.role}\n{len(turn.content)}\n".encode())
+        for start in range(0, len(turn.content), _HASHED_AT_ONCE):  # A turn may be large.
+            piece = turn.content[start : start + _HASHED_AT_ONCE]
+            digest.update(piece.encode("utf-8", "surrogatepass"))
+    return int.from_bytes(digest.digest(), "little")
 
 
 # -------------------------------------------------------------------------------------------------

@@ -329,6 +329,9 @@ def validation_share(split: Split) -> Finding:
     return Finding(name, title, "warning", split.validation_rows, message, remedy)
 
 
+_KEPT = (("100%", "all"), ("99%", "99 %"))
+
+
 def too_long(tokens: TokenStatistics, rows: RowTable) -> Finding:
     """Rows that max_length drops; texts that are cut in its place are counted."""
     longer, cut = tokens.rows_longer_than_max_length, tokens.texts_cut_by_max_length
@@ -343,7 +346,14 @@ def too_long(tokens: TokenStatistics, rows: RowTable) -> Finding:
         if not number:
             title = f"rows longer than max_length {tokens.max_length_tokens:,}"
             return Finding("too_long", title, "ok", 0, texts)
-    found = Found(number, rows.places(first), tuple(f"{rows.tokens[i]:,} tokens" for i in first))
+    details = tuple(
+        f"{rows.tokens[row]:,} tokens"
+        if rows.counted[row]
+        else f"{rows.characters[row]:,} characters, {rows.tokens[row]:,} tokens or more"
+        for row in first
+    )
+    found = Found(number, rows.places(first), details)
+    kept = [f"--max_length {keeps[share]} keeps {of}" for share, of in _KEPT if share in keeps]
     none_left = not tokens.epoch.train_rows
     finding = _warning_if_any(
         "too_long",
@@ -353,7 +363,7 @@ def too_long(tokens: TokenStatistics, rows: RowTable) -> Finding:
         if none_left
         else f"{number / len(rows):.1%} of the rows; rows are never truncated, these are left out"
         " (--on_too_long)" + (f"; {texts}" if texts else ""),
-        f"--max_length {keeps['100%']} keeps all, {keeps['99%']} keeps 99 %",
+        ", ".join(kept) or "shorten these rows, or split them",
     )
     return _as_error(finding) if number and none_left else finding
 
@@ -492,7 +502,11 @@ def make_report(
         streams.append(_open(settings, encoder, on_bad_row, validation=True))
     for number, stream in enumerate(streams):
         for chunk in in_chunks(stream, max_rows):
-            encoded = list(encoder.encode_rows(chunk)) if encoder else None
+            encoded = None
+            if encoder:
+                # A text that is cut into pieces is trained, however long it is.
+                most = None if settings.on_too_long == "split" else settings.max_length
+                encoded = list(encoder.encode_rows(chunk, most_tokens=most))
             survey.add(chunk, encoded, validation=number == 1)
             progress(survey.rows)
     if absent := survey.samples.not_found:
@@ -501,9 +515,13 @@ def make_report(
 
     # Divide them as training would.
     table = survey.table()
-    if settings.validation_split and not settings.validation_path:
-        held_out = validation_rows([table.question_hash], settings.validation_split, settings.seed)
-        table = dataclasses.replace(table, validation=held_out)
+    no_split = None
+    if (share := settings.validation_split) and not settings.validation_path:
+        try:
+            held_out = validation_rows([table.question_hash], share, settings.seed)
+            table = dataclasses.replace(table, validation=held_out)
+        except DataError as error:  # Bad rows may be why; the report names them.
+            no_split = str(error)
     validation = int(table.validation.sum())
     split = Split(
         train_rows=len(table) - validation,
@@ -523,6 +541,9 @@ def make_report(
     )
     evidence = Evidence(table, near, tokens, survey.found(), bad_rows, row_notes)
     checks = all_findings(evidence, split)
+    if no_split:
+        checks = [check for check in checks if check.name != "validation_share"]
+        checks.insert(1, _not_split(no_split))  # After the rows that cannot be used.
     if missing:
         checks.append(_tokens_not_counted(missing))
     checks.sort(key=lambda finding: -SEVERITY[finding.verdict])
@@ -546,8 +567,8 @@ def make_report(
         near_duplicates=NearDuplicateSearch(near.rows_compared),
         checks=tuple(checks),
         samples=tuple(
-            sample_of(title, example, encoder, settings.train_on_prompt)
-            for title, example in survey.samples.chosen()
+            sample_of(title, row, encoder, settings.train_on_prompt)
+            for title, row in survey.samples.chosen()
         ),
     )
 
@@ -579,6 +600,12 @@ def _other_notes(stream: ExampleStream) -> list[str]:
     """The reader's notes but for the formats, which the report names itself."""
     kinds = tuple(map(str, stream.formats.values()))
     return [note for note in stream.notes if not note.endswith(kinds)]
+
+
+def _not_split(why: str) -> Finding:
+    message, _, remedy = why.partition("; ")
+    title = "rows for training and for validation"
+    return Finding("split", title, "error", 0, message, remedy)
 
 
 def _tokens_not_counted(why: str) -> Finding:

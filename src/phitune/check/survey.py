@@ -135,7 +135,8 @@ class TokenStatistics:
     rows_longer_than_max_length: int
     texts_cut_by_max_length: int  # of those the ones that are cut (--on_too_long split)
     pieces_of_cut_texts: int
-    max_length_tokens_that_keep: dict[str, int]  # by the share of rows that it keeps: "99%"
+    # By the share of rows that it keeps: "99%". Without those that only rows not counted decide.
+    max_length_tokens_that_keep: dict[str, int]
     epoch: Epoch
     epochs: int
     padding_share_of_padding_tools: Padding
@@ -147,23 +148,27 @@ def token_statistics(rows: RowTable, settings: Settings) -> TokenStatistics:
     Args:
         rows: with token counts, at least one row. Every array below is [N].
     """
-    answer = rows.answer_tokens - rows.end_tokens
-    row = rows.prompt_tokens + answer
-    with_end = rows.tokens
-    fits = with_end <= settings.max_length
+    fits = rows.tokens <= settings.max_length
     is_cut = ~fits & rows.completion & (settings.on_too_long == "split")
     kept = fits | is_cut
     pieces = np.ones(len(rows), np.int64)
-    pieces[is_cut] = pieces_of(with_end[is_cut], settings.max_length)
+    pieces[is_cut] = pieces_of(rows.tokens[is_cut], settings.max_length)
     in_epoch = kept & ~rows.validation
     # Nothing predicts the first token of a row, or of a piece.
-    trained = np.maximum(with_end - 1, 0) if settings.train_on_prompt else rows.trained_tokens
+    trained = np.maximum(rows.tokens - 1, 0) if settings.train_on_prompt else rows.trained_tokens
     trained = trained + 1 - pieces
     shares = [100 * share for share in KEPT_SHARES]
-    limits = np.percentile(with_end, shares, method="inverted_cdf")  # [len(KEPT_SHARES)]
-    lengths = {"prompt_tokens": rows.prompt_tokens, "answer_tokens": answer, "row_tokens": row}
+    limits = np.percentile(rows.tokens, shares, method="inverted_cdf")  # [len(KEPT_SHARES)]
+    # A row that was not counted has any length from its least on; beyond that no limit is known.
+    known = rows.tokens[~rows.counted].min() if not rows.counted.all() else limits.max() + 1
+    # Lengths are those of the rows that were counted. [N of these]
+    counted = rows.counted if rows.counted.any() else np.ones(len(rows), np.bool_)
+    prompt = rows.prompt_tokens[counted]
+    answer = (rows.answer_tokens - rows.end_tokens)[counted]
+    row, with_end = prompt + answer, rows.tokens[counted]
+    lengths = {"prompt_tokens": prompt, "answer_tokens": answer, "row_tokens": row}
     return TokenStatistics(
-        prompt_tokens=lengths_of(rows.prompt_tokens),
+        prompt_tokens=lengths_of(prompt),
         answer_tokens=lengths_of(answer),
         row_tokens=lengths_of(row),
         row_tokens_with_end_tokens=lengths_of(with_end),
@@ -174,12 +179,14 @@ def token_statistics(rows: RowTable, settings: Settings) -> TokenStatistics:
         texts_cut_by_max_length=int(is_cut.sum()),
         pieces_of_cut_texts=_sum(pieces[is_cut]),
         max_length_tokens_that_keep={
-            f"{share:.0%}": int(limit) for share, limit in zip(KEPT_SHARES, limits, strict=True)
+            f"{share:.0%}": int(limit)
+            for share, limit in zip(KEPT_SHARES, limits, strict=True)
+            if limit < known
         },
-        epoch=Epoch(_sum(pieces[in_epoch]), _sum(with_end[in_epoch]), _sum(trained[in_epoch])),
+        epoch=Epoch(_sum(pieces[in_epoch]), _sum(rows.tokens[in_epoch]), _sum(trained[in_epoch])),
         epochs=settings.epochs,
         padding_share_of_padding_tools=_padding(
-            _of_pieces(with_end[kept], is_cut[kept], settings.max_length), settings
+            _of_pieces(rows.tokens[kept], is_cut[kept], settings.max_length), settings
         ),
     )
 
@@ -265,7 +272,7 @@ class Sample:
     title: str
     file: str
     line: int
-    tokens: int | None  # with the end tokens; None without a tokenizer
+    tokens: int | None  # with the end tokens; None without a tokenizer, or of a part of a row
     trained_tokens: int | None
     spans: tuple[Span, ...]
 
@@ -281,39 +288,47 @@ class Sample:
         return f", {self.tokens:,} tokens, {self.trained_tokens:,} trained"
 
 
+@dataclass(frozen=True)
+class Shown:
+    """A row that is shown, or its beginning."""
+
+    example: Example
+    is_cut: bool = False  # it is only the beginning of the row
+
+
 class SampleChooser:
     """Keeps the few rows that are shown, while all of them stream past."""
 
     def __init__(self, seed: int, lines: Iterable[int] = ()) -> None:
         self._random = random.Random(seed)
-        self._asked: dict[int, list[Example]] = {line: [] for line in lines}
-        self._usual: dict[str, Example] = {}
+        self._asked: dict[int, list[Shown]] = {line: [] for line in lines}
+        self._usual: dict[str, Shown] = {}
         self._seen = 0
         self._least = self._most = 0
 
-    def add(self, example: Example, length: int) -> None:
+    def add(self, row: Shown, length: int) -> None:
         """The next row and its length, in any unit."""
         self._seen += 1
-        if example.line in self._asked:
-            self._asked[example.line].append(example)
+        if row.example.line in self._asked:
+            self._asked[row.example.line].append(row)
         if self._seen == 1:
-            self._usual["first"] = example
+            self._usual["first"] = row
         if self._seen == 1 or length < self._least:
-            self._least, self._usual["shortest"] = length, example
+            self._least, self._usual["shortest"] = length, row
         if self._seen == 1 or length > self._most:
-            self._most, self._usual["longest"] = length, example
+            self._most, self._usual["longest"] = length, row
         # Each row is the one in the end with the same probability.
         if self._random.random() * self._seen < 1:
-            self._usual["random"] = example
+            self._usual["random"] = row
 
-    def chosen(self) -> list[tuple[str, Example]]:
+    def chosen(self) -> list[tuple[str, Shown]]:
         """Titles and rows: those asked for, or the usual four, each row once."""
         if self._asked:
             return [(f"line {line}", row) for line, rows in self._asked.items() for row in rows]
-        titles: dict[int, tuple[str, Example]] = {}
-        for title, example in self._usual.items():
-            before = titles.get(id(example))
-            titles[id(example)] = (f"{before[0]}, {title}" if before else title, example)
+        titles: dict[int, tuple[str, Shown]] = {}
+        for title, row in self._usual.items():
+            before = titles.get(id(row))
+            titles[id(row)] = (f"{before[0]}, {title}" if before else title, row)
         return list(titles.values())
 
     @property
@@ -322,13 +337,23 @@ class SampleChooser:
         return [line for line, found in self._asked.items() if not found]
 
 
-def sample_of(title: str, example: Example, coder: Coder | None, train_on_prompt: bool) -> Sample:
-    """A row as spans of text; without a coder, its turns as they are."""
+def sample_of(title: str, shown: Shown, coder: Coder | None, train_on_prompt: bool) -> Sample:
+    """A row as spans of text; without a coder, its turns as they are.
+
+    Of a row that is cut the beginning is shown, without counts of tokens.
+    """
+    example = shown.example
     file, line = str(example.file), example.line
+    if shown.is_cut:
+        title = f"{title} (the first {SHOWN:,} characters of its turns)"
+        example = _beginning(example, SHOWN)
     if coder:
         row = coder.encode_example(example, train_on_prompt=train_on_prompt)
         spans = _data_apart(_spans(coder, row.input_ids, row.labels), example)
-        return Sample(title, file, line, len(row.input_ids), row.num_target_tokens, tuple(spans))
+        tokens, trained = len(row.input_ids), row.num_target_tokens
+        if shown.is_cut:
+            return Sample(title, file, line, None, None, tuple(spans))
+        return Sample(title, file, line, tokens, trained, tuple(spans))
     spans = []
     for turn in example.turns:
         spans.append(Span(f"{turn.role}: ", trained=False, control=True))
@@ -385,7 +410,16 @@ def _data_apart(spans: Iterable[Span], example: Example) -> list[Span]:
 # -------------------------------------------------------------------------------------------------
 # The pass itself.
 
-ROWS_AT_ONCE = 2048
+ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 2048, 2**23
+# Of a row that is too long to be encoded, or longer than the first of these, only the first
+# characters of each turn are looked at, and still fewer shown: it is work for what is thrown away.
+LOOKED_AT_WHOLE, LOOKED_AT, SHOWN = 2**22, 2**16, 2000
+
+
+def _beginning(example: Example, characters: int) -> Example:
+    """The row with the first characters of each turn."""
+    turns = tuple([replace(turn, content=turn.content[:characters]) for turn in example.turns])
+    return replace(example, turns=turns)
 
 
 class Survey:
@@ -420,12 +454,19 @@ class Survey:
         # Shapes below: R is the number of these rows.
         number = len(examples)
         self.rows += number
-        texts = [RowTexts.of(example, self._special_tokens) for example in examples]
-        wholes = [row.whole for row in texts]
-        words = words_of(wholes)
+        sizes = [_characters(example) for example in examples]
+        is_cut = [size > LOOKED_AT_WHOLE for size in sizes]
+        if encoded:
+            is_cut = [long or row.at_least > 0 for long, row in zip(is_cut, encoded, strict=True)]
+        seen = [
+            _beginning(example, LOOKED_AT) if long else example
+            for example, long in zip(examples, is_cut, strict=True)
+        ]
+        texts = [RowTexts.of(example, self._special_tokens) for example in seen]
+        words = words_of([row.whole for row in texts])
         self._near.add(words)
         self._letters += words.letters
-        characters = np.fromiter((len(whole) for whole in wholes), np.int32, number)  # [R]
+        characters = np.array(sizes, np.int32)  # [R]
         answer_words = (sum(len(text.split()) for text in row.answers) for row in texts)
         tokens = _token_counts(texts, encoded)  # three columns, [R] each
         self._writer.add(
@@ -441,8 +482,8 @@ class Survey:
             **tokens,
         )
         lengths = tokens["prompt_tokens"] + tokens["answer_tokens"] if encoded else characters
-        for example, length in zip(examples, lengths.tolist(), strict=True):
-            self.samples.add(example, length)
+        for example, length, is_beginning in zip(seen, lengths.tolist(), is_cut, strict=True):
+            self.samples.add(Shown(example, is_beginning), length)
         self._check(examples, texts)
 
     def table(self) -> RowTable:
@@ -482,20 +523,33 @@ class Survey:
 
 def in_chunks(examples: Iterable[Example], most: int | None = None) -> Iterator[list[Example]]:
     """Examples in lists of a size to work on at once; only the first `most`, if that is given."""
-    iterator = islice(examples, most)
-    while chunk := list(islice(iterator, ROWS_AT_ONCE)):
+    chunk: list[Example] = []
+    characters = 0
+    for example in islice(examples, most):
+        chunk.append(example)
+        characters += _characters(example)
+        if len(chunk) == ROWS_AT_ONCE or characters >= CHARACTERS_AT_ONCE:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
         yield chunk
+
+
+def _characters(example: Example) -> int:
+    """Of all turns, on lines of their own."""
+    return sum([len(turn.content) for turn in example.turns]) + len(example.turns) - 1
 
 
 def _token_counts(
     texts: Sequence[RowTexts], encoded: Sequence[EncodedRow] | None
-) -> dict[str, Small]:
+) -> dict[str, Small | Flags]:
     """The columns of a `RowTable` that count tokens; zeros without a tokenizer."""
     number = len(texts)
     if encoded is None:
         nothing = np.zeros(number, np.int32)
-        return dict.fromkeys(("prompt_tokens", "answer_tokens", "end_tokens"), nothing)
-    total = np.fromiter((len(row.input_ids) for row in encoded), np.int32, number)
+        columns = dict.fromkeys(("prompt_tokens", "answer_tokens", "end_tokens"), nothing)
+        return {**columns, "counted": np.ones(number, np.bool_)}
+    total = np.fromiter((len(row.input_ids) or row.at_least for row in encoded), np.int32, number)
     # A completion is an answer from its first token on, though nothing predicts that one.
     trained = np.fromiter(
         (
@@ -508,7 +562,12 @@ def _token_counts(
         number,
     )
     ends = np.fromiter((len(row.answers) for row in texts), np.int32, number)
-    return {"prompt_tokens": total - trained, "answer_tokens": trained, "end_tokens": ends}
+    return {
+        "prompt_tokens": total - trained,
+        "answer_tokens": trained,
+        "end_tokens": ends,
+        "counted": np.fromiter((not row.at_least for row in encoded), np.bool_, number),
+    }
 
 
 def _hashes(examples: Sequence[Example], of: Callable[[Example], int]) -> npt.NDArray[np.uint64]:

@@ -20,6 +20,8 @@ FormatName = Literal["instruct", "chat"]
 
 # Rows and characters that are encoded in one call, enough to keep all cores busy.
 BATCH_ROWS, BATCH_CHARACTERS = 2048, 2**21
+# A row of at most so many characters is encoded in any case, so that its length is known.
+SOON_ENCODED = 2**18
 
 
 @dataclass(frozen=True)
@@ -131,15 +133,35 @@ class Coder:
         return row.tokenized()
 
     def encode_rows(
-        self, examples: Iterable[Example], *, train_on_prompt: bool = False
+        self,
+        examples: Iterable[Example],
+        *,
+        train_on_prompt: bool = False,
+        most_tokens: int | None = None,
     ) -> Iterator[EncodedRow]:
-        """`encode_example` of each without the labels, many rows at once on all cores."""
+        """`encode_example` of each without the labels, many rows at once on all cores.
+
+        Args:
+            most_tokens: a row of more than SOON_ENCODED characters that has more tokens than these
+                by its characters alone is not encoded; see `EncodedRow.at_least`. None encodes all.
+        """
         for batch in _batches(examples):
-            segments = [self.prompt_format.segments(example.turns) for example in batch]
+            least = [0 if most_tokens is None else self._least_tokens(row) for row in batch]
+            segments = [
+                [] if tokens > (most_tokens or 0) else self.prompt_format.segments(example.turns)
+                for example, tokens in zip(batch, least, strict=True)
+            ]
             encoded = self.tokenizer.encode_batch(segments)
-            for example, (ids, spans) in zip(batch, encoded, strict=True):
+            for example, tokens, (ids, spans) in zip(batch, least, encoded, strict=True):
                 trained = [(0, len(ids))] if train_on_prompt else spans
-                yield EncodedRow(example, ids, _without_first(trained))
+                yield EncodedRow(example, ids, _without_first(trained), 0 if ids else tokens)
+
+    def _least_tokens(self, example: Example) -> int:
+        """So many tokens a long row has at least, by its characters alone; 0 if nobody knows."""
+        characters = sum(len(turn.content) for turn in example.turns)
+        if characters <= SOON_ENCODED or not (most := self.tokenizer.most_characters):
+            return 0
+        return characters // most
 
     def save(self, folder: Path) -> None:
         """Copies the tokenizer, with a chat template that renders the prompt format."""

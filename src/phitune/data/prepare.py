@@ -86,7 +86,10 @@ def prepare_data(
         train = np.arange(data.store.rows, dtype=np.uint32)
         validation = np.arange(held_out.store.rows, dtype=np.uint32)
     else:
-        train, validation = split_rows(data.store, settings.validation_split, settings.seed)
+        try:
+            train, validation = split_rows(data.store, settings.validation_split, settings.seed)
+        except DataError as error:  # Rows that are left out may be why.
+            raise DataError("\n".join([str(error), *warnings])) from None
 
     # Drop or refuse rows that are too long.
     train_rows = _fitting(TokenRows(data.store, train), settings, dataset_path, notes, warnings)

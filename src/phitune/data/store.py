@@ -611,11 +611,17 @@ def _joined(parts: Iterator[NDArray[np.uint32]], length: int) -> NDArray[np.uint
     return found
 
 
+_HASHED_AT_ONCE = 2**20  # characters
+
+
 def question_hash(example: Example) -> int:
     """64 bits that are the same for the same question; a completion is its own question."""
     digest = hashlib.blake2b(digest_size=8)
     for turn in example.turns if example.is_completion else example.question:
-        digest.update(f"{turn.role}\0{turn.content}\0".encode())
+        digest.update(f"{turn.role}\0".encode())
+        for start in range(0, len(turn.content), _HASHED_AT_ONCE):  # A turn may be large.
+            digest.update(turn.content[start : start + _HASHED_AT_ONCE].encode())
+        digest.update(b"\0")
     return int.from_bytes(digest.digest(), "little")
 
 

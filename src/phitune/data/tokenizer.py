@@ -58,8 +58,9 @@ class EncodedRow:
     """One row as tokens, with its trained spans in order instead of labels."""
 
     example: Example
-    input_ids: list[int]  # [tokens]
+    input_ids: list[int]  # [tokens]; none of a row that was not encoded
     spans: list[Span]
+    at_least: int = 0  # of a row that was not encoded, as it is too long: it has so many tokens
 
     def tokenized(self) -> TokenizedExample:
         return TokenizedExample(
@@ -167,6 +168,28 @@ class TextTokenizer:
         """One more than the largest id."""
         ids = self._at_start.get_vocab(with_added_tokens=True).values()
         return 1 + max([*ids, *self._control_ids], default=-1)
+
+    @functools.cached_property
+    def most_characters(self) -> int | None:
+        """The most characters of a text that one token can stand for; None if nobody knows.
+
+        Known of tokenizers that have a token for every byte and take no character out of a text.
+        """
+        spec = json.loads(self._at_start.to_str())
+        vocabulary = self._at_start.get_vocab(with_added_tokens=True)
+        model = spec.get("model") or {}
+        kinds = _kinds(spec.get("pre_tokenizer"), "pretokenizers")
+        by_bytes = "ByteLevel" in kinds and len(_BYTE_LETTERS & vocabulary.keys()) == 256
+        by_fallback = model.get("byte_fallback") and all(
+            f"<0x{byte:02X}>" in vocabulary for byte in range(256)
+        )
+        keeps_all = kinds <= _KEEPING_PIECES and _kinds(spec.get("normalizer"), "normalizers") <= {
+            "Prepend",
+            "Replace a space",
+        }
+        if model.get("type") != "BPE" or not keeps_all or not (by_bytes or by_fallback):
+            return None
+        return max(map(len, vocabulary), default=None)
 
     @property
     def fingerprint(self) -> str:
@@ -431,6 +454,28 @@ def read_chat_template(folder: Path) -> str | None:
             (entry.get("template") for entry in entries if entry.get("name") == "default"), None
         )
     return template if isinstance(template, str) else None
+
+
+# Each byte as a letter, as byte-level tokenizers write it: those that can be printed as they are.
+_PRINTED = {*range(33, 127), *range(161, 173), *range(174, 256)}
+_BYTE_LETTERS = {chr(byte) for byte in (*_PRINTED, *range(256, 512 - len(_PRINTED)))}
+# Steps that cut a text into pieces and lose nothing of it.
+_KEEPING_PIECES = {"ByteLevel", "Metaspace", "Digits", "Split"}
+
+
+def _kinds(component: Any, parts: str) -> set[str]:
+    """The kinds of a tokenizer's component and of its parts; those that may shorten a text are
+    named otherwise."""
+    if not isinstance(component, dict):
+        return set()
+    if component.get("type") == "Sequence":
+        return set().union(*(_kinds(part, parts) for part in component.get(parts, [])))
+    if component.get("behavior") == "Removed":
+        return {"removes"}
+    if component.get("type") == "Replace":
+        is_space = component.get("pattern") == {"String": " "} and component.get("content")
+        return {"Replace a space" if is_space else "replaces"}
+    return {str(component.get("type"))}
 
 
 def _without_leading_space(spec: dict[str, Any]) -> dict[str, Any]:

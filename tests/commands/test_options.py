@@ -60,6 +60,11 @@ def test_a_field_is_a_flag_with_its_default_and_what_was_given_is_known() -> Non
         ("--log /nowhere/to/be", "--log /nowhere/to/be: there is no folder /nowhere/to"),
         ("--log /", "--log /: is a folder; name a file"),
         ("--as_json", "unknown flag --as_json"),
+        ("--heat low --heat high", "--heat is given twice: low, then high"),
+        ("--tea=", "--tea '': is empty (an unset variable?)"),
+        ("--log=", "--log '': is empty (an unset variable?)"),
+        ("mug cup", "unexpected argument 'cup': every value needs its flag before it"),
+        ("--heat --liters 2", "--heat: expected one argument, and --liters follows"),
     ],
 )
 def test_a_wrong_flag_is_refused_with_what_is_allowed(line: str, said: str) -> None:

@@ -193,7 +193,9 @@ class ModelOptions(Options):
     def _one_adapter(self) -> "ModelOptions":
         if len(self.adapter_path) > 1 and not self.several_adapters:
             raise ValueError(
-                "--adapter_path was given more than once; only phitune compare takes several"
+                f"--adapter_path is given {len(self.adapter_path)} times:"
+                f" {', then '.join(map(_typed, self.adapter_path))}; only phitune compare takes"
+                " several"
             )
         return self
 
@@ -322,6 +324,8 @@ class _Once(argparse.Action):
 
 def _typed(value: Any) -> str:
     """A value as it is typed on a command line."""
+    if isinstance(value, list):
+        return " ".join(map(_typed, value))
     return str(value).lower() if isinstance(value, bool) else shlex.quote(str(value))
 
 

@@ -70,6 +70,7 @@ NOT_RUN = {
     "phitune export --push your-name/my-model --output_dir output/my_model-adapter": "it uploads",
     "source .venv/bin/activate": "the environment this test runs in stands for it",
     "pip install 'phitune[eval]'": "it installs",
+    "pip install 'phitune[mlflow]'": "it installs",
     "phitune evaluate --adapter_path output/my_model --tasks hellaswag,arc_easy --limit 200": (
         "it fetches data sets"
     ),

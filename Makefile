@@ -85,6 +85,7 @@ fuzz: setup
 	$(BIN)/python benchmarks/fuzz_settings.py
 	$(BIN)/python benchmarks/fuzz_data.py
 	$(BIN)/python benchmarks/fuzz_models.py
+	$(BIN)/python benchmarks/fuzz_templates.py
 
 # A hundred kills, each run gone on with to its end; some minutes.
 torture: setup

@@ -93,6 +93,15 @@ def test_texts_in_a_template_are_the_rows_of_their_turns(
     assert ids(path, name) == expected
 
 
+def test_the_cases_of_the_field(cases: Path) -> None:
+    folder = cases / "03-prerendered-text"
+    names: tuple[FormatName, ...] = ("chat", "instruct")
+    for name in names:
+        assert ids(folder / "text.jsonl", name) == ids(folder / "msgs.jsonl", name)
+        same = [ids(folder / f"{form}.jsonl", name) for form in ("rendered", "rendered_instruct")]
+        assert same[0] == same[1] == ids(folder / "alpaca_rendered.jsonl", name)
+
+
 def test_most_rows_decide_and_others_stay_texts(tmp_path: Path) -> None:
     forms = CODERS["chat"].prompt_format.written_forms
     texts = [rendered("chat", 0), "A plain text.", rendered("chat", 1)]

@@ -262,8 +262,11 @@ class TrackioTracker:
         self._run.log(dict(numbers), step=step)
 
     def close(self, *, finished: bool) -> None:
+        import trackio
+
+        # Not the run's own finish: trackio would end it once more, aloud, when Python exits.
         with contextlib.redirect_stdout(io.StringIO()):
-            self._run.finish()
+            trackio.finish()
 
 
 # --- wandb ----------------------------------------------------------------------------------------

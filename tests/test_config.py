@@ -101,6 +101,8 @@ def test_flags_win_over_the_file_and_origins_are_known(tmp_path: Path) -> None:
         ("--epochs 0.5", "must be a whole number; for part of an epoch give fewer rows"),
         ("--epochs 99999999999", "must be at most 2147483647"),
         ("--seed 99999999999999999999", "must be at most"),
+        ("--lora_alpha 1e308", "must be at most 1e+06"),
+        ("--batch_size 999999999", "15,999,999,984 rows a step; use at most 1,048,576"),
         ("--output_dir --epochs 3", "argument --output_dir: expected one argument, and --epochs"),
         ("--output_dir --odd", "if it is --odd, write --output_dir=--odd"),
         ("--dataset_path my data.jsonl", "--dataset_path has one, 'my'; a value with a space"),

@@ -82,6 +82,7 @@ _AS_HYPHENS = str.maketrans(DASHES, "-" * len(DASHES))
 _VARIABLE = re.compile(r"\$\{?[A-Za-z_]\w*\}?|\$\(|%[A-Za-z_]\w*%")
 # Larger numbers count nothing that exists, and overflow where torch takes them.
 MAX_COUNT, MAX_SEED = 2**31 - 1, 2**62
+MAX_ROWS_PER_STEP = 2**20
 
 
 def _number_text(value: Any) -> Any:
@@ -466,6 +467,7 @@ class Settings(BaseModel):
         " 4 x lora_r)",
         group=_LORA,
         gt=0.0,
+        le=1e6,
     )
     use_rslora: bool = knob(
         False,
@@ -1016,6 +1018,11 @@ def validated(values: Mapping[str, Any], where: Mapping[str, str]) -> Settings:
             problems.append(f"{name} = {_shown(values[name])}: {in_words(detail)}{place}")
         problems = list(dict.fromkeys(problems))  # Of a list, every element may have the same.
         raise SettingsError("these settings cannot be used:\n" + listing(problems)) from None
+    if settings.rows_per_step > MAX_ROWS_PER_STEP:
+        raise SettingsError(
+            f"batch_size x gradient_accumulation_steps is {settings.rows_per_step:,} rows a step;"
+            f" use at most {MAX_ROWS_PER_STEP:,}"
+        )
     if settings.recompute_layers and not settings.gradient_checkpointing:
         raise SettingsError(
             "recompute_layers and gradient_checkpointing false contradict each other;"

@@ -1,5 +1,6 @@
 """Options of commands: a field is a flag, and a wrong value is one clear error."""
 
+import shlex
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -61,6 +62,7 @@ def test_a_field_is_a_flag_with_its_default_and_what_was_given_is_known() -> Non
         ("--log /", "--log /: is a folder; name a file"),
         ("--as_json", "unknown flag --as_json"),
         ("--heat low --heat high", "--heat is given twice: low, then high"),
+        ("mug ''", "unexpected argument ''"),
         ("--tea=", "--tea '': is empty (an unset variable?)"),
         ("--log=", "--log '': is empty (an unset variable?)"),
         ("mug cup", "unexpected argument 'cup': every value needs its flag before it"),
@@ -69,7 +71,7 @@ def test_a_field_is_a_flag_with_its_default_and_what_was_given_is_known() -> Non
 )
 def test_a_wrong_flag_is_refused_with_what_is_allowed(line: str, said: str) -> None:
     with pytest.raises(SettingsError) as caught:
-        parse(Kettle, line.split())
+        parse(Kettle, shlex.split(line))
     assert said in str(caught.value)
     assert "Run 'phitune kettle --help' for all flags." in str(caught.value)
 

@@ -365,6 +365,8 @@ def _with_values(argv: Sequence[str], taking_one: Container[str], parser: _Parse
 def _why_unknown(word: str, argv: Sequence[str], names: Sequence[str]) -> str:
     """What to say of a word that is no flag and no value of one."""
     bare = word.lstrip("-" + DASHES).partition("=")[0]
+    if not word.strip():
+        return "unexpected argument '': it is empty (an unset variable?); remove it"
     if word.startswith("--"):
         return unknown_name(bare, names, kind="flag", prefix="--")
     if word[0] in f"-{DASHES}" and bare and not bare[0].isdigit():

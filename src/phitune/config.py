@@ -280,6 +280,45 @@ def _expanded(path: Path) -> Path:
         ) from None
 
 
+def split_mix(text: str) -> tuple[str, str]:
+    """PATH:SHARE at its last colon: a path may have others."""
+    path, _, share = text.rpartition(":")
+    return path.strip(), share.strip()
+
+
+def _mixes(value: Any) -> Any:
+    """PATH:SHARE, one or more; also from a mapping of paths and shares, as YAML has it."""
+    if isinstance(value, Mapping):
+        value = [f"{path}:{share}" for path, share in value.items()]
+    value = _one_or_more(value)
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise ValueError("must look like PATH:SHARE, such as general.jsonl:0.1")
+    total = 0.0
+    for text in value:
+        path, share_text = split_mix(text)
+        if not path:
+            raise ValueError(f"must look like PATH:SHARE, such as {share_text or 'DATA'}:0.1")
+        try:
+            share = float(_real(share_text))
+        except ValueError as error:
+            why = str(error) if "must" in str(error) else f"{share_text} is no number"
+            raise ValueError(f"must end in a colon and a share, such as :0.1; {why}") from None
+        if not 0 < share < 1:
+            raise ValueError(
+                f"{share_text} is no share of an epoch: it must be more than 0 and less than 1"
+            )
+        place_text(path)
+        total += share
+    if twice := repeated(split_mix(text) for text in value):
+        raise ValueError("; ".join(twice))
+    if total > 1 - 1e-9:  # 0.7, 0.2 and 0.1 add up to a little less.
+        raise ValueError(
+            f"the shares add up to {total:g}; the rest of an epoch are the rows of dataset_path, so"
+            " they must add up to less than 1"
+        )
+    return value
+
+
 _Named = BeforeValidator(place_text)
 UserPath = Annotated[Path, AfterValidator(_expanded), _Named]
 PlaceName = Annotated[str, _Named]
@@ -288,6 +327,7 @@ Seed = Annotated[int, BeforeValidator(_number_text), Field(le=MAX_SEED)]
 Epochs = Annotated[int, BeforeValidator(_epochs), Field(le=MAX_COUNT)]
 Real = Annotated[float, BeforeValidator(_real)]
 Texts = Annotated[list[Annotated[str, AfterValidator(_encodable)]], BeforeValidator(_one_or_more)]
+Mixes = Annotated[list[Annotated[str, AfterValidator(_encodable)]], BeforeValidator(_mixes)]
 Modules = Annotated[list[Annotated[str, AfterValidator(_encodable)]], BeforeValidator(_modules)]
 Layers = Annotated[str | None, BeforeValidator(_layers)]
 ReportTo = Annotated[str, BeforeValidator(_report_to)]
@@ -416,6 +456,12 @@ class Settings(BaseModel):
     )
     train_on_prompt: bool = knob(
         False, "train on the tokens of the prompt too, not only on those of the answer", group=_DATA
+    )
+    mix: Mixes = knob(
+        [],
+        "rows of another data set as a share of the rows of each epoch, PATH:SHARE, such as"
+        " general.jsonl:0.1; may be given several times",
+        group=_DATA,
     )
     cache: bool = knob(
         True, "keep the tokenized data in ~/.cache/phitune for the next run", group=_DATA
@@ -553,6 +599,25 @@ class Settings(BaseModel):
         """The batch size as a number; "auto" must have been chosen before this is asked."""
         assert isinstance(self.batch_size, int)
         return self.batch_size
+
+    @property
+    def mixed(self) -> list[tuple[Path, float]]:
+        """The other data sets of `mix`, and their shares of an epoch."""
+        pairs = map(split_mix, self.mix)
+        return [(_expanded(Path(path)), float(share)) for path, share in pairs]
+
+    def of_mixed(self, path: Path) -> "Settings":
+        """How the rows of another data set are read: alone, and as what they are themselves."""
+        update: dict[str, Any] = {
+            "dataset_path": path,
+            "validation_path": None,
+            "validation_split": 0.0,
+            "data_format": "auto",
+            "columns": None,
+            "mix": [],
+            "sample_prompts": [],
+        }
+        return self.model_copy(update=update)
 
     @property
     def rows_per_step(self) -> int:

@@ -299,8 +299,9 @@ def data_progress(console: Console) -> Iterator[DataProgress | None]:
 def data_line(data: PreparedData, source: Path | str) -> str:
     """How many rows and tokens there are, and how many of the tokens train."""
     tokens, trained = data.train_rows.num_tokens, data.train_rows.num_target_tokens
+    source = "".join([str(source), *(f", and in each epoch {part}" for part in data.mixed)])
     return (
-        f"data: {len(data.train_rows)} training and {len(data.validation_rows)} validation rows"
+        f"data: {len(data.own_rows)} training and {len(data.validation_rows)} validation rows"
         f" from {source}; {tokens:,} tokens an epoch, {trained / tokens:.0%} of them trained;"
         f" the longest row has {max(data.train_rows.longest, data.validation_rows.longest)}"
     )

@@ -23,6 +23,7 @@ from phitune.check.report import check_before_training
 from phitune.config import Resolved, Settings, resolve, to_yaml
 from phitune.data.coder import Coder
 from phitune.data.conversation import Turn
+from phitune.data.mix import rows_per_epoch
 from phitune.data.prepare import PreparedData, facts_of, prepare_data
 from phitune.data.tokenizer import TextTokenizer
 from phitune.environment import NO_ROOM, find_folders
@@ -294,7 +295,9 @@ class Phi2LoRATrainer:
                     self._check_output_dir()
 
                 # Dry run: the largest micro-batch, a validation and a checkpoint must fit.
-                state = start_state(engine, model.adapter, len(data.train_rows), self.settings)
+                state = start_state(
+                    engine, model.adapter, rows_per_epoch(data.train_rows), self.settings
+                )
                 hold_reserve()
                 for tried in dry_run(engine, state, data, self.settings):
                     if isinstance(tried, RanOutOfMemory):
@@ -659,7 +662,7 @@ class Phi2LoRATrainer:
         trackers = Trackers(names, run.path, self.settings, first_step)
         for place in trackers.places:
             self._say(f"report_to {place}")
-        rows, epochs = len(data.train_rows), self.settings.epochs
+        rows, epochs = rows_per_epoch(data.train_rows), self.settings.epochs
         view = open_view(self.console, self._step_0)
         view.start(
             total=Position(epochs * state.steps_per_epoch, epochs * rows),

@@ -39,6 +39,7 @@ from phitune.check.duplicates import (
 )
 from phitune.check.rows import ROW_CHECKS, RowCheck
 from phitune.check.survey import (
+    Epoch,
     Lengths,
     Sample,
     Survey,
@@ -52,6 +53,7 @@ from phitune.config import Settings, as_flags
 from phitune.data.coder import Coder
 from phitune.data.dataset import ExampleStream, OnBadRow, read_examples
 from phitune.data.formats import RowNotes
+from phitune.data.mix import mean_of_epoch, taken_rows
 from phitune.data.prepare import PreparedData, validation_rows
 from phitune.data.tokenizer import TextTokenizer
 from phitune.data.written import PLAIN_FORMS
@@ -479,7 +481,7 @@ def make_report(
     max_rows: int | None = None,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Report:
-    """Reads all rows once.
+    """Reads all rows once, those of the data sets that are mixed in too.
 
     Args:
         settings: with a dataset_path.
@@ -492,6 +494,25 @@ def make_report(
     Raises:
         PhituneError: a source that cannot be used, or lines without a row.
     """
+    report, table = _report(settings, coder, lines, on_bad_row, max_rows, progress)
+    if not settings.mixed:
+        return report
+    others = [
+        _report(settings.of_mixed(path), coder, (), on_bad_row, max_rows, progress)
+        for path, _ in settings.mixed
+    ]
+    return _with_others(settings, report, table, others)
+
+
+def _report(
+    settings: Settings,
+    coder: Coder | ModelError,
+    lines: Sequence[int],
+    on_bad_row: OnBadRow,
+    max_rows: int | None,
+    progress: Callable[[int], None],
+) -> tuple[Report, RowTable]:
+    """`make_report` of the main data, and its rows."""
     missing = str(coder).splitlines()[0].rstrip(".") if isinstance(coder, ModelError) else None
     encoder = None if isinstance(coder, ModelError) else coder
 
@@ -549,7 +570,7 @@ def make_report(
     checks.sort(key=lambda finding: -SEVERITY[finding.verdict])
 
     formats = [str(kind) for stream in streams for kind in stream.formats.values()]
-    return Report(
+    report = Report(
         source=str(settings.dataset_path),
         validation_source=str(settings.validation_path) if settings.validation_path else None,
         files=sum(len(stream.files) for stream in streams),
@@ -571,6 +592,67 @@ def make_report(
             for title, row in survey.samples.chosen()
         ),
     )
+    return report, table
+
+
+# Said of the main data alone: others are not validated with, and an epoch takes a part of them.
+_OF_MAIN_DATA = ("few_rows", "validation_share")
+
+
+def _with_others(
+    settings: Settings, report: Report, table: RowTable, others: Sequence[tuple[Report, RowTable]]
+) -> Report:
+    """A report with a check for each data set that is mixed in, and its part of an epoch."""
+    held_out = table.question_hash[table.validation]
+    tokens, checks = report.tokens, list(report.checks)
+    main_rows = tokens.epoch.train_rows if tokens else report.rows.train_rows
+    counts = taken_rows(main_rows, [share for _, share in settings.mixed])
+    for (path, share), taken, (other, rows) in zip(settings.mixed, counts, others, strict=True):
+        # Rows whose question is validated with are left out; so are those that are too long.
+        left_out = np.isin(rows.question_hash, held_out)
+        there = int((~left_out).sum())
+        if tokens:
+            rows = dataclasses.replace(rows, validation=left_out)
+            epoch = token_statistics(rows, settings.of_mixed(path)).epoch
+            there = epoch.train_rows
+            if there:
+                tokens = dataclasses.replace(tokens, epoch=_joined(tokens.epoch, epoch, taken))
+        checks.append(_mixed_in(path, share, taken, there, other))
+    checks.sort(key=lambda finding: -SEVERITY[finding.verdict])
+    return dataclasses.replace(
+        report,
+        files=report.files + sum(other.files for other, _ in others),
+        notes=report.notes + tuple(note for other, _ in others for note in other.notes),
+        tokens=tokens,
+        checks=tuple(checks),
+    )
+
+
+def _joined(main: Epoch, other: Epoch, taken: int) -> Epoch:
+    """An epoch with `taken` rows of another data set, on average."""
+    tokens, trained = (
+        mean_of_epoch(total, taken, other.train_rows)
+        for total in (other.tokens, other.trained_tokens)
+    )
+    return Epoch(main.train_rows + taken, main.tokens + tokens, main.trained_tokens + trained)
+
+
+def _mixed_in(path: Path, share: float, taken: int, there: int, report: Report) -> Finding:
+    """What the checks of another data set found."""
+    title = f"rows mixed in from {path}"
+    found = [
+        finding
+        for finding in report.checks
+        if finding.verdict != "ok" and finding.name not in _OF_MAIN_DATA
+    ]
+    epoch = f"{taken:,} of {there:,} rows in each epoch, {share:.1%} of its rows"
+    if not there:
+        return Finding("mix", title, "error", 0, "no row is left", f"phitune check {path}")
+    if not found:
+        return Finding("mix", title, "ok", 0, epoch)
+    worst = max((finding.verdict for finding in found), key=SEVERITY.__getitem__)
+    said = "; ".join(f"{finding.title} ({finding.rows:,})" for finding in found)
+    return Finding("mix", title, worst, 0, f"{epoch}; {said}", f"phitune check {path} shows them")
 
 
 def _open(
@@ -730,6 +812,7 @@ def _key(settings: Settings, data: PreparedData) -> str:
     )
     validation = data.validation_rows.store.folder.name if settings.validation_path else ""
     paths = [str(settings.dataset_path), str(settings.validation_path), validation]
+    paths += [f"{mixed.path} {mixed.share} {mixed.rows.store.folder.name}" for mixed in data.mixed]
     decides = [*paths, settings.on_bad_row, *(getattr(settings, name) for name in names)]
     digest = hashlib.sha256(json.dumps(decides).encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):

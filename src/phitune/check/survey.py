@@ -105,7 +105,9 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch trains on: the training rows that max_length keeps."""
+    """What one epoch trains on: the training rows that max_length keeps, and rows mixed in, which
+    differ in each epoch: their tokens are the mean.
+    """
 
     train_rows: int  # and pieces of texts
     tokens: int  # end tokens included

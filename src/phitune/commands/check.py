@@ -293,6 +293,7 @@ class CheckOptions(TrainingOptions):
         "prompt_format": "",
         "max_length": "",
         "on_too_long": "",
+        "mix": "",
         "train_on_prompt": "",
         "batch_size": "batch size that the share of padding is estimated for",
         "epochs": "",

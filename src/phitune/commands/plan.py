@@ -49,6 +49,8 @@ class PlanOptions(TrainingOptions):
         "validation_split": "",
         "prompt_format": "",
         "max_length": "",
+        "on_too_long": "",
+        "mix": "",
         "train_on_prompt": "",
         "batch_size": "",
         "gradient_accumulation_steps": "",
@@ -169,8 +171,10 @@ def _header(plan: Plan) -> RenderableType:
         "config.json": "figures from its config.json",
     }
     if rows.source:
+        others = rows.per_epoch - len(rows.train)
+        mixed = f" ({others:,} of them mixed in)" if others else ""
         data = (
-            f"{len(rows.train):,} training rows of {rows.source}, {rows.tokens:,} tokens,"
+            f"{rows.per_epoch:,} training rows of {rows.source}{mixed}, {rows.tokens:,} tokens,"
             f" {rows.trained_share:.0%} trained; the longest row has {largest.longest:,}"
         )
     else:
@@ -414,7 +418,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "rows": {
             "source": rows.source,
             "upper_bound": rows.source is None,
-            "rows": len(rows.train),
+            "rows": rows.per_epoch,
             "validation_rows": len(rows.validation),
             "tokens_per_epoch": rows.tokens,
             "trained_tokens_per_epoch": rows.trained,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from phitune.data.mix import rows_of_epoch
 from phitune.data.tokenizer import IGNORE_INDEX, TokenizedExample
 
 
@@ -92,9 +93,28 @@ def epoch_steps(
     Args:
         first_step: steps of the epoch that are skipped.
     """
-    order = array("I", range(num_rows))  # four bytes a row
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    for start in range(first_step * rows_per_step, num_rows, rows_per_step):
+    order = array("I", range(num_rows))
+    yield from _in_steps(order, rows_per_step, f"{seed}/{epoch}", first_step)
+
+
+def steps_of_epoch(
+    rows: Sequence[TokenizedExample],
+    rows_per_step: int,
+    *,
+    seed: int,
+    epoch: int,
+    first_step: int = 0,
+) -> Iterator[Sequence[int]]:
+    """`epoch_steps` of rows among which may be those of other data sets, see mix.py."""
+    order = rows_of_epoch(rows, seed, epoch)
+    yield from _in_steps(order, rows_per_step, f"{seed}/{epoch}", first_step)
+
+
+def _in_steps(
+    order: "array[int]", rows_per_step: int, seed: str, first_step: int
+) -> Iterator[Sequence[int]]:
+    random.Random(seed).shuffle(order)
+    for start in range(first_step * rows_per_step, len(order), rows_per_step):
         yield order[start : start + rows_per_step]
 
 

@@ -19,6 +19,7 @@ from phitune.config import Settings
 from phitune.data.coder import Coder
 from phitune.data.conversation import Example, Turn
 from phitune.data.prompt import Segment
+from phitune.data.sources import hub_id
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import MAX_LISTED, DataError, listing
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from phitune.data.mix import Mixed, MixedRows
     from phitune.data.store import Progress, TokenizedData, TokenRows, TokenStore
 
 DEFAULT_SAMPLE_PROMPTS = 2
@@ -46,11 +48,20 @@ class SamplePrompt:
 class PreparedData:
     """The rows of a run as tokens, and the prompts its samples answer."""
 
-    train_rows: "TokenRows"
+    train_rows: "TokenRows | MixedRows"
     validation_rows: "TokenRows"
     sample_prompts: list[SamplePrompt]
     notes: list[str]  # which files were read, and as which format
     warnings: list[str]
+    mixed: "tuple[Mixed, ...]" = ()  # of other data sets, which are among the training rows
+
+    @property
+    def own_rows(self) -> "TokenRows":
+        """The training rows of the main data."""
+        from phitune.data.mix import MixedRows
+
+        rows = self.train_rows
+        return rows.main if isinstance(rows, MixedRows) else rows
 
 
 def prepare_data(
@@ -67,6 +78,7 @@ def prepare_data(
     # Imported late, with numpy: `phitune plan` without a data set does not need them.
     import numpy as np
 
+    from phitune.data.mix import MixedRows
     from phitune.data.store import TokenRows, tokenized
 
     # Read, check, encode; split.
@@ -97,6 +109,9 @@ def prepare_data(
         TokenRows(held_out.store, validation), settings, validation_path, notes, warnings
     )
 
+    # Other data sets, of which each epoch takes some rows.
+    mixed = _mixed(settings, len(train_rows), validation_rows, coder, progress, notes, warnings)
+
     # What samples answer: the given prompts, or the first rows.
     prompts = _given_prompts(settings.sample_prompts, data, coder)
     if not prompts:
@@ -104,19 +119,86 @@ def prepare_data(
         if len(validation_rows):
             rows, path = validation_rows, validation_path
         prompts = _first_prompts(rows, path, settings, coder)
-    return PreparedData(train_rows, validation_rows, prompts, notes, warnings)
+    all_rows = MixedRows(train_rows, mixed) if mixed else train_rows
+    return PreparedData(all_rows, validation_rows, prompts, notes, warnings, mixed)
+
+
+def _mixed(
+    settings: Settings,
+    main_rows: int,
+    validation_rows: "TokenRows",
+    coder: Coder,
+    progress: "Progress | None",
+    notes: list[str],
+    warnings: list[str],
+) -> "tuple[Mixed, ...]":
+    """The other data sets of `mix`, without rows whose question is validated with.
+
+    Raises:
+        DataError: one of them cannot be used.
+    """
+    if not settings.mixed:
+        return ()
+    import numpy as np
+
+    from phitune.data.mix import Mixed, taken_rows
+    from phitune.data.store import TokenRows, tokenized
+
+    held_out = np.concatenate([np.empty(0, np.uint64), *validation_rows.store.questions()])
+    held_out = held_out[validation_rows.indices]
+    counts = taken_rows(main_rows, [share for _, share in settings.mixed])
+    found = []
+    for (path, share), taken in zip(settings.mixed, counts, strict=True):
+        own = settings.of_mixed(path)
+        data = tokenized(path, "train", own, coder, progress)
+        notes += data.notes
+        warnings += data.warnings
+        questions = np.concatenate(list(data.store.questions()))
+        trainable = np.flatnonzero(~np.isin(questions, held_out)).astype(np.uint32)
+        if left_out := len(questions) - len(trainable):
+            notes.append(
+                f"mix {path}: {left_out} of {len(questions)} rows are left out, since their prompts"
+                " are among the validation rows"
+            )
+        if not len(trainable):
+            raise DataError(f"mix {path}: no row is left to train on")
+        rows = _fitting(TokenRows(data.store, trainable), own, path, notes, warnings)
+        if taken > len(rows):
+            notes.append(
+                f"mix {path}: an epoch takes {taken} rows, more than the {len(rows)} that there"
+                " are, so some come several times"
+            )
+        found.append(Mixed(path, share, rows, taken))
+    notes.append("mix: validation is on rows of the main data alone")
+    return tuple(found)
 
 
 def facts_of(data: PreparedData) -> dict[str, Any]:
     """What a run records of its data: numbers of rows and tokens, and a hash of each file."""
-    parts = (data.train_rows, data.validation_rows)
-    files = dict.fromkeys(path for rows in parts for path in rows.store.sources)
+    parts = (data.own_rows, data.validation_rows, *(mixed.rows for mixed in data.mixed))
+    files = list(dict.fromkeys(path for rows in parts for path in rows.store.sources))
+    names = [path.name for path in files]
+    mixed = [
+        {
+            "name": str(part.path) if hub_id(part.path) else part.path.name,
+            "share": part.share,
+            "rows": len(part.rows),
+            "rows_of_an_epoch": part.taken,
+        }
+        for part in data.mixed
+    ]
     return {
-        "training_rows": len(data.train_rows),
+        "training_rows": len(data.own_rows),
         "training_tokens": data.train_rows.num_tokens,
         "trained_tokens": data.train_rows.num_target_tokens,
         "validation_rows": len(data.validation_rows),
-        "files": {path.name: _sha256(path) for path in files},
+        **({"mix": mixed} if mixed else {}),
+        "files": {
+            (path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}"): (
+                _sha256(path)
+            )
+            for path in files
+        },
     }
 
 

@@ -161,7 +161,16 @@ def _data(name: str | None, summary: Mapping[str, Any]) -> list[tuple[str, str]]
     about = summary.get("data")
     if isinstance(about, Mapping):
         for key, value in about.items():
-            if key == "files":
+            if key == "mix":
+                rows += [
+                    (
+                        f"mixed in from `{each['name']}`",
+                        f"{each['rows_of_an_epoch']:,} of {each['rows']:,} rows in each epoch,"
+                        f" {each['share']:.1%} of it",
+                    )
+                    for each in value
+                ]
+            elif key == "files":
                 rows += [(f"SHA-256 of `{file}`", f"`{digest}`") for file, digest in value.items()]
             else:
                 rows.append((key.replace("_", " "), f"{value:,}"))

@@ -18,6 +18,7 @@ import numpy as np
 
 from phitune.config import Settings
 from phitune.data.conversation import Example
+from phitune.data.mix import rows_per_epoch
 from phitune.data.packing import steps_per_epoch
 from phitune.data.prepare import PreparedData
 from phitune.data.prompt import Segment
@@ -466,7 +467,7 @@ def evaluate_at_end(
     if not len(rows):
         return ["evaluation: left out, there are no validation rows"]
     trained = data.train_rows.num_tokens * outcome.steps
-    trained //= steps_per_epoch(len(data.train_rows), settings.rows_per_step)
+    trained //= steps_per_epoch(rows_per_epoch(data.train_rows), settings.rows_per_step)
     part = _within(data, bound_of(loaded.decoder, trained), settings)
     measures: list[Measure] = []
     try:

@@ -148,7 +148,8 @@ def rows_of_run(
         SettingsError: it kept none.
         DataError: its data is gone, or no longer what it was.
     """
-    settings = run.settings
+    # Validation rows are of the main data alone.
+    settings = run.settings.model_copy(update={"mix": []})
     if not settings.validation_split and not settings.validation_path:
         raise SettingsError(
             f"{run.path}: this run kept no validation rows (validation_split 0). {remedy}"
@@ -207,6 +208,7 @@ def rows_of_data(
         "columns": None,
         "on_too_long": "split" if run and run.settings.on_too_long == "split" else "drop",
         "sample_prompts": [],
+        "mix": [],
         **changes,
     }
     settings = resolve(values).settings
@@ -216,8 +218,8 @@ def rows_of_data(
     if run and run.settings.dataset_path and _same(settings.dataset_path, run.settings):
         notes.append(f"{path}: holds the rows that this adapter was trained on")
     return DataRows(
-        data.train_rows,
-        f"all {len(data.train_rows)} rows of {path}",
+        data.own_rows,
+        f"all {len(data.own_rows)} rows of {path}",
         settings.dataset_path,
         "train",
         settings,

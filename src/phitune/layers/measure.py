@@ -414,7 +414,7 @@ def survey(
             f"out of memory on {settings.device}: {str(error).splitlines()[0]}\n"
             "Try --batch_size 1, --precision bf16 or a smaller --max_length."
         ) from None
-    train_rows = setup.data.train_rows
+    train_rows = setup.data.own_rows
     rows = Rows(tuple(Row(len(row.input_ids), row.num_target_tokens) for row in train_rows))
 
     def price(chosen: tuple[str, ...]) -> Price:
@@ -442,7 +442,7 @@ def survey(
 
 def _draw(data: PreparedData, settings: Settings, batches: int) -> list[Batch]:
     """Batches of rows drawn with the seed, none twice; fewer where there are not so many rows."""
-    rows, size = data.train_rows, settings.micro_batch
+    rows, size = data.own_rows, settings.micro_batch
     count = min(len(rows), batches * size)
     order = random.Random(f"{settings.seed}/layers").sample(range(len(rows)), count)
     return [

@@ -7,6 +7,7 @@ max_length tokens, which is an upper bound.
 Nothing here loads torch.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from phitune.config import Settings
 from phitune.plan.memory import Shape
 
 if TYPE_CHECKING:
+    from phitune.data.mix import MixedRows
     from phitune.data.prepare import PreparedData
     from phitune.data.store import TokenRows
 
@@ -32,6 +34,18 @@ class Row:
 
 
 @dataclass(frozen=True)
+class OtherRows:
+    """The rows of another data set, of which an epoch takes some."""
+
+    rows: tuple[Row, ...]
+    taken: int
+
+    def of_epoch(self, each: Callable[[Row], int]) -> int:
+        """What an epoch has of something of these rows, on average."""
+        return round(sum(map(each, self.rows)) * self.taken / len(self.rows))
+
+
+@dataclass(frozen=True)
 class Rows:
     """The rows that a run trains on in an epoch, and those it validates with."""
 
@@ -39,21 +53,29 @@ class Rows:
     validation: tuple[Row, ...] = ()
     source: Path | None = None  # None: no data set was given, every row counts max_length tokens
     warnings: tuple[str, ...] = ()
+    mixed: tuple[OtherRows, ...] = ()
 
     @cached_property
     def longest_first(self) -> tuple[Row, ...]:
         """All of them, as training sorts them to find its largest micro-batch."""
-        return tuple(sorted(self.train + self.validation, key=lambda row: row.tokens, reverse=True))
+        others = tuple(row for other in self.mixed for row in other.rows)
+        rows = self.train + self.validation + others
+        return tuple(sorted(rows, key=lambda row: row.tokens, reverse=True))
+
+    @property
+    def per_epoch(self) -> int:
+        """Training rows of an epoch."""
+        return len(self.train) + sum(other.taken for other in self.mixed)
 
     @cached_property
     def tokens(self) -> int:
         """Of an epoch."""
-        return sum(row.tokens for row in self.train)
+        return self._of_epoch(lambda row: row.tokens)
 
     @cached_property
     def trained(self) -> int:
         """Positions of an epoch that have a loss."""
-        return sum(row.trained for row in self.train)
+        return self._of_epoch(lambda row: row.trained)
 
     @property
     def trained_share(self) -> float:
@@ -62,7 +84,7 @@ class Rows:
     @cached_property
     def attended(self) -> float:
         """Tokens of the row that the average token is in."""
-        return sum(row.tokens * row.tokens for row in self.train) / self.tokens
+        return self._of_epoch(lambda row: row.tokens * row.tokens) / self.tokens
 
     def largest(self, batch_size: int) -> Shape:
         """The micro-batch of the longest rows."""
@@ -75,7 +97,15 @@ class Rows:
             return assumed_rows(max_length, len(self.train))
         train = tuple(row for row in self.train if row.tokens <= max_length)
         validation = tuple(row for row in self.validation if row.tokens <= max_length)
-        return Rows(train, validation, self.source)
+        kept = (
+            OtherRows(tuple(row for row in other.rows if row.tokens <= max_length), other.taken)
+            for other in self.mixed
+        )
+        mixed = tuple(other for other in kept if other.rows)
+        return Rows(train, validation, self.source, mixed=mixed)
+
+    def _of_epoch(self, each: Callable[[Row], int]) -> int:
+        return sum(map(each, self.train)) + sum(other.of_epoch(each) for other in self.mixed)
 
 
 def assumed_rows(max_length: int, number: int) -> Rows:
@@ -102,8 +132,9 @@ def rows_of_file(settings: Settings, path: Path, model_folder: Path) -> Rows:
 
 def rows_of(data: "PreparedData", source: Path | None = None) -> Rows:
     """The rows of data that is tokenized."""
-    train, validation = _lengths(data.train_rows), _lengths(data.validation_rows)
-    return Rows(train, validation, source, tuple(data.warnings))
+    train, validation = _lengths(data.own_rows), _lengths(data.validation_rows)
+    mixed = tuple(OtherRows(_lengths(part.rows), part.taken) for part in data.mixed)
+    return Rows(train, validation, source, tuple(data.warnings), mixed)
 
 
 def _lengths(rows: "TokenRows") -> tuple[Row, ...]:
@@ -115,6 +146,6 @@ def longest_rows_of(data: "PreparedData", number: int) -> Rows:
     return Rows(_longest(data.train_rows, number), _longest(data.validation_rows, number))
 
 
-def _longest(rows: "TokenRows", number: int) -> tuple[Row, ...]:
+def _longest(rows: "TokenRows | MixedRows", number: int) -> tuple[Row, ...]:
     longest = rows.longest_rows(number)
     return tuple(Row(len(row.input_ids), row.num_target_tokens) for row in longest)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from phitune.config import Settings
-from phitune.data.packing import batches, epoch_steps, next_micro_batch, pack, steps_per_epoch
+from phitune.data.packing import batches, next_micro_batch, pack, steps_of_epoch, steps_per_epoch
 from phitune.data.tokenizer import TokenizedExample
 from phitune.errors import MAX_LISTED, OutOfMemoryError
 from phitune.model.engine import Engine
@@ -93,8 +93,8 @@ def fit(
 
     while state.epochs_done < settings.epochs and not out_of_patience(state, settings):
         epoch = state.epochs_done + 1
-        for rows in epoch_steps(
-            len(train_rows),
+        for rows in steps_of_epoch(
+            train_rows,
             settings.rows_per_step,
             seed=settings.seed,
             epoch=epoch,

@@ -89,6 +89,7 @@ WHY_NOT = {
     "max_length": _ROWS,
     "on_too_long": _ROWS,
     "train_on_prompt": _ROWS,
+    "mix": _ROWS,
     "lora_r": _SHAPE,
     "lora_alpha": "the adapter was trained at this scale so far",
     "use_rslora": "the adapter was trained at this scale so far",
@@ -252,13 +253,21 @@ def with_absolute_paths(resolved: Resolved) -> Resolved:
         paths["model_name"] = str(model.resolve())
     if settings.start_adapter:
         paths["start_adapter"] = str(settings.start_adapter.resolve())
+    for path, _ in settings.mixed:
+        if not hub_id(path):
+            paths[f"mix {path}"] = str(path.resolve())
+    mix = [f"{paths.get(f'mix {path}', path)}:{share}" for path, share in settings.mixed]
     for name, path in paths.items():
         if path.encode(errors="ignore") != path.encode(errors="surrogateescape"):
             raise SettingsError(
                 f"{name} {path}: the name of a folder in it is not UTF-8 text, as it must be to be"
                 " written into config.yaml; rename the folder"
             )
-    values = {**settings.model_dump(), **paths}
+    values = {
+        **settings.model_dump(),
+        **{name: path for name, path in paths.items() if not name.startswith("mix ")},
+        "mix": mix,
+    }
     return Resolved(Settings.model_validate(values), resolved.origins)
 
 

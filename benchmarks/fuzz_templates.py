@@ -1,6 +1,6 @@
 """Chat templates by the thousand, put together from random pieces: the ids of transformers.
 
-    python benchmarks/fuzz_templates.py [--cases 5000]
+    python benchmarks/fuzz_templates.py [--cases 2500]
 
 A template has marks and ends of roles, white space, cues, default system prompts, tags for
 generation, macros, loop controls and conditions, as they are found in the field and as they are
@@ -30,7 +30,7 @@ from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import ModelError
 from phitune.model.files import ASSETS
 
-CASES = 5000
+CASES = 2500
 SECONDS = 5.0
 _TOKENS = ("<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "<s>", "</s>", "<think>", "</think>")
 _TEXTS = (

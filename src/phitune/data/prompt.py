@@ -147,10 +147,11 @@ class InstructFormat:
 # --- The model's chat template -------------------------------------------------------------------
 
 # Rendered in place of the texts: a character that no template looks at or splits, among what a
-# template may change. Two forms of each, since spaces may be stripped, and texts be looked into.
+# template may change. Several forms of each: spaces may be stripped, of as many as the template
+# writes itself, and texts be looked into.
 _MARK = "\ue000"
-_AROUND = (("\n \t", "\t \n"), (" \n\t", "\t\n "))
-_WITHIN = (" aZ\n\n<b>&\"'\\", " 9. " + "Zz \n" * 40 + ".")
+_AROUND = (("\n \t", "\t \n"), (" \n\t", "\t\n "), ("  \n\t", "\t\n   "), ("\n\n \t", "\t \n\n\n"))
+_WITHIN = (" aZ\n\n<b>&\"'\\", " 9. " + "Zz \n" * 40 + ".", " b", "")
 # What `str.strip` may be given, where nothing or all white space is stripped too.
 _STRIPS: tuple[str | None, ...] = ("", "\n", " ", " \n", None)
 
@@ -172,9 +173,9 @@ class _Place:
 class ChatFormat:
     """The model's own chat template: what it writes around the texts of a conversation.
 
-    The template is rendered with placeholders, twice for each sequence of roles, and the texts are
-    put in afterwards. So its special tokens are distinguished from those that a user typed. Texts
-    are edited as far as the template strips them, and refused where it changes more.
+    The template is rendered with placeholders, a few times for each sequence of roles, and the
+    texts are put in afterwards. So its special tokens are distinguished from those that a user
+    typed. Texts are edited as far as the template strips them, and refused where it changes more.
 
     An answer is what inference is to generate after the prompt that `apply_chat_template` makes: it
     may begin with a text of the template (`lead`) and ends with the end token, before which another
@@ -389,10 +390,10 @@ def _rendered(
     except ModelError as error:
         return f"{error} on the turns {', '.join(roles)}"
 
-    # What the template itself writes, of which the two forms must have the same.
+    # What the template itself writes, of which all forms must have the same.
     gaps = []
-    for index, pair in enumerate(zip(*forms, strict=True)):
-        gap = _gap(pair, after_text=index > 0, before_text=index < len(roles))
+    for index, written in enumerate(zip(*forms, strict=True)):
+        gap = _gap(written, after_text=index > 0, before_text=index < len(roles))
         if gap is None:
             return f"the chat template looks into the text of {_turn(roles[index - (index > 0)])}"
         gaps.append(gap)
@@ -438,16 +439,16 @@ class _Gap:
     lstrip: str | None  # of the text after
 
 
-def _gap(pair: Sequence[str], *, after_text: bool, before_text: bool) -> _Gap | None:
-    """The gap that leaves both forms with the same text; None if there is none.
+def _gap(texts: Sequence[str], *, after_text: bool, before_text: bool) -> _Gap | None:
+    """The gap that leaves all forms with the same text; None if there is none.
 
     Args:
-        pair: what stands between the two texts in each form, what is left of their spaces included.
+        texts: what stands between the two in each form, what is left of their spaces included.
     """
     for rstrip in _STRIPS if after_text else ("",):
         for lstrip in _STRIPS if before_text else ("",):
             found = set()
-            for form, text in enumerate(pair):
+            for form, text in enumerate(texts):
                 left = _AROUND[form][1].rstrip(rstrip) if after_text else ""
                 right = _AROUND[form][0].lstrip(lstrip) if before_text else ""
                 fits = len(left) + len(right) <= len(text)

@@ -758,7 +758,9 @@ def test_nothing_leaves_the_machine_or_the_run_directory(
     assert not (tmp_path / "events").exists(), (tmp_path / "events").read_text()
     assert "written outside" not in done.stderr
     assert [path.name for path in home.rglob("*")] == ["train.jsonl"]
-    assert list((tmp_path / "tmp").iterdir()) == []
+    # torch makes the folder of its compiler when an optimizer is imported, and puts nothing there.
+    left = [path for path in (tmp_path / "tmp").rglob("*") if "torchinductor_" not in path.name]
+    assert left == []
     assert TOKEN not in done.stdout + done.stderr
     for path in run.rglob("*"):
         if path.is_file():

@@ -193,7 +193,7 @@ class ModelOptions(Options):
     def _one_adapter(self) -> "ModelOptions":
         if len(self.adapter_path) > 1 and not self.several_adapters:
             raise ValueError(
-                f"--adapter_path is given {len(self.adapter_path)} times:"
+                "--adapter_path is given more than once:"
                 f" {', then '.join(map(_typed, self.adapter_path))}; only phitune compare takes"
                 " several"
             )

@@ -647,12 +647,13 @@ def _mixed_in(path: Path, share: float, taken: int, there: int, report: Report) 
     ]
     epoch = f"{taken:,} of {there:,} rows in each epoch, {share:.1%} of its rows"
     if not there:
-        return Finding("mix", title, "error", 0, "no row is left", f"phitune check {path}")
+        return Finding("mix", title, "error", 0, "no row is left", command_line("check", path))
     if not found:
         return Finding("mix", title, "ok", 0, epoch)
     worst = max((finding.verdict for finding in found), key=SEVERITY.__getitem__)
     said = "; ".join(f"{finding.title} ({finding.rows:,})" for finding in found)
-    return Finding("mix", title, worst, 0, f"{epoch}; {said}", f"phitune check {path} shows them")
+    remedy = f"{command_line('check', path)} shows them"
+    return Finding("mix", title, worst, 0, f"{epoch}; {said}", remedy)
 
 
 def _open(

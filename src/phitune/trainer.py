@@ -185,7 +185,8 @@ class Phi2LoRATrainer:
         if self._resumption:
             resolved, self._asked = self._resumption.effective, self._resumption.asked
         self.resolved = resolved.choose(**self._chosen(resolved.settings))
-        _check_threads(self.resolved.settings.threads)
+        if not self._resumption:  # A resumed run may have come to a machine with fewer.
+            _check_threads(self.resolved.settings.threads)
         self.settings = self.resolved.settings
         self._check_output_dir()
         check_trackers(tracker_names(self.settings.report_to))
@@ -274,7 +275,7 @@ class Phi2LoRATrainer:
             self._check_output_dir()
 
             held.callback(torch.set_num_threads, torch.get_num_threads())
-            if isinstance(self.settings.threads, int):
+            if isinstance(self.settings.threads, int) and not resumption:
                 torch.set_num_threads(self.settings.threads)
 
             # Data: read, checked, tokenized.

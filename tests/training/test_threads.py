@@ -112,3 +112,18 @@ def test_more_threads_than_processors_are_refused(
     assert train(tmp_path, "--threads", "100000") == 2
     assert "threads 100000: this machine has" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@needs_two
+def test_a_run_is_resumed_on_a_machine_with_fewer_processors(
+    two_threads: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert train(tmp_path, "--threads", "2") == 0
+    torch.set_num_threads(1)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    run = tmp_path / "run"
+    assert main(["train", "--resume", str(run), "--resume_with", "epochs=3"]) == 0
+    assert "threads: then 2, now 1" in capsys.readouterr().out

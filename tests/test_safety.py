@@ -468,7 +468,7 @@ def test_where_the_system_has_no_limits_a_template_is_watched(
 
 
 def test_a_template_is_rendered_anew_after_its_process_ended_or_an_interrupt(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, heeds_signals: None
 ) -> None:
     assert render("a", MESSAGES, {}) == "a"
     first = template._worker

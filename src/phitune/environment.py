@@ -80,7 +80,7 @@ def _do_without_home() -> None:
     import tempfile
 
     user = f"user-{os.getuid()}" if hasattr(os, "getuid") else "user"
-    with suppress(OSError):  # No such folder either: said by whoever needs one.
+    with suppress(OSError):  # No such folder either: reported where one is needed.
         root = Path(tempfile.gettempdir()) / f"phitune-{user}"
         os.environ.setdefault("XDG_CACHE_HOME", str(root / "cache"))
         os.environ.setdefault("XDG_STATE_HOME", str(root / "state"))

@@ -274,6 +274,7 @@ class Phi2LoRATrainer:
                 resumption.check_unchanged()
             self._check_output_dir()
 
+            # Threads: those that are given; others are measured behind the dry run.
             held.callback(torch.set_num_threads, torch.get_num_threads())
             if isinstance(self.settings.threads, int) and not resumption:
                 torch.set_num_threads(self.settings.threads)

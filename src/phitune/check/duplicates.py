@@ -66,7 +66,7 @@ class RowTable:
     words: Small
     validation: Flags
     completion: Flags
-    counted: Flags  # its tokens are exact; else it is too long, and has so many at least
+    counted: Flags  # its tokens are exact; else it is too long, and these are the least it has
     files: tuple[Path, ...]
 
     def __len__(self) -> int:

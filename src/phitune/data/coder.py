@@ -20,7 +20,7 @@ FormatName = Literal["instruct", "chat"]
 
 # Rows and characters that are encoded in one call, enough to keep all cores busy.
 BATCH_ROWS, BATCH_CHARACTERS = 2048, 2**21
-# A row of at most so many characters is encoded in any case, so that its length is known.
+# A row of at most this many characters is encoded in any case, so that its length is known.
 SOON_ENCODED = 2**18
 
 

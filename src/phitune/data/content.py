@@ -63,7 +63,7 @@ def not_data(start: bytes) -> str | None:
     """What a file is instead of data, and what to do; None if nothing is known against it.
 
     Args:
-        start: the first bytes of the file, 64 at least if it has so many.
+        start: the first bytes of the file, 64 or more, unless the file is shorter.
     """
     if start.startswith(_LFS):
         return "is a Git LFS pointer, not the file itself; fetch the file with: git lfs pull"

@@ -545,7 +545,7 @@ class _JsonBuffer:
                 return
 
     def names(self) -> Iterator[str]:
-        """The keys of the object that begins here; whoever takes one reads its value next."""
+        """The keys of the object that begins here; each value is read before the next key."""
         self.skip()
         if self.next_character() == "}":
             self.skip()

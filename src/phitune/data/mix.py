@@ -1,6 +1,6 @@
 """Rows of other data sets as a share of each epoch (`--mix PATH:SHARE`), against forgetting.
 
-An epoch has all rows of the main data and some of each other data set: so many that they are its
+An epoch has all rows of the main data and some of each other data set: as many as make up its
 share of the epoch. They are taken from an endless sequence of shuffled passes, the next ones in
 each epoch: none comes a second time before all others have come once. Which ones an epoch takes is
 a function of seed and epoch, as its order is, so that a resumed run takes it up at any step.

@@ -64,6 +64,14 @@ class PreparedData:
         return rows.main if isinstance(rows, MixedRows) else rows
 
 
+@dataclass
+class _Remarks:
+    """What the user is told about the data, in the order in which it is found."""
+
+    notes: list[str]
+    warnings: list[str]
+
+
 def prepare_data(
     settings: Settings,
     dataset_path: Path,
@@ -83,15 +91,15 @@ def prepare_data(
 
     # Read, check, encode; split.
     data = tokenized(dataset_path, "train", settings, coder, progress)
-    notes, warnings = [*data.notes], [*data.warnings]
+    remarks = _Remarks([*data.notes], [*data.warnings])
     held_out, validation_path = data, settings.validation_path or dataset_path
     if settings.validation_path:
         held_out = tokenized(validation_path, "validation", settings, coder, progress)
-        notes += held_out.notes
-        warnings += held_out.warnings
+        remarks.notes += held_out.notes
+        remarks.warnings += held_out.warnings
         if shared := _shared_questions(data.store, held_out.store):
             lines = [_line(held_out.store.place(row)) for row in shared[:MAX_LISTED]]
-            warnings.append(
+            remarks.warnings.append(
                 f"{len(shared)} rows of {validation_path} have prompts that are trained on"
                 f" too (lines {_some(lines, len(shared))})"
             )
@@ -101,16 +109,16 @@ def prepare_data(
         try:
             train, validation = split_rows(data.store, settings.validation_split, settings.seed)
         except DataError as error:  # Rows that are left out may be why.
-            raise DataError("\n".join([str(error), *warnings])) from None
+            raise DataError("\n".join([str(error), *remarks.warnings])) from None
 
     # Drop or refuse rows that are too long.
-    train_rows = _fitting(TokenRows(data.store, train), settings, dataset_path, notes, warnings)
+    train_rows = _fitting(TokenRows(data.store, train), settings, dataset_path, remarks)
     validation_rows = _fitting(
-        TokenRows(held_out.store, validation), settings, validation_path, notes, warnings
+        TokenRows(held_out.store, validation), settings, validation_path, remarks
     )
 
     # Other data sets, of which each epoch takes some rows.
-    mixed = _mixed(settings, len(train_rows), validation_rows, coder, progress, notes, warnings)
+    mixed = _mixed(settings, len(train_rows), validation_rows, coder, progress, remarks)
 
     # What samples answer: the given prompts, or the first rows.
     prompts = _given_prompts(settings.sample_prompts, data, coder)
@@ -120,7 +128,7 @@ def prepare_data(
             rows, path = validation_rows, validation_path
         prompts = _first_prompts(rows, path, settings, coder)
     all_rows = MixedRows(train_rows, mixed) if mixed else train_rows
-    return PreparedData(all_rows, validation_rows, prompts, notes, warnings, mixed)
+    return PreparedData(all_rows, validation_rows, prompts, remarks.notes, remarks.warnings, mixed)
 
 
 def _mixed(
@@ -129,8 +137,7 @@ def _mixed(
     validation_rows: "TokenRows",
     coder: Coder,
     progress: "Progress | None",
-    notes: list[str],
-    warnings: list[str],
+    remarks: _Remarks,
 ) -> "tuple[Mixed, ...]":
     """The other data sets of `mix`, without rows whose question is validated with.
 
@@ -151,25 +158,25 @@ def _mixed(
     for (path, share), taken in zip(settings.mixed, counts, strict=True):
         own = settings.of_mixed(path)
         data = tokenized(path, "train", own, coder, progress)
-        notes += data.notes
-        warnings += data.warnings
+        remarks.notes += data.notes
+        remarks.warnings += data.warnings
         questions = np.concatenate(list(data.store.questions()))
         trainable = np.flatnonzero(~np.isin(questions, held_out)).astype(np.uint32)
         if left_out := len(questions) - len(trainable):
-            notes.append(
+            remarks.notes.append(
                 f"mix {path}: {left_out} of {len(questions)} rows are left out, since their prompts"
                 " are among the validation rows"
             )
         if not len(trainable):
             raise DataError(f"mix {path}: no row is left to train on")
-        rows = _fitting(TokenRows(data.store, trainable), own, path, notes, warnings)
+        rows = _fitting(TokenRows(data.store, trainable), own, path, remarks)
         if taken > len(rows):
-            notes.append(
+            remarks.notes.append(
                 f"mix {path}: an epoch takes {taken} rows, more than the {len(rows)} that there"
                 " are, so some come several times"
             )
         found.append(Mixed(path, share, rows, taken))
-    notes.append("mix: validation is on rows of the main data alone")
+    remarks.notes.append("mix: validation is on rows of the main data alone")
     return tuple(found)
 
 
@@ -288,13 +295,11 @@ def _shared_questions(train: "TokenStore", validation: "TokenStore") -> list[int
     return shared
 
 
-def _fitting(
-    rows: "TokenRows", settings: Settings, path: Path, notes: list[str], warnings: list[str]
-) -> "TokenRows":
+def _fitting(rows: "TokenRows", settings: Settings, path: Path, remarks: _Remarks) -> "TokenRows":
     """The rows of at most max_length tokens, with texts cut into such if the settings say so.
 
     Args:
-        notes, warnings: get a line where texts were cut, and one where rows were dropped.
+        remarks: gets a line where texts were cut, and one where rows were dropped.
     """
     import numpy as np
 
@@ -309,7 +314,7 @@ def _fitting(
             row, cuts = cut(lengths, settings.max_length, texts)
             rows = TokenRows(rows.store, rows.indices[row], cuts)
             lengths = rows.lengths()
-            notes.append(
+            remarks.notes.append(
                 f"{path}: {number} of {count} rows are texts longer than max_length"
                 f" {settings.max_length} (the longest has {longest:,} tokens); cut into"
                 f" {len(rows) - count + number:,} pieces"
@@ -339,7 +344,7 @@ def _fitting(
         )
     why = ", since answers are never cut" if settings.on_too_long == "split" else ""
     shown = _some([*map(_line, places)], len(too_long))
-    warnings.append(f"{problem}; dropped{why}, lines {shown}")
+    remarks.warnings.append(f"{problem}; dropped{why}, lines {shown}")
     kept = lengths <= settings.max_length
     return TokenRows(rows.store, rows.indices[kept], rows.cuts and rows.cuts.only(kept))
 

@@ -60,7 +60,9 @@ class EncodedRow:
     example: Example
     input_ids: list[int]  # [tokens]; none of a row that was not encoded
     spans: list[Span]
-    at_least: int = 0  # of a row that was not encoded, as it is too long: it has so many tokens
+    at_least: int = (
+        0  # of a row that was not encoded, as it is too long: the least number of its tokens
+    )
 
     def tokenized(self) -> TokenizedExample:
         return TokenizedExample(

@@ -1,6 +1,6 @@
 """The adapter that a run starts from (`--start_adapter`): a second round of training.
 
-The run goes on with its matrices, and has new data, a new schedule and a new optimizer. So the two
+The run starts with its matrices, and has new data, a new schedule and a new optimizer. So the two
 must have one shape, one scale and one base; what differs is refused with both values, because a
 matrix of another rank cannot be continued, and one at another scale would be another model.
 """

@@ -5,9 +5,9 @@
 Trainer + peft, TRL and LitGPT live in an environment of their own that this script builds once
 (--env); what cannot be installed is left out, and said. Models are random ones built from real
 config.json files, rows are GSM8K's, both under --shared. Every runner is a process of its own
-(peers/with_*.py). Writes results/cpu_peers.json after every run and cpu_peers.md; a case and loss
-measured before are replaced, or with --resume completed. About 50 minutes on two
-slow cores, with --rounds 1 about 35.
+(peers/with_*.py). Writes results/cpu_peers.json after every run, cpu_peers.md and cpu_peers.svg; a
+case and loss measured before are replaced, or with --resume completed. About 50 minutes on two slow
+cores, with --rounds 1 about 35.
 """
 
 import argparse
@@ -347,7 +347,11 @@ def save(results: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cpu_peers.json").write_text(json.dumps(results, indent=1) + "\n")
     (folder / "cpu_peers.md").write_text(markdown(results))
+    if PICTURED in results:
+        (folder / "cpu_peers.svg").write_text(picture(results[PICTURED]))
 
+
+PICTURED = "phi-2x2, loss on answers"  # the case with every peer, drawn into cpu_peers.svg
 
 HEAD = f"""# Ours beside the peers, on a CPU
 
@@ -463,6 +467,36 @@ def against(shown: dict[str, Any]) -> list[str]:
             said += f"; with {rows} rows a micro-batch it peaks at {shown[ours]['peak_gib']:.2f}"
             said += f" GiB, the leanest peer ({least}) at {peers[least]['peak_gib']:.2f}"
     return [f"{said}.", ""]
+
+
+def picture(entry: dict[str, Any]) -> str:
+    """The tokens/s of a case's runs that are compared, as horizontal bars, the fastest first."""
+    shown = entry["summary"]
+    runners = [one for one in RUNNERS if one.name in shown and one.name != OURS_BF16]
+    speed = {one.name: shown[one.name]["tokens_per_second"]["median"] for one in runners}
+    runners.sort(key=lambda one: -speed[one.name])
+    width, row, left, right = 720, 26, 265, 45  # pixels
+    height = 2 * row + row * len(runners)
+    machine = entry["machine"]
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"'
+        ' font-family="sans-serif" font-size="13">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        f'<text x="12" y="20" font-weight="bold">{PICTURED}: real tokens per second on'
+        f" {machine['cores']} cores of an {machine['processor']}, fp32</text>",
+    ]
+    for place, runner in enumerate(runners, start=1):
+        ours = runner.project == OURS
+        length = (width - left - right) * speed[runner.name] / max(speed.values())
+        y = row * (place + 0.4)
+        lines += [
+            f'<text x="{left - 8}" y="{y + 14:.0f}" text-anchor="end"'
+            f' font-weight="{"bold" if ours else "normal"}">{runner.project}, {runner.what}</text>',
+            f'<rect x="{left}" y="{y:.0f}" width="{length:.1f}" height="{row - 8}"'
+            f' fill="{"#1f6fb2" if ours else "#b8bec6"}"/>',
+            f'<text x="{left + length + 6:.1f}" y="{y + 14:.0f}">{speed[runner.name]:.0f}</text>',
+        ]
+    return "\n".join([*lines, "</svg>"]) + "\n"
 
 
 def read_options() -> argparse.Namespace:

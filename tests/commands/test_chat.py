@@ -24,8 +24,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from phitune.cli import EXIT_INTERRUPTED, main
-from phitune.commands.chat import COMMANDS, ChatCommands
-from phitune.commands.chat_terminal import LONGEST_WORD, WordWrap
+from phitune.commands.chat_terminal import COMMANDS, LONGEST_WORD, ChatCommands, WordWrap
 from phitune.data.coder import Coder
 from phitune.data.conversation import Turn
 from phitune.data.dataset import read_examples

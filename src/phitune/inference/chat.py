@@ -33,6 +33,7 @@ from phitune.model.device import is_out_of_memory
 
 # Of the positions, what stays in use where a conversation has to be shortened.
 KEPT_SHARE = 0.75
+NOTHING_DRAWN = "without effect while the temperature is 0, since nothing is drawn"
 # What decoders write where bytes are not a whole character (yet).
 _BROKEN = "\ufffd"
 
@@ -188,6 +189,14 @@ class Chat:
                 f" answer, 1 to {self.context_length - 1:,} are allowed"
             )
         self._max_new_tokens = count
+
+    @property
+    def without_effect(self) -> str:
+        """The settings that change nothing, with the reason; empty where all do."""
+        given = {"top_p": self.sampling.top_p < 1, "top_k": self.sampling.top_k > 0}
+        names = [name for name, is_given in given.items() if is_given]
+        greedy = self.sampling.temperature == 0
+        return f"{' and '.join(names)} {NOTHING_DRAWN}" if names and greedy else ""
 
     def set_seed(self, seed: int) -> None:
         """The next answer is drawn as the first one of a conversation with this seed."""

@@ -122,6 +122,7 @@ def _child(seed: int, start: int, stop: int, scratch: Path) -> Iterator[dict[str
 _JUDGED = "contradicted"
 _KINDS = (
     *("phi model", "phi3 model", "phi sharded", "phi3 sharded", "phi adapter", "phi3 adapter"),
+    "phi3 adapter in parts",  # Llama's layout: q_proj, k_proj and v_proj, gate_proj and up_proj
     *(f"phi model {_JUDGED}", f"phi3 model {_JUDGED}"),
     *(f"phi adapter {_JUDGED}", f"phi3 adapter {_JUDGED}"),
 )
@@ -185,6 +186,7 @@ def _run_cases(seed: int, start: int, stop: int, scratch: Path) -> None:
     for kind, base in bases.items():
         _write(wholes[f"{kind} model"], base)
         _check_whole(base)
+    _check_parts(wholes["phi3 model"], wholes["phi3 adapter in parts"], bases["phi3"])
     (scratch / SECRET).write_text(_SECRET)
     folder, run = scratch / "case", scratch / "run"
     watch = _Watch(run)
@@ -299,6 +301,31 @@ def _check_whole(base: Path) -> None:
     run.mkdir()
     assert _check("model", base, base, run)[0] == "loaded"
     shutil.rmtree(run)
+
+
+def _check_parts(model: dict[str, Any], adapter: dict[str, Any], base: Path) -> None:
+    """The adapter in parts computes what its matrices do on the fused weights."""
+    import torch
+    from model_damage import with_parts_added
+
+    from phitune.model.architecture import read_model_config
+    from phitune.model.lora import load_adapter
+    from phitune.model.weights import load_decoder
+
+    config = read_model_config(base)
+    folders = {name: base.parent / name for name in ("parts", "merged")}
+    _write(adapter, folders["parts"])
+    _write(with_parts_added(model, adapter, config), folders["merged"])
+    ids, logits = torch.arange(1, 41), []
+    for folder in (base, folders["merged"]):
+        decoder = load_decoder(folder, config, torch.float32, torch.device("cpu"))
+        if folder == base:
+            load_adapter(decoder, folders["parts"])
+        with torch.no_grad():
+            logits.append(decoder.logits(decoder(ids, torch.arange(40), (0, 40))))
+    assert torch.dist(*logits) < _NEAR * logits[1].norm()
+    for folder in folders.values():
+        shutil.rmtree(folder)
 
 
 def _check(kind: str, folder: Path, base: Path, run: Path) -> tuple[str, str]:

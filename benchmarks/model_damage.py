@@ -19,9 +19,10 @@ from safetensors.torch import load, save
 
 from phitune.data.coder import Coder
 from phitune.data.tokenizer import TextTokenizer
-from phitune.model.architecture import parse_model_config, resolve_targets
+from phitune.model.architecture import ModelConfig, parse_model_config, resolve_targets
 from phitune.model.decoder import Decoder
 from phitune.model.files import ASSETS
+from phitune.model.llama_layout import parts_of
 from phitune.model.lora import LoraSpec, attach, save_adapter
 
 
@@ -44,7 +45,10 @@ _SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 
 
 def whole_folders(base_paths: dict[str, Path]) -> dict[str, Folder]:
-    """Small random models of both families, one of them in shards, and adapters on them."""
+    """Small random models of both families, one of them in shards, and adapters on them.
+
+    One adapter is in Llama's layout, which has Phi-3's projections apart.
+    """
     found = {}
     for kind, shipped in (("phi", "tiny-phi-2"), ("phi3", "tiny-phi-3.5")):
         source = ASSETS / shipped
@@ -63,6 +67,7 @@ def whole_folders(base_paths: dict[str, Path]) -> dict[str, Folder]:
         found[f"{kind} model"] = model
         found[f"{kind} sharded"] = _sharded(model, weights)
         found[f"{kind} adapter"] = _adapter(decoder, source, base_paths[kind])
+    found["phi3 adapter in parts"] = _in_parts(found["phi3 adapter"], decoder.config)
     return found
 
 
@@ -86,7 +91,54 @@ def _adapter(decoder: Decoder, source: Path, base: Path) -> Folder:
         folder = Path(name)
         save_adapter(adapter, folder, str(base))
         Coder.of(tokenizer, "instruct").save(folder)
-        return {path.name: path.read_bytes() for path in folder.iterdir()}
+        files: Folder = {path.name: path.read_bytes() for path in folder.iterdir()}
+    tensors = load(files[ADAPTER])  # type: ignore[arg-type]
+    for key in tensors:
+        if ".lora_B" in key:  # Zeros in a fresh one, which would hide what becomes of it.
+            tensors[key] = torch.randn_like(tensors[key]) * 0.1
+    return {**files, ADAPTER: save(tensors, metadata={"format": "pt"})}
+
+
+def _in_parts(adapter: Folder, config: ModelConfig) -> Folder:
+    """An adapter of Phi-3 with random matrices on each of the parts in its place."""
+    raw, weights = adapter["adapter_config.json"], adapter[ADAPTER]
+    assert isinstance(raw, bytes)
+    assert isinstance(weights, bytes)
+    tensors = load(weights)
+    for module, parts in parts_of(config).items():
+        del tensors[f"base_model.model.{module}.lora_A.weight"]
+        del tensors[f"base_model.model.{module}.lora_B.weight"]
+        for part, rows in parts.items():
+            name = f"base_model.model.{part}"
+            tensors[f"{name}.lora_A.weight"] = torch.randn(2, config.hidden_size)
+            tensors[f"{name}.lora_B.weight"] = torch.randn(len(rows), 2)
+    targets = sorted({name.split(".")[-3] for name in tensors})
+    options = {**json.loads(raw), "target_modules": targets}
+    return {
+        **adapter,
+        "adapter_config.json": json.dumps(options).encode(),
+        ADAPTER: save(tensors, metadata={"format": "pt"}),
+    }
+
+
+def with_parts_added(model: Folder, adapter: Folder, config: ModelConfig) -> Folder:
+    """A model whose fused weights have the matrices of an adapter in parts added, W + s B A."""
+    raw, base, added = adapter["adapter_config.json"], model[WEIGHTS], adapter[ADAPTER]
+    assert isinstance(raw, bytes)
+    assert isinstance(base, bytes)
+    assert isinstance(added, bytes)
+    options, weights, matrices = json.loads(raw), load(base), load(added)
+    whole = {
+        module: (module, slice(None)) for module in resolve_targets(config, ["all-linear"], None)
+    }
+    for module, parts in parts_of(config).items():
+        whole |= {part: (module, slice(rows.start, rows.stop)) for part, rows in parts.items()}
+    for name, (module, rows) in whole.items():
+        prefix = f"base_model.model.{name}"
+        if f"{prefix}.lora_A.weight" in matrices:
+            product = matrices[f"{prefix}.lora_B.weight"] @ matrices[f"{prefix}.lora_A.weight"]
+            weights[f"{module}.weight"][rows] += options["lora_alpha"] / options["r"] * product
+    return {**model, WEIGHTS: save(weights, metadata={"format": "pt"})}
 
 
 # Values of the wrong type, size or sense, for any place in any JSON.

@@ -125,6 +125,7 @@ class TextTokenizer:
         spec = read_object(self._file, self._if_missing(), MAX_FILE_BYTES)
         self._check_files_to_copy()
         self.config = _read_if_there(folder / "tokenizer_config.json")
+        self._special_tokens_map = _read_if_there(folder / "special_tokens_map.json")
 
         # What would change rows silently.
         spec["truncation"] = spec["padding"] = None
@@ -405,7 +406,7 @@ class TextTokenizer:
         """The content of bos_token or the like, and the file that decides it for transformers."""
         files = {
             "tokenizer_config.json": self.config,
-            "special_tokens_map.json": _read_if_there(self.folder / "special_tokens_map.json"),
+            "special_tokens_map.json": self._special_tokens_map,
         }
         if "added_tokens_decoder" not in self.config:
             files = dict(reversed(files.items()))

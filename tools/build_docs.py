@@ -1,8 +1,9 @@
 """Write the parts of the documentation that follow from the code.
 
 ``docs/training.md`` and ``docs/architecture.md`` are written by hand but for what stands between
-the markers of a part; the configurations in ``examples/`` are made whole.  A test fails when a
-committed file differs from what this program makes, so the documents cannot drift from the code.
+the markers of a part; the configurations in ``examples/`` and the help of the commands, in the
+package's ``assets/help.json``, are made whole.  A test fails when a committed file differs from
+what this program makes, so neither can drift from the code.
 Run it from anywhere::
 
     python tools/build_docs.py      # or `make docs`
@@ -15,10 +16,13 @@ code is 1.  Weights are not needed, and nothing is fetched.
 from __future__ import annotations
 
 import ast
+import importlib
+import json
 import re
 import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,9 @@ import docs_presets
 import docs_tokens
 from pydantic import ValidationError
 
+from phitune.cli import COMMANDS
+from phitune.commands.help import FILE as HELP
+from phitune.commands.options import help_of
 from phitune.config import (
     LORA_ALPHA_PER_RANK,
     Settings,
@@ -57,6 +64,7 @@ def made() -> dict[Path, str]:
     return {
         GUIDE: guide,
         ARCHITECTURE: architecture(),
+        HELP: helps(),
         **{ROOT / "examples" / name: text for name, text in examples.items()},
         # The demo lies in the package, so that it runs without a clone; here it can be read.
         ROOT / "examples" / "demo.yaml": (SOURCE / "assets" / "demo.yaml").read_text("utf-8"),
@@ -67,6 +75,15 @@ def architecture() -> str:
     """docs/architecture.md with the modules as they are now."""
     text = ARCHITECTURE.read_text(encoding="utf-8")
     return replace_part(text, "modules", lambda before: modules_tree(SOURCE))
+
+
+def helps() -> str:
+    """The help of each command, which is shown without loading the command."""
+    shown = {}
+    for name in COMMANDS:
+        module = importlib.import_module(f"phitune.commands.{name}")
+        shown[name] = asdict(help_of(getattr(module, f"{name.capitalize()}Options")))
+    return json.dumps(shown, indent=1, ensure_ascii=False) + "\n"
 
 
 def replace_part(document: str, name: str, make: Callable[[str], str]) -> str:

@@ -10,13 +10,12 @@ being finite, 4 out of memory, 129 hung up, 130 interrupted, 143 terminated.
 import importlib
 import io
 import os
-import shutil
 import sys
-import textwrap
 from collections.abc import Sequence
 from contextlib import suppress
 
 from phitune import __version__
+from phitune.commands.help import Help, shipped_help
 from phitune.environment import find_folders, lose_output, open_streams
 from phitune.errors import Interrupted, PhituneError, SettingsError, without_tokens
 from phitune.text import shortened, visible
@@ -24,7 +23,7 @@ from phitune.text import shortened, visible
 EXIT_INTERRUPTED = 130
 DEBUG_VARIABLE = "PHITUNE_DEBUG"
 DESCRIPTION = "Fine-tune Phi-2, Phi-3.5 and their siblings with LoRA on the machine you own."
-_WITHOUT_FOLDERS: tuple[list[str], ...] = ([], ["-h"], ["--help"], ["--version"])
+_HELP = (["-h"], ["--help"])
 MAX_LINE = 1000  # characters of an error's line that are shown
 # Each is a module of `commands`, imported when it is asked for; all but train, which `main` calls
 # itself, have `run(argv) -> exit code`.
@@ -51,16 +50,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        if words[:1] not in _WITHOUT_FOLDERS:
-            find_folders()
-        if words[:1] == ["train"]:
-            # The main job: `train` and the loop `fit` are all that lies between here and a step.
-            from phitune.commands.train import trainer_of
-
-            trainer_of(words[1:]).train()
+        if not words:
+            print(_help(), file=sys.stderr)
+            code = SettingsError.exit_code
+        elif text := _said_at_once(words):
+            print(text)
             code = 0
         else:
-            code = _run(words)
+            find_folders()
+            if words[0] == "train":
+                # The main job: `train` and the loop `fit` are all that lies before a step.
+                from phitune.commands.train import trainer_of
+
+                trainer_of(words[1:]).train()
+                code = 0
+            else:
+                code = _run(words)
     except BaseException as error:  # Whatever ends a command is an exit code.
         code = _exit_code(error)
     try:
@@ -151,20 +156,22 @@ def _print_error(what: str) -> None:
         print("phitune: " + "\n".join(lines), file=sys.stderr)
 
 
+def _said_at_once(words: list[str]) -> str:
+    """What is printed where no command has to be loaded: version and help; else empty."""
+    if words[0] == "--version":
+        return f"phitune {__version__}"
+    if words[:1] in _HELP:
+        return _help()
+    if words[0] in COMMANDS and words[1:] in _HELP and (shown := shipped_help(words[0])):
+        return shown.text()
+    return ""
+
+
 def _run(argv: list[str]) -> int:
-    word = argv[0] if argv else ""
+    word = argv[0]
     if word in COMMANDS:
         code: int = importlib.import_module(f"phitune.commands.{word}").run(argv[1:])
         return code
-    if word == "--version":
-        print(f"phitune {__version__}")
-        return 0
-    if word in ("-h", "--help"):
-        print(_help())
-        return 0
-    if not word:
-        print(_help(), file=sys.stderr)
-        return SettingsError.exit_code
 
     from phitune.config import unknown_name
 
@@ -173,24 +180,9 @@ def _run(argv: list[str]) -> int:
 
 
 def _help() -> str:
-    """The commands, for a terminal of any width."""
-    width = max(40, shutil.get_terminal_size().columns - 2)
-
-    def entry(name: str, what: str) -> str:
-        head, indent = f"  {name:<12}", " " * 14
-        return textwrap.fill(what, width, initial_indent=head, subsequent_indent=indent)
-
-    return "\n".join(
-        [
-            "usage: phitune COMMAND [flags]",
-            "",
-            textwrap.fill(DESCRIPTION, width),
-            "",
-            "commands:",
-            *(entry(name, what) for name, what in COMMANDS.items()),
-            "",
-            "options:",
-            entry("-h, --help", "show this text; after a command, its flags"),
-            entry("--version", "show the version"),
-        ]
-    )
+    options = {
+        "-h, --help": "show this text; after a command, its flags",
+        "--version": "show the version",
+    }
+    groups = {"commands": COMMANDS, "options": options}
+    return Help("phitune COMMAND [flags]", DESCRIPTION, groups).text()

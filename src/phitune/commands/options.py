@@ -10,7 +10,6 @@ their origin.
 """
 
 import argparse
-import inspect
 import re
 import shlex
 import sys
@@ -31,6 +30,7 @@ from pydantic import (
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
+from phitune.commands.help import Help
 from phitune.config import (
     DASHES,
     MAX_COUNT,
@@ -54,8 +54,6 @@ from phitune.text import visible
 if TYPE_CHECKING:
     from phitune.inference.generate import Sampling
     from phitune.inference.loaded import LoadedModel
-
-HELP_COLUMN = 34
 
 # -------------------------------------------------------------------------------------------------
 # How a command declares its options.
@@ -300,6 +298,22 @@ class _Parser(argparse.ArgumentParser):
         # One line instead of the whole usage, which is longer than a screen.
         raise SettingsError(f"{message}\nRun '{self.prog} --help' for all flags.")
 
+    def help(self) -> Help:
+        formatter = self._get_formatter()
+        groups = {
+            str(group.title): {
+                formatter._format_action_invocation(action): formatter._expand_help(action)
+                for action in group._group_actions
+                if action.help is not argparse.SUPPRESS
+            }
+            for group in self._action_groups
+        }
+        groups = {title: flags for title, flags in groups.items() if flags}
+        return Help(str(self.usage), str(self.description), groups, str(self.epilog or ""))
+
+    def format_help(self) -> str:
+        return self.help().text() + "\n"
+
 
 class _Once(argparse.Action):
     """Takes a value, and refuses a second one: the last would win, and nobody would know."""
@@ -405,14 +419,18 @@ def _validated(options: type[AnyOptions], given: Mapping[str, Any], parser: _Par
 # From declarations to flags.
 
 
+def help_of(options: type[Options]) -> Help:
+    """What `--help` shows of a command."""
+    return _parser_of(options).help()
+
+
 def _parser_of(options: type[Options]) -> _Parser:
     parser = _Parser(
         prog=" ".join(["phitune", options.usage.split()[0]]),
         usage=f"phitune {options.usage}",
-        description=inspect.cleandoc(options.__doc__ or ""),
+        description=" ".join((options.__doc__ or "").split()),
         epilog=options.epilog,
         argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=HELP_COLUMN),
         allow_abbrev=False,
     )
     _add_flags(parser, options.model_fields)

@@ -43,6 +43,12 @@ def shortened(text: str, first: int, last: int) -> tuple[str, str, str]:
     return text[:first], f"... {left_out:,} characters left out ...", text[len(text) - last :]
 
 
+def one_line(text: str, first: int, last: int) -> str:
+    """The beginning and the end of a text on one line, safe to show."""
+    text = visible(" ".join(text.split()))
+    return text if len(text) <= first + last + 5 else f"{text[:first]} ... {text[-last:]}"
+
+
 def marks_of(console: "Console") -> tuple[str, str] | None:
     """Brackets for marked text on a console without colour; None if it has colour."""
     if console.is_terminal and console.color_system and not console.no_color:

@@ -398,9 +398,7 @@ class Phi2LoRATrainer:
                 if tuned and first_samples:
                     self.console.print()
                     self.console.print(answers_table(prompts, first_samples, tuned, before))
-                self._show_results(outcome, run, tuned, saver.training_seconds)
-                for line in evaluation:
-                    self._say(line)
+                self._show_results(outcome, run, tuned, evaluation, saver.training_seconds)
                 if saver.problem:
                     raise CheckpointError(
                         f"the last checkpoint could not be written: {saver.problem}; the adapter"
@@ -792,7 +790,12 @@ class Phi2LoRATrainer:
         return evaluate_at_end(self.settings, trained, data, outcome, run)
 
     def _show_results(
-        self, outcome: Outcome, run: RunDirectory, tuned: list[Answer], seconds: float
+        self,
+        outcome: Outcome,
+        run: RunDirectory,
+        tuned: list[Answer],
+        evaluation: list[str],
+        seconds: float,
     ) -> None:
         if compiling := compile_seconds():
             self._say(f"torch_compile: {compiling:.1f} s of it were spent on compiling")
@@ -801,15 +804,19 @@ class Phi2LoRATrainer:
                 f"warning: {unstopped} of {len(tuned)} answers did not stop by themselves within"
                 f" {self.settings.sample_tokens} tokens"
             )
-        first, best = outcome.first_validation_loss, outcome.best_validation_loss
-        figures, which = "", ""
-        if first is not None and best is not None:
-            figures, which = f", validation loss {first:.4f} -> {best:.4f}", " (the best)"
         duration = datetime.timedelta(seconds=round(seconds))
-        self._say(
-            f"{outcome.ended}: {outcome.steps} steps in {duration}{figures}\n"
-            f"adapter of step {outcome.best_step}{which}: {run.adapter}"
-        )
+        self._say(f"{outcome.ended}: {plural(outcome.steps, 'step')} in {duration}")
+        for line in evaluation:
+            self._say(line)
+        first, best = outcome.first_validation_loss, outcome.best_validation_loss
+        which = ""
+        if first is not None and best is not None:
+            self._say(f"validation loss {first:.4f} -> {best:.4f}")
+            which = " (the best)"
+        self._say(f"adapter of step {outcome.best_step}{which}: {run.adapter}")
+        if evaluation:
+            more = command_line("evaluate", "--adapter_path", run.path)
+            self._say(f"all figures and answers: {more}")
 
     def _interrupted(self, stop: Stop, state: TrainingState) -> Interrupted:
         steps = self.settings.epochs * state.steps_per_epoch

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,16 @@ from phitune.inference import evaluate as evaluate_module
 from phitune.inference.evaluate import (
     BLOCK_TOKENS,
     GENERAL_TEXT,
+    AnsweredRow,
     answer_rows,
     forgetting,
+    right_as_json,
+    verdict_lines,
     window_length,
     windows,
 )
-from phitune.inference.loaded import open_model
+from phitune.inference.loaded import Answer, open_model
+from phitune.inference.metrics import rule_of
 from phitune.inference.run_rows import digest_of, find_run, rows_of_run
 from phitune.inference.scores import row_losses
 from phitune.model.engine import ReferenceEngine
@@ -171,6 +176,93 @@ def test_texts_have_nothing_to_answer(
     found = evaluate(capsys, "--adapter_path", phi_2_run, "--dataset_path", file)
     assert found["answers"] == []
     assert any("nothing to answer" in note for note in found["notes"])
+
+
+# --- right and wrong ------------------------------------------------------------------------------
+
+
+def answered(question: str, expected: str, base: str, tuned: str) -> AnsweredRow:
+    given = [Answer(text, (1,), stopped=True) for text in (base, tuned)]
+    return AnsweredRow("a.jsonl:1", question, expected, *given)
+
+
+def test_right_and_wrong_are_said_first_and_wrong_answers_are_listed() -> None:
+    rows = [answered("Right?", "Yes, it is.", "no", "yes,  it IS")]
+    rows += [answered(f"Question {n}?", f"Answer {n}.", "no", "a\x1b[31m") for n in range(12)]
+    head, means, wrong, *listed, last = verdict_lines(rows, "match", "answers.json")
+    assert head == (
+        "13 questions with known answers: 1 right, 12 wrong (base model: 0 right, 13 wrong)"
+    )
+    assert means.startswith("right: the expected answer word for word")
+    assert wrong == "wrong:"
+    assert listed[:3] == [
+        "  Question 0?",
+        "    expected: Answer 0.",
+        r"    got:      a\x1b[31m",
+    ]
+    assert len(listed) == 30
+    assert last == "  and 2 more: answers.json"
+    assert "better" not in " ".join([head, means, *listed])
+    (one, *_) = verdict_lines(rows[:1], "match", "")
+    assert one == "1 question with known answers: 1 right, 0 wrong (base model: 0 right, 1 wrong)"
+    assert verdict_lines([], "match", "") == []
+
+
+def test_none_right_is_not_called_progress() -> None:
+    lines = verdict_lines([answered("a?", "b", "c", "d")], "match", "")
+    assert any(line.startswith("None is right: ") for line in lines)
+
+
+def test_long_answers_in_other_words_are_not_decided() -> None:
+    long = "The parcel goes out on the day of the order and arrives within three days. " * 2
+    near, far = long.replace("parcel", "package"), "We do not know."
+    rows = [
+        answered("near?", long, far, near),
+        answered("far?", long, far, far),
+        answered("same?", long, far, long.upper()),
+        answered("nothing?", long, far, " "),
+    ]
+    head, _, why, *_ = verdict_lines(rows, "match", "")
+    assert "1 right, 1 wrong, 2 not decided (base model: 0 right, 0 wrong, 4 not decided)" in head
+    assert "more than 120 characters" in why
+    assert "ROUGE-L" in why
+    # Where none is wrong, the least alike is read first.
+    open_only = verdict_lines(rows[:2], "match", "")
+    assert [line for line in open_only if line.endswith("?")] == ["  far?", "  near?"]
+
+
+def test_a_number_or_a_part_can_be_what_is_right() -> None:
+    rows = [answered("?", "so #### 12", "11", "It is 12."), answered("?", "none", "a", "b")]
+    found = right_as_json(rows, "number")
+    assert found
+    assert found["tuned"] == {"right": 1, "wrong": 0, "undecided": 1}
+    assert found["base"] == {"right": 0, "wrong": 1, "undecided": 1}
+    assert "without anything to compare (number)" in " ".join(verdict_lines(rows, "number", ""))
+    assert rows[0].right("contains") == (False, False)
+    assert answered("?", "12", "11", "It is 12.").right("contains") == (False, True)
+    assert [rule_of(names) for names in (["exact"], ["rougeL", "contains"])] == [
+        "match",
+        "contains",
+    ]
+
+
+def test_the_command_names_what_writes_all_answers(
+    phi_2_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"What is {n}?", "response": f"A number, {n}."} for n in range(12)]
+    file = tmp_path / "my rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--adapter_path", str(phi_2_run), "--dataset_path", str(file)]
+    assert main(["evaluate", *flags, "--max_new_tokens", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("12 questions with known answers: 0 right, 12 wrong (base model: ")
+    (rest,) = [line for line in lines if "  and 2 more: " in line]
+    program, command, *words = shlex.split(rest.partition(": ")[2])
+    assert (program, command) == ("phitune", "evaluate")
+    assert words == [*flags, "--max_new_tokens", "4", "--output", "answers.json"]
+    document = evaluate(capsys, *flags, "--max_new_tokens", 4)
+    assert document["right_answers"]["tuned"] == {"right": 0, "wrong": 12, "undecided": 0}
+    assert [answer["right"]["tuned"] for answer in document["answers"]] == [False] * 12
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -367,6 +459,8 @@ def test_a_run_ends_with_a_short_evaluation(trained_run: Path) -> None:
     assert found["measures"]["loss"]["reading"] == "better"
     assert found["measures"]["stops_by_itself"]["tuned"] == 1.0
     assert found["skipped"] == []
+    counted = found["right_answers"]["tuned"]
+    assert counted["right"] + counted["wrong"] == len(found["answers"]) == found["rows_answered"]
 
 
 def test_the_short_form_leaves_the_adapter_where_it_was(tmp_path: Path) -> None:

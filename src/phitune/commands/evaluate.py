@@ -28,12 +28,12 @@ from phitune.commands.terminal import json_text, print_json
 from phitune.config import Pairs, UserPath
 from phitune.errors import SettingsError
 from phitune.inference.metrics import METRICS
-from phitune.text import ODD_BYTES
+from phitune.text import ODD_BYTES, command_line
 
 if TYPE_CHECKING:
     from phitune.inference.evaluate import Evaluation, Forgetting, Measure, Unit, Wanted
     from phitune.inference.harness import HarnessTasks, TaskResults
-    from phitune.inference.loaded import Answer, LoadedModel
+    from phitune.inference.loaded import LoadedModel
     from phitune.inference.run_rows import DataRows, Run
     from phitune.inference.scores import PairedDifference, Progress
 
@@ -135,7 +135,7 @@ def run(argv: list[str]) -> int:
     options = parse(EvaluateOptions, argv)
 
     console = Console(highlight=False)
-    document = _tasks(options, console) if options.tasks else _measures(options, console)
+    document = _tasks(options, console) if options.tasks else _measures(options, argv, console)
     if options.output:
         _write(options.output, document)
     if options.as_json:
@@ -145,7 +145,7 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _measures(options: EvaluateOptions, console: Console) -> dict[str, Any]:
+def _measures(options: EvaluateOptions, argv: list[str], console: Console) -> dict[str, Any]:
     from phitune.inference.evaluate import Wanted, evaluate_adapter
     from phitune.inference.run_rows import find_run
 
@@ -177,8 +177,15 @@ def _measures(options: EvaluateOptions, console: Console) -> dict[str, Any]:
         evaluation = evaluate_adapter(loaded, data, wanted, progress)
     about = _about(options, loaded) | {"data": data.words, "rows": len(data.rows)}
     if not options.as_json:
-        show(evaluation, _title(loaded), data.words, console)
+        show(evaluation, _title(loaded), data.words, _rest(options, argv), console)
     return evaluation_as_json(evaluation, wanted, about)
+
+
+def _rest(options: EvaluateOptions, argv: list[str]) -> str:
+    """Where all answers are, or the command that writes them."""
+    if options.output:
+        return str(options.output)
+    return command_line("evaluate", *argv, "--output", "answers.json")
 
 
 def _data(
@@ -289,11 +296,23 @@ def _write(path: Path, document: dict[str, Any]) -> None:
 # --- in a terminal --------------------------------------------------------------------------------
 
 
-def show(evaluation: "Evaluation", title: str, data: str, console: Console) -> None:
-    """A table of all figures, then the notes on them."""
-    from phitune.inference.evaluate import Measure
+def show(evaluation: "Evaluation", title: str, data: str, rest: str, console: Console) -> None:
+    """What is right and what is wrong; then a table of all figures, and the notes on them.
+
+    Args:
+        rest: where the answers are that are not shown.
+    """
+    from phitune.inference.evaluate import Measure, verdict_lines
 
     console.print(Text(title, style="bold"), soft_wrap=not console.is_terminal)
+    for index, line in enumerate(verdict_lines(evaluation.answers, evaluation.rule, rest)):
+        text = Text(line, style="" if index else "bold")
+        if not index:
+            text.highlight_regex(r"\b[1-9][\d,]* right", "green")
+            text.highlight_regex(r"\b[1-9][\d,]* wrong", "red")
+        console.print(text, soft_wrap=not console.is_terminal)
+    if evaluation.answers:
+        console.print()
     rows = data + (f", {len(evaluation.answers)} of them answered" if evaluation.answers else "")
     console.print(Text(rows), soft_wrap=not console.is_terminal)
     general = evaluation.general
@@ -406,7 +425,7 @@ def evaluation_as_json(
     Args:
         about: what was evaluated, put first.
     """
-    from phitune.inference.evaluate import measures_as_json
+    from phitune.inference.evaluate import answers_as_json, measures_as_json, right_as_json
     from phitune.inference.scores import CONFIDENCE, RESAMPLES
 
     general = evaluation.general
@@ -417,32 +436,13 @@ def evaluation_as_json(
         "seed": wanted.seed,
         "confidence": CONFIDENCE,
         "resamples": RESAMPLES,
+        "right_answers": right_as_json(evaluation.answers, evaluation.rule),
         "measures": measures_as_json(evaluation.measures),
         "recorded_by_the_run": {"base": recorded[0], "tuned": recorded[1]} if recorded else None,
         "general_text": _general_as_json(general) if general else None,
         "notes": list(evaluation.notes) + list(general.notes if general else ()),
-        "answers": [
-            {
-                "place": answer.place,
-                "question": answer.question,
-                "expected": answer.expected,
-                "base": _answer_as_json(answer.base),
-                "tuned": _answer_as_json(answer.tuned),
-                "metrics": {
-                    name: {
-                        "base": METRICS[name](answer.base.text, answer.expected),
-                        "tuned": METRICS[name](answer.tuned.text, answer.expected),
-                    }
-                    for name in evaluation.metrics
-                },
-            }
-            for answer in evaluation.answers
-        ],
+        "answers": answers_as_json(evaluation.answers, evaluation.metrics),
     }
-
-
-def _answer_as_json(answer: "Answer") -> dict[str, Any]:
-    return {"text": answer.text, "tokens": answer.tokens, "stopped": answer.stopped}
 
 
 def _general_as_json(general: "Forgetting") -> dict[str, Any]:

@@ -10,7 +10,7 @@ How an evaluation looks in a terminal and as JSON is the command's business.
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,17 @@ from phitune.data.tokenizer import IGNORE_INDEX, TokenizedExample
 from phitune.errors import DataError
 from phitune.inference.answers import answer
 from phitune.inference.loaded import Answer, LoadedModel
-from phitune.inference.metrics import METRICS, metrics_for
+from phitune.inference.metrics import (
+    METRICS,
+    RULES,
+    SHORT,
+    Rule,
+    Tally,
+    is_right,
+    metrics_for,
+    rouge_l,
+    rule_of,
+)
 from phitune.inference.run_rows import DataRows, digest_of
 from phitune.inference.scores import (
     BASE,
@@ -43,9 +53,9 @@ from phitune.model.decoder import Decoder
 from phitune.model.device import in_usable_thread, is_out_of_memory
 from phitune.model.files import ASSETS
 from phitune.model.lora import put_on
-from phitune.text import command_line
+from phitune.text import one_line, plural
 from phitune.training.events import Outcome
-from phitune.training.rundir import RunDirectory
+from phitune.training.rundir import EVALUATION, RunDirectory
 
 # --- forgetting: the model's hold on a text that it was not trained on ----------------------------
 #
@@ -192,6 +202,11 @@ class AnsweredRow:
     base: Answer
     tuned: Answer
 
+    def right(self, rule: Rule) -> tuple[bool | None, bool | None]:
+        """Of the base's answer and the tuned model's; see `is_right`."""
+        base, tuned = self.base.text, self.tuned.text
+        return is_right(base, self.expected, rule), is_right(tuned, self.expected, rule)
+
 
 def answer_rows(
     loaded: LoadedModel, examples: Sequence[Example], max_new_tokens: int, progress: Progress
@@ -252,6 +267,11 @@ class Evaluation:
     metrics: tuple[str, ...]
     recorded: tuple[float | None, float] | None  # validation losses that the run wrote down
     notes: tuple[str, ...]
+
+    @property
+    def rule(self) -> Rule:
+        """What makes an answer right."""
+        return rule_of(self.metrics)
 
 
 @dataclass(frozen=True)
@@ -382,6 +402,115 @@ def _check_recorded(data: DataRows, loss: PairedDifference) -> list[str]:
     return []
 
 
+# --- right and wrong, for files and for people ----------------------------------------------------
+
+LISTED, LISTED_AT_END, LISTED_LONG = 10, 5, 3
+# Characters of a text in the list: of its beginning and its end.
+_FIRST, _LAST = 160, 60
+
+
+def tallies(answers: Sequence[AnsweredRow], rule: Rule) -> tuple[Tally, Tally]:
+    """Of the base's answers and of the tuned model's."""
+    base, tuned = zip(*(row.right(rule) for row in answers), strict=True)
+    return Tally.of(base), Tally.of(tuned)
+
+
+def verdict_lines(
+    answers: Sequence[AnsweredRow], rule: Rule, rest: str, listed: int = LISTED
+) -> list[str]:
+    """How many answers are right, what that means, and those that are not; none without answers.
+
+    Args:
+        rest: where the answers are that the list has no room for.
+        listed: wrong answers in the list.
+    """
+    if not answers:
+        return []
+    base, tuned = tallies(answers, rule)
+    lines = [
+        f"{plural(len(answers), 'question')} with known answers: {tuned} (base model: {base})",
+        f"right: {RULES[rule]}",
+    ]
+    judged = [(row, row.right(rule)[1]) for row in answers]
+    open_rows = [row for row, right in judged if right is None]
+    if open_rows and rule == "match":
+        of_base = _mean_likeness([(row.base.text, row.expected) for row in open_rows])
+        of_tuned = _mean_likeness([(row.tuned.text, row.expected) for row in open_rows])
+        lines.append(
+            f"not decided: expected answers of more than {SHORT} characters, given in other words;"
+            f" ROUGE-L {figure(of_tuned, 'share')} (base model {figure(of_base, 'share')})"
+        )
+    elif open_rows:
+        lines.append(f"not decided: expected answers without anything to compare ({rule})")
+    if tuned.wrong and not tuned.right:
+        lines.append(
+            "None is right: a loss that fell says only that the expected answers became more"
+            " probable."
+        )
+    wrong = [row for row, right in judged if right is False]
+    if wrong:
+        return [*lines, "wrong:", *_listed(wrong, listed, rest)]
+    if open_rows and rule == "match":
+        open_rows.sort(key=lambda row: rouge_l(row.tuned.text, row.expected) or 0.0)
+        heading = "not decided, the least like the expected one first:"
+        return [*lines, heading, *_listed(open_rows, LISTED_LONG, rest)]
+    return lines
+
+
+def _mean_likeness(pairs: Sequence[tuple[str, str]]) -> float:
+    """Mean ROUGE-L; an expected answer without a word of a-z is 0."""
+    return sum(rouge_l(answer, expected) or 0.0 for answer, expected in pairs) / len(pairs)
+
+
+def _listed(rows: Sequence[AnsweredRow], listed: int, rest: str) -> list[str]:
+    lines = []
+    for row in rows[:listed]:
+        question, expected, got = (
+            one_line(text, _FIRST, _LAST) for text in (row.question, row.expected, row.tuned.text)
+        )
+        cut = "" if row.tuned.stopped else "  (did not stop by itself)"
+        lines += [
+            f"  {question}",
+            f"    expected: {expected}",
+            f"    got:      {got or '(nothing)'}{cut}",
+        ]
+    return [*lines, f"  and {len(rows) - listed:,} more: {rest}"] if len(rows) > listed else lines
+
+
+def right_as_json(answers: Sequence[AnsweredRow], rule: Rule) -> dict[str, Any] | None:
+    """Both tallies, and what they count; null without answers."""
+    if not answers:
+        return None
+    base, tuned = tallies(answers, rule)
+    of_both = {"base": asdict(base), "tuned": asdict(tuned)}
+    return {"rule": rule, "means": RULES[rule], "questions": len(answers), **of_both}
+
+
+def answers_as_json(answers: Sequence[AnsweredRow], metrics: Sequence[str]) -> list[dict[str, Any]]:
+    """Each question, what was expected and given, and what that is worth."""
+    rule = rule_of(metrics)
+    return [
+        {
+            "place": row.place,
+            "question": row.question,
+            "expected": row.expected,
+            **{
+                name: {"text": one.text, "tokens": one.tokens, "stopped": one.stopped}
+                for name, one in (("base", row.base), ("tuned", row.tuned))
+            },
+            "right": dict(zip(("base", "tuned"), row.right(rule), strict=True)),
+            "metrics": {
+                name: {
+                    "base": METRICS[name](row.base.text, row.expected),
+                    "tuned": METRICS[name](row.tuned.text, row.expected),
+                }
+                for name in metrics
+            },
+        }
+        for row in answers
+    ]
+
+
 # --- figures for files and for people -------------------------------------------------------------
 
 
@@ -461,7 +590,7 @@ def evaluate_at_end(
     Args:
         loaded: the base with the trained adapter as its only one.
 
-    Returns: lines for people; evaluation.json is written.
+    Returns: lines for people, the answers first; evaluation.json is written.
     """
     rows = data.validation_rows
     if not len(rows):
@@ -470,8 +599,9 @@ def evaluate_at_end(
     trained //= steps_per_epoch(rows_per_epoch(data.train_rows), settings.rows_per_step)
     part = _within(data, bound_of(loaded.decoder, trained), settings)
     measures: list[Measure] = []
+    answers: list[AnsweredRow] = []
     try:
-        measures = in_usable_thread(lambda: _measure(loaded, data, part, settings))
+        measures, answers = in_usable_thread(lambda: _measure(loaded, data, part, settings))
     except DataError as error:
         part.skipped.append(f"all of it: the data can no longer be read ({error})")
     except (RuntimeError, MemoryError) as error:
@@ -480,6 +610,8 @@ def evaluate_at_end(
         part.skipped.append("all of it: out of memory")
     finally:
         put_on(loaded.decoder, loaded.adapters[0].adapter)
+    metrics = metrics_for([row.expected for row in answers])
+    rule = rule_of(metrics)
     run.write_evaluation(
         {
             "validation_rows": len(rows),
@@ -488,11 +620,14 @@ def evaluate_at_end(
             "rows_answered": len(part.answered),
             "max_new_tokens": part.max_new_tokens,
             "seed": settings.seed,
+            "right_answers": right_as_json(answers, rule),
             "measures": measures_as_json(measures),
             "skipped": part.skipped,
+            "answers": answers_as_json(answers, metrics),
         }
     )
-    return _lines(measures, part, run)
+    file = str(run.path / EVALUATION)
+    return [*verdict_lines(answers, rule, file, LISTED_AT_END), *_lines(measures, part)]
 
 
 def bound_of(decoder: Decoder, trained_tokens: int) -> int:
@@ -534,7 +669,7 @@ def _within(data: PreparedData, bound: int, settings: Settings) -> _Part:
 
 def _measure(
     loaded: LoadedModel, data: PreparedData, part: _Part, settings: Settings
-) -> list[Measure]:
+) -> tuple[list[Measure], list[AnsweredRow]]:
     def silent(what: str, done: int, total: int) -> None:
         pass
 
@@ -546,24 +681,24 @@ def _measure(
     answers = answer_rows(loaded, source.examples(part.answered), part.max_new_tokens, silent)
     if answers:
         measures += answer_measures(answers, settings.seed)
-    return measures
+    return measures, answers
 
 
-def _lines(measures: Sequence[Measure], part: _Part, run: RunDirectory) -> list[str]:
+def _lines(measures: Sequence[Measure], part: _Part) -> list[str]:
     by_name = {measure.name: measure for measure in measures}
     said = []
     if LOSS in by_name:
         loss = by_name[LOSS]
-        said.append(
-            f"loss {figure(loss.figures.base)} -> {figure(loss.figures.tuned)} ({loss.reading})"
-        )
+        # "better" would be said of a model whose answers may all be wrong.
+        reading = {"better": "lower", "worse": "higher"}.get(loss.reading, loss.reading)
+        said.append(f"loss {figure(loss.figures.base)} -> {figure(loss.figures.tuned)} ({reading})")
     if STOP_RATE in by_name:
         stop = by_name[STOP_RATE].figures
         said.append(
             f"answers that stop {figure(stop.base, 'share')} -> {figure(stop.tuned, 'share')}"
         )
-    lines = [f"evaluation on {len(part.rows)} validation rows: " + ", ".join(said)] if said else []
+    rows = plural(len(part.rows), "validation row")
+    lines = [f"base -> tuned on {rows}: {', '.join(said)}"] if said else []
     if part.skipped:
         lines.append(f"evaluation: left out are {'; '.join(part.skipped)}")
-    words = ("evaluate", "--adapter_path", run.path)
-    return [*lines, f"more of it: {command_line(*words)}"]
+    return lines

@@ -6,8 +6,10 @@ number, no word): such rows are not counted.
 
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
+from typing import Literal
 
 NORMALISATION = (
     "letter case, the form of Unicode letters, the amount of white space, and quotation marks"
@@ -19,6 +21,10 @@ _QUOTES = "\"'`\u2018\u2019\u201c\u201d\u201e\u00ab\u00bb"
 
 
 _STOPS = ".,;:!?\u3002\u060c\u061b\u061f\u06d4\u0964"
+
+
+# Longer expected answers, in characters, can be given in other words and still be right.
+SHORT = 120
 
 
 def matches(answer: str, expected: str) -> bool:
@@ -132,3 +138,53 @@ def metrics_for(expected: Sequence[str]) -> tuple[str, ...]:
     """What suits these answers, for a user who named nothing."""
     marked = sum(FINAL_ANSWER in text for text in expected)
     return ("exact", "number", "rougeL") if 2 * marked > len(expected) else ("exact", "rougeL")
+
+
+# --- right or wrong -------------------------------------------------------------------------------
+
+Rule = Literal["match", "number", "contains"]
+# What makes an answer right.
+RULES: dict[Rule, str] = {
+    "match": "the expected answer word for word, but for case, spaces, quotation marks and final"
+    " punctuation",
+    "number": "the same number at the end as the expected answer",
+    "contains": "the expected answer is in it",
+}
+
+
+def rule_of(names: Sequence[str]) -> Rule:
+    """The first of these metrics that looks for less than the whole text; else `match`."""
+    rules: dict[str, Rule] = {rule: rule for rule in RULES}
+    return next((rules[name] for name in names if name in rules), "match")
+
+
+def is_right(answer: str, expected: str, rule: Rule = "match") -> bool | None:
+    """Whether an answer is right.
+
+    Returns: None where it cannot be told: the expected answer has nothing that the rule compares,
+    or is longer than SHORT and was given in other words.
+    """
+    if rule != "match":
+        found = METRICS[rule](answer, expected)
+        return None if found is None else bool(found)
+    if matches(answer, expected):
+        return True
+    return None if len(expected) > SHORT and normalised(answer) else False
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Answers to questions whose answer is known."""
+
+    right: int
+    wrong: int
+    undecided: int  # see `is_right`
+
+    @classmethod
+    def of(cls, judged: Iterable[bool | None]) -> "Tally":
+        found = list(judged)
+        return cls(*(sum(one is kind for one in found) for kind in (True, False, None)))
+
+    def __str__(self) -> str:
+        said = f"{self.right:,} right, {self.wrong:,} wrong"
+        return said + (f", {self.undecided:,} not decided" if self.undecided else "")

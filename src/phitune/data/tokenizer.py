@@ -579,8 +579,7 @@ def library_errors(file: Path) -> Iterator[None]:
     """Turns what the library raises into an error that names the file."""
     try:
         yield
-    except BaseException as error:
-        # The library raises nothing narrower; and its panic is a BaseException.
+    except BaseException as error:  # The library raises Exception; its panic is none.
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             lines = str(error).splitlines() or [type(error).__name__]
             raise ModelError(f"{file}: invalid: {lines[0][:_MAX_MESSAGE]}") from None

@@ -87,7 +87,7 @@ class Trackers:
             run = TrackedRun(folder, shown, first_step, notes.get(name, {}))
             try:
                 self._open[name] = KINDS[name](run)
-            except Exception as error:
+            except Exception as error:  # A package of others has errors of its own.
                 self.close(finished=False)
                 raise SettingsError(f"report_to {name}: cannot be used: {_said(error)}") from None
         notes |= {name: tracker.note for name, tracker in self._open.items() if tracker.note}
@@ -183,13 +183,10 @@ def _read_notes(folder: Path) -> dict[str, dict[str, str]]:
         return {}  # The curves begin anew; the run does not depend on it.
 
 
-# A package may fail in any way; none of it is worth a run.
-
-
 def _problem_of_logging(tracker: Tracker, step: int, numbers: Mapping[str, float]) -> str | None:
     try:
         tracker.log(step, numbers)
-    except Exception as error:
+    except Exception as error:  # A package may fail in any way; none is worth a run.
         return _said(error)
     return None
 
@@ -197,7 +194,7 @@ def _problem_of_logging(tracker: Tracker, step: int, numbers: Mapping[str, float
 def _problem_of_closing(tracker: Tracker, *, finished: bool) -> str | None:
     try:
         tracker.close(finished=finished)
-    except Exception as error:
+    except Exception as error:  # A package may fail in any way; none is worth a run.
         return _said(error)
     return None
 
@@ -383,7 +380,7 @@ def _check_mlflow() -> None:
         return
     try:
         mlflow.MlflowClient().get_experiment_by_name(_mlflow_experiment())
-    except Exception as error:
+    except Exception as error:  # Its own errors, and those of what it asks through.
         raise SettingsError(
             f"report_to mlflow: {uri} (MLFLOW_TRACKING_URI) does not answer: {_said(error)}"
         ) from None

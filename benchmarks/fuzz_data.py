@@ -32,7 +32,7 @@ from hypothesis import strategies as st
 from machine import save
 
 from phitune.data.coder import Coder
-from phitune.data.dataset import read_examples
+from phitune.data.dataset import Reading, read_examples
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import DataError
 from phitune.model.files import ASSETS
@@ -151,7 +151,7 @@ def check(kind: str, content: bytes, flags: dict[str, Any], folder: Path) -> str
     path = folder / f"case{kind}"
     path.write_bytes(content)
     started = time.perf_counter()
-    stream = read_examples(path, refusal=_CODER.prompt_format.refusal, **flags)
+    stream = read_examples(path, Reading(**flags), refusal=_CODER.prompt_format.refusal)
     try:
         examples = list(stream)
     except DataError as error:

@@ -180,3 +180,33 @@ def test_an_exception_is_caught_by_its_name_or_the_reason_is_given() -> None:
         if (lines := broad_handlers(path.read_text()))
     }
     assert found == {}
+
+
+# A kernel takes the tensors that it needs, each with its name.
+KERNELS = {f"model/{name}.py" for name in ("ops", "attention", "fused", "fused_layers")}
+MOST_PARAMETERS = 6
+
+
+def long_signatures(source: str) -> list[str]:
+    """The functions with more parameters than a caller can keep apart."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            given = node.args
+            names = [each.arg for each in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+            splats = [each for each in (given.vararg, given.kwarg) if each]
+            if len(names) - (names[:1] in (["self"], ["cls"])) + len(splats) > MOST_PARAMETERS:
+                found.append(node.name)
+    return found
+
+
+def test_no_function_takes_seven_parameters() -> None:
+    assert long_signatures("def f(a, b, /, c, d, *e, f, **g): ...") == ["f"]
+    assert long_signatures("def f(self, a, b, c, d, e, *, f): ...") == []
+    found = {
+        str(name): names
+        for path in SOURCE.rglob("*.py")
+        if (name := path.relative_to(SOURCE).as_posix()) not in KERNELS
+        and (names := long_signatures(path.read_text()))
+    }
+    assert found == {}

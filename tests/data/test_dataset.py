@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from phitune.data.conversation import Example, Turn
-from phitune.data.dataset import read_examples
+from phitune.data.dataset import Reading, read_examples
 from phitune.errors import DataError
 
 GOOD = '{"prompt": "a", "response": "b"}'
@@ -88,20 +88,20 @@ def test_all_problems_are_reported_at_once_and_at_most_20_printed(tmp_path: Path
 
 def test_bad_rows_are_left_out_where_that_is_asked(tmp_path: Path) -> None:
     path = write(tmp_path, "\n".join([GOOD, "no", GOOD, '{"prompt": "a"}']))
-    stream = read_examples(path, on_bad_row="skip")
+    stream = read_examples(path, Reading(on_bad_row="skip"))
     assert [example.line for example in stream] == [1, 3]
     assert "2 of 4 rows are left out" in stream.warnings[-1]
     assert f"{path}:2: not JSON" in stream.warnings[-1]
     assert f"{path}:4: 'response' is missing" in stream.warnings[-1]
     with pytest.raises(DataError, match="2 problems and no row is left"):
-        list(read_examples(write(tmp_path, "no\n[]"), on_bad_row="skip"))
+        list(read_examples(write(tmp_path, "no\n[]"), Reading(on_bad_row="skip")))
 
 
 def test_a_file_that_breaks_off_is_refused_even_where_bad_rows_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "data.json"
     path.write_text(f"[{GOOD}, {GOOD}")
     with pytest.raises(DataError, match="the array is not closed") as caught:
-        list(read_examples(path, on_bad_row="skip"))
+        list(read_examples(path, Reading(on_bad_row="skip")))
     assert "--on_bad_row" not in str(caught.value)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phitune.data.conversation import Example, Turn
-from phitune.data.dataset import read_examples
+from phitune.data.dataset import Reading, read_examples
 from phitune.data.formats import parse_columns, parse_roles
 from phitune.errors import DataError, SettingsError
 
@@ -70,7 +70,7 @@ def test_every_kind_of_row_is_recognised(
     assert list(stream) == [Example(expected, path, 1)]
     assert stream.formats[path].name == name
     assert f"{path}: read as {name} (" in stream.notes[0]
-    assert list(read_examples(path, data_format=name)) == [Example(expected, path, 1)]
+    assert list(read_examples(path, Reading(data_format=name))) == [Example(expected, path, 1)]
 
 
 USER, ANSWER = CHAT
@@ -115,7 +115,7 @@ def test_what_has_no_form_is_refused_and_never_flattened(
         list(read_examples(path))
     assert f"{path}:2: {said}" in str(caught.value)
     assert "--on_bad_row skip" in str(caught.value)
-    stream = read_examples(path, on_bad_row="skip")
+    stream = read_examples(path, Reading(on_bad_row="skip"))
     assert [example.line for example in stream] == [1, 3]
     assert "1 of 3 rows are left out" in str(stream.warnings)
     assert f"{path}:2: {said}" in str(stream.warnings)
@@ -134,12 +134,12 @@ def test_what_has_no_form_is_refused_and_never_flattened(
 def test_columns_of_other_names(
     tmp_path: Path, columns: str, row: dict[str, Any], expected: tuple[str, ...]
 ) -> None:
-    (example,) = read_examples(write(tmp_path, row), columns=columns)
+    (example,) = read_examples(write(tmp_path, row), Reading(columns=columns))
     assert example.turns == turns(*expected)
 
 
 def test_a_text_under_another_name_is_a_completion(tmp_path: Path) -> None:
-    (example,) = read_examples(write(tmp_path, {"content": "t"}), columns="text=content")
+    (example,) = read_examples(write(tmp_path, {"content": "t"}), Reading(columns="text=content"))
     assert example.is_completion
 
 
@@ -163,16 +163,16 @@ def test_columns_that_cannot_be_are_refused(columns: str, data_format: str, said
 def test_tables_without_a_header_are_read_by_number(tmp_path: Path) -> None:
     path = tmp_path / "a.tsv"
     path.write_text("q1\tx\ta1\nq2\tx\ta2\n")
-    by_number = read_examples(path, columns="prompt=0,response=2")
+    by_number = read_examples(path, Reading(columns="prompt=0,response=2"))
     assert [example.turns for example in by_number] == [turns("q1", "a1"), turns("q2", "a2")]
     with pytest.raises(DataError, match=r"a\.tsv:1: .*by number: --columns prompt=0,response=1"):
         list(read_examples(path))
     path.write_text("q1\tx\ta1\nq2\n")
     with pytest.raises(DataError, match=r"a\.tsv:2: '2' is missing"):
-        list(read_examples(path, columns="prompt=0,response=2"))
+        list(read_examples(path, Reading(columns="prompt=0,response=2")))
     path.write_text("Question\tanswer\nq\ta\n")
     with pytest.raises(DataError, match=r"a\.tsv:1: the first row is a header \('answer', 'quest"):
-        list(read_examples(path, columns="prompt=0,response=1"))
+        list(read_examples(path, Reading(columns="prompt=0,response=1")))
 
 
 def test_the_format_is_that_of_the_first_row_that_has_one(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_the_format_is_that_of_the_first_row_that_has_one(tmp_path: Path) -> Non
     assert ":1: 'response' is missing" in str(caught.value)
     assert ":3: 'prompt' is missing and 'response' is missing" in str(caught.value)
     with pytest.raises(DataError, match='expected "instruction" and "output"'):
-        list(read_examples(path, data_format="alpaca"))
+        list(read_examples(path, Reading(data_format="alpaca")))
 
 
 def test_each_file_of_a_folder_has_its_own_format(tmp_path: Path) -> None:
@@ -328,19 +328,18 @@ def test_what_has_two_meanings_or_none_is_refused(
 
 def test_the_chosen_answers_of_preferences_can_be_trained_on(tmp_path: Path) -> None:
     path = write(tmp_path, {"prompt": "q", "chosen": "a", "rejected": "b"})
-    stream = read_examples(path, columns="prompt=prompt,response=chosen")
+    stream = read_examples(path, Reading(columns="prompt=prompt,response=chosen"))
     assert [example.turns for example in stream] == [turns("q", "a")]
     assert "not read: rejected (the row): preferences" in stream.warnings[0]
     path = write(tmp_path, {"chosen": SHORT, "rejected": SHORT})
-    assert [example.turns for example in read_examples(path, columns="messages=chosen")] == [
-        turns("q", "a")
-    ]
+    (example,) = read_examples(path, Reading(columns="messages=chosen"))
+    assert example.turns == turns("q", "a")
 
 
 def test_roles_of_other_names_are_named_by_the_user(tmp_path: Path) -> None:
     said = [{"from": "Customer", "value": "q"}, {"from": "agent", "value": "a"}]
     path = write(tmp_path, {"conversations": said})
-    stream = read_examples(path, roles="user=customer, assistant=agent")
+    stream = read_examples(path, Reading(roles="user=customer, assistant=agent"))
     assert [example.turns for example in stream] == [turns("q", "a")]
     assert any("role agent: read as assistant" in note for note in stream.notes)
 
@@ -382,7 +381,7 @@ def test_what_is_not_read_is_named_and_warned_of_if_it_carries_meaning(tmp_path:
     path = write(
         tmp_path, {"prompt": "q", "response": "", "label": 1}, {"prompt": "q", "response": "a"}
     )
-    stream = read_examples(path, on_bad_row="skip")
+    stream = read_examples(path, Reading(on_bad_row="skip"))
     assert len(list(stream)) == 1
     assert not any("label" in line for line in [*stream.notes, stream.warnings[0]])
 
@@ -483,7 +482,7 @@ def test_every_shared_file_is_read_with_its_roles_or_refused_with_the_reason(
     shared: Path, name: str, columns: str | None, rows: int, shape: str, said: str
 ) -> None:
     path = shared / name
-    stream = read_examples(path, columns=columns)
+    stream = read_examples(path, Reading(columns=columns))
     if not rows:
         with pytest.raises(DataError) as caught:
             list(stream)
@@ -512,7 +511,7 @@ def test_all_tool_calls_are_counted_and_written_to_a_file(shared: Path) -> None:
     assert f"and 83 more; all of them are in {stream.problems.file}" in str(caught.value)
     assert len(stream.problems.file.read_text().splitlines()) == 103
     stream.problems.file.unlink()
-    skipping = read_examples(stream.source, on_bad_row="skip")
+    skipping = read_examples(stream.source, Reading(on_bad_row="skip"))
     with pytest.raises(DataError, match="103 problems and no row is left"):
         list(skipping)
     assert skipping.problems.file

@@ -51,11 +51,12 @@ from phitune.check.survey import (
 )
 from phitune.config import Settings, as_flags
 from phitune.data.coder import Coder
-from phitune.data.dataset import ExampleStream, OnBadRow, read_examples
+from phitune.data.conversation import Example
+from phitune.data.dataset import ExampleStream, OnBadRow, Reading, read_examples
 from phitune.data.formats import RowNotes
 from phitune.data.mix import mean_of_epoch, taken_rows
 from phitune.data.prepare import PreparedData, validation_rows
-from phitune.data.tokenizer import TextTokenizer
+from phitune.data.tokenizer import EncodedRow, TextTokenizer
 from phitune.data.written import PLAIN_FORMS
 from phitune.errors import DataError, ModelError, listing
 from phitune.model.files import cached_model, find_model
@@ -523,28 +524,75 @@ def _report(
         streams.append(_open(settings, encoder, on_bad_row, validation=True))
     for number, stream in enumerate(streams):
         for chunk in in_chunks(stream, max_rows):
-            encoded = None
-            if encoder:
-                # A text that is cut into pieces is trained, however long it is.
-                most = None if settings.on_too_long == "split" else settings.max_length
-                encoded = list(encoder.encode_rows(chunk, most_tokens=most))
+            encoded = _encoded(chunk, encoder, settings) if encoder else None
             survey.add(chunk, encoded, validation=number == 1)
             progress(survey.rows)
     if absent := survey.samples.not_found:
         shown = ", ".join(map(str, absent))
         raise DataError(f"--show {shown}: {settings.dataset_path} has no row on that line")
 
-    # Divide them as training would.
-    table = survey.table()
-    no_split = None
-    if (share := settings.validation_split) and not settings.validation_path:
-        try:
-            held_out = validation_rows([table.question_hash], share, settings.seed)
-            table = dataclasses.replace(table, validation=held_out)
-        except DataError as error:  # Bad rows may be why; the report names them.
-            no_split = str(error)
+    # Divide them as training would, and judge.
+    table, no_split = _divided(survey.table(), settings)
+    near = survey.near_duplicates(table)
+    evidence = Evidence(
+        table,
+        near,
+        token_statistics(table, settings) if encoder else None,
+        survey.found(),
+        _bad_rows(streams),
+        _row_notes(streams),
+    )
+    split = _split_of(table, settings)
+    checks = _checks(all_findings(evidence, split), no_split, missing)
+
+    formats = [str(kind) for stream in streams for kind in stream.formats.values()]
+    counts = RowCounts(len(table), evidence.bad_rows.rows, split.train_rows, split.validation_rows)
+    report = Report(
+        source=str(settings.dataset_path),
+        validation_source=str(settings.validation_path) if settings.validation_path else None,
+        files=sum(len(stream.files) for stream in streams),
+        formats=tuple(dict.fromkeys(formats)),
+        notes=tuple(note for stream in streams for note in _other_notes(stream)),
+        rows=counts,
+        model_name=settings.model_name,
+        prompt_format=settings.prompt_format,
+        train_on_prompt=settings.train_on_prompt,
+        tokens=evidence.tokens,
+        no_tokens_because=missing,
+        words=lengths_of(table.words),
+        characters=lengths_of(table.characters),
+        letters_share_by_script=survey.scripts(),
+        near_duplicates=NearDuplicateSearch(near.rows_compared),
+        checks=checks,
+        samples=tuple(
+            sample_of(title, row, encoder, settings.train_on_prompt)
+            for title, row in survey.samples.chosen()
+        ),
+    )
+    return report, table
+
+
+def _encoded(rows: Sequence[Example], coder: Coder, settings: Settings) -> list[EncodedRow]:
+    # A text that is cut into pieces is trained, however long it is.
+    most = None if settings.on_too_long == "split" else settings.max_length
+    return list(coder.encode_rows(rows, most_tokens=most))
+
+
+def _divided(table: RowTable, settings: Settings) -> tuple[RowTable, str | None]:
+    """The rows with those that training would validate with, or why they cannot be split."""
+    share = settings.validation_split
+    if not share or settings.validation_path:
+        return table, None
+    try:
+        held_out = validation_rows([table.question_hash], share, settings.seed)
+    except DataError as error:  # Bad rows may be why; the report names them.
+        return table, str(error)
+    return dataclasses.replace(table, validation=held_out), None
+
+
+def _split_of(table: RowTable, settings: Settings) -> Split:
     validation = int(table.validation.sum())
-    split = Split(
+    return Split(
         train_rows=len(table) - validation,
         validation_rows=validation,
         validation_path=settings.validation_path,
@@ -552,47 +600,30 @@ def _report(
         strictly=settings.on_bad_row == "error",
     )
 
-    # Judge.
-    tokens = token_statistics(table, settings) if encoder else None
-    near = survey.near_duplicates(table)
-    bad_rows = _bad_rows(streams)
-    row_notes = RowNotes(
-        sum((stream.row_notes.unread for stream in streams), Counter()),
-        sum((stream.row_notes.read_as for stream in streams), Counter()),
-    )
-    evidence = Evidence(table, near, tokens, survey.found(), bad_rows, row_notes)
-    checks = all_findings(evidence, split)
+
+def _checks(
+    found: Sequence[Finding], no_split: str | None, no_tokens: str | None
+) -> tuple[Finding, ...]:
+    """The findings, the worst first.
+
+    Args:
+        no_split: why the rows cannot be divided.
+        no_tokens: why tokens were not counted.
+    """
+    checks = list(found)
     if no_split:
         checks = [check for check in checks if check.name != "validation_share"]
         checks.insert(1, _not_split(no_split))  # After the rows that cannot be used.
-    if missing:
-        checks.append(_tokens_not_counted(missing))
-    checks.sort(key=lambda finding: -SEVERITY[finding.verdict])
+    if no_tokens:
+        checks.append(_tokens_not_counted(no_tokens))
+    return tuple(sorted(checks, key=lambda finding: -SEVERITY[finding.verdict]))
 
-    formats = [str(kind) for stream in streams for kind in stream.formats.values()]
-    report = Report(
-        source=str(settings.dataset_path),
-        validation_source=str(settings.validation_path) if settings.validation_path else None,
-        files=sum(len(stream.files) for stream in streams),
-        formats=tuple(dict.fromkeys(formats)),
-        notes=tuple(note for stream in streams for note in _other_notes(stream)),
-        rows=RowCounts(len(table), bad_rows.rows, split.train_rows, validation),
-        model_name=settings.model_name,
-        prompt_format=settings.prompt_format,
-        train_on_prompt=settings.train_on_prompt,
-        tokens=tokens,
-        no_tokens_because=missing,
-        words=lengths_of(table.words),
-        characters=lengths_of(table.characters),
-        letters_share_by_script=survey.scripts(),
-        near_duplicates=NearDuplicateSearch(near.rows_compared),
-        checks=tuple(checks),
-        samples=tuple(
-            sample_of(title, row, encoder, settings.train_on_prompt)
-            for title, row in survey.samples.chosen()
-        ),
+
+def _row_notes(streams: Sequence[ExampleStream]) -> RowNotes:
+    return RowNotes(
+        sum((stream.row_notes.unread for stream in streams), Counter()),
+        sum((stream.row_notes.read_as for stream in streams), Counter()),
     )
-    return report, table
 
 
 # Said of the main data alone: others are not validated with, and an epoch takes a part of them.
@@ -663,10 +694,7 @@ def _open(
     assert source
     return read_examples(
         source,
-        data_format=settings.data_format,
-        columns=settings.columns,
-        roles=settings.roles,
-        on_bad_row=on_bad_row,
+        dataclasses.replace(Reading.of(settings), on_bad_row=on_bad_row),
         refusal=coder.prompt_format.refusal if coder else None,
         written_forms=coder.prompt_format.written_forms if coder else PLAIN_FORMS,
         part="validation" if validation else "train",

@@ -12,12 +12,13 @@ conversations it knows), no torch.
 import itertools
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from phitune.data.conversation import Example, Refusal, Role
+from phitune.config import Settings
+from phitune.data.conversation import Example, Refusal
 from phitune.data.files import BytesRead, read_rows, suffix_of
 from phitune.data.formats import (
     EXPECTED,
@@ -46,13 +47,25 @@ _CHARACTERS_TO_DETECT = 2**20
 _ROWS_TO_DETECT = 100  # rows of a file that are tried until one has the fields of a format
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How rows are to be read; each field is what the setting of its name says."""
+
+    data_format: str = "auto"  # a name of `FIELDS`, or "auto"
+    columns: str | None = None  # other column names, as `prompt=title,response=body`
+    roles: str | None = None  # other names of roles, as `assistant=model,user=customer`
+    # "error" reads to the end of the data and then raises; "skip" leaves rows out.
+    on_bad_row: OnBadRow = "error"
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Reading":
+        return cls(settings.data_format, settings.columns, settings.roles, settings.on_bad_row)
+
+
 def read_examples(
     source: Path | str,
+    reading: Reading = Reading(),
     *,
-    data_format: str = "auto",
-    columns: str | None = None,
-    roles: str | None = None,
-    on_bad_row: OnBadRow = "error",
     refusal: Refusal | None = None,
     written_forms: Sequence[WrittenForm] = (),
     part: Part = "train",
@@ -60,10 +73,6 @@ def read_examples(
     """The rows of a file, of the files of a folder, or of a hub data set.
 
     Args:
-        data_format: a name of `FIELDS`, or "auto".
-        columns: other column names, as `prompt=title,response=body`.
-        roles: other names of roles, as `assistant=model,user=customer`.
-        on_bad_row: "error" reads to the end of the data and then raises; "skip" leaves rows out.
         refusal: that of a prompt format; a row that it cannot render is a problem too.
         written_forms: those of a prompt format. Where most rows of a file hold a conversation in
             one of them, such rows are split into turns.
@@ -74,21 +83,8 @@ def read_examples(
         SettingsError: impossible columns or roles.
     """
     return ExampleStream(
-        find_source(source, part),
-        RowReading(data_format, parse_columns(columns, data_format), parse_roles(roles)),
-        strict=on_bad_row == "error",
-        refusal=refusal,
-        written_forms=written_forms,
+        find_source(source, part), reading, refusal=refusal, written_forms=written_forms
     )
-
-
-@dataclass(frozen=True)
-class RowReading:
-    """How rows are to be read: what the settings say about fields and roles."""
-
-    data_format: str  # a name of `FIELDS`, or "auto"
-    columns: Mapping[str, str]
-    roles: Mapping[str, Role]
 
 
 class ExampleStream:
@@ -97,16 +93,11 @@ class ExampleStream:
     def __init__(
         self,
         source: Source,
-        reading: RowReading,
+        reading: Reading,
         *,
-        strict: bool,
         refusal: Refusal | None,
-        written_forms: Sequence[WrittenForm] = (),
+        written_forms: Sequence[WrittenForm],
     ) -> None:
-        """
-        Args:
-            strict: bad rows are raised in one error at the end; else they are left out.
-        """
         self.source = source.name
         self.files = source.files
         self.formats: dict[Path, RowFormat] = {}  # of the files read so far
@@ -116,8 +107,10 @@ class ExampleStream:
         self.bytes_read = BytesRead()
         self._source_notes = source.notes
         self._file_notes: list[tuple[Path, str]] = []
-        self._reading = reading
-        self._strict = strict
+        self._data_format = reading.data_format
+        self._columns = parse_columns(reading.columns, reading.data_format)
+        self._roles = parse_roles(reading.roles)
+        self._strict = reading.on_bad_row == "error"
         self._refusal = refusal
         self._written_forms = written_forms
         self._fatal = False  # a problem that leaving out rows does not solve
@@ -200,8 +193,8 @@ class ExampleStream:
 
     def _of_file(self, file: Path) -> Iterator[Example]:
         notes = FileNotes()
-        numbered = is_numbered(self._reading.columns)
-        named = self._reading.columns.values()
+        numbered = is_numbered(self._columns)
+        named = self._columns.values()
         fields = ROW_NAMES | {column.partition(".")[0].strip().lower() for column in named}
         rows = read_rows(
             file,
@@ -216,7 +209,6 @@ class ExampleStream:
             self._file_notes += [(file, sentence) for sentence in notes.sentences()]
 
     def _examples(self, file: Path, rows: Iterator[RawRow], numbered: bool) -> Iterator[Example]:
-        reading = self._reading
         # The format: that of the first row that has one.
         tried: list[RawRow] = []
         row_format = None
@@ -224,7 +216,7 @@ class ExampleStream:
             if self._readable(file, row):
                 tried.append(row)
                 assert not isinstance(row.values, str)
-                row_format = detect(row.values, reading.columns, reading.data_format)
+                row_format = detect(row.values, self._columns, self._data_format)
                 if row_format or len(tried) == _ROWS_TO_DETECT:
                     break
         seen = len(tried)
@@ -250,7 +242,7 @@ class ExampleStream:
             assert not isinstance(row.values, str)
             row_format = row_format.with_optional(row.values)
             self.formats[file] = row_format
-            example = row_format.example(row.values, file, row.line, reading.roles, self.row_notes)
+            example = row_format.example(row.values, file, row.line, self._roles, self.row_notes)
             if form and isinstance(example, Example):
                 example = _split(example, form)
             if isinstance(example, str):
@@ -285,9 +277,7 @@ class ExampleStream:
         for row in rows:
             if isinstance(row.values, str):
                 continue
-            example = row_format.example(
-                row.values, file, row.line, self._reading.roles, RowNotes()
-            )
+            example = row_format.example(row.values, file, row.line, self._roles, RowNotes())
             if isinstance(example, str):
                 continue
             examples += 1
@@ -312,10 +302,7 @@ class ExampleStream:
         assert not isinstance(first.values, str)
         if row_format is None:
             table = (suffix_of(file) or "").startswith((".csv", ".tsv")) and not numbered
-            reading = self._reading
-            problem = unknown_fields(
-                first.values, reading.columns, reading.data_format, table=table
-            )
+            problem = unknown_fields(first.values, self._columns, self._data_format, table=table)
             return f"{file}:{1 if table else first.line}: {problem}"
         if not numbered:
             return None

@@ -44,7 +44,7 @@ from phitune import __version__
 from phitune.config import Settings
 from phitune.data.coder import Coder
 from phitune.data.conversation import Example
-from phitune.data.dataset import ExampleStream, read_examples
+from phitune.data.dataset import ExampleStream, Reading, read_examples
 from phitune.data.pieces import Cuts
 from phitune.data.prompt import PromptFormat
 from phitune.data.sources import Part
@@ -112,10 +112,7 @@ def open_stream(
     """The rows of a data set as these settings read them."""
     return read_examples(
         source,
-        data_format=settings.data_format,
-        columns=settings.columns,
-        roles=settings.roles,
-        on_bad_row=settings.on_bad_row,
+        Reading.of(settings),
         refusal=prompt_format.refusal,
         written_forms=prompt_format.written_forms,
         part=part,

@@ -18,6 +18,7 @@ from helpers.conversations import example_of
 
 from phitune.data.coder import Coder
 from phitune.data.conversation import Turn
+from phitune.data.prompt import ChatFormat
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import ModelError
 from phitune.model.files import ASSETS
@@ -661,6 +662,24 @@ def test_a_text_that_the_template_would_change_is_refused() -> None:
     assert "changes texts with '</think>' in them" in said
     assert said.endswith("use --prompt_format instruct")
     assert chat.refusal(example_of("why</think>q", "a").turns) is None  # looked for in answers
+
+
+def test_a_prompt_without_a_cue_of_its_own_may_hold_what_the_template_looks_for() -> None:
+    tokenizer = TextTokenizer(ASSETS / "tiny-phi-3.5")
+    # It always ends with another cue than it writes before an answer.
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if message['role'] == 'user' %}"
+        "{{ '<|user|>' + message['content'] + '\\n' }}{% else %}"
+        "{{ 'says:' + message['content'].replace('</think>', '') + '<|end|>' }}"
+        "{% endif %}{% endfor %}{{ '<|assistant|>' }}"
+    )
+    chat = Coder.of(tokenizer, "chat").prompt_format
+    assert isinstance(chat, ChatFormat)
+    assert not chat.cues
+    turns = example_of("why</think>q", "a").turns
+    assert chat.refusal(turns) is None
+    assert chat.refusal(turns[:1]) is None
+    assert chat.refusal(example_of("q", "a</think>b").turns)
 
 
 def test_what_a_template_puts_around_an_answer_is_generated_and_taken_off_again() -> None:

@@ -295,21 +295,24 @@ class ChatFormat:
         """Compares with what the template makes of the texts themselves, where it may look into
         them.
         """
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         is_prompt = turns[-1].role == "user"
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        if is_prompt and not self.cues:
+            # Its cue is not what it writes before an answer: that is seen with an answer only.
+            messages.append({"role": "assistant", "content": "Text"})
         try:
             text = render(
                 self.chat_template,
                 messages,
                 dict(self.special_tokens),
-                add_generation_prompt=is_prompt,
+                add_generation_prompt=is_prompt and self.cues,
             )
         except ModelError as error:
             return self._refused(str(error))
         ours = "".join(segment.text for segment in self._segments(turns, layout))
         if (
             ours.startswith(text)
-            if is_prompt
+            if is_prompt and self.cues
             else text.startswith(ours.removesuffix(self.end_token))
         ):
             return None

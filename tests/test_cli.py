@@ -80,7 +80,6 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
         pytest.param("--batch_size 4 --epochs 20 --learning_rate 1e-4", marks=pytest.mark.campaign),
         "--batch_size 2 --gradient_accumulation_steps 16 --gradient_checkpointing"
         " --dataset_path data/train.jsonl",
-        "--batch_size 4 --epochs 20 --learning_rate 1e-4 --dataset_path data/train.jsonl",
     ],
 )
 def test_the_three_commands_of_the_guide_run_as_written(place: Path, line: str) -> None:
@@ -152,7 +151,7 @@ def test_python_is_the_same_job_as_the_command_line(place: Path) -> None:
         "train --output_dir cli --dataset_path data/train.jsonl --model_name tiny-phi-2"
         " --epochs 2 --gradient_accumulation_steps 4"
     )
-    done = call(*PHITUNE, *line.split())
+    done = phitune(line)
     assert done.returncode == 0, done.stderr
     ours, theirs = (
         (place / run / "adapter" / "adapter_model.safetensors").read_bytes()
@@ -339,6 +338,7 @@ def test_ctrl_c_saves_what_there_is_and_says_so(place: Path) -> None:
     assert json.loads((place / "run" / "summary.json").read_text())["interrupted"] is True
 
 
+@pytest.mark.campaign
 def test_a_terminal_without_the_letters_does_not_end_a_run(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -509,18 +509,33 @@ def test_a_full_disk_behind_the_output_costs_no_step_and_is_named(place: Path) -
     assert done.returncode == 0, done.stderr
     assert "standard output: No space left on device; the run goes on" in done.stderr
     assert (place / "run" / "summary.json").exists()
-    for line in ("--help", "check data/train.jsonl", "plan --model_name tiny-phi-2 --json"):
-        for buffered in ("", "1"):
-            shown = in_shell(f"phitune {line} > /dev/full", PYTHONUNBUFFERED=buffered)
-            said = "phitune: standard output: No space left on device\n"
-            assert (shown.returncode, shown.stderr) == (1, said), line
     assert in_shell("phitune train --epoch 3 2> /dev/full").returncode == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("buffered", ["", "1"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--help",
+        pytest.param("check data/train.jsonl", marks=pytest.mark.campaign),
+        pytest.param("plan --model_name tiny-phi-2 --json", marks=pytest.mark.campaign),
+    ],
+)
+def test_what_could_not_be_shown_ends_a_command(place: Path, line: str, buffered: str) -> None:
+    shown = in_shell(f"phitune {line} > /dev/full", PYTHONUNBUFFERED=buffered)
+    said = "phitune: standard output: No space left on device\n"
+    assert (shown.returncode, shown.stderr) == (1, said)
 
 
 def test_closed_streams_are_no_files_of_the_run(place: Path) -> None:
     done = in_shell(f"phitune {SHORT} <&- >&- 2>&-")
     assert done.returncode == 0
     assert all(line["step"] >= 0 for line in lines_of(place / "run" / "metrics.jsonl"))
+
+
+@pytest.mark.campaign
+def test_a_closed_input_asks_nothing() -> None:
     asked = in_shell("phitune chat --model_name tiny-phi-2 <&-")
     assert (asked.returncode, asked.stderr) == (0, "")
 
@@ -534,6 +549,7 @@ def test_a_deleted_working_directory_is_said_in_one_sentence(place: Path, comman
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.campaign
 @pytest.mark.skipif(
     shutil.which("setpriv") is None or os.getuid() != 0,
     reason="needs setpriv, and the right to become another user",
@@ -553,6 +569,7 @@ def test_without_a_home_and_a_name_a_run_keeps_its_caches_elsewhere(place: Path)
     assert "~ stands for a home folder, and none is known; write the whole path" in refused.stderr
 
 
+@pytest.mark.campaign
 def test_variables_that_are_empty_are_unset(place: Path) -> None:
     done = in_shell(f"phitune {SHORT}", XDG_CACHE_HOME="", HF_HOME="", TMPDIR=" ")
     assert done.returncode == 0, done.stderr
@@ -575,12 +592,14 @@ def test_names_that_are_not_text_are_trained_on_or_refused(place: Path) -> None:
     odd = place / os.fsdecode(b"caf\xe9")
     shutil.copytree(place / "data", odd / "rows")
     (odd / "rows" / "train.jsonl").rename(odd / "rows" / f"{odd.name}.jsonl")
-    named = in_shell(f"phitune {SHORT.replace('data/train.jsonl', 'caf*/rows')}")
+    named = phitune(SHORT.replace("data/train.jsonl", f"'{odd.name}/rows'"))
     assert named.returncode == 2
     assert "is not UTF-8 text; rename the file or the folder" in named.stderr
-    here = in_shell(f"cd caf*; phitune {SHORT.replace('data/train.jsonl', 'rows')}")
+    os.chdir(odd)
+    here = phitune(SHORT.replace("data/train.jsonl", "rows"))
     assert here.returncode == 2
     assert "the name of a folder in it is not UTF-8 text" in here.stderr
+    os.chdir(place)
     (odd / "rows").rename(place / "rows")
     done = phitune(SHORT.replace("data/train.jsonl", "rows"))
     assert done.returncode == 0, done.stderr

@@ -119,7 +119,7 @@ def test_a_run_that_stopped_early_says_how_to_go_on(
         first = phitune(f"{LINE} --epochs {epochs} --early_stopping_patience 1")
     assert "stopped early" in first.stdout
     before = steps(place / "my run")
-    useless = phitune("train --resume 'my run' --resume_with epochs=30")
+    useless = phitune("train --resume 'my run' --resume_with epochs=5")
     assert "this run is finished (stopped early: no better" in useless.stdout
     command = printed(useless.stdout)
     assert "early_stopping_patience=2" in command[-1]

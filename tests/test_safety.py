@@ -718,7 +718,14 @@ COMMANDS: list[Callable[[Path], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=["train", "check", "plan"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(COMMANDS[0], id="train"),
+        pytest.param(COMMANDS[1], id="check", marks=pytest.mark.campaign),
+        pytest.param(COMMANDS[2], id="plan", marks=pytest.mark.campaign),
+    ],
+)
 def test_nothing_leaves_the_machine_or_the_run_directory(
     command: Callable[[Path], list[str]], tmp_path: Path
 ) -> None:

@@ -1,6 +1,7 @@
 """`phitune compare` as a person meets it: from a file, from validation rows, typed and piped."""
 
 import fcntl
+import io
 import json
 import os
 import pty
@@ -229,7 +230,10 @@ def _environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "90", "TERM": "xterm", **changes}
 
 
-def test_piped_questions_line_by_line(place: Path) -> None:
+def test_piped_questions_line_by_line(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole way, in a process of its own; then as JSON."""
     piped = "What sound does a cat make?\n\n  How much is 8 plus 7?  \n/quit\nnever asked\n"
     command = [*PHITUNE, "compare", "--adapter_path", "run", "--max_new_tokens", "24"]
     done = subprocess.run(
@@ -241,16 +245,16 @@ def test_piped_questions_line_by_line(place: Path) -> None:
     assert "never asked" not in words
     assert "stopped 2 of 2 (100%)" in words
     assert "\x1b" not in done.stdout
-    as_json = subprocess.run(
-        [*command, "--json"], input=piped, capture_output=True, text=True, timeout=SECONDS
-    )
-    assert [q["turns"][0]["content"] for q in json.loads(as_json.stdout)["questions"]] == [
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(piped.encode())))
+    document = document_of(capsys, "--adapter_path run")
+    assert [question["turns"][0]["content"] for question in document["questions"]] == [
         "What sound does a cat make?",
         "How much is 8 plus 7?",
     ]
-    bad = subprocess.run(command, input=b"caf\xe9\n", capture_output=True, timeout=SECONDS)
-    assert bad.returncode == 2
-    assert b"standard input is not UTF-8" in bad.stderr
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n")))
+    code, _, err = compare(capsys, "--adapter_path run")
+    assert code == 2
+    assert "standard input is not UTF-8" in err
 
 
 class _Terminal:
@@ -325,6 +329,7 @@ def test_interactive_on_a_terminal(place: Path) -> None:
     assert "A cat meows." in (place / "out.html").read_text()
 
 
+@pytest.mark.campaign
 @pytest.mark.usefixtures("heeds_signals")
 def test_an_interrupted_answer_leaves_its_question_out(place: Path) -> None:
     # Drawn at such a temperature it does not stop for a long while.

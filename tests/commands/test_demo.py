@@ -33,21 +33,7 @@ def short_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_it_ends_with_the_table_and_three_commands_that_run(
     short_demo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hello\n")))
-    done = phitune("demo")
-    assert done.returncode == 0, done.stderr
-    assert "Answers before and after" in done.stdout
-    assert (short_demo / "output" / "demo" / "summary.json").is_file()
-    _, _, after = done.stdout.partition("\nTry next:\n")
-    commands = [line.strip() for line in after.splitlines()]
-    assert len(commands) == 3
-    for command in commands:
-        assert command.startswith("phitune ")
-        answer = phitune(command.removeprefix("phitune "))
-        assert answer.returncode == 0, (command, answer.stderr)
-
-
-def test_an_earlier_run_is_replaced_only_when_asked(short_demo: Path) -> None:
+    """In the place of an earlier run, which is replaced only when asked."""
     run = short_demo / "my run"
     run.mkdir()
     (run / "metrics.jsonl").write_text("{}\n")
@@ -57,9 +43,19 @@ def test_an_earlier_run_is_replaced_only_when_asked(short_demo: Path) -> None:
     assert "--overwrite" in done.stderr
     assert (run / "metrics.jsonl").read_text() == "{}\n"
 
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hello\n")))
     done = phitune(["demo", "--output_dir", str(run), "--overwrite"])
     assert done.returncode == 0, done.stderr
+    assert "Answers before and after" in done.stdout
+    assert (run / "summary.json").is_file()
     assert f"phitune chat --adapter_path '{run}'" in done.stdout
+    _, _, after = done.stdout.partition("\nTry next:\n")
+    commands = [line.strip() for line in after.splitlines()]
+    assert len(commands) == 3
+    for command in commands:
+        assert command.startswith("phitune ")
+        answer = phitune(command.removeprefix("phitune "))
+        assert answer.returncode == 0, (command, answer.stderr)
 
 
 def test_make_demo_is_the_same_command() -> None:
@@ -112,3 +108,4 @@ def test_an_installed_wheel_runs_it_without_a_clone(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "Ahoy!" in done.stdout
     assert "Try next:" in done.stdout
+    assert (place / "output" / "demo" / "summary.json").is_file()

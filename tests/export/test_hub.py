@@ -119,9 +119,11 @@ def test_an_export_that_is_there_is_pushed_once(exported: Path, hub: FakeHub) ->
 
 
 def test_an_interrupted_upload_changes_nothing_and_is_repeated_as_it_says(
-    exported: Path, hub: FakeHub
+    exported: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.break_uploads = True
+    # The hub's library tries five times more, after a second, two, four, eight and eight.
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
     done = phitune(["export", "--push", NAME, "--output_dir", str(exported)])
     assert done.returncode == 1
     assert "the upload failed" in done.stderr

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from phitune import Phi2LoRATrainer
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import SettingsError
+from phitune.inference.loaded import trained_on_conversations
 from phitune.model.files import ASSETS
 
 MAIN = Path(__file__).parents[1] / "src" / "main.py"
@@ -178,6 +179,7 @@ def test_conversations_tables_and_parquet_are_trained_on_and_said_aloud(place: P
     assert "8 training and 0 validation rows" in done.stdout
     sample = lines_of(place / "a" / "samples.jsonl")[0]
     assert sample["prompt"].startswith("<|user|>\nWhat is 0?<|end|>\n<|assistant|>\nIt is 0.")
+    assert trained_on_conversations(place / "a" / "adapter")
     # A run from its config takes its tokens from the cache.
     again = phitune("train --config a/config.yaml --output_dir b")
     assert "its tokens are taken from the cache" in again.stdout

@@ -446,6 +446,7 @@ def test_the_card_says_what_the_run_knows_and_no_path(
     assert head["base_model"] == config["model_name"]
     assert head["library_name"] == {"merged": "transformers", "adapter": "peft"}[name]
     assert "license" not in head
+    assert head["conversations"] is False  # It was trained on single questions.
     assert "add `license:` to the head of this file" in body
     for path in (trained_run.parent, tmp_path, Path.home(), Path.cwd()):
         assert str(path) not in text
@@ -471,6 +472,7 @@ def test_a_card_without_a_run_leaves_out_what_is_not_known(
     shutil.copytree(trained_run / "adapter", tmp_path / "adapter")
     folder = exported(tmp_path / "adapter", tmp_path / "out", "--format", "adapter")
     text = (folder / "README.md").read_text()
+    assert "\nconversations: false\n---\n" in text  # As the adapter's own card has it.
     assert "## Data" not in text
     assert "## Measured" not in text
     assert "| lora_r | 8 |" in text

@@ -54,6 +54,33 @@ def test_a_run_directory_is_its_adapter(adapter: Path, tmp_path: Path) -> None:
     assert greedy(by_run, 0) == greedy(by_folder, 0) != greedy(by_run, None)
 
 
+@pytest.mark.parametrize(
+    ("card", "conversations"),
+    [
+        ("---\nlibrary_name: peft\nconversations: true\n---\n\n# A title\n", True),
+        ("---\r\nconversations: false\r\n---\r\n", False),
+        ("---\nlibrary_name: peft\n---\nconversations: true\n---\n", None),
+        ("---\nconversations: maybe\n---\n", None),
+        ("conversations: true\n", None),
+        ("\0\udcff", None),
+        (None, None),
+    ],
+)
+def test_the_card_says_whether_questions_are_turns_of_a_conversation(
+    copy: Path, card: str | None, conversations: bool | None
+) -> None:
+    if card is not None:
+        (copy / "README.md").write_bytes(card.encode(errors="surrogateescape"))
+    model = opened(copy)
+    assert model.conversations is conversations
+    # Where nobody says so, the format decides.
+    assert model.takes_turns is (conversations or False)
+    chat = opened(copy, prompt_format="instruct")
+    chat.base_coder = Coder.of(TextTokenizer(ASSETS / "tiny-phi-3.5"), "chat")
+    chat.adapters = ()
+    assert chat.takes_turns is (conversations is not False)
+
+
 def test_a_base_without_adapters() -> None:
     model = opened(model_name="tiny-phi-2")
     assert greedy(model, None) == "The capital of Portugal is Lisbon."

@@ -34,6 +34,11 @@ class Example:
         return len(self.turns) == 1
 
     @property
+    def has_several_questions(self) -> bool:
+        """Whether something is asked after an answer, as in a conversation."""
+        return sum(turn.role == "user" for turn in self.turns) > 1
+
+    @property
     def question(self) -> tuple[Turn, ...]:
         """The turns before the first answer that follows the history; a split keeps rows with the
         same question together.

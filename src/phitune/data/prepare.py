@@ -194,8 +194,10 @@ def facts_of(data: PreparedData) -> dict[str, Any]:
         }
         for part in data.mixed
     ]
+    own = data.own_rows
     return {
-        "training_rows": len(data.own_rows),
+        "training_rows": len(own),
+        "conversations": int(own.store.have_several_questions(own.indices).sum()),
         "training_tokens": data.train_rows.num_tokens,
         "trained_tokens": data.train_rows.num_target_tokens,
         "validation_rows": len(data.validation_rows),

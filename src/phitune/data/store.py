@@ -10,7 +10,8 @@ all rows does not gather the whole file. Numbers are little-endian.
     spans       per span    start and stop of a trained part, within its row, uint32
     span_ends   per row     where its spans end, uint64
     trained     per row     number of its trained tokens, uint32
-    places      per row     is plain text << 63 | number of its file << 40 | line, uint64
+    places      per row     is plain text << 63 | has several questions << 62
+                            | number of its file << 40 | line, uint64
     questions   per row     hash of its question, for the split, uint64
 
 The cache finds a store again by a hash of everything that decides its content, this package's own
@@ -289,10 +290,10 @@ def _code() -> str:
 
 # --- A store on disk -----------------------------------------------------------------------------
 
-LAYOUT = 2
+LAYOUT = 3
 MANIFEST = "manifest.json"
 _SHORT_IDS = 2**16
-_LINE_BITS, _TEXT_BIT = 40, 63
+_LINE_BITS, _SEVERAL_BIT, _TEXT_BIT = 40, 62, 63
 # Column to the code of its numbers in `array`; that of the ids depends on the vocabulary.
 _TYPES = {
     "ends": "Q",
@@ -338,8 +339,8 @@ class StoreWriter:
         columns["span_ends"].append(self._spans)
         columns["trained"].append(trained)
         source = self._sources[example.file]
-        is_text = int(example.is_completion)
-        columns["places"].append(is_text << _TEXT_BIT | source << _LINE_BITS | example.line)
+        kind = example.is_completion << _TEXT_BIT | example.has_several_questions << _SEVERAL_BIT
+        columns["places"].append(kind | source << _LINE_BITS | example.line)
         columns["questions"].append(question_hash(example))
         self.rows += 1
         if len(columns["ids"]) >= _FLUSH_TOKENS:
@@ -440,13 +441,16 @@ class TokenStore:
 
     def place(self, index: int) -> str:
         """file:line of a row."""
-        place = int(self._places[index]) & ((1 << _TEXT_BIT) - 1)
+        place = int(self._places[index]) & ((1 << _SEVERAL_BIT) - 1)
         return f"{self._sources[place >> _LINE_BITS]}:{place & ((1 << _LINE_BITS) - 1)}"
 
     def are_texts(self, indices: NDArray[np.uint32]) -> NDArray[np.bool_]:
         """Which of these rows are plain texts, not conversations. [rows]"""
-        parts = [self._places[rows] >> np.uint64(_TEXT_BIT) for rows in self._pieces(indices)]
-        return np.concatenate([np.empty(0, np.bool_), *(part.astype(np.bool_) for part in parts)])
+        return self._have_bit(_TEXT_BIT, indices)
+
+    def have_several_questions(self, indices: NDArray[np.uint32]) -> NDArray[np.bool_]:
+        """Which of these rows are conversations of more than one question. [rows]"""
+        return self._have_bit(_SEVERAL_BIT, indices)
 
     def lengths(self, indices: NDArray[np.uint32]) -> Iterator[NDArray[np.uint32]]:
         """Tokens of these rows, in pieces of at most _CHUNK. [rows]"""
@@ -464,6 +468,12 @@ class TokenStore:
         with self._path("questions").open("rb") as file:
             while len(piece := np.fromfile(file, self._types["questions"], _CHUNK)):
                 yield piece
+
+    def _have_bit(self, bit: int, indices: NDArray[np.uint32]) -> NDArray[np.bool_]:
+        parts = [
+            self._places[rows] >> np.uint64(bit) & np.uint64(1) for rows in self._pieces(indices)
+        ]
+        return np.concatenate([np.empty(0, np.bool_), *(part.astype(np.bool_) for part in parts)])
 
     def _pieces(self, indices: NDArray[np.uint32]) -> Iterator[NDArray[np.uint32]]:  # [rows]
         for start in range(0, len(indices), _CHUNK):

@@ -20,6 +20,7 @@ from phitune.data.coder import Coder
 from phitune.data.conversation import Turn
 from phitune.data.sources import hub_id
 from phitune.data.tokenizer import TextTokenizer
+from phitune.inference.loaded import CARD_FILE, trained_on_conversations
 from phitune.model.adapter_config import CONFIG_FILE
 from phitune.model.files import SHIPPED_MODELS, is_hub_id
 from phitune.model.lora import WEIGHTS_FILE
@@ -28,7 +29,8 @@ from phitune.training.checkpoint import replace_file
 from phitune.training.rundir import ADAPTER, CONFIG, EVALUATION, SUMMARY
 from phitune.untrusted import read_object
 
-CARD_FILE = "README.md"
+# From this share of the training rows on, a model is said to be trained on conversations.
+_SHARE_OF_CONVERSATIONS = 0.1
 # In the hub's vocabulary; it has no word for llama.cpp.
 _LIBRARIES = {"adapter": "peft", "merged": "transformers"}
 # The settings that decide what was learnt; none of them is a path of this machine.
@@ -117,6 +119,8 @@ def _card(
     front |= {"pipeline_tag": "text-generation", "tags": ["phitune", "lora", "text-generation"]}
     if data_id:
         front["datasets"] = [data_id[0]]
+    if (conversations := _conversations(adapter, summary)) is not None:
+        front["conversations"] = conversations
 
     coder, turns = adapter.coder, (Turn("user", "{prompt}"), Turn("assistant", "{answer}"))
     tokens = {coder.tokenizer.token_id(token): token for token in coder.tokenizer.control_tokens}
@@ -138,6 +142,15 @@ def _card(
         rows_evaluated=evaluation.get("rows_evaluated"),
         measures=_measures(evaluation),
     )
+
+
+def _conversations(adapter: TrainedAdapter, summary: Mapping[str, Any]) -> bool | None:
+    """Whether it was trained on conversations, not on single questions; None if nobody knows."""
+    about = summary.get("data")
+    if not isinstance(about, Mapping) or "conversations" not in about:
+        return trained_on_conversations(adapter.adapter_folder)
+    share: float = about["conversations"] / about["training_rows"]
+    return share >= _SHARE_OF_CONVERSATIONS
 
 
 @functools.cache

@@ -1,13 +1,15 @@
 """A base model and the adapters on it, ready to answer: from folders to `LoadedModel`.
 
 What a run knows travels with its adapter: the base model's name, the tokenizer, the prompt format
-(as the chat template that renders it) and the stop ids. Nothing of it is asked again. What an
+(as the chat template that renders it), the stop ids, and whether it was trained on conversations or
+on single questions (in the head of the model card). Nothing of it is asked again. What an
 adapter of another program does not say is assumed, with a warning: the base's own chat template, if
 it has one.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,9 +34,11 @@ from phitune.model.device import DTYPES, choose_device, choose_precision, is_out
 from phitune.model.files import ASSETS, SHIPPED_MODELS, fetch_weights, find_model, is_hub_id
 from phitune.model.lora import WEIGHTS_FILE, Adapter, AdapterSet, detach, load_adapter
 from phitune.model.weights import load_decoder
-from phitune.untrusted import read_object
+from phitune.untrusted import own_file, read_object
 
-TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILE, CARD_FILE = "tokenizer.json", "README.md"
+_CONVERSATIONS = re.compile(r"^conversations: (true|false)$", re.MULTILINE)
+_MAX_HEAD = 2**16  # characters of a card
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,8 @@ class LoadedModel:
     base_coder: Coder
     adapters: Sequence[LoadedAdapter]
     warnings: Sequence[str] = ()  # for the user
+    # What the first adapter was trained on, or the base without one; None if nothing says so.
+    conversations: bool | None = None
 
     def __post_init__(self) -> None:
         self.adapters, self.warnings = tuple(self.adapters), tuple(self.warnings)
@@ -84,6 +90,17 @@ class LoadedModel:
     def precision(self) -> str:
         """Of the base, as a person names it."""
         return next(name for name, dtype in DTYPES.items() if dtype == self.decoder.dtype)
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether questions are turns of one conversation; else each of them is asked alone.
+
+        As in training. Where nothing says what that was, models with a chat template take turns,
+        and those in the instruct format (Phi-2, and adapters on it) do not.
+        """
+        if self.conversations is not None:
+            return self.conversations
+        return self.coder(0 if self.adapters else None).format_name == "chat"
 
     def coder(self, choice: int | None) -> Coder:
         """Encodes what this choice is asked, and decodes what it answers."""
@@ -189,7 +206,19 @@ def open_model(
         adapter = load_adapter(decoder, adapter_path)
         adapters.append(LoadedAdapter(str(path), adapter_path, adapter, coder))
         detach(decoder)
-    return LoadedModel(model_name, folder, decoder, base_coder, adapters, warnings)
+    conversations = trained_on_conversations(folders[0] if folders else folder)
+    return LoadedModel(model_name, folder, decoder, base_coder, adapters, warnings, conversations)
+
+
+def trained_on_conversations(folder: Path) -> bool | None:
+    """What the model card of a folder says; None if it does not, or there is none."""
+    with suppress(OSError, ModelError):
+        if path := own_file(folder / CARD_FILE):
+            with path.open(encoding="utf-8", errors="replace") as file:
+                _, _, rest = file.read(_MAX_HEAD).partition("---\n")
+            if found := _CONVERSATIONS.search(rest.partition("\n---\n")[0]):
+                return found[1] == "true"
+    return None
 
 
 def read_coder(

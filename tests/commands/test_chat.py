@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import stat
 import struct
 import subprocess
@@ -24,7 +25,8 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from phitune.cli import EXIT_INTERRUPTED, main
-from phitune.commands.chat_terminal import COMMANDS, LONGEST_WORD, ChatCommands, WordWrap
+from phitune.commands.chat_terminal import COMMANDS, ChatCommands
+from phitune.commands.terminal import LONGEST_WORD, WordWrap
 from phitune.data.coder import Coder
 from phitune.data.conversation import Turn
 from phitune.data.dataset import read_examples
@@ -80,28 +82,54 @@ def test_each_line_is_asked_alone_or_as_a_turn(
 ) -> None:
     lines = f"\ufeff{QUESTIONS[0]}\r\n\n{QUESTIONS[1]}"
     base = ("--model_name", shipped_model.name, "--system", "Be brief.")
-    chat = Chat(open_model([], model_name=shipped_model.name), system="Be brief.")
+    model = open_model([], model_name=shipped_model.name)
+    chat = Chat(model, system="Be brief.")
     first = "".join(chat.ask(QUESTIONS[0]))
     turn = "".join(chat.ask(QUESTIONS[1]))
     chat.reset()
     alone = "".join(chat.ask(QUESTIONS[1]))
-    assert piped(lines, *base, monkeypatch=monkeypatch, capsys=capsys) == (
-        0,
-        f"{first}\n{alone}\n",
-        "",
+    each_alone, turns = (0, f"{first}\n{alone}\n", ""), (0, f"{first}\n{turn}\n", "")
+    assert (
+        piped(lines, *base, "--turns", "false", monkeypatch=monkeypatch, capsys=capsys)
+        == each_alone
     )
-    assert piped(lines, *base, "--turns", monkeypatch=monkeypatch, capsys=capsys) == (
-        0,
-        f"{first}\n{turn}\n",
-        "",
-    )
+    assert piped(lines, *base, "--turns", monkeypatch=monkeypatch, capsys=capsys) == turns
+    code, out, err = piped(lines, *base, monkeypatch=monkeypatch, capsys=capsys)
+    assert (code, out, "") == (turns if model.takes_turns else each_alone)
+    told = "phitune: questions are turns of one conversation, the default in the chat format;"
+    assert err == (f"{told} --turns false asks each alone\n" if model.takes_turns else "")
     assert piped("", *base, monkeypatch=monkeypatch, capsys=capsys) == (0, "", "")
+
+
+@pytest.mark.parametrize("trained_on", ["conversations", "single questions"])
+def test_a_run_is_asked_as_it_was_trained(
+    adapter: Path,
+    tmp_path: Path,
+    trained_on: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(adapter, tmp_path / "adapter")
+    turns = trained_on == "conversations"
+    card = f"---\nlibrary_name: peft\nconversations: {str(turns).lower()}\n---\n"
+    (tmp_path / "adapter" / "README.md").write_text(card)
+    chat = Chat(open_model([adapter]), choice=0)
+    chat.turns = turns
+    answers = ["".join(chat.ask(question)) for question in QUESTIONS]
+    chat.reset()
+    assert ("".join(chat.ask(QUESTIONS[1])) == answers[1]) is not turns
+    flags = ("--adapter_path", str(tmp_path))
+    lines = "\n".join(QUESTIONS)
+    code, out, err = piped(lines, *flags, monkeypatch=monkeypatch, capsys=capsys)
+    assert (code, out) == (0, "".join(f"{answer}\n" for answer in answers))
+    assert err.count("turns of one conversation, as in training; --turns false") == turns
 
 
 def test_drawn_answers_repeat_with_the_seed_wherever_the_line_stands(
     shipped_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--model_name", shipped_model.name, "--temperature", "1.5", "--max_new_tokens", "12"]
+    flags += ["--turns", "false"]
 
     def told(lines: str, seed: int) -> list[str]:
         code, out, _ = piped(
@@ -264,7 +292,7 @@ def endless(shipped_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture
 def person(endless: Path, tmp_path: Path) -> Iterator[Person]:
-    flags = ["--adapter_path", str(endless), "--max_new_tokens", "1500"]
+    flags = ["--adapter_path", str(endless), "--max_new_tokens", "1500", "--turns"]
     someone = Person(*flags, state=tmp_path / "state")
     yield someone
     someone.close()
@@ -275,7 +303,7 @@ def test_an_evening_at_the_terminal(
     person: Person, endless: Path, shipped_model: Path, tmp_path: Path
 ) -> None:
     chat = Chat(open_model([endless]), choice=None, limits=Limits(1500))
-    first = person.sees("positions")
+    first = person.sees("asks each alone")
     assert shipped_model.name in first
     assert "fp32 on cpu" in " ".join(first.split())
     person.type("/adapter off")
@@ -291,10 +319,10 @@ def test_an_evening_at_the_terminal(
     person.press("\x03")
     person.sees("stopped; the answer stays as far as it came")
     person.type("/temp warm")
-    person.sees("must be a number")
+    person.sees("must be a number; 0 to 2 are allowed")
     person.type(f"/save {tmp_path}/said.jsonl")
     person.sees("2 answers; 1 of them cut short")
-    person.type("/quit")
+    person.type("Exit")
     assert person.leaves() == 0
     messages = json.loads((tmp_path / "said.jsonl").read_text())["messages"]
     assert messages[1]["content"] == chat.exchanges[0].answer.text
@@ -310,6 +338,10 @@ def test_new_lines_slashes_and_leaving_with_ctrl_c(tmp_path: Path) -> None:
     flags = ("--model_name", "tiny-phi-2", "--no_history")
     person = Person(*flags, state=tmp_path / "state")
     try:
+        start = person.sees("/turns on")
+        assert "each question is asked alone, the default in the" in start
+        person.type("/turns on")
+        person.sees("turns: on; questions go on from the last answer")
         person.type("What is the capital\\")
         person.press("of Portugal\x1b\r?\r")
         person.sees("?")
@@ -431,6 +463,9 @@ def test_commands_change_what_they_name(paper: Paper, obey: Callable[[str], bool
     assert (chat.system, chat.choice) == ("", None)
     obey("/adapter on")
     assert chat.choice == 0
+    obey("/turns off")
+    assert not chat.turns
+    assert paper.said[-1] == "turns: off; each question is asked alone"
     assert not obey("/quit")
     assert not obey("/exit")
 
@@ -450,7 +485,7 @@ def test_retry_undo_reset_compare_and_stats(paper: Paper, obey: Callable[[str], 
     paper.ask(QUESTIONS[0])
     paper.ask(QUESTIONS[1])
     obey("/stats")
-    assert "conversation: 2 answers of" in paper.said[-1]
+    assert "so far: 2 answers of" in paper.said[-1]
     obey("/retry")
     assert [each.question for each in chat.exchanges] == list(QUESTIONS[:2])
     obey("/compare")
@@ -469,7 +504,12 @@ def test_retry_undo_reset_compare_and_stats(paper: Paper, obey: Callable[[str], 
         ("/", "there is no such command"),
         ("/temp warm", "/temp warm: must be a number"),
         ("/temp nan", "must be a number"),
-        ("/top_p 0", "must be more than 0"),
+        ("/temp 5", "/temp 5: must be at most 2; 0 to 2 are allowed"),
+        ("/temp abc", "/temp abc: must be a number; 0 to 2 are allowed"),
+        ("/top_p 0", "must be more than 0; more than 0 and at most 1 is allowed"),
+        ("/top_p 2", "/top_p 2: must be at most 1; more than 0 and at most 1 is allowed"),
+        ("/tokens -1", "/max_new_tokens -1: must be at least 1; 1 to "),
+        ("/turns maybe", "/turns maybe: must be on or off"),
         ("/top_k -1", "must be at least 0"),
         ("/max_new_tokens 0", "must be at least 1"),
         ("/max_new_tokens 999999", "are allowed"),

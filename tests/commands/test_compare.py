@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from helpers.adapters import endless_adapter
 from helpers.numerics import SHOWN
 from helpers.random_adapters import write_adapter
 from helpers.runs import once
@@ -27,6 +28,7 @@ from phitune.cli import main
 from phitune.data.coder import Coder
 from phitune.data.tokenizer import TextTokenizer
 from phitune.inference.run_rows import find_run, rows_of_run
+from phitune.model.files import ASSETS
 
 PHITUNE = [sys.executable, "-m", "phitune"]
 SECONDS = 600.0  # What a busy machine may need for one answer of a process of its own.
@@ -332,8 +334,8 @@ def test_interactive_on_a_terminal(place: Path) -> None:
 @pytest.mark.campaign
 @pytest.mark.usefixtures("heeds_signals")
 def test_an_interrupted_answer_leaves_its_question_out(place: Path) -> None:
-    # Drawn at such a temperature it does not stop for a long while.
-    line = "compare --adapter_path run --temperature 10 --max_new_tokens 1500 --html out.html"
+    endless_adapter(ASSETS / "tiny-phi-2", place / "endless")
+    line = "compare --adapter_path endless --max_new_tokens 1500 --html out.html"
     terminal = _Terminal([*PHITUNE, *line.split()], NO_COLOR="1")
     terminal.until("question> ")
     terminal.type("Tell me a long story\r")

@@ -283,7 +283,42 @@ def test_what_no_longer_fits_is_dropped_from_the_front(model: LoadedModel) -> No
     fresh = Chat(model, choice=0, system="Be brief.", limits=limits)
     fresh.exchanges = chat.exchanges[chat.forgotten : -1]
     assert tell(fresh, chat.exchanges[-1].question).answer == chat.exchanges[-1].answer
-    assert len(chat.messages()) == 1 + 2 * 9  # Nothing is lost for who saves it.
+    (row,) = chat.conversations()
+    assert len(row) == 1 + 2 * 9  # Nothing is lost for who saves it.
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+def test_without_turns_each_question_is_answered_as_if_it_were_the_first(
+    model: LoadedModel, temperature: float
+) -> None:
+    def chat_of(turns: bool) -> Chat:
+        chat = Chat(model, choice=0, sampling=Sampling(temperature, seed=3), limits=Limits(16))
+        chat.turns = turns
+        return chat
+
+    alone = [tell(chat_of(turns=True), question) for question in QUESTIONS]
+    chat = chat_of(turns=False)
+    for question, first in zip(QUESTIONS, alone, strict=True):
+        told = tell(chat, question)
+        assert (told.answer, told.prompt_tokens) == (first.answer, first.prompt_tokens)
+    assert chat.outgrown == 0
+    _, tuned = chat.both()
+    assert tuned == alone[-1].answer
+    again = tell_again(chat)
+    assert (again == alone[-1].answer.text) is (temperature == 0)
+    # Turned on, the next question goes on from the last answer, and from no other.
+    chat.turns = True
+    goes_on = tell(chat, QUESTIONS[0])
+    fresh = chat_of(turns=True)
+    fresh.exchanges = chat.exchanges[2:3]
+    fresh._drawn = 2
+    assert tell(fresh, QUESTIONS[0]).answer == goes_on.answer
+    rows = [[message["content"] for message in row[::2]] for row in chat.conversations()]
+    assert rows == [[QUESTIONS[0]], [QUESTIONS[1]], [QUESTIONS[2], QUESTIONS[0]]]
+    chat.take_back()
+    chat.take_back()
+    tell(chat, "Hi")
+    assert [len(row) for row in chat.conversations()] == [2, 2, 2]
 
 
 def test_a_question_that_does_not_fit_by_itself_is_refused(

@@ -33,8 +33,11 @@ class ChatOptions(SamplingOptions, ModelOptions):
         group="chat",
         ge=2,
     )
-    turns: bool = switch(
-        "piped lines are turns of one conversation (default: each is asked alone)", group="chat"
+    turns: bool | None = option(
+        None,
+        "questions, and piped lines, are turns of one conversation; false: each is asked alone"
+        " (default: as the model was trained; else a conversation if it has a chat template)",
+        group="chat",
     )
     no_history: bool = switch("do not save what is typed in a history file", group="chat")
 
@@ -50,17 +53,30 @@ def run(argv: list[str]) -> int:
 
     if note := chat.without_effect:
         print(f"phitune: {note}", file=sys.stderr)
-    for text in answers(chat, lines_of(sys.stdin.buffer), one_conversation=options.turns):
+    for text in answers(chat, lines_of(sys.stdin.buffer), say_how=options.turns is None):
         sys.stdout.write(text)
         sys.stdout.flush()
     return 0
 
 
-def answers(chat: "Chat", lines: Iterable[str], *, one_conversation: bool) -> Iterator[str]:
+def how_asked(chat: "Chat") -> str:
+    """Whether questions are turns or are asked each alone, and why."""
+    model = chat.model
+    how = (
+        "questions are turns of one conversation" if chat.turns else "each question is asked alone"
+    )
+    if chat.turns != model.takes_turns:
+        return how
+    if model.conversations is not None:
+        return f"{how}, as in training"
+    return f"{how}, the default in the {model.coder(chat.choice).format_name} format"
+
+
+def answers(chat: "Chat", lines: Iterable[str], *, say_how: bool = False) -> Iterator[str]:
     """The answers to questions, a line each, in pieces; each ends with a line feed.
 
     Args:
-        one_conversation: each line goes on where the one before ended, else each is asked alone.
+        say_how: a second line that goes on where the first ended is told once, on stderr.
 
     Raises:
         PhituneError: a line that cannot be asked, with its number.
@@ -68,17 +84,20 @@ def answers(chat: "Chat", lines: Iterable[str], *, one_conversation: bool) -> It
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        if not one_conversation:
+        if not chat.turns:
             chat.reset()
-        forgotten = chat.forgotten
+        elif say_how and chat.exchanges:
+            print(f"phitune: {how_asked(chat)}; --turns false asks each alone", file=sys.stderr)
+            say_how = False
+        outgrown = chat.outgrown
         try:
             pieces = chat.ask(line)
         except PhituneError as error:
             raise type(error)(f"line {number} of the input: {error}") from None
-        if chat.forgotten > forgotten:
+        if chat.outgrown > outgrown:
             print(
                 f"phitune: line {number} of the input: the conversation outgrew"
-                f" {chat.context_length:,} positions; its first {chat.forgotten:,} questions are no"
+                f" {chat.context_length:,} positions; its first {chat.outgrown:,} questions are no"
                 " longer seen",
                 file=sys.stderr,
             )
@@ -119,10 +138,12 @@ def _open(options: ChatOptions) -> "Chat":
 
     from phitune.inference.chat import Chat, Limits
 
-    return Chat(
+    chat = Chat(
         model,
         choice=0 if model.adapters else None,
         system=options.system,
         sampling=options.sampling(),
         limits=Limits(options.max_new_tokens, options.context_length),
     )
+    chat.turns = model.takes_turns if options.turns is None else options.turns
+    return chat

@@ -6,7 +6,6 @@ Characters in an answer that would command the terminal are written out.
 import contextlib
 import difflib
 import errno
-import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -23,20 +22,19 @@ from prompt_toolkit.filters import has_focus
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.shortcuts import CompleteStyle
-from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from phitune.commands.chat import how_asked
 from phitune.commands.options import SamplingOptions, checked
+from phitune.commands.terminal import write_answer
 from phitune.errors import PhituneError, SettingsError
 from phitune.inference.chat import NOTHING_DRAWN, Chat
 from phitune.inference.loaded import Answer
-from phitune.text import visible
+from phitune.text import plural, visible
 
 _PROMPT, _CONTINUED = "> ", "  "
-LONGEST_WORD = 24  # that is held back
-TAB = 8
 
 
 class Terminal:
@@ -69,7 +67,9 @@ class Terminal:
             KeyboardInterrupt: they left with Ctrl-C.
         """
         self.say(first_line(self.chat))
-        self.say("/help lists commands and keys; Ctrl-C stops an answer, Ctrl-D leaves\n")
+        other = "off asks each alone" if self.chat.turns else "on for a conversation"
+        self.say(f"{how_asked(self.chat)}; /turns {other}")
+        self.say("/help lists commands and keys; Ctrl-C stops an answer, exit or Ctrl-D leaves\n")
         while True:
             try:
                 line = self._session.prompt(_PROMPT)
@@ -95,19 +95,19 @@ class Terminal:
         self._console.print(Text(visible(text), style="dim"))
 
     def ask(self, question: str) -> None:
-        forgotten = self.chat.forgotten
+        outgrown = self.chat.outgrown
         pieces = self.chat.ask(question)
-        if self.chat.forgotten > forgotten:
-            gone = self.chat.forgotten - forgotten
+        if self.chat.outgrown > outgrown:
+            gone = self.chat.outgrown - outgrown
             self.say(
                 f"the conversation outgrew {self.chat.context_length:,} positions: the model no"
-                f" longer sees the {'next' if forgotten else 'first'}"
+                f" longer sees the {'next' if outgrown else 'first'}"
                 f" {'question' if gone == 1 else f'{gone:,} questions'} and their answers"
             )
         before = len(self.chat.exchanges)
         try:
             with contextlib.closing(pieces):
-                self._write(pieces)
+                write_answer(self._console, pieces)
         except KeyboardInterrupt:
             self._stopped = True
             kept = len(self.chat.exchanges) > before
@@ -139,22 +139,12 @@ class Terminal:
     def _obey(self, line: str) -> bool:
         if line.startswith("/") and not line.startswith("//"):
             return self._commands.obey(line.rstrip())
+        if line.strip().lower() in LEAVING:
+            return False
         question = line.removeprefix("/") if line.startswith("//") else line
         if question.strip():
             self.ask(question)
         return True
-
-    def _write(self, pieces: Iterator[str]) -> None:
-        """Writes an answer; until it begins, a sign that it is being computed."""
-        with self._console.status("", spinner="dots"):
-            first = next(pieces, "")
-        wrapping, out = WordWrap(self._console.width), self._console.file
-        try:
-            for piece in itertools.chain([first], pieces):
-                out.write(wrapping.add(visible(piece)))
-                out.flush()
-        finally:
-            out.write(wrapping.end())
 
     def _cell(self, answer: Answer) -> Text:
         text = Text(visible(answer.text))
@@ -215,48 +205,6 @@ def _keys() -> KeyBindings:
     return keys
 
 
-class WordWrap:
-    """Breaks lines between words, of text that comes in pieces: a word is held back until it ends.
-
-    Long words, and letters of scripts that put no spaces between words, are left to the terminal.
-    """
-
-    def __init__(self, width: int) -> None:
-        self._width = width
-        self._column = 0
-        self._word = ""
-
-    def add(self, piece: str) -> str:
-        """What of the text so far can be written."""
-        written = ""
-        for letter in piece:
-            if letter.isspace():
-                written += self._place() + self._space(letter)
-                continue
-            self._word += letter
-            if cell_len(letter) > 1 or len(self._word) > LONGEST_WORD:
-                written += self._place()
-        return written
-
-    def end(self) -> str:
-        """What was held back."""
-        return self._place()
-
-    def _place(self) -> str:
-        word, self._word = self._word, ""
-        cells = cell_len(word)
-        breaks = 0 < cells <= self._width < self._column + cells and self._column
-        self._column = cells if breaks else self._column + cells
-        return "\n" + word if breaks else word
-
-    def _space(self, letter: str) -> str:
-        if letter == "\n" or self._column >= self._width:  # At the edge a space is the break.
-            self._column = 0
-            return "\n"
-        self._column += TAB - self._column % TAB if letter == "\t" else 1
-        return letter
-
-
 class _CommandCompleter(Completer):
     """The names of commands, at the beginning of a line."""
 
@@ -276,6 +224,7 @@ class _CommandCompleter(Completer):
 COMMANDS = {
     "help": ("", "this list, with the values in force"),
     "reset": ("", "forget the conversation; system text and settings stay"),
+    "turns": ("on|off", "questions are turns of one conversation, or each is asked alone"),
     "system": ("TEXT|none", "system message before the conversation"),
     "temp": ("X", "0 takes the most probable token, 1 draws by probability"),
     "top_p": ("X", "draw among the fewest tokens whose probabilities reach this sum"),
@@ -287,13 +236,18 @@ COMMANDS = {
     "compare": ("", "the last question, answered by the base and by the adapter"),
     "retry": ("", "ask the last question again, in the place of its answer"),
     "undo": ("", "take the last question and its answer back"),
-    "save": ("FILE", "write the conversation to a new file, as a row to train on"),
-    "append": ("FILE", "add it as a row to a file that is there"),
+    "save": (
+        "FILE",
+        "write the conversation to a new file, as a row to train on; a question that"
+        " was asked alone is a row by itself",
+    ),
+    "append": ("FILE", "add these rows to a file that is there"),
     "stats": ("", "tokens and time of the last answer, and what the cache takes"),
-    "quit": ("", "leave; so does Ctrl-D"),
+    "quit": ("", "leave; so do exit and quit without the slash, and Ctrl-D"),
 }
 SETS = {"temp": "temperature"}  # of the options of sampling; the others have its own name
-SHORT_FOR = {"exit": "quit", "temperature": "temp", "?": "help"}
+SHORT_FOR = {"exit": "quit", "temperature": "temp", "tokens": "max_new_tokens", "?": "help"}
+LEAVING = ("exit", "quit")  # as a whole line, without a slash
 KEYS = {
     "Enter": "sends",
     "Alt-Enter": "begins a new line; so does a backslash before Enter",
@@ -360,6 +314,7 @@ class ChatCommands:
 
     def _do(self, name: str, argument: str) -> None:
         with_value = {
+            "turns": self._turns,
             "system": self._system,
             "adapter": self._adapter,
             "save": self._save,
@@ -382,6 +337,7 @@ class ChatCommands:
         """The value in force, as a person reads it; empty for commands that set nothing."""
         chat, sampling = self.chat, self.chat.sampling
         values: dict[str, Any] = {
+            "turns": "on" if chat.turns else "off",
             "system": chat.system or "none",
             "temp": f"{sampling.temperature:g}",
             "top_p": f"{sampling.top_p:g}",
@@ -398,7 +354,10 @@ class ChatCommands:
         try:
             value = checked(SamplingOptions, setting, text)
         except SettingsError as error:
-            raise SettingsError(f"/{name} {error}") from None
+            allowed = ""
+            if name == "max_new_tokens":
+                allowed = f"; 1 to {self.chat.context_length - 1:,} are allowed"
+            raise SettingsError(f"/{name} {error}{allowed}") from None
         if name == "max_new_tokens":
             self.chat.max_new_tokens = value
         elif name == "seed":
@@ -420,19 +379,25 @@ class ChatCommands:
         self.chat.reset()
         self.screen.say("the conversation is forgotten")
 
+    def _turns(self, state: str) -> None:
+        self.chat.turns = _is_on("turns", state)
+        on = "questions go on from the last answer"
+        self.screen.say(
+            f"turns: {state}; {on if self.chat.turns else 'each question is asked alone'}"
+        )
+
     def _system(self, text: str) -> None:
         self.chat.system = "" if text == "none" else text
         self.screen.say(f"system: {self.now('system')}")
 
     def _adapter(self, state: str) -> None:
-        if state not in ("on", "off"):
-            raise SettingsError(f"/adapter {state}: must be on or off")
+        is_on = _is_on("adapter", state)
         if not self.chat.model.adapters:
             raise SettingsError(
                 f"/adapter {state}: there is no adapter; start with --adapter_path RUN_OR_ADAPTER"
             )
-        self.chat.choice = 0 if state == "on" else None
-        who = "the adapter answers" if state == "on" else "the base model answers"
+        self.chat.choice = 0 if is_on else None
+        who = "the adapter answers" if is_on else "the base model answers"
         self.screen.say(f"adapter: {state}; {who} from here on")
 
     def _compare(self) -> None:
@@ -450,7 +415,7 @@ class ChatCommands:
         self.screen.say(f"taken back: {question if len(question) < 60 else question[:56] + ' ...'}")
 
     def _save(self, name: str) -> None:
-        path, row = Path(name).expanduser(), self._row()
+        path, rows = Path(name).expanduser(), self._rows()
         try:
             file = path.open("x", encoding="utf-8")
         except FileExistsError:
@@ -461,36 +426,36 @@ class ChatCommands:
             raise SettingsError(f"/save {name}: {error.strerror or error}") from None
         try:
             with file:
-                file.write(row)
+                file.write(rows)
         except OSError as error:
             path.unlink()
             raise SettingsError(f"/save {name}: {error.strerror or error}") from None
         self._saved(path)
 
     def _append(self, name: str) -> None:
-        path, row = Path(name).expanduser(), self._row().encode()
+        path, rows = Path(name).expanduser(), self._rows().encode()
         try:
             with path.open("r+b", buffering=0) as file:
                 before = file.seek(0, os.SEEK_END)
                 if before:
                     file.seek(-1, os.SEEK_END)
-                    row = row if file.read(1) == b"\n" else b"\n" + row
-                _write_all_or_nothing(file, row, before)
+                    rows = rows if file.read(1) == b"\n" else b"\n" + rows
+                _write_all_or_nothing(file, rows, before)
         except FileNotFoundError:
             raise SettingsError(f"/append {name}: no such file; /save creates it") from None
         except OSError as error:
             raise SettingsError(f"/append {name}: {error.strerror or error}") from None
         self._saved(path)
 
-    def _row(self) -> str:
-        messages = self.chat.messages()
-        if not any(message["role"] == "assistant" for message in messages):
+    def _rows(self) -> str:
+        rows = self.chat.conversations()
+        if not rows:
             raise SettingsError("there is no answer yet, so there is nothing to save")
-        return json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
+        return "".join(json.dumps({"messages": row}, ensure_ascii=False) + "\n" for row in rows)
 
     def _saved(self, path: Path) -> None:
         written = [exchange for exchange in self.chat.exchanges if exchange.answer.text.strip()]
-        words = f"written to {path}: {len(written)} answer{'s' * (len(written) != 1)}"
+        words = f"written to {path}: {plural(len(written), 'answer')}"
         if cut := sum(not exchange.answer.stopped for exchange in written):
             words += f"; {cut} of them cut short, which training would teach too"
         if empty := len(self.chat.exchanges) - len(written):
@@ -508,13 +473,19 @@ class ChatCommands:
             f"last answer: {last.answer.tokens:,} tokens, the first after"
             f" {last.seconds_to_first * 1e3:,.0f} ms,"
             f" then {last.tokens_per_second:,.1f} a second",
-            f"conversation: {len(chat.exchanges):,} answers of {total:,} tokens;"
+            f"so far: {plural(len(chat.exchanges), 'answer')} of {total:,} tokens;"
             f" {used:,} of {chat.context_length:,} positions in use",
             f"cache: {size(chat.cache_bytes(used))} for these, {size(chat.cache_bytes(1))} a token",
         ]
-        if chat.forgotten:
-            lines.append(f"the model no longer sees the first {chat.forgotten:,} questions")
+        if chat.outgrown:
+            lines.append(f"the model no longer sees the first {chat.outgrown:,} questions")
         self.screen.say("\n".join(lines))
+
+
+def _is_on(name: str, state: str) -> bool:
+    if state not in ("on", "off"):
+        raise SettingsError(f"/{name} {state}: must be on or off")
+    return state == "on"
 
 
 def _write_all_or_nothing(file: FileIO, data: bytes, size: int) -> None:

@@ -225,7 +225,7 @@ class SamplingOptions(Options):
         "0: always the most probable token; 1: sample from the model's probabilities",
         group="answers",
         ge=0.0,
-        le=10.0,
+        le=2.0,
     )
     top_p: float = option(
         1.0,
@@ -290,7 +290,24 @@ def checked(options: type[Options], name: str, text: str) -> Any:
     try:
         return getattr(options.model_validate({name: text}), name)
     except ValidationError as error:
-        raise SettingsError(f"{text}: {in_words(error.errors()[0])}") from None
+        allowed = _allowed(options.model_fields[name])
+        raise SettingsError(f"{text}: {in_words(error.errors()[0])}{allowed}") from None
+
+
+def _allowed(field: FieldInfo) -> str:
+    """The range of an option that has two ends, to be put behind what is wrong."""
+    limits = {
+        name: value
+        for each in field.metadata
+        for name in ("ge", "gt", "le")
+        if (value := getattr(each, name, None)) is not None and value < MAX_COUNT
+    }
+    match limits:
+        case {"ge": least, "le": most}:
+            return f"; {least:g} to {most:g} are allowed"
+        case {"gt": below, "le": most}:
+            return f"; more than {below:g} and at most {most:g} is allowed"
+    return ""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -471,7 +488,7 @@ def _add_flag(add: Callable[..., Any], flag: str, field: FieldInfo, help_text: s
             add(f"--{flag}", action="store_true", help=help_text)
         case "repeated":
             add(f"--{flag}", action="append", metavar=metavar, help=help_text)
-        case _ if field.annotation is bool:
+        case _ if bool in _types(field.annotation):
             words = {"const": True, "metavar": "true|false", "help": help_text}
             add(f"--{flag}", action=_Once, nargs="?", **words)
             off = (f"--no-{flag}", f"--no_{flag}")

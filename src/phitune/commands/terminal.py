@@ -1,4 +1,4 @@
-"""What commands show, in a terminal, as JSON or as a page: tables, bars, amounts in words.
+"""What commands show, in a terminal, as JSON or as a page: tables, bars, an answer as it comes.
 
 Every command imports this before it knows what was asked, so nothing heavy is imported at the top:
 not numpy and torch, and not the planner, which looks at the machine.
@@ -7,14 +7,16 @@ not numpy and torch, and not the planner, which looks at the machine.
 import dataclasses
 import enum
 import functools
+import itertools
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -151,6 +153,72 @@ def shares() -> str:
     from phitune.plan.machine import BUDGET_SHARE
 
     return ", ".join(f"{share:.0%} on {device}" for device, share in BUDGET_SHARE.items())
+
+
+# -------------------------------------------------------------------------------------------------
+# An answer while it comes.
+
+LONGEST_WORD = 24  # that is held back
+TAB = 8
+
+
+def write_answer(console: Console, pieces: Iterator[str]) -> None:
+    """Writes an answer, broken between words, without a line feed at its end.
+
+    Until it begins there is a sign that it is being computed. Characters that would command the
+    terminal are written out.
+    """
+    with console.status("", spinner="dots"):
+        first = next(pieces, "")
+    wrapping, out = WordWrap(console.width), console.file
+    try:
+        for piece in itertools.chain([first], pieces):
+            out.write(wrapping.add(visible(piece)))
+            out.flush()
+    finally:
+        out.write(wrapping.end())
+
+
+class WordWrap:
+    """Breaks lines between words, of text that comes in pieces: a word is held back until it ends.
+
+    Long words, and letters of scripts that put no spaces between words, are left to the terminal.
+    """
+
+    def __init__(self, width: int) -> None:
+        self._width = width
+        self._column = 0
+        self._word = ""
+
+    def add(self, piece: str) -> str:
+        """What of the text so far can be written."""
+        written = ""
+        for letter in piece:
+            if letter.isspace():
+                written += self._place() + self._space(letter)
+                continue
+            self._word += letter
+            if cell_len(letter) > 1 or len(self._word) > LONGEST_WORD:
+                written += self._place()
+        return written
+
+    def end(self) -> str:
+        """What was held back."""
+        return self._place()
+
+    def _place(self) -> str:
+        word, self._word = self._word, ""
+        cells = cell_len(word)
+        breaks = 0 < cells <= self._width < self._column + cells and self._column
+        self._column = cells if breaks else self._column + cells
+        return "\n" + word if breaks else word
+
+    def _space(self, letter: str) -> str:
+        if letter == "\n" or self._column >= self._width:  # At the edge a space is the break.
+            self._column = 0
+            return "\n"
+        self._column += TAB - self._column % TAB if letter == "\t" else 1
+        return letter
 
 
 # -------------------------------------------------------------------------------------------------

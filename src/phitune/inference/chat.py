@@ -1,4 +1,4 @@
-"""A conversation with one model: its turns, what of them the model sees, the answer as it comes.
+"""Questions to one model, as turns or each alone: what it sees of them, the answer as it comes.
 
 A turn is encoded from its text, as training does it, so that a conversation that is written to a
 file and trained on gives the same ids. Of a prompt only what the cache does not hold is computed.
@@ -14,7 +14,6 @@ import time
 from bisect import bisect_left
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from phitune.data.coder import Coder
 from phitune.data.conversation import Turn
@@ -98,6 +97,7 @@ class Exchange:
     seconds_to_first: float  # token
     seconds: float
     interrupted: bool = False  # by the user, or by an error: the answer is as far as it came
+    begins: bool = False  # a conversation: the model was shown nothing of what came before
 
     @property
     def turns(self) -> tuple[Turn, Turn]:
@@ -120,7 +120,11 @@ class Limits:
 
 
 class Chat:
-    """One conversation with one model, base or tuned.
+    """One conversation with one model, base or tuned; or questions that are asked each alone.
+
+    `turns` says which, and may be changed between questions: with it the next question goes on from
+    the last answer, without it each is asked, and drawn, as if it were the first. See
+    `LoadedModel.takes_turns` for what suits the model.
 
     Args:
         choice: the adapter that answers; None for the base model.
@@ -147,9 +151,12 @@ class Chat:
         self.model = model
         self.context_length = context_length or positions
         self.sampling = sampling
+        self.turns = True
         self.exchanges: list[Exchange] = []
-        self.forgotten = 0  # exchanges that no longer fit
+        self.forgotten = 0  # exchanges that are not sent: of earlier conversations, or too many
+        self._begun = 0  # exchanges of earlier conversations
         self._drawn = 0  # answers since the seed was set
+        self._asked = ""  # the last question that was asked alone
         self._choice = choice
         self._cache = Conversation(self.context_length)
         self._system, self._max_new_tokens = "", 1
@@ -198,6 +205,11 @@ class Chat:
         greedy = self.sampling.temperature == 0
         return f"{' and '.join(names)} {NOTHING_DRAWN}" if names and greedy else ""
 
+    @property
+    def outgrown(self) -> int:
+        """Questions of this conversation that the model no longer sees, for want of positions."""
+        return self.forgotten - self._begun
+
     def set_seed(self, seed: int) -> None:
         """The next answer is drawn as the first one of a conversation with this seed."""
         self.sampling = replace(self.sampling, seed=seed)
@@ -205,7 +217,7 @@ class Chat:
 
     def reset(self) -> None:
         """Forgets the conversation; the settings stay, and draws begin again."""
-        self.exchanges, self.forgotten, self._drawn = [], 0, 0
+        self.exchanges, self.forgotten, self._begun, self._drawn = [], 0, 0, 0
 
     def take_back(self) -> str:
         """Removes the last exchange. Returns: its question.
@@ -217,6 +229,7 @@ class Chat:
             raise SettingsError("no question was asked yet")
         question = self.exchanges.pop().question
         self.forgotten = min(self.forgotten, len(self.exchanges))
+        self._begun = min(self._begun, len(self.exchanges))
         return question
 
     def ask(self, question: str) -> Generator[str, None, None]:
@@ -232,6 +245,8 @@ class Chat:
         """
         if any("\ud800" <= letter <= "\udfff" for letter in question):
             raise SettingsError("the question contains bytes that are not UTF-8")
+        if not self.turns:
+            self._begin(question)
         prompt_ids = self._fit(question)
         sampling = replace(self.sampling, seed=self.sampling.seed + self._drawn)
         return self._answer(question, prompt_ids, sampling)
@@ -261,20 +276,35 @@ class Chat:
         by_choice = dict(zip(choices, answers, strict=True))
         return by_choice[None], by_choice[0]
 
-    def messages(self) -> list[dict[str, Any]]:
-        """The whole conversation, also what the model no longer sees, as a row to train on.
+    def conversations(self) -> list[list[dict[str, str]]]:
+        """All that was said, also what the model no longer sees, as rows of messages to train on.
 
-        Empty answers, which no row may have, are left out with their questions.
+        A question that was asked alone is a row by itself. Empty answers, which no row may have,
+        are left out with their questions.
         """
-        answered = [exchange for exchange in self.exchanges if exchange.answer.text.strip()]
-        turns = [turn for exchange in answered for turn in exchange.turns]
+        rows: list[list[Turn]] = []
+        for exchange in self.exchanges:
+            if exchange.begins or not rows:
+                rows.append([])
+            rows[-1] += exchange.turns if exchange.answer.text.strip() else ()
         system = [Turn("system", self.system)] if self.system else []
-        return [{"role": turn.role, "content": turn.content} for turn in (*system, *turns)]
+        return [
+            [{"role": turn.role, "content": turn.content} for turn in (*system, *row)]
+            for row in rows
+            if row
+        ]
 
     def cache_bytes(self, positions: int) -> int:
         """Size of a cache of this many tokens."""
         decoder = self.model.decoder
         return cache_bytes(decoder.config, 1, positions, decoder.dtype.itemsize)
+
+    def _begin(self, question: str) -> None:
+        """Nothing of what was said so far is part of this question, nor of its draws."""
+        self.forgotten = self._begun = len(self.exchanges)
+        if question != self._asked:  # The same question again is drawn anew.
+            self._drawn = 0
+        self._asked = question
 
     def _turns(self, exchanges: Sequence[Exchange], question: str) -> list[Turn]:
         system = [Turn("system", self.system)] if self.system else []
@@ -351,5 +381,6 @@ class Chat:
                         first,
                         time.perf_counter() - started,
                         interrupted=not ended,
+                        begins=self._begun == len(self.exchanges),
                     )
                 )

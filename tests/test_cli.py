@@ -404,6 +404,14 @@ def test_a_mistake_of_ours_shows_no_traceback(monkeypatch: Any, capsys: Any) -> 
     log.unlink()
 
 
+@pytest.mark.parametrize(
+    ("line", "same"), [("help", "--help"), ("help train", "train --help"), ("version", "--version")]
+)
+def test_help_and_version_are_understood_as_words(line: str, same: str) -> None:
+    assert phitune(line) == phitune(same)
+    assert phitune(line).returncode == 0
+
+
 def test_batch_size_auto_is_settled_before_the_run_and_written_down(place: Path) -> None:
     line = "train --dataset_path data/train.jsonl --output_dir run --epochs 1"
     line += " --sample_tokens 0 --validation_split 0"

@@ -55,6 +55,53 @@ def test_a_boolean_flag_switches_on_and_off(flags: str, expected: bool) -> None:
     assert from_flags(flags).gradient_checkpointing is expected
 
 
+def test_hyphens_in_the_name_of_a_flag_are_underscores() -> None:
+    settings = from_flags("--batch-size 3 --learning-rate=1e-4 --no-torch-compile")
+    assert (settings.batch_size, settings.learning_rate, settings.torch_compile) == (3, 1e-4, False)
+
+
+@pytest.mark.parametrize(
+    "flags", ["a.jsonl --epochs 3", "--epochs 3 a.jsonl", "--cache false a.jsonl"]
+)
+def test_data_may_be_named_without_a_flag(
+    flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").touch()
+    assert from_flags(flags).dataset_path == Path("a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("phi-2", "microsoft/phi-2"),
+        ("phi2", "microsoft/phi-2"),
+        ("Phi-2", "microsoft/phi-2"),
+        ("microsoft/Phi-2", "microsoft/phi-2"),
+        ("phi-1.5", "microsoft/phi-1_5"),
+        ("phi-3.5", "microsoft/Phi-3.5-mini-instruct"),
+        ("microsoft/phi-3.5-mini", "microsoft/Phi-3.5-mini-instruct"),
+        ("phi4-mini", "microsoft/Phi-4-mini-instruct"),
+        ("tiny-phi-2", "tiny-phi-2"),
+        ("me/phi-2", "me/phi-2"),
+    ],
+)
+def test_a_short_name_of_a_well_known_model_is_its_id(
+    name: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert from_flags(f"--model_name {name}").model_name == meant
+    said = f"phitune: --model_name {name}: {meant} is taken\n" if name != meant else ""
+    assert capsys.readouterr().err == said
+
+
+def test_a_folder_of_such_a_name_is_that_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("phi-2").mkdir()
+    assert from_flags("--model_name phi-2").model_name == "phi-2"
+
+
 def test_lists_numbers_and_paths_are_read() -> None:
     settings = from_flags(
         "--target_modules q_proj v_proj --learning_rate 1e-4 --dataset_path ./a b"[:-2]
@@ -86,9 +133,9 @@ def test_flags_win_over_the_file_and_origins_are_known(tmp_path: Path) -> None:
     ("line", "said"),
     [
         ("--batch_sise 3", "unknown flag --batch_sise; did you mean --batch_size?"),
-        ("--batch-size 3", "unknown flag --batch-size; did you mean --batch_size?"),
         ("--lora_rank=8", "unknown flag --lora_rank"),
-        ("train.jsonl", "unexpected argument 'train.jsonl'"),
+        ("a.jsonl b.jsonl", "unexpected argument 'b.jsonl'"),
+        ("a.jsonl --dataset_path b", "a.jsonl and --dataset_path b: name one of them"),
         ("--batch_size", "expected one argument"),
         ("--batch_size 0", "batch_size = '0': must be at least 1, or auto (on the command line)"),
         ("--batch_size 2.5", "must be a whole number"),
@@ -105,7 +152,11 @@ def test_flags_win_over_the_file_and_origins_are_known(tmp_path: Path) -> None:
         ("--batch_size 999999999", "15,999,999,984 rows a step; use at most 1,048,576"),
         ("--output_dir --epochs 3", "argument --output_dir: expected one argument, and --epochs"),
         ("--output_dir --odd", "if it is --odd, write --output_dir=--odd"),
-        ("--dataset_path my data.jsonl", "--dataset_path has one, 'my'; a value with a space"),
+        ("--dataset_path my data.jsonl", "write --dataset_path 'my data.jsonl'"),
+        (
+            "--output_dir my run",
+            "if it belongs to the value of --output_dir, write --output_dir 'my",
+        ),
         ("epochs=3", "unexpected argument 'epochs=3': write --epochs=3"),
         ("-epochs 3", "-epochs begins with one hyphen, flags with two: write --epochs"),
         (

@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             # A terminal that lacks a letter of some answer must not end a run.
             stream.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["help"] and (not words[1:] or words[1] in COMMANDS):
+        words = [*words[1:2], "--help"]
     try:
         if not words:
             print(_help(), file=sys.stderr)
@@ -158,7 +160,7 @@ def _print_error(what: str) -> None:
 
 def _said_at_once(words: list[str]) -> str:
     """What is printed where no command has to be loaded: version and help; else empty."""
-    if words[0] == "--version":
+    if words[0] in ("--version", "version"):
         return f"phitune {__version__}"
     if words[:1] in _HELP:
         return _help()

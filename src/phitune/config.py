@@ -280,6 +280,26 @@ def _expanded(path: Path) -> Path:
         ) from None
 
 
+# What people call the models of these families, without signs and the owner's name.
+_MODELS = {
+    "phi1": "microsoft/phi-1",
+    "phi15": "microsoft/phi-1_5",
+    "phi2": "microsoft/phi-2",
+    **dict.fromkeys(
+        ("phi3", "phi3mini", "phi3mini4k", "phi3mini4kinstruct"), "microsoft/Phi-3-mini-4k-instruct"
+    ),
+    **dict.fromkeys(("phi35", "phi35mini", "phi35miniinstruct"), "microsoft/Phi-3.5-mini-instruct"),
+    "phi4": "microsoft/phi-4",
+    **dict.fromkeys(("phi4mini", "phi4miniinstruct"), "microsoft/Phi-4-mini-instruct"),
+}
+
+
+def model_meant(name: str) -> str:
+    """The hub's id of a well-known model that is named in short; else the name as it is."""
+    plain = re.sub(r"[\s._-]", "", name.lower().removeprefix("microsoft/"))
+    return _MODELS[plain] if plain in _MODELS and not _is_there(Path(name)) else name
+
+
 def split_mix(text: str) -> tuple[str, str]:
     """PATH:SHARE at its last colon: a path may have others."""
     path, _, share = text.rpartition(":")
@@ -322,6 +342,7 @@ def _mixes(value: Any) -> Any:
 _Named = BeforeValidator(place_text)
 UserPath = Annotated[Path, AfterValidator(_expanded), _Named]
 PlaceName = Annotated[str, _Named]
+ModelName = Annotated[str, AfterValidator(model_meant), _Named]
 Whole = Annotated[int, BeforeValidator(_number_text), Field(le=MAX_COUNT)]
 Seed = Annotated[int, BeforeValidator(_number_text), Field(le=MAX_SEED)]
 Epochs = Annotated[int, BeforeValidator(_epochs), Field(le=MAX_COUNT)]
@@ -378,7 +399,7 @@ class Settings(BaseModel):
         group=_RUN,
         pattern=r"^\s*\w+\s*=",
     )
-    model_name: PlaceName = knob(
+    model_name: ModelName = knob(
         "microsoft/phi-2",
         "a hub id, a local folder, or a shipped model (tiny-phi-2, tiny-phi-3.5)",
         group=_RUN,

@@ -79,7 +79,7 @@ def test_rows_that_cannot_be_used_are_an_error_or_a_warning(
     ("argv", "said"),
     [
         ((), "name the data"),
-        (("rows.jsonl", "--dataset_path", "other.jsonl"), "only one"),
+        (("rows.jsonl", "--dataset_path", "other.jsonl"), "name one of them"),
         (("rows.jsonl", "--show", "x"), "--show x"),
         (("rows.jsonl", "--show", "0"), "--show 0"),
         (("rows.jsonl", "--html", "no/such/folder/a.html"), "no folder"),

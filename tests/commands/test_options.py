@@ -10,6 +10,7 @@ from phitune.commands.options import (
     Count,
     Options,
     OutputFile,
+    RunOptions,
     TrainingOptions,
     checked,
     option,
@@ -106,6 +107,24 @@ def test_settings_of_training_are_accepted_and_only_those_listed_are_shown(
     assert "rounds" in shown
     assert "--seed N" in shown
     assert "--cache" not in shown
+
+
+class Ask(RunOptions):
+    """Ask."""
+
+    usage = "ask [RUN] [flags]"
+
+
+def test_a_run_may_be_named_without_a_flag() -> None:
+    for line in ("out/a --device cpu", "--device cpu out/a", "--adapter_path out/a"):
+        assert parse(Ask, line.split()).adapter_path == [Path("out/a")]
+    assert parse(Ask, []).adapter_path == []
+    with pytest.raises(SettingsError, match="--adapter_path is given more than once: b, then a"):
+        parse(Ask, ["a", "--adapter_path", "b"])
+    with pytest.raises(SettingsError, match="--adapter_path '': is empty"):
+        parse(Ask, [""])
+    with pytest.raises(SettingsError, match="write --model_name 'my model'"):
+        parse(Ask, ["--model_name", "my", "model"])
 
 
 def test_a_value_typed_elsewhere_is_checked_like_a_flag() -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from phitune.commands.options import (
     Count,
-    ModelOptions,
+    RunOptions,
     SamplingOptions,
     option,
     parse,
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from phitune.inference.chat import Chat
 
 
-class ChatOptions(SamplingOptions, ModelOptions):
+class ChatOptions(SamplingOptions, RunOptions):
     """Chat with a model. Answers are shown token by token; /help lists the commands of the chat.
     Piped input is answered line by line, and only the answers are printed."""
 
-    usage = "chat [--adapter_path RUN_OR_ADAPTER] [--model_name M] [flags]"
+    usage = "chat [RUN_OR_ADAPTER] [--model_name M] [flags]"
 
     system: str = option("", "system message at the start of the conversation", group="chat")
     context_length: Count | None = option(

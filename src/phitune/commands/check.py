@@ -17,8 +17,8 @@ from rich.text import Text
 
 from phitune import __version__
 from phitune.commands.options import (
+    DataOptions,
     OutputFile,
-    TrainingOptions,
     option,
     parse_with_settings,
     switch,
@@ -274,7 +274,7 @@ def _line_numbers(text: Any) -> list[int]:
     return lines
 
 
-class CheckOptions(TrainingOptions):
+class CheckOptions(DataOptions):
     """Show what is in a data set and what will be trained, before a model is loaded: lengths in
     tokens, duplicates, what is wrong and what to do about it."""
 
@@ -300,13 +300,6 @@ class CheckOptions(TrainingOptions):
         "seed": "",
     }
 
-    data: str | None = option(
-        None,
-        "the data, as --dataset_path takes it",
-        group="check",
-        metavar="DATA",
-        form="positional",
-    )
     show: Annotated[list[int], BeforeValidator(_line_numbers)] | None = option(
         None, "only the rows on these lines, such as 12,57", group="check", metavar="LINES"
     )
@@ -323,13 +316,6 @@ def run(argv: list[str]) -> int:
 
     from phitune.config import resolve
 
-    if options.data is not None:
-        if "dataset_path" in flags:
-            raise SettingsError(
-                f"{options.data} and --dataset_path {flags['dataset_path']}: only one can be"
-                " checked"
-            )
-        flags["dataset_path"] = options.data
     resolved = resolve(flags, options.config)
     if resolved.settings.dataset_path is None:
         raise SettingsError("name the data to check: phitune check DATA")

@@ -26,8 +26,8 @@ from rich.text import Text
 from phitune import __version__
 from phitune.commands.options import (
     Count,
-    ModelOptions,
     OutputFile,
+    RunOptions,
     SamplingOptions,
     option,
     parse,
@@ -56,11 +56,11 @@ _LESS_MEMORY = (
 )
 
 
-class CompareOptions(SamplingOptions, ModelOptions):
+class CompareOptions(SamplingOptions, RunOptions):
     """Ask the base model and adapters the same questions and show the answers side by side. The
     base model is in memory once, and one batch answers a question with all of them."""
 
-    usage = "compare --adapter_path RUN_OR_ADAPTER [--adapter_path ...] [flags]"
+    usage = "compare RUN_OR_ADAPTER [RUN_OR_ADAPTER ...] [flags]"
     epilog = (
         "Without --questions_file and --from_validation questions are typed, or piped in line by"
         " line. An answer is compared with the expected one as it is (exact) and normalised"

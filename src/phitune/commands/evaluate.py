@@ -16,8 +16,8 @@ from rich.text import Text
 from phitune import __version__
 from phitune.commands.options import (
     Count,
-    ModelOptions,
     OutputFile,
+    RunOptions,
     Seed,
     one_of,
     option,
@@ -45,11 +45,11 @@ _REMEDY = "Name the data to evaluate on with --dataset_path."
 _HARNESS = "LM Evaluation Harness, instead of all this"
 
 
-class EvaluateOptions(ModelOptions):
+class EvaluateOptions(RunOptions):
     """Measure what a fine-tune changed: loss, answers and forgetting of the base and the tuned
     model on the same rows, with 95 % confidence intervals for every difference."""
 
-    usage = "evaluate --adapter_path RUN [--dataset_path FILE] [--metric NAME ...] [flags]"
+    usage = "evaluate RUN [--dataset_path FILE] [--metric NAME ...] [flags]"
 
     dataset_path: UserPath | None = option(
         None, "evaluate on all rows of this data (default: the run's validation rows)", group="rows"

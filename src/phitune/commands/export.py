@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, model_validator
 
-from phitune.commands.options import ModelOptions, one_of, option, parse, switch
+from phitune.commands.options import RunOptions, one_of, option, parse, switch
 from phitune.config import UserPath
 from phitune.export.formats import DEFAULT_QUANTIZATION, FORMATS, QUANTIZATIONS, ExportSettings
 from phitune.text import in_bytes
@@ -35,11 +35,11 @@ def _repository(name: str) -> str:
     return name
 
 
-class ExportOptions(ModelOptions):
+class ExportOptions(RunOptions):
     """Write an adapter in the form that another program loads. The result is loaded again and its
     answers are compared with the adapter's; a result that differs is removed."""
 
-    usage = "export --adapter_path RUN_OR_ADAPTER --format FORMAT [flags]"
+    usage = "export RUN_OR_ADAPTER --format FORMAT [flags]"
     epilog = (
         "phitune export --push OWNER/NAME --output_dir EXPORT uploads an export that lies there."
     )

@@ -36,7 +36,7 @@ from phitune.config import (
     MAX_COUNT,
     MAX_SEED,
     Device,
-    PlaceName,
+    ModelName,
     Precision,
     Settings,
     UserPath,
@@ -45,6 +45,7 @@ from phitune.config import (
     extra_of,
     given,
     in_words,
+    model_meant,
     recommended_range,
     unknown_name,
 )
@@ -89,6 +90,16 @@ class TrainingOptions(Options):
         None,
         description="YAML file with settings by name; flags override it",
         json_schema_extra={"metavar": "FILE"},
+    )
+
+
+class DataOptions(TrainingOptions):
+    """The options of a command on data, which may be named without its flag."""
+
+    data: str | None = Field(
+        None,
+        description="the data, as --dataset_path takes it",
+        json_schema_extra={"metavar": "DATA", "form": "positional"},
     )
 
 
@@ -170,7 +181,7 @@ class ModelOptions(Options):
         metavar="RUN_OR_ADAPTER",
         form="repeated",
     )
-    model_name: PlaceName | None = option(
+    model_name: ModelName | None = option(
         None,
         "the base model: a hub id, a local folder, or a shipped model (default: the one that the"
         " adapter names)",
@@ -214,6 +225,25 @@ class ModelOptions(Options):
         for warning in model.warnings:
             print(f"warning: {visible(warning)}", file=sys.stderr)
         return model
+
+
+class RunOptions(ModelOptions):
+    """The options of a command on a run, which may be named without its flag."""
+
+    runs: list[UserPath] = option(
+        [],
+        "a run directory or an adapter folder, as --adapter_path takes it",
+        group="",
+        metavar="RUN_OR_ADAPTER",
+        form="positional",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _runs_are_adapters(cls, values: dict[str, Any]) -> dict[str, Any]:
+        named = [*values.get("adapter_path", []), *values.get("runs", [])]
+        others = {name: value for name, value in values.items() if name != "runs"}
+        return {**others, "adapter_path": named} if named else others
 
 
 class SamplingOptions(Options):
@@ -268,7 +298,9 @@ def parse(options: type[AnyOptions], argv: Sequence[str]) -> AnyOptions:
         SettingsError: unknown flags, or values that are not allowed; names each of them.
     """
     parser = _parser_of(options)
-    return _validated(options, _read(parser, argv, _flags(options)), parser)
+    flags = _read(parser, argv, _flags(options))
+    _say_model(flags)
+    return _validated(options, flags, parser)
 
 
 def parse_with_settings(
@@ -278,7 +310,28 @@ def parse_with_settings(
     parser = _parser_of(options)
     flags = _read(parser, argv, [*Settings.model_fields, *_flags(options)])
     settings = {name: flags.pop(name) for name in Settings.model_fields if name in flags}
+    if "data" in flags:
+        if "dataset_path" in settings:
+            both = f"{_typed(flags['data'])} and --dataset_path {_typed(settings['dataset_path'])}"
+            parser.error(f"{both}: name one of them; a path with a space in it needs quotes")
+        settings["dataset_path"] = flags["data"]
+    _say_model(settings)
     return _validated(options, flags, parser), settings
+
+
+def _is_nowhere(place: str) -> bool:
+    """Whether a word can name neither a file or a folder nor anything of the hub."""
+    try:
+        return "/" not in place and not Path(place).exists()
+    except (OSError, ValueError):
+        return False  # Said when it is validated.
+
+
+def _say_model(flags: Mapping[str, Any]) -> None:
+    """Says which model is taken for a short name."""
+    name = flags.get("model_name", "")
+    if name != (meant := model_meant(name)):
+        print(f"phitune: --model_name {visible(name)}: {meant} is taken", file=sys.stderr)
 
 
 def checked(options: type[Options], name: str, text: str) -> Any:
@@ -366,9 +419,15 @@ def _read(parser: _Parser, argv: Sequence[str], names: Sequence[str]) -> dict[st
         flag for action in parser._actions if action.nargs is None for flag in action.option_strings
     }
     given, unknown = parser.parse_known_args(_with_values(argv, taking_one, parser))
+    if unknown_flags := [word for word in unknown if word.startswith("-")]:
+        parser.error(_why_unknown(unknown_flags[0], argv, names))
+    flags = vars(given)
+    for place in flags.get("runs", [flags["data"]] if "data" in flags else []):
+        if why := _why_no_place(place, argv, names):
+            parser.error(why)
     if unknown:
         parser.error(_why_unknown(unknown[0], argv, names))
-    return vars(given)
+    return flags
 
 
 def _with_values(argv: Sequence[str], taking_one: Container[str], parser: _Parser) -> list[str]:
@@ -378,6 +437,11 @@ def _with_values(argv: Sequence[str], taking_one: Container[str], parser: _Parse
     for word in rest:
         if word == "--":
             return [*words, word, *rest]
+        name, equals, value_there = word.partition("=")
+        if name.startswith("--") and name not in parser._option_string_actions:
+            with_underscores = f"--{name[2:].replace('-', '_')}"
+            if with_underscores in parser._option_string_actions:
+                word = with_underscores + equals + value_there
         if word not in taking_one or (value := next(rest, None)) is None:
             words.append(word)
         elif value.startswith("--") or value == "-h":
@@ -415,6 +479,22 @@ def _why_unknown(word: str, argv: Sequence[str], names: Sequence[str]) -> str:
             f" has one, {before[1]!r}; a value with a space in it needs quotes"
         )
     return f"unexpected argument {word!r}: every value needs its flag before it"
+
+
+def _why_no_place(place: str, argv: Sequence[str], names: Sequence[str]) -> str:
+    """What to say of a word taken for data or a run that is a part of something else."""
+    if not place.strip() or not _is_nowhere(place):
+        return ""
+    if place[0] in DASHES or place.partition("=")[0] in names:
+        return _why_unknown(place, argv, names)
+    at = argv.index(place) if place in argv else 0
+    flag, value = argv[at - 2 : at] if at >= 2 else ("", "")
+    if not flag.startswith("--") or value.startswith("-"):
+        return ""
+    return (
+        f"{_typed(place)}: there is no such file or folder; if it belongs to the value of {flag},"
+        f" write {flag} {_typed(f'{value} {place}')}"
+    )
 
 
 def _validated(options: type[AnyOptions], given: Mapping[str, Any], parser: _Parser) -> AnyOptions:
@@ -482,6 +562,8 @@ def _add_flag(add: Callable[..., Any], flag: str, field: FieldInfo, help_text: s
     """Adds one flag in the form that its type and its declaration ask for."""
     metavar = extra_of(field, "metavar") or _metavar(field)
     match extra_of(field, "form"):
+        case "positional" if isinstance(field.default, list):
+            add(flag, nargs="*", metavar=metavar, help=help_text)
         case "positional":
             add(flag, nargs="?", metavar=metavar, help=help_text)
         case "switch":
@@ -500,7 +582,11 @@ def _add_flag(add: Callable[..., Any], flag: str, field: FieldInfo, help_text: s
 
 
 def _flags(options: type[Options]) -> list[str]:
-    return [_flag(name, field) for name, field in options.model_fields.items()]
+    return [
+        _flag(name, field)
+        for name, field in options.model_fields.items()
+        if extra_of(field, "form") != "positional"
+    ]
 
 
 def _flag(name: str, field: FieldInfo) -> str:

@@ -12,7 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.text import Text
 
-from phitune.commands.options import TrainingOptions, option, parse_with_settings, switch
+from phitune.commands.options import DataOptions, option, parse_with_settings, switch
 from phitune.commands.terminal import (
     bar,
     facts_grid,
@@ -32,11 +32,11 @@ from phitune.plan.plan import BatchOption, Plan, PresetOption
 from phitune.plan.presets import PRESETS
 
 
-class PlanOptions(TrainingOptions):
+class PlanOptions(DataOptions):
     """Show what a run would take before it starts: memory, time, and which settings fit. Needs no
     weights."""
 
-    usage = "plan [--model_name M] [--memory 24GB] [--dataset_path FILE] [flags]"
+    usage = "plan [DATA] [--model_name M] [--memory 24GB] [flags]"
     epilog = (
         "Every other flag of 'phitune train' is accepted as well and changes nothing here. The exit"
         f" code is {OutOfMemoryError.exit_code} if the settings do not fit."

@@ -2,16 +2,16 @@
 
 from typing import TYPE_CHECKING
 
-from phitune.commands.options import TrainingOptions, parse_with_settings
+from phitune.commands.options import DataOptions, parse_with_settings
 
 if TYPE_CHECKING:
     from phitune.trainer import Phi2LoRATrainer
 
 
-class TrainOptions(TrainingOptions):
+class TrainOptions(DataOptions):
     """Fine-tune a model with LoRA on a file of prompts and responses."""
 
-    usage = "train [--dataset_path FILE] [--output_dir DIR] [--model_name M] [flags]"
+    usage = "train [DATA] [--output_dir DIR] [--model_name M] [flags]"
     epilog = (
         "--NAME alone switches a true|false flag on; --NAME false or --no-NAME switches it off."
     )

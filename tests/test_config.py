@@ -211,6 +211,7 @@ def test_all_wrong_values_are_reported_at_once() -> None:
         ("output_dir: '  '", "output_dir = '  ': is empty"),
         ("output_dir: $HOME/runs", "variables such as $HOME are not replaced here"),
         ("sample_prompts: [a, '']", "is empty"),
+        ("columns: {}", "columns = {}: is empty; give a value"),
         ("epochs: null", "epochs = None: has no value; give one, or leave it out"),
         ("batch_size: null", "batch_size = None: has no value; give one, or leave it out"),
         ("epochs: 0.5", "must be a whole number; for part of an epoch give fewer rows"),

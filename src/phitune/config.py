@@ -205,6 +205,8 @@ def _report_to(value: Any) -> Any:
 def _pairs(value: Any) -> Any:
     """name=value,...: also from a mapping, as YAML has it. A name stands there once."""
     if isinstance(value, Mapping):
+        if not value:
+            raise ValueError("is empty; give a value, or leave it out")
         if not all(isinstance(part, str | int | float) for part in value.values()):
             raise ValueError("must have one value for each name")
         value = ",".join(f"{name}={part}" for name, part in value.items())

@@ -1,6 +1,6 @@
 """Damaged data files by the thousand: each is read, or refused in one error with file and line.
 
-    python benchmarks/fuzz_data.py [--cases 20000]
+    python benchmarks/fuzz_data.py [--cases 20000] [--seed N] [--jobs N]
 
 Rows of every format are written as every kind of file and then damaged: values of other types, bits
 flipped, pieces cut out, doubled or put in, files cut off. A case fails by any other exception than
@@ -10,13 +10,11 @@ encodings, delimiters, line ends, quoting and shapes: each comes back equal, or 
 reader could know. Writes results/fuzz_data.json and .md.
 """
 
-import argparse
 import codecs
 import csv
 import gzip
 import io
 import json
-import random
 import re
 import tempfile
 import time
@@ -27,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
-from hypothesis import HealthCheck, given, seed, settings
+from fuzz import flags_of, in_processes, total, try_cases
 from hypothesis import strategies as st
 from machine import save
 
@@ -182,19 +180,11 @@ def campaign(number: int, start: int) -> Counter[str]:
         folder = Path(name)
         before, tempfile.tempdir = tempfile.tempdir, name
 
-        @seed(start)
-        @settings(
-            max_examples=number,
-            deadline=None,
-            database=None,
-            suppress_health_check=list(HealthCheck),
-        )
-        @given(cases())
-        def run(case: tuple[str, bytes, dict[str, Any]]) -> None:
+        def count(case: tuple[str, bytes, dict[str, Any]]) -> None:
             found[f"{case[0]} {check(*case, folder)}"] += 1
 
         try:
-            run()
+            try_cases(cases(), number, start, count)
         finally:
             tempfile.tempdir = before
     return found
@@ -341,38 +331,27 @@ def written_campaign(number: int, start: int) -> Counter[str]:
     with tempfile.TemporaryDirectory(prefix="phitune-fuzz-") as name:
         folder = Path(name)
 
-        @seed(start)
-        @settings(
-            max_examples=number,
-            deadline=None,
-            database=None,
-            suppress_health_check=list(HealthCheck),
-        )
-        @given(written())
-        def run(case: Written) -> None:
+        def count(case: Written) -> None:
             found[check_written(case, folder)] += 1
 
-        run()
+        try_cases(written(), number, start, count)
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--cases", type=int, default=CASES)
-    number = parser.parse_args().cases
-    start = random.SystemRandom().randrange(2**32)
+    flags = flags_of(__doc__, CASES)
     started = time.perf_counter()
-    found = campaign(number, start)
+    found = total(in_processes(campaign, flags))
     seconds = time.perf_counter() - started
     started = time.perf_counter()
-    as_written = written_campaign(number, start)
+    as_written = total(in_processes(written_campaign, flags))
     seconds_written = time.perf_counter() - started
     outcomes = {
         word: sum(n for key, n in found.items() if key.endswith(word))
         for word in ("read", "refused")
     }
     lines = [
-        f"{sum(found.values()):,} damaged files in {seconds:.0f} s (seed {start}):"
+        f"{sum(found.values()):,} damaged files in {seconds:.0f} s (seed {flags.seed}):"
         f" {outcomes['read']:,} read, {outcomes['refused']:,} refused with file, line and remedy,"
         " no traceback, no hang.",
         "",
@@ -380,7 +359,7 @@ def main() -> None:
         "|---|---|---|",
         *(f"| {k} | {found[f'{k} read']:,} | {found[f'{k} refused']:,} |" for k in _KINDS),
         "",
-        f"{number:,} files as other programs write them, in {seconds_written:.0f} s:"
+        f"{flags.cases:,} files as other programs write them, in {seconds_written:.0f} s:"
         f" {as_written['equal']:,} came back equal, {as_written['refused']:,} were refused (UTF-16"
         " without a byte order mark, Windows-1252), "
         f"{as_written['noted']:,} were read in the other of two ways and said so.",
@@ -389,7 +368,7 @@ def main() -> None:
         "fuzz_data",
         "Damaged data files, and files of other programs",
         lines,
-        {"seed": start, "found": dict(found), "as_written": dict(as_written)},
+        {"seed": flags.seed, "found": dict(found), "as_written": dict(as_written)},
     )
 
 

@@ -1,6 +1,6 @@
 """Damaged model and adapter folders by the thousand: each loads, or is refused in one error.
 
-    python benchmarks/fuzz_models.py [--cases 20000] [--seed N]
+    python benchmarks/fuzz_models.py [--cases 20000] [--seed N] [--jobs N]
 
 Small models of both families and adapters on them are damaged (model_damage.py) and opened as the
 commands do: folder, config.json, tokenizer, both prompt formats, weights, adapter; what loads must
@@ -14,7 +14,6 @@ of what contradicts. Cases run in a child process with a limit on its memory, so
 it is told from the others. Writes results/fuzz_models.json and .md.
 """
 
-import argparse
 import contextlib
 import importlib
 import json
@@ -28,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,8 +66,19 @@ def campaign(number: int, seed: int) -> Found:
                 found.longest = max(found.longest, case, key=lambda one: one["used"])
                 found.peak_memory = max(found.peak_memory, case["memory"])
                 if outcome == "failed":
-                    found.failures.append(case)
+                    found.failures.append({"seed": seed, **case})
     return found
+
+
+def _joined(shares: Sequence[Found]) -> Found:
+    """What came out of all of them."""
+    return Found(
+        sum((share.outcomes for share in shares), Counter()),
+        sum((share.damages for share in shares), Counter()),
+        [failure for share in shares for failure in share.failures],
+        max((share.longest for share in shares), key=lambda one: one["used"]),
+        max(share.peak_memory for share in shares),
+    )
 
 
 def _child(seed: int, start: int, stop: int, scratch: Path) -> Iterator[dict[str, Any]]:
@@ -419,16 +429,15 @@ def _forward(decoder: Any) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--cases", type=int, default=CASES)
-    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
-    given = parser.parse_args()
+    from fuzz import flags_of, in_processes
+
+    flags = flags_of(__doc__ or "", CASES)
     started = time.perf_counter()
-    found = campaign(given.cases, given.seed)
+    found = _joined(in_processes(campaign, flags))
     seconds = time.perf_counter() - started
     for failure in found.failures[:20]:
         print(json.dumps(failure, indent=1).replace("\\n", "\n"))
-    _save(found, given.seed, seconds)
+    _save(found, flags.seed, seconds)
 
 
 def _save(found: Found, seed: int, seconds: float) -> None:

@@ -1,6 +1,6 @@
 """Odd settings by the thousand: each is taken as it stands there, or refused in plain words.
 
-    python benchmarks/fuzz_settings.py [--cases 20000]
+    python benchmarks/fuzz_settings.py [--cases 20000] [--seed N] [--jobs N]
 
 Settings files in YAML and JSON and command lines are put together from values of every kind: right,
 empty, of other types, in the notation of other programs, given twice, with names that others use. A
@@ -10,12 +10,10 @@ read once more here, by other means, beside what a run shows under "Settings" an
 config.yaml. Some cases go through the whole command. Writes results/fuzz_settings.json and .md.
 """
 
-import argparse
 import contextlib
 import io
 import json
 import os
-import random
 import re
 import tempfile
 import time
@@ -25,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hypothesis import HealthCheck, given, seed, settings
+from fuzz import flags_of, in_processes, total, try_cases
 from hypothesis import strategies as st
 from machine import save
 
@@ -302,31 +300,20 @@ def campaign(number: int, start: int) -> Counter[str]:
     with tempfile.TemporaryDirectory() as name:
         os.chdir(name)
 
-        @seed(start)
-        @settings(
-            max_examples=number,
-            deadline=None,
-            database=None,
-            suppress_health_check=list(HealthCheck),
-        )
-        @given(cases())
-        def run(case: tuple[str, str, list[str], bool]) -> None:
+        def count(case: tuple[str, str, list[str], bool]) -> None:
             found[f"{case[0]} {check(*case, Path(name))}"] += 1
 
         try:
-            run()
+            try_cases(cases(), number, start, count)
         finally:
             os.chdir(before)
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--cases", type=int, default=CASES)
-    number = parser.parse_args().cases
-    start = random.SystemRandom().randrange(2**32)
+    flags = flags_of(__doc__, CASES)
     started = time.perf_counter()
-    found = campaign(number, start)
+    found = total(in_processes(campaign, flags))
     seconds = time.perf_counter() - started
     outcomes = {
         word: sum(n for key, n in found.items() if key.endswith(word))
@@ -334,7 +321,7 @@ def main() -> None:
     }
     lines = [
         f"{sum(found.values()):,} settings files with command lines in {seconds:.0f} s (seed"
-        f" {start}), one in {WHOLE_COMMANDS} through the whole command: {outcomes['taken']:,}"
+        f" {flags.seed}), one in {WHOLE_COMMANDS} through the whole command: {outcomes['taken']:,}"
         f" taken as they stand there, {outcomes['refused']:,} refused in plain words, no traceback,"
         " nothing empty or given twice taken.",
         "",
@@ -345,7 +332,7 @@ def main() -> None:
             for k in (".yaml", ".json")
         ),
     ]
-    save("fuzz_settings", "Odd settings", lines, {"seed": start, "found": dict(found)})
+    save("fuzz_settings", "Odd settings", lines, {"seed": flags.seed, "found": dict(found)})
 
 
 if __name__ == "__main__":

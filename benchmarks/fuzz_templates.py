@@ -1,6 +1,6 @@
 """Chat templates by the thousand, put together from random pieces: the ids of transformers.
 
-    python benchmarks/fuzz_templates.py [--cases 2500]
+    python benchmarks/fuzz_templates.py [--cases 2500] [--seed N] [--jobs N]
 
 A template has marks and ends of roles, white space, cues, default system prompts, tags for
 generation, macros, loop controls and conditions, as they are found in the field and as they are
@@ -9,7 +9,6 @@ fails where `ChatFormat` neither gives what `apply_chat_template` gives nor refu
 raises anything else, or takes more than five seconds. Writes results/fuzz_templates.json and .md.
 """
 
-import argparse
 import json
 import random
 import shutil
@@ -21,6 +20,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from fuzz import flags_of, in_processes, total
 from machine import save
 
 from phitune.data.coder import Coder
@@ -275,7 +275,7 @@ def _reason(refusal: str) -> str:
 
 
 def campaign(cases: int, start: int = 0) -> Counter[str]:
-    """Tries so many templates.
+    """Tries so many templates, of which `start` is the number of the first.
 
     Raises:
         AssertionError: of the first that fails, with the template.
@@ -301,13 +301,13 @@ def campaign(cases: int, start: int = 0) -> Counter[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--cases", type=int, default=CASES)
-    cases = parser.parse_args().cases
+    flags = flags_of(__doc__, CASES, seed=0)
     began = time.monotonic()
-    found = campaign(cases)
+    shares = in_processes(campaign, flags)
+    found = total(shares)
+    found["slowest ms"] = max(share["slowest ms"] for share in shares)
     lines = [
-        f"{cases:,} templates, each on {sum(map(len, CONVERSATIONS)) - 2} rows and prompts;"
+        f"{flags.cases:,} templates, each on {sum(map(len, CONVERSATIONS)) - 2} rows and prompts;"
         " transformers' `apply_chat_template` is the judge. equal: the same text and ids. seam: the"
         " same text, and other ids only where a prompt and its answer meet. typed special tokens:"
         " the same text, where ours takes what a user typed for letters.",

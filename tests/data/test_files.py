@@ -1,6 +1,8 @@
 """Files to rows: every kind streamed with its lines, everything ordinary read, damage named."""
 
+import csv
 import gzip
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phitune.data import json_rows
+from phitune.data import json_rows, tables
+from phitune.data.content import Text
 from phitune.data.dataset import read_examples
 from phitune.data.files import read_rows, suffix_of
 from phitune.data.raw_row import FileNotes, RawRow
@@ -334,3 +337,46 @@ def test_what_is_on_this_machine_is_no_hub_id(
     assert hub_id("owner/others:data/x.parquet") == ("owner/others", "data/x.parquet")
     for local in ("data/rows.jsonl", "/abs/rows", "./a/b", "rows", "a/b/c"):
         assert hub_id(local) is None, local
+
+
+@given(
+    st.lists(st.sampled_from(['"', '""', ",", "\n", "\r\n", "\r", "a", '"b', ' ",', "\u00e9"])),
+    st.sampled_from((",", "\t")),
+    st.booleans(),
+)
+@settings(max_examples=300, deadline=None)
+def test_long_rows_are_read_as_csv_reads_short_ones(
+    parts: list[str], delimiter: str, quoted: bool
+) -> None:
+    text = "".join(parts).replace(",", delimiter)
+    dialect = tables._Dialect(delimiter, 2, quoted=quoted)
+    read = []
+    for long in (2**20, 3, 2):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tables, "_LONG", long)
+            stream: Any = io.BufferedReader(io.BytesIO(text.encode()))  # type: ignore[arg-type]
+            lines = tables._Lines(Text(stream), dialect)
+            reader = tables._Reader(lines, dialect)
+            rows: list[Any] = []
+            while True:
+                line = lines.next_row()
+                try:
+                    rows.append((line, next(reader), lines.count, lines.like_rows))
+                except StopIteration:
+                    break
+                except csv.Error as error:
+                    rows.append((line, str(error), lines.count, lines.like_rows))
+            read.append(rows)
+    assert read[0] == read[1] == read[2]
+
+
+def test_a_long_cell_has_the_limit_of_a_short_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "_LONG", 10)
+    monkeypatch.setattr(tables, "_MAX_CELL", 50)
+    for cell in ("a" * 60, '"' + "a" * 60 + '"', '"' + "aaaaa\n" * 10):
+        (tmp_path / "a.csv").write_text(f"prompt,response\nb,{cell}\nc,d\n")
+        (row,) = read_rows(tmp_path / "a.csv")
+        assert row.fatal
+        assert "never closed" in str(row.values)

@@ -107,6 +107,50 @@ def test_the_second_start_reads_no_row_and_gives_the_same(
     assert "rows are longer than max_length 30" in short.warnings[0]
 
 
+def test_rows_that_are_too_long_by_far_are_not_encoded_and_the_others_are_the_same(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    giant = {
+        "messages": [
+            {"role": "user", "content": "What is in the book?"},
+            {"role": "assistant", "content": "the giant book " * 2000},
+        ]
+    }
+    lines = data.read_text().splitlines()
+    data.write_text("\n".join([*lines[:9], json.dumps(giant), *lines[9:]]))
+    in_full = prepared(data, max_length=200)  # Not a long row yet: it is encoded.
+
+    monkeypatch.setattr("phitune.data.coder.SOON_ENCODED", 10_000)
+    monkeypatch.setattr(store_module, "_code", lambda: "another version")
+    encoded = []
+    real = TextTokenizer.encode_batch
+
+    def watched(tokenizer: TextTokenizer, rows: Any) -> Any:
+        encoded.extend(segment.text for row in rows for segment in row)
+        return real(tokenizer, rows)
+
+    monkeypatch.setattr(TextTokenizer, "encode_batch", watched)
+    short = prepared(data, max_length=200)
+    assert not any("giant" in text for text in encoded)
+    assert list(short.train_rows) == list(in_full.train_rows)
+    assert list(short.validation_rows) == list(in_full.validation_rows)
+    assert "(the longest has at least " in short.warnings[0]
+    with pytest.raises(DataError, match=rf"{data}:10: at least \d+ tokens\nShorten these rows, or"):
+        prepared(data, max_length=200, on_too_long="error")
+
+    # Which rows have no tokens depends on max_length alone, never on what the cache holds, since
+    # a run is resumed with rows of the same fingerprint.
+    assert len(entries()) == 2  # with the one from before the row counted as long
+    again = prepared(data, max_length=200)
+    assert "from the cache" in again.notes[-1]
+    prints = {200: again.train_rows.fingerprint}
+    for max_length in (30, 10_000, 30, 200, 10_000):
+        found = prepared(data, max_length=max_length).train_rows.fingerprint
+        assert prints.setdefault(max_length, found) == found
+    assert any("giant" in text for text in encoded)  # by the 10,000
+    assert len(entries()) == 4  # in full before and now; without its tokens for 30 and for 200
+
+
 @pytest.mark.parametrize(
     "change",
     [

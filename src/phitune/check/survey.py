@@ -459,7 +459,7 @@ class Survey:
         sizes = [_characters(example) for example in examples]
         is_cut = [size > LOOKED_AT_WHOLE for size in sizes]
         if encoded:
-            is_cut = [long or row.at_least > 0 for long, row in zip(is_cut, encoded, strict=True)]
+            is_cut = [long or not row.is_encoded for long, row in zip(is_cut, encoded, strict=True)]
         seen = [
             _beginning(example, LOOKED_AT) if long else example
             for example, long in zip(examples, is_cut, strict=True)
@@ -568,7 +568,7 @@ def _token_counts(
         "prompt_tokens": total - trained,
         "answer_tokens": trained,
         "end_tokens": ends,
-        "counted": np.fromiter((not row.at_least for row in encoded), np.bool_, number),
+        "counted": np.fromiter((row.is_encoded for row in encoded), np.bool_, number),
     }
 
 

@@ -143,18 +143,20 @@ class Coder:
 
         Args:
             most_tokens: a row of more than SOON_ENCODED characters that has more tokens than these
-                by its characters alone is not encoded; see `EncodedRow.at_least`. None encodes all.
+                by its characters alone is not encoded. None encodes all.
         """
         for batch in _batches(examples):
-            least = [0 if most_tokens is None else self._least_tokens(row) for row in batch]
+            least = list(map(self._least_tokens, batch))
             segments = [
-                [] if tokens > (most_tokens or 0) else self.prompt_format.segments(example.turns)
+                self.prompt_format.segments(example.turns)
+                if most_tokens is None or tokens <= most_tokens
+                else []
                 for example, tokens in zip(batch, least, strict=True)
             ]
             encoded = self.tokenizer.encode_batch(segments)
             for example, tokens, (ids, spans) in zip(batch, least, encoded, strict=True):
                 trained = [(0, len(ids))] if train_on_prompt else spans
-                yield EncodedRow(example, ids, _without_first(trained), 0 if ids else tokens)
+                yield EncodedRow(example, ids, _without_first(trained), tokens)
 
     def _least_tokens(self, example: Example) -> int:
         """So many tokens a long row has at least, by its characters alone; 0 if nobody knows."""

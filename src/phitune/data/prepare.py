@@ -324,25 +324,27 @@ def _fitting(rows: "TokenRows", settings: Settings, path: Path, remarks: _Remark
     too_long = np.flatnonzero(lengths > settings.max_length)
     if not len(too_long):
         return rows
-    longest = int(lengths.max())
+    longest, row_of_longest = int(lengths.max()), int(rows.indices[lengths.argmax()])
+    not_encoded = rows.store.not_encoded
+    at_least = "at least " if row_of_longest in not_encoded else ""
     problem = (
         f"{path}: {len(too_long)} of {count} rows are longer than max_length"
-        f" {settings.max_length} (the longest has {longest} tokens)"
+        f" {settings.max_length} (the longest has {at_least}{longest} tokens)"
     )
     places = [rows.place(int(index)) for index in too_long[:MAX_LISTED]]
     if settings.on_too_long == "error" or len(too_long) == len(rows):
         lines = [
-            f"{place}: {lengths[index]} tokens"
+            f"{place}: {'at least ' * (rows.indices[index] in not_encoded)}{lengths[index]} tokens"
             for place, index in zip(places, too_long, strict=False)
         ]
         has_texts = rows.store.are_texts(rows.indices[too_long]).any()
         remedy = " Plain texts can be cut into pieces: --on_too_long split." if has_texts else ""
+        use = "S" if at_least else f"Use --max_length {longest}, s"
         if len(too_long) > MAX_LISTED:
             lines.append(f"... and {len(too_long) - MAX_LISTED} more")
         raise DataError(
             f"{problem}:\n{listing(lines, MAX_LISTED + 1)}\n"
-            f"Use --max_length {longest}, shorten these rows, or leave them out with"
-            " --on_too_long drop." + remedy
+            f"{use}horten these rows, or leave them out with --on_too_long drop.{remedy}"
         )
     why = ", since answers are never cut" if settings.on_too_long == "split" else ""
     shown = _some([*map(_line, places)], len(too_long))

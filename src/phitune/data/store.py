@@ -15,12 +15,14 @@ all rows does not gather the whole file. Numbers are little-endian.
     questions   per row     hash of its question, for the split, uint64
 
 The cache finds a store again by a hash of everything that decides its content, this package's own
-code included. max_length does not: rows are kept whole, and left out or cut on reading. No torch
-here.
+code included. max_length does not: rows are kept whole, and left out or cut on reading. Only rows
+that are too long by their characters alone are not encoded: a store without their tokens has
+max_length in its name, and serves no other. No torch here.
 """
 
 import hashlib
 import json
+import math
 import mmap
 import os
 import shutil
@@ -88,7 +90,9 @@ def tokenized(
         DataError: the data cannot be used, or its tokens cannot be written.
     """
     stream = open_stream(source, part, settings, coder.prompt_format)
-    encoding = _Encoding(stream, coder, settings.train_on_prompt, progress)
+    # A text that is cut into pieces is trained, however long it is.
+    most_tokens = None if settings.on_too_long == "split" else settings.max_length
+    encoding = _Encoding(stream, coder, settings.train_on_prompt, most_tokens, progress)
     warnings: list[str] = []
     store = None
     if settings.cache:
@@ -127,16 +131,24 @@ class _Encoding:
     stream: ExampleStream
     coder: Coder
     train_on_prompt: bool
+    most_tokens: int | None  # see Coder.encode_rows
     progress: Progress | None
 
-    def write(self, folder: Path) -> None:
-        """Makes a folder, and in it the store of all rows."""
+    def write(self, folder: Path) -> bool:
+        """Makes a folder, and in it the store of all rows.
+
+        Returns: whether all of them were encoded.
+        """
         total = self.stream.bytes
         try:
             folder.mkdir()
             writer = StoreWriter(folder, self.coder.tokenizer.size, self.stream.files)
             try:
-                rows = self.coder.encode_rows(self.stream, train_on_prompt=self.train_on_prompt)
+                rows = self.coder.encode_rows(
+                    self.stream,
+                    train_on_prompt=self.train_on_prompt,
+                    most_tokens=self.most_tokens,
+                )
                 for row in rows:
                     writer.add(row)
                     if self.progress and writer.rows % _ROWS_BETWEEN_PROGRESS == 0:
@@ -144,6 +156,7 @@ class _Encoding:
                 writer.finish(self.stream.findings())
             finally:
                 writer.close()
+            return not writer.not_encoded
         except OSError as error:
             raise DataError(
                 f"{folder.parent}: the tokens cannot be written: {error.strerror or error}; free"
@@ -172,14 +185,15 @@ def cache_folder() -> Path:
 def _from_cache(name: str, encoding: _Encoding, warnings: list[str]) -> "TokenStore | None":
     """The entry of this name, encoded if there is none; None if the cache cannot be written."""
     root = cache_folder()
-    entry = root / name
+    whole, partial = root / name, root / f"{name}-{encoding.most_tokens}"
     files = encoding.stream.files
-    if entry.exists():
+    for entry in filter(Path.exists, (whole, partial)):
         try:
             store = TokenStore(entry, files)
         except DamagedStoreError as error:
             warnings.append(f"{entry}: is damaged ({error}); the data is tokenised again")
-        else:
+            continue
+        if store.is_encoded_for(encoding.most_tokens):
             with suppress(
                 OSError
             ):  # Its time says when it was last used; read-only ones have none.
@@ -198,7 +212,7 @@ def _from_cache(name: str, encoding: _Encoding, warnings: list[str]) -> "TokenSt
         prefix=f"{name}.", suffix=_NEW, dir=root, ignore_cleanup_errors=True
     ) as new:
         made = Path(new) / "entry"
-        encoding.write(made)
+        entry = whole if encoding.write(made) else partial
         if entry.exists() and not _is_whole(entry, files):
             with suppress(FileNotFoundError):  # Another run was first.
                 entry.rename(Path(new) / "damaged")
@@ -323,6 +337,8 @@ class StoreWriter:
         self._checksums = dict.fromkeys(types, 0)
         self._sources = {path: number for number, path in enumerate(sources)}
         self._tokens = self._spans = 0
+        self._at_least: dict[int, int] = {}
+        self.not_encoded: list[int] = []  # rows
         self.rows = 0
 
     def add(self, row: EncodedRow) -> None:
@@ -342,6 +358,10 @@ class StoreWriter:
         kind = example.is_completion << _TEXT_BIT | example.has_several_questions << _SEVERAL_BIT
         columns["places"].append(kind | source << _LINE_BITS | example.line)
         columns["questions"].append(question_hash(example))
+        if row.at_least:
+            self._at_least[self.rows] = row.at_least
+        if not row.is_encoded:
+            self.not_encoded.append(self.rows)
         self.rows += 1
         if len(columns["ids"]) >= _FLUSH_TOKENS:
             self._flush()
@@ -365,6 +385,8 @@ class StoreWriter:
                 }
                 for name, column in self._columns.items()
             },
+            "at_least": list(self._at_least.items()),
+            "not_encoded": self.not_encoded,
             "about": about,
         }
         document = {"checksum": _checksum(content), **content}
@@ -404,6 +426,9 @@ class TokenStore:
         self.checksums: dict[str, int] = {
             name: column["crc32"] for name, column in manifest["columns"].items()
         }
+        # Tokens that long rows have at least, and those of rows that were not encoded.
+        self._at_least: dict[int, int] = dict(manifest["at_least"])
+        self.not_encoded = {row: self._at_least[row] for row in manifest["not_encoded"]}
         self._sources = sources
         self._types = {name: column["type"] for name, column in manifest["columns"].items()}
         for name, column in manifest["columns"].items():
@@ -421,6 +446,15 @@ class TokenStore:
     def sources(self) -> Sequence[Path]:
         """The files that the rows were read from."""
         return self._sources
+
+    def is_encoded_for(self, most_tokens: int | None) -> bool:
+        """Whether just those rows are not encoded that `Coder.encode_rows` leaves out.
+
+        A store with more or fewer would have another fingerprint, and no run could be resumed.
+        """
+        most = math.inf if most_tokens is None else most_tokens
+        left_out = {row for row, least in self._at_least.items() if least > most}
+        return left_out == self.not_encoded.keys()
 
     def example(self, index: int, first: int = 0, last: int | None = None) -> TokenizedExample:
         """One row, or its tokens from `first` to before `last`."""
@@ -453,10 +487,14 @@ class TokenStore:
         return self._have_bit(_SEVERAL_BIT, indices)
 
     def lengths(self, indices: NDArray[np.uint32]) -> Iterator[NDArray[np.uint32]]:
-        """Tokens of these rows, in pieces of at most _CHUNK. [rows]"""
+        """Tokens of these rows, in pieces of at most _CHUNK; at least so many of those that were
+        not encoded. [rows]"""
         for rows in self._pieces(indices):
             before = np.where(rows > 0, self._ends[rows - (rows > 0)], 0)
-            yield (self._ends[rows] - before).astype(np.uint32)
+            lengths = (self._ends[rows] - before).astype(np.uint32)
+            for row, least in self.not_encoded.items():
+                lengths[rows == row] = least
+            yield lengths
 
     def trained(self, indices: NDArray[np.uint32]) -> Iterator[NDArray[np.uint32]]:
         """Trained tokens of these rows, in pieces of at most _CHUNK. [rows]"""

@@ -4,6 +4,9 @@ The delimiter is the one that gives the header and the first rows the same numbe
 line `sep=;` names it. Quotes are CSV's (doubled inside a quoted cell), but in tables with tabs or
 bars, which many tools write without quoting, a quote is a letter where only that gives every line
 the cells of the header. Cells are never edited.
+
+Rows are read by Python's csv, but those of more than `_LONG` characters here: csv holds each
+character of a cell in four bytes, and a cell several times.
 """
 
 import csv
@@ -11,6 +14,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import StringIO
 from itertools import islice
 
 from phitune.data.content import Text, not_utf8
@@ -18,13 +22,15 @@ from phitune.data.raw_row import FileNotes, RawRow
 
 # Characters of a cell; without a limit an open quote would read to the end of any file.
 _MAX_CELL = 2**27
+_LONG = 2**20  # characters of a row
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _SELDOM_QUOTED = "\t|"
 _JUDGED = 50  # rows that the delimiter is chosen by
 _SEP = re.compile(r'"?sep=(?P<delimiter>.)"?\s*', re.IGNORECASE)
 _JSON = re.compile(r"\s*(?:\[\s*)?\{\s*(?:[\"'}]|$)")
 _BOM = "\ufeff"
-_SHOWN = 40  # characters of a cell in a message
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")  # a byte that was kept as half a surrogate pair
+_QUOTES = re.compile('"+')
 
 
 @dataclass(frozen=True)
@@ -35,15 +41,6 @@ class _Dialect:
     cells: int  # of the header
     skipped: int = 0  # lines before the header
     quoted: bool = True
-
-    def rows(self, lines: Iterator[str]) -> Iterator[list[str]]:
-        """The cells of each row; raises csv.Error at a damaged one and goes on behind it."""
-        return csv.reader(
-            lines,
-            delimiter=self.delimiter,
-            quoting=csv.QUOTE_MINIMAL if self.quoted else csv.QUOTE_NONE,
-            strict=True,
-        )
 
 
 def table_rows(
@@ -78,7 +75,7 @@ def _rows(
     text: Text, kind: str, dialect: _Dialect, numbered: bool, notes: FileNotes
 ) -> Iterator[RawRow]:
     lines = _Lines(text, dialect)
-    reader = dialect.rows(lines)
+    reader = _Reader(lines, dialect)
     header: list[str] | None = None
     while True:
         line = lines.next_row()
@@ -92,9 +89,9 @@ def _rows(
             if row.fatal:
                 return
             continue
-        if not any(cell.strip() for cell in cells):
+        if all(not cell or cell.isspace() for cell in cells):
             continue
-        if (damaged := next((cell for cell in cells if not _is_text(cell)), None)) is not None:
+        if (damaged := next(filter(_NOT_UTF8.search, cells), None)) is not None:
             problem = not_utf8(damaged.encode("utf-8", "surrogateescape"), "cell")
             yield RawRow(line, problem, fatal=header is None and not numbered)
             if header is None and not numbered:
@@ -123,7 +120,7 @@ def _row(line: int, header: list[str], cells: list[str], dialect: _Dialect) -> R
         more = len(cells) > len(header) and dialect.quoted
         remedy = f"; a cell with {name} inside stands in quotes" if more else ""
         return RawRow(line, f"has {found}, the header has {len(header)}{remedy}")
-    if [cell.strip() for cell in cells] == header:
+    if len(cells[0]) < _LONG and [cell.strip() for cell in cells] == header:
         return RawRow(line, "is the header again, as where files were joined; remove the line")
     return RawRow(line, dict(zip(header, cells, strict=True)))
 
@@ -162,11 +159,6 @@ def _damaged(kind: str, line: int, lines: "_Lines", error: str) -> RawRow:
     else:
         cause = f"{error}{where}"
     return RawRow(line, f"not {kind}: {cause}")
-
-
-def _is_text(cell: str) -> bool:
-    """Whether no byte of a cell was kept as half a surrogate pair, as no UTF-8."""
-    return cell.isascii() or not any("\udc80" <= letter <= "\udcff" for letter in cell)
 
 
 def _is_json(sample: str) -> bool:
@@ -247,7 +239,7 @@ def _is_quoted(text: Text, dialect: _Dialect) -> bool:
     if not quotes:
         return True
     lines = _Lines(text, dialect)
-    reader = dialect.rows(lines)
+    reader = _Reader(lines, dialect)
     try:
         while True:
             lines.next_row()
@@ -260,13 +252,19 @@ def _is_quoted(text: Text, dialect: _Dialect) -> bool:
         return False
 
 
+class _LongRowError(Exception):
+    """The row has more than `_LONG` characters."""
+
+
 class _Lines:
-    """The lines of a table for csv's reader, and what they showed since a row began."""
+    """The lines of a table for a reader, and what they showed since a row began."""
 
     def __init__(self, text: Text, dialect: _Dialect) -> None:
         self._lines = islice(text.lines(), dialect.skipped, None)
         self._delimiter, self._delimiters = dialect.delimiter, dialect.cells - 1
         self._read = dialect.skipped
+        self._row: list[str] = []  # its lines so far
+        self._characters = 0  # of these
         self.count = 0  # lines of the row
         self.escaped = False  # it has a quote behind a backslash
         self.like_rows = True  # each of its lines has the delimiters of a row
@@ -274,12 +272,34 @@ class _Lines:
     def next_row(self) -> int:
         """Forgets the row before. Returns: the line on which the next begins."""
         self.count, self.escaped, self.like_rows = 0, False, self._delimiters > 0
+        self._row.clear()
+        self._characters = 0
         return self._read + 1
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
+        line = self._next()
+        self._row.append(line)
+        self._characters += len(line)
+        if self._characters > _LONG:
+            raise _LongRowError
+        return line
+
+    def of_long_row(self) -> Iterator[str]:
+        """The lines of the row from its first, however long it is; held by nobody else."""
+        self._row.reverse()
+        while self._row:
+            yield self._row.pop()
+        while True:
+            try:
+                line = self._next()
+            except StopIteration:
+                return
+            yield line
+
+    def _next(self) -> str:
         line = next(self._lines)
         # Tools that join files put a byte order mark in front of a row in the middle.
         if not self.count and line.startswith(_BOM):
@@ -289,3 +309,71 @@ class _Lines:
         self.escaped = self.escaped or '\\"' in line
         self.like_rows = self.like_rows and line.count(self._delimiter) == self._delimiters
         return line
+
+
+class _Reader:
+    """The cells of each row; raises csv.Error at a damaged one and goes on behind it."""
+
+    def __init__(self, lines: _Lines, dialect: _Dialect) -> None:
+        self._lines, self._dialect = lines, dialect
+        self._reader = csv.reader(
+            lines,
+            delimiter=dialect.delimiter,
+            quoting=csv.QUOTE_MINIMAL if dialect.quoted else csv.QUOTE_NONE,
+            strict=True,
+        )
+
+    def __next__(self) -> list[str]:
+        try:
+            return next(self._reader)
+        except _LongRowError:
+            return _long_row(self._lines.of_long_row(), self._dialect)
+
+
+def _long_row(lines: Iterator[str], dialect: _Dialect) -> list[str]:
+    """The cells of a row as csv has them."""
+    cells: list[str] = []
+    opened: StringIO | None = None  # the quoted cell that goes on from line to line
+    for line in lines:
+        end = len(line) - (2 if line.endswith("\r\n") else line.endswith(("\r", "\n")))
+        at = 0
+        while True:
+            if opened is None and not (dialect.quoted and line.startswith('"', at)):
+                stop = line.find(dialect.delimiter, at, end)
+                stop = end if stop < 0 else stop
+                cells.append(_within_limit(line[at:stop]))
+            else:
+                at += opened is None
+                stop = _closing_quote(line, at)
+                part = line[at : len(line) if stop < 0 else stop].replace('""', '"')
+                if opened is not None or stop < 0:
+                    opened = opened or StringIO()
+                    opened.write(_within_limit(part, opened.tell()))
+                if stop < 0:
+                    break
+                cells.append(_within_limit(part) if opened is None else opened.getvalue())
+                opened = None
+                stop += 1
+                if stop < end and line[stop] != dialect.delimiter:
+                    raise csv.Error(f"'{dialect.delimiter}' expected after '\"'")
+            if stop >= end:
+                return cells
+            at = stop + 1
+    raise csv.Error("unexpected end of data")
+
+
+def _closing_quote(line: str, at: int) -> int:
+    """The place of the quote that ends a cell, whose text goes on at `at`; -1 if there is none."""
+    while (first := line.find('"', at)) >= 0:
+        found = _QUOTES.match(line, first)
+        assert found
+        at = found.end()
+        if (at - first) % 2:
+            return at - 1
+    return -1
+
+
+def _within_limit(text: str, before: int = 0) -> str:
+    if before + len(text) > _MAX_CELL:
+        raise csv.Error(f"field larger than field limit ({_MAX_CELL})")
+    return text

@@ -60,9 +60,11 @@ class EncodedRow:
     example: Example
     input_ids: list[int]  # [tokens]; none of a row that was not encoded
     spans: list[Span]
-    at_least: int = (
-        0  # of a row that was not encoded, as it is too long: the least number of its tokens
-    )
+    at_least: int = 0  # of a long row: so many tokens it has at least, by its characters alone
+
+    @property
+    def is_encoded(self) -> bool:
+        return bool(self.input_ids) or not self.at_least
 
     def tokenized(self) -> TokenizedExample:
         return TokenizedExample(

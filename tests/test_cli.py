@@ -237,6 +237,10 @@ BAD_ROWS = {
     ("line", "said"),
     [
         ("--dataset_path nowhere.jsonl", ["nowhere.jsonl", "there is no such file"]),
+        # Before the model, which would have to be fetched.
+        ("--dataset_path nowhere.jsonl --model_name owner/nothing", ["nowhere.jsonl: there is no"]),
+        ("--validation_path nowhere.csv --model_name owner/nothing", ["nowhere.csv: there is no"]),
+        ("--mix bin:0.1 --model_name owner/nothing", ["bin: has no data files"]),
         ("--dataset_path data/nothing", ["data/nothing: there is no such file or folder"]),
         ("--dataset_path bin", ["bin: has no data files", ".parquet"]),
         ("--dataset_path rows.xlsx", ["rows.xlsx: this file type is not supported", ".csv"]),

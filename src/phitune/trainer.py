@@ -25,6 +25,7 @@ from phitune.data.coder import Coder
 from phitune.data.conversation import Turn
 from phitune.data.mix import rows_per_epoch
 from phitune.data.prepare import PreparedData, facts_of, prepare_data
+from phitune.data.sources import check_is_here
 from phitune.data.tokenizer import TextTokenizer
 from phitune.environment import NO_ROOM, find_folders
 from phitune.errors import (
@@ -190,6 +191,12 @@ class Phi2LoRATrainer:
         self.settings = self.resolved.settings
         self._check_output_dir()
         check_trackers(tracker_names(self.settings.report_to))
+        # Before the model, which may have to be fetched.
+        check_is_here(self._dataset_path)
+        if self.settings.validation_path:
+            check_is_here(self.settings.validation_path, "validation")
+        for path, _ in self.settings.mixed:
+            check_is_here(path)
         self.model_folder = find_model(self.settings.model_name)
         self.model_config = read_model_config(self.model_folder)
         self.tokenizer = TextTokenizer(self.model_folder)

@@ -82,6 +82,24 @@ def find_source(source: Path | str, part: Part = "train") -> Source:
     return _inside(source, snapshot, wanted, part)
 
 
+def check_is_here(source: Path | str, part: Part = "train") -> None:
+    """Refuses at once a data set on this machine that is not there, or that cannot be opened.
+
+    Hub data sets are not looked for, and no row is read.
+
+    Raises:
+        DataError: as `find_source`; or a file cannot be opened.
+    """
+    if hub_id(source):
+        return
+    files = find_source(source, part).files
+    try:
+        for path in files:
+            path.open("rb").close()
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from None
+
+
 def _inside(source: Path | str, folder: Path, name: str, part: Part) -> Source:
     """The files of a folder that are named: a file, a folder, a configuration or a split."""
     if ".." in Path(name).parts:

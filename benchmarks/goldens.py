@@ -522,6 +522,7 @@ COMPUTED = {
     "layers data": "layers tiny-phi-2 --dataset_path rows.jsonl --batches 3 --device cpu --json",
     "layers data phi-3.5": "layers tiny-phi-3.5 --dataset_path chats.jsonl --prompt_format chat"
     " --batches 2 --share 0.5 --batch_size 2 --device cpu --json",
+    "ask": "ask 'What is 2?' --adapter_path phi-3.5-chat --max_new_tokens 12 --json",
     "compare": "compare --adapter_path phi-2 --adapter_path phi-2-reference --questions_file"
     " plain.yaml --max_new_tokens 12 --json --html compare.html",
     "compare validation": "compare --adapter_path phi-3.5-chat --from_validation 2"
@@ -646,6 +647,8 @@ REFUSALS = [
     "layers tiny-phi-2 --batches 3",
     "layers tiny-phi-2 --model_name tiny-phi-3.5",
     "layers tiny-phi-2 --dataset_path rows.jsonl --share 2",
+    "ask",
+    "ask Hi --temperature 5",
     "chat --adapter_path nowhere",
     "chat --adapter_path phi-2 --adapter_path phi-3.5",
     "chat --model_name tiny-phi-2 --prompt_format chat",

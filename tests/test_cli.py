@@ -19,7 +19,7 @@ from helpers.command_line import PHITUNE, call, phitune
 from helpers.models import phi_config, random_folder
 from safetensors.torch import load_file, save_file
 
-from phitune import Phi2LoRATrainer
+from phitune import LoRATrainer, Phi2LoRATrainer, load
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import SettingsError
 from phitune.inference.loaded import trained_on_conversations
@@ -138,7 +138,7 @@ def test_a_run_is_repeated_by_its_config_from_another_folder(place: Path) -> Non
 
 def test_python_is_the_same_job_as_the_command_line(place: Path) -> None:
     settings = {"epochs": 2, "gradient_accumulation_steps": 4}
-    trainer = Phi2LoRATrainer(
+    trainer = LoRATrainer(
         output_dir=place / "python",
         dataset_path=place / "data" / "train.jsonl",
         model_name="tiny-phi-2",
@@ -147,6 +147,11 @@ def test_python_is_the_same_job_as_the_command_line(place: Path) -> None:
     assert trainer.format_instruction("a", " b") == "Instruct: a\n\nOutput:  b"
     outcome = trainer.train()
     assert outcome.steps == 2
+    assert outcome.run_directory == place / "python"
+    first, _ = outcome.answers
+    model = load(outcome.run_directory)
+    assert model.ask(first.prompt, max_new_tokens=trainer.settings.sample_tokens) == first.tuned
+    assert Phi2LoRATrainer(config={"resume": str(outcome.run_directory)}).train() == outcome
     assert trainer.prepare_model() is trainer.prepare_model()
     line = (
         "train --output_dir cli --dataset_path data/train.jsonl --model_name tiny-phi-2"

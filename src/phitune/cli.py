@@ -30,6 +30,7 @@ MAX_LINE = 1000  # characters of an error's line that are shown
 COMMANDS = {
     "demo": "teach a tiny shipped model to talk like a sea captain, in about a minute",
     "train": "fine-tune a model on a file of prompts and responses",
+    "ask": "ask a base model or a fine-tuned one a single question",
     "chat": "chat with a base model or a fine-tuned one",
     "compare": "show the answers of the base model and of adapters side by side",
     "evaluate": "measure what a fine-tune changed: loss, answers, forgetting",

@@ -1,4 +1,4 @@
-"""Phi2LoRATrainer: the whole job of `phitune train`, from settings to a finished run directory.
+"""LoRATrainer: the whole job of `phitune train`, from settings to a finished run directory.
 
 `train` is read downwards: data, memory, model, dry run, loop, results. The order matters: whatever
 can be refused is refused before weights are read, and the run directory is not touched before the
@@ -80,13 +80,13 @@ from phitune.progress import (
 from phitune.text import command_line, plural
 from phitune.training.checkpoint import checkpoints_of
 from phitune.training.events import (
+    Ending,
     EpochEvaluated,
     NumbersRefused,
-    Outcome,
     RanOutOfMemory,
 )
 from phitune.training.interrupt import Stop, StopRequested, stop_signals
-from phitune.training.loop import fit, outcome_of, start_state
+from phitune.training.loop import ending_of, fit, start_state
 from phitune.training.out_of_memory import dry_run, why_not_written
 from phitune.training.resume import (
     START_ADAPTER,
@@ -125,6 +125,23 @@ class PreparedModel:
     adapter: Adapter
 
 
+@dataclass(frozen=True)
+class SampleAnswer:
+    """What was answered to a sample prompt before training and after it."""
+
+    prompt: str
+    before: str  # by the base model, or by the adapter that the run started from
+    tuned: str
+
+
+@dataclass(kw_only=True)
+class Outcome(Ending):
+    """What came of a run: how it ended, where it is, and its last answers."""
+
+    run_directory: Path  # absolute; `phitune.load` takes it
+    answers: tuple[SampleAnswer, ...]  # none where `sample_tokens` is 0
+
+
 def _check_threads(threads: int | str) -> None:
     """
     Raises:
@@ -143,10 +160,10 @@ def _remedy(error: OSError) -> str:
     return "free some disk space" if error.errno in NO_ROOM else "make it writable"
 
 
-class Phi2LoRATrainer:
+class LoRATrainer:
     """Fine-tunes one model on one data set.
 
-        trainer = Phi2LoRATrainer(output_dir="output/my_model", dataset_path="data/train.jsonl")
+        trainer = LoRATrainer(output_dir="output/my_model", dataset_path="data/train.jsonl")
         outcome = trainer.train()
 
     Args:
@@ -378,25 +395,29 @@ class Phi2LoRATrainer:
                     if refused:
                         raise self._non_finite(refused, state, run)
                     state.restore_best()
-                    outcome = outcome_of(state, self.settings)
+                    ending = ending_of(state, self.settings)
                     give_back_memory(engine.device)  # What comes now needs other pieces of it.
                     self._complete_files(run, is_adapter_saved=is_adapter_saved)
                 compare_with_memory(model.adapter, run.adapter)
 
                 # Results: answers and evaluation of the best adapter, its card, the summary.
                 before = "start adapter" if self._start_sha256 else "base"
-                tuned = [] if outcome.interrupted else self._samples(data)
-                evaluation = self._evaluate(outcome, run, data)
+                tuned = [] if ending.interrupted else self._samples(data)
+                answers = tuple(
+                    SampleAnswer(prompt, old.text, new.text)
+                    for prompt, old, new in zip(prompts, first_samples, tuned, strict=False)
+                )
+                evaluation = self._evaluate(ending, run, data)
                 summary = {
-                    **asdict(outcome),
+                    **asdict(ending),
                     "seconds": round(saver.training_seconds, 3),
                     "data": facts,
                     "changes": provenance.changes,
                     "trainable_parameters": model.adapter.num_parameters,
                     **self._started_from(),
                     "answers": [
-                        {"prompt": prompt, before: old.text, "tuned": new.text}
-                        for prompt, old, new in zip(prompts, first_samples, tuned, strict=False)
+                        {"prompt": each.prompt, before: each.before, "tuned": each.tuned}
+                        for each in answers
                     ],
                     "answers_stopped_by_themselves": sum(answer.stopped for answer in tuned),
                 }
@@ -405,15 +426,15 @@ class Phi2LoRATrainer:
                 if tuned and first_samples:
                     self.console.print()
                     self.console.print(answers_table(prompts, first_samples, tuned, before))
-                self._show_results(outcome, run, tuned, evaluation, saver.training_seconds)
+                self._show_results(ending, run, tuned, evaluation, saver.training_seconds)
                 if saver.problem:
                     raise CheckpointError(
                         f"the last checkpoint could not be written: {saver.problem}; the adapter"
                         f" is complete: {run.adapter}"
                     )
-                if outcome.interrupted:
+                if ending.interrupted:
                     raise self._interrupted(stop, state)
-                return outcome
+                return Outcome(**vars(ending), run_directory=run.path.absolute(), answers=answers)
             except (RuntimeError, MemoryError, OutOfMemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -471,13 +492,17 @@ class Phi2LoRATrainer:
 
     def _already_finished(self, resumption: Resumption) -> Outcome:
         assert resumption.summary
-        names = [field.name for field in fields(Outcome)]
-        outcome = Outcome(**{name: resumption.summary[name] for name in names})
+        names = [field.name for field in fields(Ending)]
+        ending = Ending(**{name: resumption.summary[name] for name in names})
         self._say(
-            f"{resumption.folder}: this run is finished ({outcome.ended}, {outcome.steps} steps),"
+            f"{resumption.folder}: this run is finished ({ending.ended}, {ending.steps} steps),"
             f" there is nothing left to do. To train it longer: {resumption.command_to_go_on()}"
         )
-        return outcome
+        answers = tuple(
+            SampleAnswer(each["prompt"], each.get("start adapter", each.get("base")), each["tuned"])
+            for each in resumption.summary.get("answers", [])
+        )
+        return Outcome(**vars(ending), run_directory=resumption.folder.absolute(), answers=answers)
 
     def _plan_memory(self, data: PreparedData, budget: Memory) -> MemoryPlan:
         """Settles the batch size and the recomputed layers; returns the plan that follows."""
@@ -782,9 +807,9 @@ class Phi2LoRATrainer:
                 f" checkpoint with: {self._resume_command}"
             ) from None
 
-    def _evaluate(self, outcome: Outcome, run: RunDirectory, data: PreparedData) -> list[str]:
+    def _evaluate(self, ending: Ending, run: RunDirectory, data: PreparedData) -> list[str]:
         """The evaluation of the best adapter, in lines; none of an interrupted run."""
-        if outcome.interrupted:
+        if ending.interrupted:
             return []
         model = self.prepare_model()
         trained = LoadedModel(
@@ -794,11 +819,11 @@ class Phi2LoRATrainer:
             self.coder,
             [LoadedAdapter(str(run.path), run.adapter, model.adapter, self.coder)],
         )
-        return evaluate_at_end(self.settings, trained, data, outcome, run)
+        return evaluate_at_end(self.settings, trained, data, ending, run)
 
     def _show_results(
         self,
-        outcome: Outcome,
+        ending: Ending,
         run: RunDirectory,
         tuned: list[Answer],
         evaluation: list[str],
@@ -812,15 +837,15 @@ class Phi2LoRATrainer:
                 f" {self.settings.sample_tokens} tokens"
             )
         duration = datetime.timedelta(seconds=round(seconds))
-        self._say(f"{outcome.ended}: {plural(outcome.steps, 'step')} in {duration}")
+        self._say(f"{ending.ended}: {plural(ending.steps, 'step')} in {duration}")
         for line in evaluation:
             self._say(line)
-        first, best = outcome.first_validation_loss, outcome.best_validation_loss
+        first, best = ending.first_validation_loss, ending.best_validation_loss
         which = ""
         if first is not None and best is not None:
             self._say(f"validation loss {first:.4f} -> {best:.4f}")
             which = " (the best)"
-        self._say(f"adapter of step {outcome.best_step}{which}: {run.adapter}")
+        self._say(f"adapter of step {ending.best_step}{which}: {run.adapter}")
         if evaluation:
             more = command_line("evaluate", "--adapter_path", run.path)
             self._say(f"all figures and answers: {more}")
@@ -872,3 +897,7 @@ class Phi2LoRATrainer:
     def _say(self, text: str) -> None:
         # A log keeps its lines whole; a terminal breaks them between words.
         self.console.print(escape(text), soft_wrap=not self.console.is_terminal)
+
+
+# The name before other models than Phi-2 were trained.
+Phi2LoRATrainer = LoRATrainer

@@ -158,7 +158,7 @@ def test_a_flag_without_effect_is_told(
 def test_the_documents_pipes_give_what_it_shows() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     blocks = re.findall(r"^```console\n\$ (.*)\n((?:.*\n)+?)```$", text, re.MULTILINE)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for command, shown in blocks:
         script = f'phitune() {{ "{sys.executable}" -m phitune "$@"; }}; {command}'
         done = subprocess.run(
@@ -172,7 +172,7 @@ def test_the_document_names_every_command_and_no_other_flag(
 ) -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     assert set(re.findall(r"`/(\w+)", text)) == {*COMMANDS}
-    assert main(["chat", "--help"]) == 0
+    assert main(["chat", "--help"]) == main(["ask", "--help"]) == 0
     known = re.findall(r"--(\w+)", capsys.readouterr().out)
     assert set(re.findall(r"--(\w+)", text)) <= {*known}
 

@@ -15,6 +15,7 @@ from phitune.errors import NonFiniteError, OutOfMemoryError
 from phitune.model.engine import Engine
 from phitune.model.lora import Adapter
 from phitune.training.events import (
+    Ending,
     EpochEvaluated,
     Evaluation,
     Event,
@@ -22,13 +23,12 @@ from phitune.training.events import (
     MicroBatchDone,
     NonFinite,
     NumbersRefused,
-    Outcome,
     RanOutOfMemory,
     StepDone,
     StepMetrics,
     Validating,
 )
-from phitune.training.loop import fit, outcome_of, start_state
+from phitune.training.loop import ending_of, fit, start_state
 from phitune.training.saver import moment_of
 from phitune.training.state import TrainingState, as_bytes
 
@@ -85,7 +85,7 @@ class Training:
         rows = len(self.data.train_rows)
         self.state: TrainingState = start_state(self.engine, self.adapter, rows, self.settings)
 
-    def run(self, stop: Callable[[Event], bool] = lambda event: False) -> Outcome:
+    def run(self, stop: Callable[[Event], bool] = lambda event: False) -> Ending:
         """To the end, with the adapter at its best, or to the event after which it is to stop.
 
         A training that was stopped is left in the state that it has then.
@@ -101,7 +101,7 @@ class Training:
                 if moment := moment_of(event):
                     self._save(moment)
                 if stop(event):
-                    return outcome_of(self.state, self.settings)
+                    return ending_of(self.state, self.settings)
         except OutOfMemoryError:
             self._save("end")
             raise
@@ -109,7 +109,7 @@ class Training:
             self.state.restore_best()
             raise NonFiniteError(str(refused))
         self.state.restore_best()
-        return outcome_of(self.state, self.settings)
+        return ending_of(self.state, self.settings)
 
     def _save(self, moment: str) -> None:
         self.saved.append((moment, self.state.step, self.state.bad_steps))

@@ -12,8 +12,8 @@ from phitune.data.coder import Coder
 from phitune.data.conversation import Turn
 from phitune.data.prompt import Segment
 from phitune.data.tokenizer import TextTokenizer
-from phitune.errors import OutOfMemoryError, SettingsError
-from phitune.inference.chat import KEPT_SHARE, Chat, Exchange, Limits, TextStream
+from phitune.errors import ModelError, OutOfMemoryError, SettingsError
+from phitune.inference.chat import KEPT_SHARE, Chat, Exchange, Limits, TextStream, load
 from phitune.inference.generate import Sampling
 from phitune.inference.loaded import LoadedModel, open_model
 from phitune.model.decoder import Decoder
@@ -355,3 +355,47 @@ def test_draws_repeat_with_the_seed_and_differ_from_turn_to_turn(model: LoadedMo
 
 def tell_again(chat: Chat) -> str:
     return tell(chat, chat.take_back()).answer.text
+
+
+# --- from Python --------------------------------------------------------------------------------
+
+
+def test_a_loaded_model_answers_each_question_alone(adapter: Path, shipped_model: Path) -> None:
+    for name, chat in (
+        (adapter.parent, Chat(open_model([adapter]), choice=0, limits=Limits(12))),
+        (shipped_model.name, Chat(open_model([], model_name=shipped_model.name))),
+        (str(shipped_model), Chat(open_model([], model_name=shipped_model.name))),
+    ):
+        model, length = load(name), chat.max_new_tokens
+        chat.turns = False
+        for question in QUESTIONS[:2]:
+            told = tell(chat, question).answer.text
+            assert model.ask(question, max_new_tokens=length) == told
+            pieces = list(model.stream(question, max_new_tokens=length))
+            assert "".join(pieces) == told
+            assert len(pieces) > 1 or name == adapter.parent
+    drawn = Sampling(1.2, seed=7)
+    chat = Chat(chat.model, sampling=drawn, system="Be brief.")
+    assert model.ask("Hi", sampling=drawn, system="Be brief.") == tell(chat, "Hi").answer.text
+    with pytest.raises(SettingsError, match="are allowed"):
+        model.stream("Hi", max_new_tokens=0)
+
+
+def test_what_cannot_be_loaded_is_refused_with_the_reason(
+    adapter: Path, shipped_model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match="nowhere/run: there is no such folder; and as a model: "):
+        load("./nowhere/run")
+    with pytest.raises(ModelError, match="name a run directory or an adapter folder"):
+        load(tmp_path)
+    with pytest.raises(SettingsError, match="is no adapter, so there is no base model to name"):
+        load(shipped_model, model_name=shipped_model.name)
+    copied = tmp_path / "adapter"
+    copied.mkdir()
+    for path in adapter.iterdir():
+        if path.name != "chat_template.jinja":
+            (copied / path.name).write_bytes(path.read_bytes())
+    text = (copied / "tokenizer_config.json").read_text()
+    (copied / "tokenizer_config.json").write_text(text.replace('"chat_template"', '"unused"'))
+    with pytest.warns(UserWarning, match="has no chat template"):
+        load(copied, model_name=shipped_model.name)

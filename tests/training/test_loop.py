@@ -20,7 +20,7 @@ from phitune.errors import NonFiniteError
 from phitune.model.architecture import resolve_targets
 from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
 from phitune.model.lora import Adapter, LoraSpec, attach
-from phitune.training.events import EpochEvaluated, Event, Outcome
+from phitune.training.events import Ending, EpochEvaluated, Event
 from phitune.training.state import learning_rate_at
 
 
@@ -30,7 +30,7 @@ def run(
     validation: Sequence[TokenizedExample] = (),
     dtype: torch.dtype = torch.float32,
     **settings: Any,
-) -> tuple[Recorded, Adapter, Outcome, Engine]:
+) -> tuple[Recorded, Adapter, Ending, Engine]:
     values = {
         "epochs": 2,
         "batch_size": 2,

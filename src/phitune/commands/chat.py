@@ -140,7 +140,7 @@ def _open(options: ChatOptions) -> "Chat":
 
     chat = Chat(
         model,
-        choice=0 if model.adapters else None,
+        choice=model.first_choice,
         system=options.system,
         sampling=options.sampling(),
         limits=Limits(options.max_new_tokens, options.context_length),

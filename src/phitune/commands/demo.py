@@ -26,10 +26,10 @@ def run(argv: list[str]) -> int:
     options = parse(DemoOptions, argv)
 
     from phitune.config import resolve
-    from phitune.trainer import Phi2LoRATrainer
+    from phitune.trainer import LoRATrainer
 
     flags = {"output_dir": options.output_dir, "overwrite": options.overwrite}
-    Phi2LoRATrainer(config=resolve(flags, CONFIG)).train()
+    LoRATrainer(config=resolve(flags, CONFIG)).train()
     print(
         "\nTry next:", *(f"  {command}" for command in next_commands(options.output_dir)), sep="\n"
     )

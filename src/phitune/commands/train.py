@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from phitune.commands.options import DataOptions, parse_with_settings
 
 if TYPE_CHECKING:
-    from phitune.trainer import Phi2LoRATrainer
+    from phitune.trainer import LoRATrainer
 
 
 class TrainOptions(DataOptions):
@@ -17,7 +17,7 @@ class TrainOptions(DataOptions):
     )
 
 
-def trainer_of(argv: list[str]) -> "Phi2LoRATrainer":
+def trainer_of(argv: list[str]) -> "LoRATrainer":
     """The trainer that the flags ask for.
 
     Raises:
@@ -26,6 +26,6 @@ def trainer_of(argv: list[str]) -> "Phi2LoRATrainer":
     options, flags = parse_with_settings(TrainOptions, argv)
 
     from phitune.config import resolve
-    from phitune.trainer import Phi2LoRATrainer
+    from phitune.trainer import LoRATrainer
 
-    return Phi2LoRATrainer(config=resolve(flags, options.config))
+    return LoRATrainer(config=resolve(flags, options.config))

@@ -7,17 +7,23 @@ When a conversation outgrows the model's positions, its oldest exchanges are no 
 are left out at once to free a quarter of the positions, because every change of the beginning makes
 the whole prompt be computed again. The system turn stays.
 
-No terminal and no files here.
+`load` opens a model for Python: `phitune.load("output/my_model").ask("What is Python?")`.
+
+No terminal here.
 """
 
 import time
+import warnings
 from bisect import bisect_left
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
 
-from phitune.data.coder import Coder
+from phitune.data.coder import Coder, FormatName
 from phitune.data.conversation import Turn
-from phitune.errors import OutOfMemoryError, SettingsError
+from phitune.environment import find_folders
+from phitune.errors import ModelError, OutOfMemoryError, SettingsError
 from phitune.inference.generate import (
     GREEDY,
     Adapters,
@@ -27,8 +33,9 @@ from phitune.inference.generate import (
     cache_bytes,
     stream,
 )
-from phitune.inference.loaded import Answer, LoadedModel
+from phitune.inference.loaded import Answer, LoadedModel, open_model
 from phitune.model.device import is_out_of_memory
+from phitune.model.files import SHIPPED_MODELS
 
 # Of the positions, what stays in use where a conversation has to be shortened.
 KEPT_SHARE = 0.75
@@ -384,3 +391,98 @@ class Chat:
                         begins=self._begun == len(self.exchanges),
                     )
                 )
+
+
+# --- from Python --------------------------------------------------------------------------------
+
+
+class Model:
+    """A model that is in memory and answers questions, each alone; `load` makes one."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.loaded = loaded
+
+    def ask(
+        self,
+        question: str,
+        *,
+        system: str = "",
+        max_new_tokens: int = Limits.max_new_tokens,
+        sampling: Sampling = GREEDY,
+    ) -> str:
+        """The answer; see `stream`."""
+        return "".join(
+            self.stream(question, system=system, max_new_tokens=max_new_tokens, sampling=sampling)
+        )
+
+    def stream(
+        self,
+        question: str,
+        *,
+        system: str = "",
+        max_new_tokens: int = Limits.max_new_tokens,
+        sampling: Sampling = GREEDY,
+    ) -> Iterator[str]:
+        """The answer in pieces, as they come; the same as `phitune ask` prints.
+
+        Args:
+            system: the system message before the question; empty for none.
+            sampling: by default always the most probable token; `Sampling(temperature=0.7)` draws.
+
+        Raises:
+            SettingsError: the question does not fit, or something that the model does not allow.
+        """
+        chat = Chat(
+            self.loaded,
+            choice=self.loaded.first_choice,
+            system=system,
+            sampling=sampling,
+            limits=Limits(max_new_tokens),
+        )
+        return chat.ask(question)
+
+
+def load(
+    name: str | Path,
+    *,
+    model_name: str | None = None,
+    prompt_format: FormatName | None = None,
+    device: str = "auto",
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+) -> Model:
+    """Reads a model, which then answers: `phitune.load("output/my_model").ask("...")`.
+
+    Args:
+        name: a run directory or an adapter folder; or a base model without an adapter: a hub id, a
+            local folder, or a shipped model.
+        model_name, prompt_format, device, precision: as the flags of `phitune ask`.
+
+    Raises:
+        PhituneError: there is no such model, or it cannot be used.
+    """
+    find_folders()
+    path = Path(name).expanduser()
+    has_model = str(name) in SHIPPED_MODELS or (path / "config.json").is_file()
+    adapters: list[Path] = []
+    base = model_name
+    if path.is_dir() and not has_model:
+        adapters = [path]
+    elif model_name is not None:
+        raise SettingsError(f"{name}: is no adapter, so there is no base model to name for it")
+    else:
+        base = str(name)
+    try:
+        loaded = open_model(
+            adapters,
+            model_name=base,
+            prompt_format=prompt_format,
+            device=device,
+            precision=precision,
+        )
+    except ModelError as error:
+        if path.exists() or has_model:
+            raise
+        raise ModelError(f"{name}: there is no such folder; and as a model: {error}") from None
+    for warning in loaded.warnings:
+        warnings.warn(warning, stacklevel=2)
+    return Model(loaded)

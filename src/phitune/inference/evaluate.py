@@ -54,7 +54,7 @@ from phitune.model.device import in_usable_thread, is_out_of_memory
 from phitune.model.files import ASSETS
 from phitune.model.lora import put_on
 from phitune.text import one_line, plural
-from phitune.training.events import Outcome
+from phitune.training.events import Ending
 from phitune.training.rundir import EVALUATION, RunDirectory
 
 # --- forgetting: the model's hold on a text that it was not trained on ----------------------------
@@ -582,7 +582,7 @@ def evaluate_at_end(
     settings: Settings,
     loaded: LoadedModel,
     data: PreparedData,
-    outcome: Outcome,
+    outcome: Ending,
     run: RunDirectory,
 ) -> list[str]:
     """Base against the trained adapter, which is attached to the decoder again afterwards.

@@ -100,7 +100,12 @@ class LoadedModel:
         """
         if self.conversations is not None:
             return self.conversations
-        return self.coder(0 if self.adapters else None).format_name == "chat"
+        return self.coder(self.first_choice).format_name == "chat"
+
+    @property
+    def first_choice(self) -> int | None:
+        """The first adapter; the base where there is none."""
+        return 0 if self.adapters else None
 
     def coder(self, choice: int | None) -> Coder:
         """Encodes what this choice is asked, and decodes what it answers."""

@@ -212,8 +212,8 @@ Event = (
 
 
 @dataclass
-class Outcome:
-    """How a run ended. Without validation rows the best step is the last."""
+class Ending:
+    """How training ended. Without validation rows the best step is the last."""
 
     steps: int = 0
     best_step: int = 0

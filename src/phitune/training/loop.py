@@ -25,6 +25,7 @@ from phitune.model.engine import Engine
 from phitune.model.lora import Adapter
 from phitune.plan.machine import memory_in_use
 from phitune.training.events import (
+    Ending,
     EpochDone,
     EpochEvaluated,
     Evaluation,
@@ -33,7 +34,6 @@ from phitune.training.events import (
     MicroBatchDone,
     NonFinite,
     NumbersRefused,
-    Outcome,
     RowTried,
     StepDone,
     StepMetrics,
@@ -201,14 +201,14 @@ def out_of_patience(state: TrainingState, settings: Settings) -> bool:
     return bool(patience) and state.epochs_without_gain >= patience
 
 
-def outcome_of(state: TrainingState, settings: Settings) -> Outcome:
+def ending_of(state: TrainingState, settings: Settings) -> Ending:
     """How a run ended that is in this state."""
     if out_of_patience(state, settings):
         patience = settings.early_stopping_patience
         ended = f"stopped early: no better validation loss in {patience} epochs"
     else:
         ended = "all epochs done" if state.epochs_done >= settings.epochs else "interrupted"
-    return Outcome(
+    return Ending(
         steps=state.step,
         best_step=state.best_step if state.best else state.step,
         first_validation_loss=state.first_validation_loss,

@@ -1,0 +1,138 @@
+"""`phitune ask`: one question to a model, and its answer."""
+
+import contextlib
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from phitune.commands.options import ModelOptions, SamplingOptions, option, parse, switch
+from phitune.errors import DataError, SettingsError
+
+if TYPE_CHECKING:
+    from phitune.inference.chat import Chat
+
+STDIN = "-"
+
+
+class AskOptions(SamplingOptions, ModelOptions):
+    """Ask a model one question. At a terminal the answer is shown while it comes; through a pipe
+    it is all that is printed."""
+
+    usage = "ask QUESTION [--adapter_path RUN_OR_ADAPTER] [--model_name M] [flags]"
+
+    question: list[str] = option(
+        [],
+        "what is asked; -: all of standard input",
+        group="question",
+        metavar="QUESTION",
+        form="words",
+    )
+    system: str = option("", "system message before the question", group="question")
+    as_json: bool = switch("the answer and what it took as JSON", group="output", alias="json")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An answer, who gave it, and what it took."""
+
+    model_name: str  # of the base
+    adapter_path: str | None  # as it was given
+    prompt_format: str  # instruct or chat
+    system: str
+    question: str
+    answer: str
+    stopped: bool  # by itself, within max_new_tokens
+    tokens: int  # of the answer, its end token included
+    prompt_tokens: int
+    seconds: float
+
+
+def run(argv: list[str]) -> int:
+    """Asks, and prints the answer; returns the exit code."""
+    options = parse(AskOptions, argv)
+    question = _question(options.question)
+
+    from rich.console import Console
+
+    from phitune.commands.terminal import print_json, write_answer
+
+    with Console(stderr=True).status("reading the model"):
+        chat = _open(options)
+    if note := chat.without_effect:
+        print(f"phitune: {note}", file=sys.stderr)
+    with contextlib.closing(chat.ask(question)) as pieces:
+        if sys.stdout.isatty() and not options.as_json:
+            write_answer(Console(highlight=False), pieces)
+        else:
+            for piece in pieces:
+                if not options.as_json:
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
+    asked = _asked(chat)
+    if options.as_json:
+        print_json(asked)
+        return 0
+    print()
+    if not asked.stopped:
+        print(
+            f"phitune: cut off at {asked.tokens:,} tokens; --max_new_tokens allows more",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def _question(words: list[str]) -> str:
+    """What is asked, from the command line or from standard input.
+
+    Raises:
+        SettingsError: nothing is.
+        DataError: standard input is not UTF-8.
+    """
+    question = " ".join(words)
+    if words == [STDIN]:
+        if sys.stdin.isatty():
+            print("the question; Ctrl-D ends it", file=sys.stderr)
+        try:
+            question = sys.stdin.buffer.read().decode("utf-8-sig").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"the question is not UTF-8 ({error.reason} at byte {error.start}); convert it, for"
+                " example with iconv"
+            ) from None
+    if not question.strip():
+        raise SettingsError(
+            "no question is given; for example: phitune ask 'What is the capital of Portugal?'"
+            " --model_name tiny-phi-2\n"
+            "- reads it from standard input; phitune chat asks many."
+        )
+    return question
+
+
+def _open(options: AskOptions) -> "Chat":
+    model = options.open_model()
+
+    from phitune.inference.chat import Chat, Limits
+
+    return Chat(
+        model,
+        choice=model.first_choice,
+        system=options.system,
+        sampling=options.sampling(),
+        limits=Limits(options.max_new_tokens),
+    )
+
+
+def _asked(chat: "Chat") -> Asked:
+    model, exchange = chat.model, chat.exchanges[-1]
+    return Asked(
+        model.model_name,
+        model.adapters[0].name if model.adapters else None,
+        model.coder(chat.choice).format_name,
+        chat.system,
+        exchange.question,
+        exchange.answer.text,
+        exchange.answer.stopped,
+        exchange.answer.tokens,
+        exchange.prompt_tokens,
+        exchange.seconds,
+    )

@@ -41,7 +41,7 @@ LAYOUT = {
                                     |                                               +-> + x
                                     +-> fc1 -> GELU -> fc2 -------------------------+
 
-Attention and MLP work side by side on the same input. q_proj, k_proj, v_proj and fc1 read that
+Attention and MLP compute in parallel, from the same input. q_proj, k_proj, v_proj and fc1 read that
 input, so phitune computes them as one product; each can still have an adapter of its own.""",
     "phi3": """\
     token -> embed_tokens -> layer 0 ... layer {last} -> norm -> lm_head -> scores

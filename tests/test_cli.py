@@ -367,7 +367,7 @@ def test_numbers_that_are_not_finite_stop_the_run_with_exit_code_3(place: Path) 
     weights = load_file("broken/model.safetensors")
     weights["model.final_layernorm.weight"][0] = float("nan")
     save_file(weights, "broken/model.safetensors")
-    line = "train --model_name ./broken --epochs 1"
+    line = "train --model_name ./broken --epochs 1 --dataset_path data/train.jsonl"
     unvalidated = phitune(f"{line} --output_dir other --validation_split 0")
     assert unvalidated.returncode == 3
     assert "step 1: the loss is nan" in unvalidated.stderr

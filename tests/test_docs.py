@@ -264,11 +264,16 @@ def test_every_command_in_the_documents_runs(place: Path, documents: tuple[str, 
     assert len(seen) >= len(documents)
 
 
+SHOWN = [command for name in DOCUMENTS for command in commands_of(name) if command.shown]
+
+
 @pytest.mark.usefixtures("built_in_figures")
-def test_output_shown_in_a_document_is_what_comes_out(place: Path) -> None:
-    shown = [command for name in DOCUMENTS for command in commands_of(name) if command.shown]
-    assert len(shown) == 2
-    for command in shown:
+@pytest.mark.parametrize(
+    "what", ["phitune plan", pytest.param("phitune train", marks=pytest.mark.campaign)]
+)
+def test_output_shown_in_a_document_is_what_comes_out(place: Path, what: str) -> None:
+    assert len(SHOWN) == 2
+    for command in [command for command in SHOWN if written_out(command)[:2] == what.split()]:
         code, printed = run(command)
         assert code == 0, printed
         # A plan is arithmetic; what is measured in a run comes out otherwise each time.

@@ -40,6 +40,7 @@ def prepared(settings: Settings) -> PreparedData:
     return prepare_data(settings, settings.dataset_path, coder_of(settings))
 
 
+@pytest.mark.campaign
 def test_gsm8k_has_the_figures_it_is_known_by(shared: Path) -> None:
     model = str(shared / "tokenizers" / "phi-2")
     report = report_of(shared / "gsm8k_train.jsonl", model_name=model)

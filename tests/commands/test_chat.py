@@ -34,9 +34,12 @@ from phitune.errors import SettingsError
 from phitune.inference.chat import Chat, Exchange, Limits
 from phitune.inference.generate import Sampling
 from phitune.inference.loaded import Answer, LoadedModel, open_model
+from phitune.model.files import ASSETS
 
 QUESTIONS = ("What is the capital of Portugal?", "How much is 8 plus 7?")
 SECONDS = 600.0  # What a busy machine may need for one answer of a process of its own.
+# What takes a process for each: of the other model with the campaigns.
+ONE_MODEL = ["tiny-phi-3.5", pytest.param("tiny-phi-2", marks=pytest.mark.campaign)]
 DOCUMENT = Path(__file__).parents[2] / "docs" / "chat.md"
 
 
@@ -59,8 +62,10 @@ def piped(
     return code, captured.out, captured.err
 
 
-def test_echo_prints_only_the_answer(adapter: Path) -> None:
+@pytest.mark.parametrize("name", ONE_MODEL)
+def test_echo_prints_only_the_answer(name: str, tmp_path: Path) -> None:
     """The whole way, in a process of its own."""
+    adapter = random_adapter(ASSETS / name, tmp_path / "run" / "adapter")
     done = subprocess.run(
         [sys.executable, "-m", "phitune", "chat", "--adapter_path", str(adapter.parent)],
         input=f"{QUESTIONS[0]}\n",
@@ -155,6 +160,7 @@ def test_a_flag_without_effect_is_told(
     )
 
 
+@pytest.mark.campaign
 def test_the_documents_pipes_give_what_it_shows() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     blocks = re.findall(r"^```console\n\$ (.*)\n((?:.*\n)+?)```$", text, re.MULTILINE)
@@ -285,9 +291,9 @@ class Person:
         return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]|\r", "", data)
 
 
-@pytest.fixture(scope="module")
-def endless(shipped_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return endless_adapter(shipped_model, tmp_path_factory.mktemp("endless") / "adapter")
+@pytest.fixture(params=ONE_MODEL)
+def endless(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return endless_adapter(ASSETS / str(request.param), tmp_path / "endless" / "adapter")
 
 
 @pytest.fixture
@@ -299,12 +305,11 @@ def person(endless: Path, tmp_path: Path) -> Iterator[Person]:
 
 
 @pytest.mark.usefixtures("heeds_signals")
-def test_an_evening_at_the_terminal(
-    person: Person, endless: Path, shipped_model: Path, tmp_path: Path
-) -> None:
+def test_an_evening_at_the_terminal(person: Person, endless: Path, tmp_path: Path) -> None:
     chat = Chat(open_model([endless]), choice=None, limits=Limits(1500))
     first = person.sees("asks each alone")
-    assert shipped_model.name in first
+    config = json.loads((endless / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] in first
     assert "fp32 on cpu" in " ".join(first.split())
     person.type("/adapter off")
     person.sees("the base model answers")
@@ -392,6 +397,7 @@ def test_a_wrapped_line_breaks_where_a_reader_expects_it() -> None:
     assert WordWrap(3).add("abc def ") == "abc\ndef\n"
 
 
+@pytest.mark.campaign
 def test_ctrl_d_leaves(tmp_path: Path) -> None:
     person = Person("--model_name", "tiny-phi-2", state=tmp_path / "state")
     try:

@@ -105,7 +105,7 @@ def test_prompt_ids_are_what_inference_feeds_and_answers_decode_to_themselves(
         ("phi-3.5-mini-instruct", "chat"),
     ],
 )
-@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.campaign)])
+@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.campaign)])
 def test_the_same_of_the_real_tokenizers_with_many_conversations(
     shared: Path, model: str, name: FormatName, count: int
 ) -> None:

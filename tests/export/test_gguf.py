@@ -102,7 +102,7 @@ def reference(decoder: Decoder, ids: list[int]) -> Reference:
 # --- the model --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quantization", ["f16", "f32"])
+@pytest.mark.parametrize("quantization", ["f16", pytest.param("f32", marks=pytest.mark.campaign)])
 def test_greedy_tokens_in_llama_cpp_are_those_of_the_adapter(
     adapter: Path, tmp_path: Path, quantization: str
 ) -> None:
@@ -302,7 +302,14 @@ def test_an_unknown_tokenizer_is_refused(tmp_path: Path) -> None:
 # --- quantisations ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quantization", [q for q, how in QUANTIZATIONS.items() if how.python])
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        q if q in ("bf16", "q8_0") else pytest.param(q, marks=pytest.mark.campaign)
+        for q, how in QUANTIZATIONS.items()
+        if how.python
+    ],
+)
 def test_each_quantization_of_the_package_is_written_and_bounded(
     quantization: str, tmp_path: Path
 ) -> None:
@@ -399,7 +406,12 @@ def test_without_the_tool_the_command_to_run_is_named(
 
 
 @pytest.mark.parametrize(
-    "targets", [["all-linear"], ["q_proj", "v_proj"], ["embed_tokens", "lm_head", "fc1"]]
+    "targets",
+    [
+        pytest.param(["all-linear"], marks=pytest.mark.campaign),
+        pytest.param(["q_proj", "v_proj"], marks=pytest.mark.campaign),
+        ["embed_tokens", "lm_head", "fc1"],
+    ],
 )
 def test_an_adapter_file_on_the_base_answers_as_the_merged_file(
     targets: list[str], tmp_path: Path

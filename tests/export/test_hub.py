@@ -283,6 +283,7 @@ def test_an_export_in_the_way_is_answered_with_the_command_that_uploads_it(
     assert held(hub) == content(exported)
 
 
+@pytest.mark.campaign
 def test_the_environment_decides_on_hub_and_token(exported: Path, hub: FakeHub) -> None:
     """As a process of its own, with HF_ENDPOINT and HF_TOKEN."""
     variables = {

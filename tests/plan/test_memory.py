@@ -19,7 +19,9 @@ def adapted(name: str = "microsoft/phi-2") -> AdaptedModel:
 @pytest.mark.parametrize(
     "setting",
     [
-        Setting("phi", "fp32", 4, 0, (256, 200, 90), 0.6, 8),
+        pytest.param(
+            Setting("phi", "fp32", 4, 0, (256, 200, 90), 0.6, 8), marks=pytest.mark.campaign
+        ),
         Setting("phi", "bf16", 4, 2, (256, 256), 1.0, 16),
         Setting("phi3", "fp32", 4, 4, (300, 100), 0.6, 8),
     ],

@@ -59,7 +59,7 @@ def validation_loss(
     return evaluation.validation_loss if evaluation else None
 
 
-@pytest.mark.parametrize("engine", ["fused", "reference"])
+@pytest.mark.parametrize("engine", ["fused", pytest.param("reference", marks=pytest.mark.campaign)])
 @pytest.mark.parametrize("kind", ["phi-2", "phi-3.5-mini-instruct"])
 @pytest.mark.parametrize("steps", [3, pytest.param(20, marks=pytest.mark.campaign)])
 def test_steps_on_gsm8k_equal_transformers_peft_and_adamw(

@@ -189,7 +189,14 @@ def failing(
 
 
 @pytest.mark.parametrize("engine", ["fused", "reference"])
-@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError, MemoryError])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError,
+        pytest.param(torch.OutOfMemoryError, marks=pytest.mark.campaign),
+        pytest.param(MemoryError, marks=pytest.mark.campaign),
+    ],
+)
 def test_a_step_that_does_not_fit_begins_again_and_its_losses_are_the_same(
     phi_folder: Path, engine: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,7 +107,7 @@ def moments_of(training: Training) -> list[Moment]:
     return moments
 
 
-@pytest.mark.parametrize("engine", ["fused", "reference"])
+@pytest.mark.parametrize("engine", ["fused", pytest.param("reference", marks=pytest.mark.campaign)])
 @pytest.mark.parametrize("kind", ["phi_folder", "phi3_folder"])
 def test_resume_is_bit_identical_from_every_event(
     kind: str, engine: str, request: pytest.FixtureRequest
@@ -270,7 +270,12 @@ def contents(run: Path) -> list[Any]:
     return [adapter, curve, (run / "samples.jsonl").read_bytes()]
 
 
-SIGNALS = [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 143), ("SIGHUP", 129)]
+SIGNALS = [
+    ("SIGINT", 130),
+    pytest.param("SIGTERM", 143, marks=pytest.mark.campaign),
+    ("SIGUSR1", 143),
+    pytest.param("SIGHUP", 129, marks=pytest.mark.campaign),
+]
 
 
 @pytest.mark.usefixtures("heeds_signals")
@@ -563,9 +568,7 @@ def test_nothing_in_a_checkpoint_is_pickled(stopped: Path) -> None:
 
 
 @pytest.mark.usefixtures("heeds_signals")
-@pytest.mark.parametrize(
-    "reader", ["terminal", pytest.param("pipe", marks=pytest.mark.campaign)]
-)
+@pytest.mark.parametrize("reader", ["terminal", pytest.param("pipe", marks=pytest.mark.campaign)])
 def test_whoever_stops_reading_does_not_lose_the_run(reader: str, place: Path, whole: Path) -> None:
     """A terminal that is closed while a step is shown, and a pipe whose reader leaves."""
     ours, theirs = os.openpty() if reader == "terminal" else os.pipe()

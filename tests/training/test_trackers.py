@@ -354,7 +354,13 @@ def outside(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     server.server_close()
 
 
-@pytest.mark.parametrize("mode", [None, "offline"], ids=["not logged in", "offline"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param(None, id="not logged in"),
+        pytest.param("offline", id="offline", marks=pytest.mark.campaign),
+    ],
+)
 def test_wandb_keeps_the_run_here_and_sends_nothing(
     data: Path, outside: list[str], monkeypatch: pytest.MonkeyPatch, mode: str | None
 ) -> None:

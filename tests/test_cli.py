@@ -76,11 +76,9 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
         "--output_dir ./output/my_model --dataset_path ./data/train.jsonl",
         pytest.param(
             "--batch_size 2 --gradient_accumulation_steps 16 --gradient_checkpointing",
-            marks=pytest.mark.campaign,  # On the example of 560 rows; below, on twelve.
+            marks=pytest.mark.campaign,  # On the example of 560 rows.
         ),
         pytest.param("--batch_size 4 --epochs 20 --learning_rate 1e-4", marks=pytest.mark.campaign),
-        "--batch_size 2 --gradient_accumulation_steps 16 --gradient_checkpointing"
-        " --dataset_path data/train.jsonl",
     ],
 )
 def test_the_three_commands_of_the_guide_run_as_written(place: Path, line: str) -> None:
@@ -547,6 +545,7 @@ def test_what_could_not_be_shown_ends_a_command(place: Path, line: str, buffered
     assert (shown.returncode, shown.stderr) == (1, said)
 
 
+@pytest.mark.campaign
 def test_closed_streams_are_no_files_of_the_run(place: Path) -> None:
     done = in_shell(f"phitune {SHORT} <&- >&- 2>&-")
     assert done.returncode == 0

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gpu
 import pytest
 import torch
 
@@ -46,18 +47,25 @@ def test_rehearsal_reports_every_piece_and_measures_nothing(tmp_path: Path) -> N
     assert all(f"## {name.replace('_', ' ').capitalize()}" in text for name in PIECES)
 
 
-def test_rehearsal_never_writes_to_results() -> None:
-    done = run("--rehearse")
-    assert done.returncode == 2
-    assert "--out" in done.stderr
+def test_rehearsal_never_writes_to_results(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--rehearse"])
+    with pytest.raises(SystemExit) as left:
+        gpu.main()
+    assert left.value.code == 2
+    assert "--out" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_without_a_gpu_it_says_what_it_needs() -> None:
-    done = run()
-    assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert "needs an NVIDIA GPU" in done.stderr
+def test_without_a_gpu_it_says_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT)])
+    assert gpu.main() == 2
+    said = capsys.readouterr().err
+    assert len(said.strip().splitlines()) == 1
+    assert "needs an NVIDIA GPU" in said
 
 
 def test_the_committed_report_says_when_nothing_is_measured() -> None:

@@ -1,5 +1,7 @@
 """Every option of PEFT: our logits are PEFT's, or the adapter is refused by the option's name."""
 
+import copy
+import functools
 import json
 import shutil
 import warnings
@@ -111,8 +113,13 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return save_model(random_model(KINDS[request.param]()), folder)
 
 
-def opened(base: Path) -> Any:
+@functools.cache
+def _read(base: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(base, attn_implementation="sdpa")
+
+
+def opened(base: Path) -> Any:
+    return copy.deepcopy(_read(base))
 
 
 def write(base: Path, folder: Path, **options: Any) -> None:

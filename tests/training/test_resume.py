@@ -567,8 +567,9 @@ def test_nothing_in_a_checkpoint_is_pickled(stopped: Path) -> None:
         assert suffixes == {".json", ".safetensors"}
 
 
+@pytest.mark.campaign
 @pytest.mark.usefixtures("heeds_signals")
-@pytest.mark.parametrize("reader", ["terminal", pytest.param("pipe", marks=pytest.mark.campaign)])
+@pytest.mark.parametrize("reader", ["terminal", "pipe"])
 def test_whoever_stops_reading_does_not_lose_the_run(reader: str, place: Path, whole: Path) -> None:
     """A terminal that is closed while a step is shown, and a pipe whose reader leaves."""
     ours, theirs = os.openpty() if reader == "terminal" else os.pipe()

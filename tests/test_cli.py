@@ -217,7 +217,7 @@ def test_chat_format_tensorboard_and_no_validation(place: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "lm_head adds" in done.stdout
     assert "qkv_proj o_proj lm_head in 2 of 4 layers" in done.stdout
-    assert "did not stop by themselves within 4 tokens" in done.stdout
+    assert "did not stop within 4 tokens" in done.stdout
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(place / "run" / "tensorboard"))

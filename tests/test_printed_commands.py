@@ -3,6 +3,7 @@
 The folders have a space in their name, so that a path that is not quoted fails.
 """
 
+import io
 import json
 import re
 import shlex
@@ -268,3 +269,43 @@ def test_a_run_whose_files_cannot_be_written_is_refused_before_a_step(
     metrics.rmdir()
     metrics.write_text(lines)
     assert phitune(command).returncode == 0
+
+
+@pytest.mark.parametrize("format_name", ["merged", "adapter"])
+def test_an_export_ends_with_the_command_that_asks_it(
+    finished: Path, format_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = phitune(["export", "--adapter_path", str(finished), "--format", format_name])
+    assert done.returncode == 0, done.stderr
+    run, python = done.stdout.splitlines()[-2:]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"What is 3?\n")))
+    answer = phitune([*printed(run), "--max_new_tokens", "4"])
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.strip()
+    names: dict[str, Any] = {}
+    exec(f"import peft, transformers\n{python.removeprefix('in Python: ')}", names)
+    assert names["model"].config.num_hidden_layers == 4
+
+
+@pytest.mark.parametrize("format_name", ["gguf", "gguf-lora"])
+def test_the_commands_of_other_programs_name_files_that_are_there(
+    finished: Path, format_name: str
+) -> None:
+    pytest.importorskip("gguf")
+    pytest.importorskip("xllamacpp")
+    done = phitune(["export", "--adapter_path", str(finished), "--format", format_name])
+    assert done.returncode == 0, done.stderr
+    run, last = done.stdout.splitlines()[-2:]
+    words = shlex.split(run.removeprefix("run it: "))
+    assert words[0] == "llama-cli"
+    assert words[-2:] == ["-c", "2048"]
+    files = [word for word in words if "/" in word]
+    if format_name == "gguf":
+        create, _, ollama = last.removeprefix("or in Ollama: ").partition(" && ")
+        assert ollama == "ollama run my-model"
+        assert shlex.split(create)[:4] == ["ollama", "create", "my-model", "-f"]
+        files.append(shlex.split(create)[4])
+    else:
+        assert last == "  where BASE.gguf is a llama.cpp file of tiny-phi-2"
+    assert len(files) == 2
+    assert all(Path(file).is_file() for file in files)

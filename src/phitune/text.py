@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -30,9 +31,13 @@ def command_line(*words: object) -> str:
     return shlex.join(["phitune", *map(str, words)])
 
 
-def plural(count: int, noun: str) -> str:
-    """A number with its noun: 1 row, 2,000 rows."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+def plural(count: int, noun: str, several: str = "") -> str:
+    """A number with its noun: 1 row, 2,000 rows.
+
+    Args:
+        several: the noun's plural, where an s does not make it.
+    """
+    return f"{count:,} {noun if count == 1 else several or noun + 's'}"
 
 
 def shortened(text: str, first: int, last: int) -> tuple[str, str, str]:
@@ -41,6 +46,17 @@ def shortened(text: str, first: int, last: int) -> tuple[str, str, str]:
     if left_out <= (first + last) // 4:  # Too little to be worth a gap.
         return text, "", ""
     return text[:first], f"... {left_out:,} characters left out ...", text[len(text) - last :]
+
+
+def short_path(path: str) -> str:
+    """A path as a person would write it from here: from the working directory, or from home."""
+    whole = Path(path)
+    if not whole.is_absolute():
+        return path
+    for folder, start in ((Path.cwd(), "."), (Path.home(), "~")):
+        if whole.is_relative_to(folder):
+            return str(Path(start) / whole.relative_to(folder))
+    return path
 
 
 def one_line(text: str, first: int, last: int) -> str:

@@ -495,8 +495,9 @@ class LoRATrainer:
         names = [field.name for field in fields(Ending)]
         ending = Ending(**{name: resumption.summary[name] for name in names})
         self._say(
-            f"{resumption.folder}: this run is finished ({ending.ended}, {ending.steps} steps),"
-            f" there is nothing left to do. To train it longer: {resumption.command_to_go_on()}"
+            f"{resumption.folder}: this run is finished ({ending.ended},"
+            f" {plural(ending.steps, 'step')}), there is nothing left to do. To train it longer:"
+            f" {resumption.command_to_go_on()}"
         )
         answers = tuple(
             SampleAnswer(each["prompt"], each.get("start adapter", each.get("base")), each["tuned"])
@@ -833,8 +834,8 @@ class LoRATrainer:
             self._say(f"torch_compile: {compiling:.1f} s of it were spent on compiling")
         if unstopped := sum(not answer.stopped for answer in tuned):
             self._say(
-                f"warning: {unstopped} of {len(tuned)} answers did not stop by themselves within"
-                f" {self.settings.sample_tokens} tokens"
+                f"warning: {unstopped} of {plural(len(tuned), 'answer')} did not stop within"
+                f" {plural(self.settings.sample_tokens, 'token')}"
             )
         duration = datetime.timedelta(seconds=round(seconds))
         self._say(f"{ending.ended}: {plural(ending.steps, 'step')} in {duration}")

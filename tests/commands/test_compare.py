@@ -91,7 +91,7 @@ def test_a_questions_file_as_table_page_and_json(
     code, out, err = compare(capsys, line)
     assert (code, err) == (0, "")
     words = " ".join(re.sub(r"[\u2500-\u257f]", " ", out).split())
-    for said in ("A cat meows.", "expected: 8 plus 7", "match", "all questions", "q.yaml"):
+    for said in ("A cat meows.", "expected: 8 plus 7", "\u2713 right", "all questions", "q.yaml"):
         assert said in words
     html = (place / "out.html").read_text()
     assert "A cat meows." in html
@@ -115,12 +115,13 @@ def test_validation_rows_of_the_run_with_their_answers(
     kept = rows_of_run(run, coder, remedy="").rows
     places = {kept.place(index) for index in range(len(kept))}
     assert len(kept) == 4
-    assert document["questions_from"] == f"3 of the 4 validation rows of {place / 'run'}"
+    assert document["questions_from"] == "3 of 4 validation rows of run"
     for question in document["questions"]:
         assert question["place"] in places
         row = ROWS[int(question["place"].rpartition(":")[2]) - 1]
         assert question["turns"] == [{"role": "user", "content": row["prompt"]}]
         assert question["expected"] == row["response"]
+        assert all(one["right"] == one["match"] for one in question["answers"])
         base, tuned = question["answers"]
         assert tuned["nll"] < base["nll"]  # It was trained on rows like these.
     assert document["notes"] == []
@@ -257,6 +258,22 @@ def test_piped_questions_line_by_line(
     code, _, err = compare(capsys, "--adapter_path run")
     assert code == 2
     assert "standard input is not UTF-8" in err
+
+
+@pytest.mark.parametrize("flags", ["", "--html out.html"])
+def test_no_question_is_no_comparison(
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    flags: str,
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n \n"))
+    code, _, err = compare(capsys, f"--adapter_path run {flags}")
+    assert code == 2
+    assert "no question was asked" in err
+    assert "--questions_file FILE" in err
+    assert ("no page was written" in err) == bool(flags)
+    assert not (place / "out.html").exists()
 
 
 class _Terminal:

@@ -4,6 +4,7 @@ import io
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -103,10 +104,10 @@ def test_pieces_are_the_answer_and_unmarked_words_are_in_the_base(answers: list[
     assert not any(piece.marked for of in marked([answers[0]] * 2) for piece in of)
 
 
-def shown(width: int, **console: object) -> str:
+def shown(width: int, *, verbose: bool = False, **console: object) -> str:
     out = io.StringIO()
     options = {"width": width, "highlight": False, "file": out, **console}
-    show(COMPARISON, ASKED, Console(**options))  # type: ignore[arg-type]
+    show(COMPARISON, ASKED, Console(**options), verbose=verbose)  # type: ignore[arg-type]
     return out.getvalue()
 
 
@@ -117,7 +118,7 @@ def test_the_table_keeps_to_the_width_and_loses_nothing(width: int) -> None:
     assert text.count("x") >= 500  # A word that is longer than any line.
     assert "\x1b" not in text
     letters = re.sub(r"[\s\u2500-\u257f]", "", text)
-    for said in ("\u27e6Ahoy!\u27e7", "\u00b73tokens,stopped", "\u00b7exact", "\u00b7nomatch"):
+    for said in ("\u27e6Ahoy!\u27e7", "\u00b73tokens,stopped", "\u2713right", "\u2717wrong"):
         assert said in letters
     assert "stop" in text
 
@@ -138,23 +139,33 @@ def test_without_unicode_nothing_is_lost() -> None:
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="backslashreplace")
     show(COMPARISON, ASKED, Console(file=out, width=60))
     out.seek(0)
-    assert "[[Ahoy!]] It is Lisbon[[, matey]]." in out.read()
+    text = out.read()
+    assert "[[Ahoy!]] It is Lisbon[[, matey]]." in text
+    assert "- right" in text
+    assert "- wrong" in text
 
 
 def test_colour_instead_of_marks_on_a_terminal() -> None:
     text = shown(80, force_terminal=True, color_system="standard")
     assert "\u27e6" not in text
-    assert "\x1b[4;32mAhoy!" in text
+    assert "\x1b[4;36mAhoy!" in text
+    assert "\x1b[1;32m\u2713 right" in text
+    assert "\x1b[1;31m\u2717 wrong" in text
     plain = shown(80, force_terminal=True, color_system="standard", no_color=True)
     assert "\u27e6Ahoy!\u27e7" in plain
+    assert "\x1b[1m\u2713 right" in plain
+    assert "\x1b[1m\u2717 wrong" in plain
 
 
 def test_the_summary_tells_all() -> None:
     letters = " ".join(shown(40).split())
     assert "stopped 4 of 5 (80%)" in letters
     assert "differs from the base in 4 of 5: 1-3, 5" in letters
-    assert "exact 1 of 1, match 1 of 1" in letters
-    assert "nll 2.50 an answer, 1.250 a token" in letters
+    assert "1 right, 0 wrong stopped 4 of 5" in letters
+    assert "0 right, 1 wrong stopped 5 of 5" in letters
+    for said in ("exact 1 of 1, match 1 of 1", "nll 2.50 an answer, 1.250 a token"):
+        assert said not in letters
+        assert said in " ".join(shown(40, verbose=True).split())
     assert ranges([1, 2, 3, 5, 7, 8]) == "1-3, 5, 7-8"
 
 
@@ -210,6 +221,43 @@ def test_the_page_is_whole_escaped_and_needs_nothing_else() -> None:
     assert "Ahoy!" in seen.marked
     assert html.count('<div class="answers">') == len(COMPARISON.rows)
     assert "prefers-color-scheme: dark" in html
+    assert "nll" not in html
+    assert "nll a token" in page(COMPARISON, ASKED, verbose=True)
+    assert html.count("\u2713 right") == html.count("\u2717 wrong") == 1
+
+
+def test_no_heading_has_the_path_of_a_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/ada")
+    columns = (COLUMNS[0], Column("demo", 0, str(tmp_path / "output" / "demo"), "instruct"))
+    place = str(tmp_path / "questions" / "q.yaml") + ":3"
+    question = Question((Turn("user", "?"),), None, place)
+    given = (Answer("a", (1,), stopped=True),) * 2
+    comparison = Comparison(columns, (Row(1, question, given, (None, None)),))
+    asked = Asked("/home/ada/phi-2", str(tmp_path / "q.yaml"), 64, GREEDY)
+    out = io.StringIO()
+    show(comparison, asked, Console(file=out, width=200))
+    for text in (page(comparison, asked), out.getvalue()):
+        assert str(tmp_path) not in text
+        assert "output/demo, asked" in text
+        assert "~/phi-2, asked" in text
+
+
+def test_a_long_answer_in_other_words_is_not_decided() -> None:
+    long = "The parcel goes out on the day of the order and arrives within three days. " * 2
+    comparison = Comparison(COLUMNS, (row(1, "When?", "Never.", long.upper(), expected=long),))
+    out = io.StringIO()
+    show(comparison, ASKED, Console(file=out, width=200))
+    words = " ".join(re.sub("[\u2500-\u257f]", " ", out.getvalue()).split())
+    assert "~ in other words, ROUGE-L 0%" in words
+    assert "\u2713 right" in words
+    assert "0 right, 0 wrong, 1 not decided" in words
+    assert "more than 120 characters" in words
+    html = page(comparison, ASKED)
+    assert "<th>not decided</th>" in html
+    assert '<p class="verdict undecided">~ in other words' in html
 
 
 def test_json_is_valid_and_complete() -> None:
@@ -236,6 +284,7 @@ def test_json_is_valid_and_complete() -> None:
         "stopped": True,
         "exact": False,
         "match": False,
+        "right": False,
         "nll": 2.5,
         "nll_per_token": 1.25,
         "expected_tokens": 2,

@@ -67,7 +67,7 @@ def test_by_default_it_goes_beside_the_run(
     assert left_in(place) == ["my run", "my run-adapter"]
     assert "greedy tokens equal" in said
     assert "largest logit difference 0 (tolerance" in said
-    assert "my run-adapter" in said.splitlines()[-1]
+    assert said.splitlines()[-3] == f"adapter: {place / 'my run-adapter'}"
 
 
 @pytest.mark.parametrize(

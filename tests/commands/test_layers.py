@@ -65,6 +65,10 @@ def test_the_default_is_phi_2_and_says_what_is_missing(layers: Call) -> None:
     assert "microsoft/phi-2" in out
     assert "its config.json is not in the local cache" in " ".join(out.split())
     assert "2.78 B parameters" in out
+    words = " ".join(out.split())
+    assert words.startswith("Short of memory or time? If not, keep all-linear, the default")
+    assert "attention alone: 180 MB" in words
+    assert "--layers 16-31 takes 0.76x the time" in words
 
 
 def test_the_guide_as_json(layers: Call) -> None:

@@ -344,7 +344,7 @@ def test_rows_that_are_no_whole_blocks_stay_f16_and_it_is_said(
     output = tmp_path / "out"
     assert export(adapter, output, "--format", "gguf", "--quantization", "q8_0") == 0
     said = capsys.readouterr().out
-    assert "stay in f16, their rows are not a whole number of blocks of q8_0" in said
+    assert "kept in f16, of rows that are no whole number of blocks of q8_0" in said
     assert "token_embd.weight" in proof_of(output)["tensors_kept_in_f16"]
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import model_validator
 from rich import box
@@ -36,8 +36,8 @@ from phitune.commands.options import (
 from phitune.commands.terminal import jsonable, print_json, render
 from phitune.config import UserPath
 from phitune.errors import DataError
-from phitune.inference.metrics import NORMALISATION
-from phitune.text import ODD_BYTES, marks_of, shortened, visible
+from phitune.inference.metrics import NORMALISATION, RULES, SHORT, Rule, Tally, rouge_l
+from phitune.text import ODD_BYTES, marks_of, plural, short_path, shortened, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,8 +63,8 @@ class CompareOptions(SamplingOptions, RunOptions):
     usage = "compare RUN_OR_ADAPTER [RUN_OR_ADAPTER ...] [flags]"
     epilog = (
         "Without --questions_file and --from_validation questions are typed, or piped in line by"
-        " line. An answer is compared with the expected one as it is (exact) and normalised"
-        f" (match): {NORMALISATION}. nll is the negative log-likelihood of the expected answer."
+        f" line. Where the expected answer is known, right is {RULES['match']}; a long one in other"
+        " words is not decided."
     )
     several_adapters = True
 
@@ -92,6 +92,10 @@ class CompareOptions(SamplingOptions, RunOptions):
     )
     batch_size: Count = option(
         8, "questions per batch; fewer if their cache exceeds 1 GiB", group="questions", ge=1
+    )
+    verbose: bool = switch(
+        "also how likely each model finds the expected answer (nll), and how exactly answers match",
+        group="output",
     )
     as_json: bool = switch(
         "everything as JSON, after the last answer", group="output", alias="json"
@@ -136,7 +140,7 @@ def run(argv: list[str]) -> int:
             return _interactive(options, model, asked)
         comparison = _ask_all(options, model, questions)
     if not options.as_json:
-        show(comparison, asked, _console())
+        show(comparison, asked, _console(), verbose=options.verbose)
     _write(options, comparison, asked)
     return 0
 
@@ -164,10 +168,10 @@ def _ask_all(options: CompareOptions, model: LoadedModel, questions: list[Questi
 
     rows: list[Row] = []
     sampling, limit = options.sampling(), options.max_new_tokens
-    with _status(f"answering {len(questions)} questions") as tell:
+    with _status(f"answering {plural(len(questions), 'question')}") as tell:
         for row in compare(model, questions, limit, sampling, options.batch_size):
             rows.append(row)
-            tell(f"{len(rows)} of {len(questions)} questions answered")
+            tell(f"{len(rows)} of {plural(len(questions), 'question')} answered")
     return Comparison(columns_of(model), tuple(rows))
 
 
@@ -207,6 +211,13 @@ def _interactive(options: CompareOptions, model: LoadedModel, asked: Asked) -> i
         rows.append(row)
         if not options.as_json:
             show_row(row, columns, console, with_question=not sys.stdin.isatty())
+    if not rows and (options.html or not sys.stdin.isatty()):
+        raise DataError(
+            "no question was asked, so there is nothing to compare"
+            f"{' and no page was written' if options.html else ''}; take them from a file with"
+            " --questions_file FILE, from the run's data with --from_validation 5, or pipe them in,"
+            " a line each"
+        )
     comparison = Comparison(columns, tuple(rows))
     if rows and not options.as_json:
         show_summary(comparison, console)
@@ -271,7 +282,8 @@ def _write(options: CompareOptions, comparison: Comparison, asked: Asked) -> Non
         html: Path = options.html
         new = html.with_name(f"{html.name}.new")
         try:
-            new.write_text(page(comparison, asked), encoding="utf-8", errors=ODD_BYTES)
+            text = page(comparison, asked, verbose=options.verbose)
+            new.write_text(text, encoding="utf-8", errors=ODD_BYTES)
             new.replace(html)
         except OSError:
             new.unlink(missing_ok=True)
@@ -332,16 +344,38 @@ NLL = (
 )
 
 
+Verdict = Literal["right", "wrong", "undecided"]
+# Never by colour alone.
+VERDICT_MARKS: dict[Verdict, str] = {"right": "\u2713", "wrong": "\u2717", "undecided": "~"}
+_VERDICT_STYLES: dict[Verdict, str] = {
+    "right": "bold green",
+    "wrong": "bold red",
+    "undecided": "yellow",
+}
+
+
 def column_line(column: Column, model_name: str) -> str:
-    return f"{column.path or model_name}, asked in the {column.prompt_format} format"
+    return f"{short_path(column.path or model_name)}, asked in the {column.prompt_format} format"
 
 
-def notes_of(row: Row, column: int) -> list[str]:
+def verdict_of(row: Row, column: int, rule: Rule) -> tuple[Verdict, str] | None:
+    """Whether an answer is right, and that in words; None where no answer is known."""
+    if row.question.expected is None:
+        return None
+    right = row.right(column, rule)
+    if right is not None:
+        return ("right", "right") if right else ("wrong", "wrong")
+    near = rouge_l(row.answers[column].text, row.question.expected)
+    words = "in other words" if rule == "match" else "nothing to compare"
+    return "undecided", words + ("" if near is None else f", ROUGE-L {near:.0%}")
+
+
+def notes_of(row: Row, column: int, *, verbose: bool) -> list[str]:
     """What is to be said of an answer, a line each."""
     answer, likely = row.answers[column], row.likelihoods[column]
-    tokens = f"{answer.tokens:,} token{'' if answer.tokens == 1 else 's'}"
-    notes = [f"{tokens}, {'stopped' if answer.stopped else 'did not stop by itself'}"]
-    if row.question.expected is not None:
+    stopped = "stopped" if answer.stopped else "did not stop by itself"
+    notes = [f"{plural(answer.tokens, 'token')}, {stopped}"]
+    if verbose and row.question.expected is not None:
         same = "exact" if row.exact(column) else "match" if row.match(column) else "no match"
         notes.append(same)
         if likely:
@@ -351,23 +385,39 @@ def notes_of(row: Row, column: int) -> list[str]:
     return notes
 
 
-def summary_notes(comparison: Comparison, column: int) -> list[str]:
+def summary_notes(comparison: Comparison, column: int, *, verbose: bool) -> list[str]:
     """A column's summary, a line each."""
     summary = comparison.summary(column)
-    notes = [
+    notes = []
+    if summary.expected:
+        notes.append(f"{Tally(summary.right, summary.wrong, summary.undecided)}")
+    notes += [
         f"stopped {summary.stopped} of {summary.questions} ({_share(summary.stopped, summary)})",
         f"{summary.mean_tokens:,.1f} tokens on average",
     ]
-    if summary.expected:
+    if verbose and summary.expected:
         notes.append(
             f"exact {summary.exact} of {summary.expected}, match {summary.matches} of"
             f" {summary.expected}"
         )
-    if summary.mean_nll is not None:
+    if verbose and summary.mean_nll is not None:
         notes.append(f"nll {summary.mean_nll:.2f} an answer, {summary.nll_per_token:.3f} a token")
     if column:
         notes.append(differs_line(summary))
     return notes
+
+
+def legend_lines(comparison: Comparison, *, verbose: bool) -> list[str]:
+    """What the words of a comparison mean; none where no answer is known."""
+    if not comparison.has_expected:
+        return []
+    summaries = [comparison.summary(column) for column in range(len(comparison.columns))]
+    lines = [f"right: {RULES[comparison.rule]}."]
+    if comparison.rule == "match" and any(summary.undecided for summary in summaries):
+        lines.append(
+            f"not decided: expected answers of more than {SHORT} characters, given in other words."
+        )
+    return [*lines, MATCH, NLL] if verbose else lines
 
 
 def differs_line(summary: Summary) -> str:
@@ -467,10 +517,10 @@ def _pieces(parts: Sequence[str], changed: set[int]) -> list[Piece]:
 
 # --- in a terminal --------------------------------------------------------------------------------
 #
-# Side by side where there is room, else one below the other. Words that differ are green and
-# underlined; without colour they stand between marks.
+# Side by side where there is room, else one below the other. Words that differ are cyan and
+# underlined; without colour they stand between marks. Green and red are for right and wrong.
 
-_NEW, _QUIET, _LOUD = "green underline", "dim", "yellow"
+_NEW, _QUIET, _LOUD = "cyan underline", "dim", "yellow"
 # Columns narrower than this are put below each other.
 _NARROWEST = 24
 _WIDEST_NAME = 14
@@ -478,22 +528,23 @@ _WIDEST_NAME = 14
 _FIRST, _LAST = 400, 200
 
 
-def show(comparison: Comparison, asked: Asked, console: Console) -> None:
+def show(comparison: Comparison, asked: Asked, console: Console, *, verbose: bool = False) -> None:
     """Prints all of it."""
     show_columns(comparison.columns, asked, console)
     if _is_wide(comparison.columns, console):
         table = _table(comparison.columns)
         for row in comparison.rows:
-            table.add_row(_question(row), *_cells(row, console))
+            table.add_row(_question(row), *_cells(row, comparison.rule, console, verbose=verbose))
         table.add_section()
-        table.add_row(Text("all questions", "bold"), *_summaries(comparison))
+        table.add_row(Text("all questions", "bold"), *_summaries(comparison, verbose=verbose))
         console.print(table)
     else:
         for row in comparison.rows:
-            console.print(_stacked(row, comparison.columns, console))
+            cells = _cells(row, comparison.rule, console, verbose=verbose)
+            console.print(_stacked(row, comparison.columns, cells))
             console.print()
-        console.print(_stacked_summary(comparison))
-    _legend(comparison, console)
+        console.print(_stacked_summary(comparison, verbose=verbose))
+    _legend(comparison, console, verbose=verbose)
 
 
 def show_columns(columns: Sequence[Column], asked: Asked, console: Console) -> None:
@@ -505,7 +556,7 @@ def show_columns(columns: Sequence[Column], asked: Asked, console: Console) -> N
         grid.add_row(visible(column.name), Text(visible(column_line(column, asked.model_name))))
     grid.add_row("answers", Text(asked.how))
     if asked.source:
-        grid.add_row("questions", Text(visible(asked.source)))
+        grid.add_row("questions", Text(visible(short_path(asked.source))))
     for note in asked.notes:
         grid.add_row("note", Text(visible(note)))
     console.print(grid)
@@ -513,21 +564,22 @@ def show_columns(columns: Sequence[Column], asked: Asked, console: Console) -> N
 
 
 def show_row(row: Row, columns: Sequence[Column], console: Console, *, with_question: bool) -> None:
-    """One question as soon as it is answered."""
+    """One question as soon as it is answered; nobody knows the answer of one that is typed."""
+    cells = _cells(row, "match", console, verbose=False)
     if _is_wide(columns, console):
         table = _table(columns, questions=with_question)
-        table.add_row(*([_question(row)] if with_question else []), *_cells(row, console))
+        table.add_row(*([_question(row)] if with_question else []), *cells)
         console.print(table)
     else:
-        below = _stacked if with_question else _answers_below
-        console.print(below(row, columns, console))
+        below = _answers_below(columns, cells)
+        console.print(_stacked(row, columns, cells) if with_question else below)
         console.print()
 
 
 def show_summary(comparison: Comparison, console: Console) -> None:
     """What came out over all questions, where each was shown already."""
-    console.print(_stacked_summary(comparison))
-    _legend(comparison, console)
+    console.print(_stacked_summary(comparison, verbose=False))
+    _legend(comparison, console, verbose=False)
 
 
 def _is_wide(columns: Sequence[Column], console: Console) -> bool:
@@ -553,11 +605,15 @@ def _question(row: Row) -> RenderableType:
     return Group(*parts)
 
 
-def _cells(row: Row, console: Console) -> list[RenderableType]:
+def _cells(row: Row, rule: Rule, console: Console, *, verbose: bool) -> list[RenderableType]:
     marks = marks_of(console)
     pieces = marked([answer.text for answer in row.answers])
     return [
-        Group(_answer(of_cell, marks), *_notes(row, index, console))
+        Group(
+            _answer(of_cell, marks),
+            *_verdict(row, index, rule, console),
+            *_notes(row, index, console, verbose=verbose),
+        )
         for index, of_cell in enumerate(pieces)
     ]
 
@@ -574,37 +630,48 @@ def _answer(pieces: Sequence[Piece], marks: tuple[str, str] | None) -> Text:
     return text if text.plain else Text("(nothing)", _QUIET)
 
 
-def _notes(row: Row, index: int, console: Console) -> list[Text]:
+def _verdict(row: Row, index: int, rule: Rule, console: Console) -> list[Text]:
+    if not (verdict := verdict_of(row, index, rule)):
+        return []
+    kind, words = verdict
+    can_mark = console.encoding.lower().startswith("utf")
+    return [Text(f"{VERDICT_MARKS[kind] if can_mark else '-'} {words}", _VERDICT_STYLES[kind])]
+
+
+def _notes(row: Row, index: int, console: Console, *, verbose: bool) -> list[Text]:
     """Each after a dot, so that it is no part of the answer."""
     dot = "\u00b7" if console.encoding.lower().startswith("utf") else "-"
-    first, *rest = (f"{dot} {note}" for note in notes_of(row, index))
+    first, *rest = (f"{dot} {note}" for note in notes_of(row, index, verbose=verbose))
     return [
         Text(first, _QUIET if row.answers[index].stopped else _LOUD),
         *(Text(note, _QUIET) for note in rest),
     ]
 
 
-def _summaries(comparison: Comparison) -> list[RenderableType]:
+def _summaries(comparison: Comparison, *, verbose: bool) -> list[RenderableType]:
     return [
-        Text("\n".join(summary_notes(comparison, index)))
+        Text("\n".join(summary_notes(comparison, index, verbose=verbose)))
         for index in range(len(comparison.columns))
     ]
 
 
-def _stacked(row: Row, columns: Sequence[Column], console: Console) -> RenderableType:
-    return Group(_question(row), _answers_below(row, columns, console))
+def _stacked(
+    row: Row, columns: Sequence[Column], cells: Sequence[RenderableType]
+) -> RenderableType:
+    return Group(_question(row), _answers_below(columns, cells))
 
 
-def _answers_below(row: Row, columns: Sequence[Column], console: Console) -> RenderableType:
+def _answers_below(columns: Sequence[Column], cells: Sequence[RenderableType]) -> RenderableType:
     grid = _grid()
-    for column, cell in zip(columns, _cells(row, console), strict=True):
+    for column, cell in zip(columns, cells, strict=True):
         grid.add_row(Text(visible(column.name)), cell)
     return grid
 
 
-def _stacked_summary(comparison: Comparison) -> RenderableType:
+def _stacked_summary(comparison: Comparison, *, verbose: bool) -> RenderableType:
     grid = _grid()
-    for column, summary in zip(comparison.columns, _summaries(comparison), strict=True):
+    summaries = _summaries(comparison, verbose=verbose)
+    for column, summary in zip(comparison.columns, summaries, strict=True):
         grid.add_row(Text(visible(column.name)), summary)
     return Group(Text("all questions", "bold"), grid)
 
@@ -616,28 +683,28 @@ def _grid() -> Table:
     return grid
 
 
-def _legend(comparison: Comparison, console: Console) -> None:
+def _legend(comparison: Comparison, console: Console, *, verbose: bool) -> None:
     marks = marks_of(console)
     legend = Text("", _QUIET)
     if marks:
         legend.append(f"Between {marks[0]} and {marks[1]}", _QUIET)
     else:
-        legend.append("Green", _NEW)
+        legend.append("Cyan", _NEW)
     legend.append(
         ": words of an adapter's answer that the base's lacks there, and the other way round."
     )
     console.print(legend)
-    if comparison.has_expected:
-        console.print(Text(f"{MATCH}\n{NLL}", _QUIET))
+    for line in legend_lines(comparison, verbose=verbose):
+        console.print(Text(line, _QUIET))
 
 
 # --- as one HTML file: assets/comparison.html.j2 --------------------------------------------------
 
 
-def page(comparison: Comparison, asked: Asked) -> str:
+def page(comparison: Comparison, asked: Asked, *, verbose: bool = False) -> str:
     """The whole page."""
     facts = [(column.name, column_line(column, asked.model_name)) for column in comparison.columns]
-    facts += [("answers", asked.how), ("questions", asked.source)]
+    facts += [("answers", asked.how), ("questions", short_path(asked.source))]
     facts += [("note", note) for note in asked.notes]
     return render(
         "comparison.html.j2",
@@ -645,9 +712,14 @@ def page(comparison: Comparison, asked: Asked) -> str:
         rows=[(row, marked([answer.text for answer in row.answers])) for row in comparison.rows],
         names=" and ".join(column.name for column in comparison.columns),
         facts=facts,
-        legend=(MATCH, NLL),
+        summaries=[comparison.summary(index) for index in range(len(comparison.columns))],
+        verbose=verbose,
+        legend=legend_lines(comparison, verbose=verbose),
+        verdict_marks=VERDICT_MARKS,
+        verdict_of=verdict_of,
         differs_line=differs_line,
         notes_of=notes_of,
+        name_of=lambda place: Path(place).name,
     )
 
 
@@ -665,6 +737,7 @@ def as_json(comparison: Comparison, asked: Asked) -> dict[str, Any]:
             "sampling": asked.sampling,
             "notes": asked.notes,
             "normalisation": NORMALISATION,
+            "right": RULES[comparison.rule],
             "columns": [
                 {
                     "name": column.name,
@@ -691,7 +764,7 @@ def _question_as_json(row: Row, comparison: Comparison) -> dict[str, Any]:
         "answers": [
             {
                 "name": column.name,
-                **_answer_as_json(row, index),
+                **_answer_as_json(row, index, comparison.rule),
                 "differs": row.differs(index),
             }
             for index, column in enumerate(comparison.columns)
@@ -699,7 +772,7 @@ def _question_as_json(row: Row, comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _answer_as_json(row: Row, column: int) -> dict[str, Any]:
+def _answer_as_json(row: Row, column: int, rule: Rule) -> dict[str, Any]:
     answer, likely = row.answers[column], row.likelihoods[column]
     return {
         "answer": answer.text,
@@ -707,6 +780,7 @@ def _answer_as_json(row: Row, column: int) -> dict[str, Any]:
         "stopped": answer.stopped,
         "exact": row.exact(column),
         "match": row.match(column),
+        "right": None if row.question.expected is None else row.right(column, rule),
         "nll": likely.nll if likely else None,
         "nll_per_token": likely.per_token if likely else None,
         "expected_tokens": likely.tokens if likely else None,

@@ -3,14 +3,18 @@
 import re
 import shlex
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, model_validator
 
 from phitune.commands.options import RunOptions, one_of, option, parse, switch
 from phitune.config import UserPath
 from phitune.export.formats import DEFAULT_QUANTIZATION, FORMATS, QUANTIZATIONS, ExportSettings
-from phitune.text import in_bytes
+from phitune.model.files import is_hub_id
+from phitune.text import command_line, in_bytes, plural
+
+if TYPE_CHECKING:
+    from phitune.export.source import Source
 
 
 def _size(text: Any) -> int:
@@ -185,9 +189,49 @@ def run(argv: list[str]) -> int:
         *proof.notes,
         f"{proof.compared}: {proof.sentence()}",
         f"{settings.format}: {output}",
+        *next_lines(settings.format, output.expanduser(), source),
     ):
         console.print(escape(line), soft_wrap=not console.is_terminal)
     return _upload(options, output.expanduser()) if options.push else 0
+
+
+def next_lines(format_name: str, folder: Path, source: "Source") -> list[str]:
+    """The commands that ask what was written, one to a line, to be copied."""
+    if format_name == "merged":
+        load = f"transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}, dtype='auto')"
+        return [
+            f"run it: {command_line('chat', '--model_name', folder)}",
+            f"in Python: model = {load}",
+        ]
+    if format_name == "adapter":
+        base = source.model_name if is_hub_id(source.model_name) else str(source.model_folder)
+        load = f"transformers.AutoModelForCausalLM.from_pretrained({base!r})"
+        return [
+            f"run it: {command_line('chat', '--adapter_path', folder)}",
+            f"in Python: model = peft.PeftModel.from_pretrained({load}, {str(folder)!r})",
+        ]
+    from phitune.export.gguf import MODELFILE
+    from phitune.export.gguf_file import safe_context
+
+    (file,), context = folder.glob("*.gguf"), str(safe_context(source.config))
+    if format_name == "gguf-lora":
+        template = folder / "chat_template.jinja"
+        words = ["-m", "BASE.gguf", "--lora", file, "--chat-template-file", template, "-c", context]
+        return [
+            f"run it: {_line('llama-cli', *words)}",
+            f"  where BASE.gguf is a llama.cpp file of {source.model_name}",
+        ]
+    lines = [f"run it: {_line('llama-cli', '-m', file, '-c', context)}"]
+    if (folder / MODELFILE).is_file():
+        lines.append(
+            f"or in Ollama: {_line('ollama', 'create', 'my-model', '-f', folder / MODELFILE)}"
+            " && ollama run my-model"
+        )
+    return lines
+
+
+def _line(*words: object) -> str:
+    return shlex.join(map(str, words))
 
 
 # --- the hub --------------------------------------------------------------------------------------
@@ -195,9 +239,9 @@ def run(argv: list[str]) -> int:
 
 def _again(options: ExportOptions, output: Path) -> str:
     """The command that uploads an export which is there."""
-    words = ["phitune", "export", "--push", str(options.push), "--output_dir", str(output)]
+    words = ["--push", str(options.push), "--output_dir", str(output)]
     words += ["--public"] * options.public + ["--push_overwrite"] * options.push_overwrite
-    return shlex.join(words)
+    return command_line("export", *words)
 
 
 def _check_before_work(options: ExportOptions, output: Path) -> None:
@@ -226,7 +270,7 @@ def _check_base(options: ExportOptions, model_name: str) -> None:
         SettingsError: it names its base by a folder.
     """
     from phitune.errors import SettingsError
-    from phitune.model.files import SHIPPED_MODELS, is_hub_id
+    from phitune.model.files import SHIPPED_MODELS
 
     whole = options.format in ("merged", "gguf")
     if not whole and model_name not in SHIPPED_MODELS and not is_hub_id(model_name):
@@ -253,8 +297,8 @@ def _upload(options: ExportOptions, output: Path) -> int:
         return 0
     check_free(repository, replace=options.push_overwrite)
     print(
-        f"uploading {len(files)} files to {repository.name} ({repository.kind}); if that is"
-        f" interrupted, repeat it with: {_again(options, output)}",
+        f"uploading {plural(len(files), 'file')} to {repository.name} ({repository.kind}); if that"
+        f" is interrupted, repeat it with: {_again(options, output)}",
         flush=True,
     )
     print(f"pushed: {push(repository, output, files)} ({repository.kind})")

@@ -34,6 +34,7 @@ from phitune.layers.guide import (
 )
 from phitune.model.architecture import EMBED_TOKENS, FAMILIES, LM_HEAD, ModelConfig
 from phitune.plan.machine import GB
+from phitune.text import plural
 
 if TYPE_CHECKING:
     from phitune.config import Resolved
@@ -53,6 +54,7 @@ _COLOURS = {"measured": "green", "reported": "yellow", "folklore": "red"}
 def show_guide(guide: Guide, console: Console) -> None:
     """Prints the whole guide."""
     for part in (
+        _in_short(guide),
         _model(guide),
         _kinds(guide, console),
         _costs(guide, console),
@@ -65,6 +67,28 @@ def show_guide(guide: Guide, console: Console) -> None:
         console.print()
 
 
+_KEEP = "Short of memory or time? If not, keep all-linear, the default"
+
+
+def _in_short(guide: Guide) -> RenderableType:
+    """What most people need to know, before the tables."""
+    whole, attention = guide.price(("all-linear",)), guide.price(("attention",))
+    upper = next(layers for _, layers, _ in choices(guide) if layers)
+    saved = megabytes(whole.memory_bytes - attention.memory_bytes)
+    time = guide.price(("all-linear",), upper).time / whole.time
+    return Group(
+        Text(f"{_KEEP}: no flag is needed for it, and no table below.", style="bold"),
+        Text(
+            f"Short of memory: fewer modules save little (attention alone: {saved});"
+            " 'phitune plan' finds what saves more."
+        ),
+        Text(
+            f"Short of time: --layers {upper} takes {time:.2f}x the time of a step; where we"
+            " measured it, it learnt less."
+        ),
+    )
+
+
 def _model(guide: Guide) -> RenderableType:
     config, total = guide.config, total_parameters(guide.config)
     size = f"{total / 1e9:.2f} B" if total >= GB / 10 else f"{total / 1e6:.2f} M"
@@ -74,7 +98,7 @@ def _model(guide: Guide) -> RenderableType:
     }
     if guide.asked is not None:
         price = price_of(config, guide.asked, guide.rank)
-        facts["chosen"] = f"{len(guide.asked)} modules: {price_line(price)}"
+        facts["chosen"] = f"{plural(len(guide.asked), 'module')}: {price_line(price)}"
     return facts_grid(facts)
 
 
@@ -281,6 +305,7 @@ _LEVELS = 9
 def show_survey(found: "Survey", command: str, console: Console) -> None:
     """Prints the whole survey."""
     parts = (
+        Text(f"{_KEEP}; the proposal below is for those who are short of either.", style="bold"),
         _surveyed(found),
         _heat_map(found, console.width),
         _modules(found, console),
@@ -299,8 +324,8 @@ def _surveyed(found: "Survey") -> RenderableType:
     measurement = found.measurement
     facts = {
         "model": f"{found.settings.model_name} on {found.device}, base in {found.precision}",
-        "data": f"{found.rows:,} of {found.of_rows:,} training rows of"
-        f" {found.settings.dataset_path} in {measurement.batches} batches:"
+        "data": f"{found.rows:,} of {plural(found.of_rows, 'training row')} of"
+        f" {found.settings.dataset_path} in {plural(measurement.batches, 'batch', 'batches')}:"
         f" {measurement.tokens:,} tokens, {measurement.target_tokens:,} trained",
         "loss": f"{measurement.loss:.4f} before training",
     }

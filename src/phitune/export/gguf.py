@@ -53,6 +53,7 @@ from phitune.export.source import Source
 from phitune.model.architecture import EMBEDDING_MODULE, LM_HEAD, ModelConfig
 from phitune.model.decoder import LoraPair
 from phitune.model.lora import Adapter
+from phitune.text import plural
 
 # --- the whole model ------------------------------------------------------------------------------
 
@@ -74,8 +75,8 @@ def export_gguf(
     notes = []
     if kept := file.kept_in_f16:
         notes.append(
-            f"note: {len(kept)} tensors stay in f16, their rows are not a whole number of blocks of"
-            f" {quantization}: {', '.join(kept[:3])}{' ...' if len(kept) > 3 else ''}"
+            f"note: {plural(len(kept), 'tensor')} kept in f16, of rows that are no whole number of"
+            f" blocks of {quantization}: {', '.join(kept[:3])}{' ...' if len(kept) > 3 else ''}"
         )
     notes += _write_beside(source, path)
 

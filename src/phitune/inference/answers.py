@@ -17,7 +17,7 @@ from phitune.data.coder import Coder
 from phitune.errors import DataError, listing
 from phitune.inference.generate import GREEDY, Decoding, Sampling, cache_bytes, stream
 from phitune.inference.loaded import Answer, LoadedModel
-from phitune.inference.metrics import matches
+from phitune.inference.metrics import Rule, Tally, is_right, matches, metrics_for, rule_of
 from phitune.inference.questions import Question
 from phitune.inference.scores import Likelihood, likelihoods
 from phitune.model.architecture import ModelConfig
@@ -161,6 +161,11 @@ class Row:
         expected = self.question.expected
         return None if expected is None else matches(self.answers[column].text, expected)
 
+    def right(self, column: int, rule: Rule = "match") -> bool | None:
+        """Whether the answer is right, of a question whose answer is known; see `is_right`."""
+        assert self.question.expected is not None
+        return is_right(self.answers[column].text, self.question.expected, rule)
+
     def differs(self, column: int) -> bool:
         """Whether a column's answer is not the base's, which is the first."""
         return self.answers[column].text != self.answers[0].text
@@ -176,6 +181,9 @@ class Summary:
     expected: int  # questions whose answer is known
     exact: int
     matches: int
+    right: int  # this and the next two: see `is_right`
+    wrong: int
+    undecided: int
     mean_nll: float | None  # of an expected answer
     nll_per_token: float | None  # over all their tokens
     differs: tuple[int, ...]  # numbers of the questions whose answer is not the base's
@@ -192,8 +200,16 @@ class Comparison:
     def has_expected(self) -> bool:
         return any(row.question.expected is not None for row in self.rows)
 
+    @property
+    def rule(self) -> Rule:
+        """What makes an answer right."""
+        known = [row.question.expected for row in self.rows if row.question.expected is not None]
+        return rule_of(metrics_for(known))
+
     def summary(self, column: int) -> Summary:
         rows, count = self.rows, len(self.rows)
+        asked = [row for row in rows if row.question.expected is not None]
+        tally = Tally.of(row.right(column, self.rule) for row in asked)
         answers = [row.answers[column] for row in rows]
         known = [one for row in rows if (one := row.likelihoods[column])]
         nll = sum(one.nll for one in known)
@@ -201,9 +217,12 @@ class Comparison:
             questions=count,
             stopped=sum(answer.stopped for answer in answers),
             mean_tokens=sum(answer.tokens for answer in answers) / count if count else 0.0,
-            expected=sum(row.question.expected is not None for row in rows),
+            expected=len(asked),
             exact=sum(bool(row.exact(column)) for row in rows),
             matches=sum(bool(row.match(column)) for row in rows),
+            right=tally.right,
+            wrong=tally.wrong,
+            undecided=tally.undecided,
             mean_nll=nll / len(known) if known else None,
             nll_per_token=nll / sum(one.tokens for one in known) if known else None,
             differs=tuple(row.number for row in rows if row.differs(column)),

@@ -123,8 +123,8 @@ def forgetting(loaded: LoadedModel, path: Path | None, seed: int, progress: Prog
         notes.append(f"{name}: only the first {len(ids):,} tokens are used")
     if len(ids) < 2 * BLOCK_TOKENS:
         raise DataError(
-            f"general_text {name}: has {len(ids)} tokens; at least {2 * BLOCK_TOKENS} are needed,"
-            " and some thousand are better"
+            f"general_text {name}: has {plural(len(ids), 'token')}; at least {2 * BLOCK_TOKENS} are"
+            " needed, and some thousand are better"
         )
     bos = tokenizer.bos_token
     first = [tokenizer.token_id(bos)] if bos else []
@@ -663,7 +663,7 @@ def _within(data: PreparedData, bound: int, settings: Settings) -> _Part:
     if not settings.sample_tokens:
         skipped.append("answers, as sample_tokens is 0")
     elif len(answered) < len(kept):
-        skipped.append(f"{len(kept) - len(answered)} answers, to end in seconds")
+        skipped.append(f"{plural(len(kept) - len(answered), 'answer')}, to end in seconds")
     return _Part(kept, answered, limit, skipped)
 
 

@@ -19,6 +19,7 @@ from phitune.data.conversation import Example, Turn
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import DataError, listing
 from phitune.inference.run_rows import Run, find_run, rows_of_run
+from phitune.text import plural, short_path
 from phitune.training.rundir import ADAPTER
 
 _KEYS = ("questions", "system")
@@ -227,10 +228,12 @@ def validation_questions(adapter_paths: Sequence[Path], count: int) -> Validatio
         )
     notes = list(data.notes)
     if count > there:
-        notes.append(f"{count} rows were asked for, and the run kept {there} for validation")
+        notes.append(
+            f"{count:,} rows were asked for, and the run kept {plural(there, 'row')} for validation"
+        )
     return ValidationQuestions(
         [of_example(example) for example in examples],
-        f"{len(examples)} of the {there:,} validation rows of {run.path}",
+        f"{len(examples)} of {plural(there, 'validation row')} of {short_path(str(run.path))}",
         (*notes, *_notes(run, others)),
     )
 

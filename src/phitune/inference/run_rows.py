@@ -19,6 +19,7 @@ from phitune.data.prompt import PromptFormat
 from phitune.data.sources import Part
 from phitune.errors import DataError, SettingsError
 from phitune.model.files import EXAMPLE_DATASET
+from phitune.text import plural
 from phitune.training.rundir import ADAPTER, CONFIG, EVALUATION, SUMMARY
 from phitune.untrusted import read_object
 
@@ -89,7 +90,7 @@ class DataRows:
         path = settings.validation_path or settings.dataset_path or EXAMPLE_DATASET
         return cls(
             rows,
-            f"{len(rows)} validation rows of {path}",
+            f"{plural(len(rows), 'validation row')} of {path}",
             path,
             "validation" if settings.validation_path else "train",
             settings,
@@ -219,7 +220,7 @@ def rows_of_data(
         notes.append(f"{path}: holds the rows that this adapter was trained on")
     return DataRows(
         data.own_rows,
-        f"all {len(data.own_rows)} rows of {path}",
+        f"all {plural(len(data.own_rows), 'row')} of {path}",
         settings.dataset_path,
         "train",
         settings,

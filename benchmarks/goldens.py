@@ -565,6 +565,8 @@ TEXTS = {
     **{f"help {name}": f"{name} --help" for name in
        ["train", "chat", "compare", "evaluate", "export", "check", "plan", "layers", "doctor"]},
     "plan": "plan --memory 24GB --device cuda",
+    "plan all": "plan --memory 24GB --device cuda --all",
+    "plan both": "plan --memory 24GB",
     "plan small": "plan --memory 4GB --device cuda",
     "plan tiny": "plan --memory 1GB --device cpu --dataset_path rows.jsonl --model_name tiny-phi-2",
     "plan presets": "plan --presets --memory 24GB",

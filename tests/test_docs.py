@@ -272,7 +272,7 @@ SHOWN = [command for name in DOCUMENTS for command in commands_of(name) if comma
     "what", ["phitune plan", pytest.param("phitune train", marks=pytest.mark.campaign)]
 )
 def test_output_shown_in_a_document_is_what_comes_out(place: Path, what: str) -> None:
-    assert len(SHOWN) == 2
+    assert len(SHOWN) == 3
     for command in [command for command in SHOWN if written_out(command)[:2] == what.split()]:
         code, printed = run(command)
         assert code == 0, printed

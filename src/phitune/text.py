@@ -40,6 +40,15 @@ def plural(count: int, noun: str, several: str = "") -> str:
     return f"{count:,} {noun if count == 1 else several or noun + 's'}"
 
 
+# What is said with a vowel first: eight, eleven, eighteen, and letters such as the H of H100.
+_VOWEL_FIRST = re.compile(r"[AEIOaeio]|[FHLMRSX](?=[A-Z\d])|8|1[18]\b")
+
+
+def with_article(name: str) -> str:
+    """A name of a thing with "a" or "an" before it, as it is spoken: an A10G, a 24 GB GPU."""
+    return f"{'an' if _VOWEL_FIRST.match(name) else 'a'} {name}"
+
+
 def shortened(text: str, first: int, last: int) -> tuple[str, str, str]:
     """The beginning of a long text, a note of what is left out, and its end."""
     left_out = len(text) - first - last

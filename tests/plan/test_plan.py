@@ -1,8 +1,10 @@
 """The plan: bytes that add up, the guide's presets, real lengths, and refusals that help."""
 
+import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,9 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from phitune.cli import main
 from phitune.commands import plan as plan_module
+from phitune.commands.options import parse_with_settings
+from phitune.commands.plan import PlanOptions
+from phitune.commands.train import TrainOptions
 from phitune.config import Settings, resolve
 from phitune.data.coder import Coder
 from phitune.data.prepare import prepare_data
@@ -23,12 +29,12 @@ from phitune.errors import ModelError, SettingsError
 from phitune.model.architecture import known_model_config, read_model_config, resolve_targets
 from phitune.model.files import ASSETS
 from phitune.plan.cost import token_cost
-from phitune.plan.machine import BUDGET_SHARE, parse_memory
+from phitune.plan.machine import BUDGET_SHARE, machine_called, parse_memory
 from phitune.plan.memory import GIB, AdaptedModel, Base, Device
 from phitune.plan.micro_batch import fewest_recomputed, largest_batch
 from phitune.plan.plan import make_plan
 from phitune.plan.presets import PRESETS
-from phitune.plan.rows import assumed_rows
+from phitune.plan.rows import assumed_rows, estimated_rows, rows_of_file
 
 PHI_2, PHI_3_5 = "microsoft/phi-2", "microsoft/Phi-3.5-mini-instruct"
 CAPTAIN = ASSETS / "captain.jsonl"
@@ -129,7 +135,10 @@ def test_a_run_plans_with_a_share_of_the_memory_given(
     assert memory["budget_share"] == BUDGET_SHARE[device]
     assert memory["budget_bytes"] == round(BUDGET_SHARE[device] * 24 * 10**9)
     assert main(["plan", *words]) == 0
-    said = f"of which a run plans with {BUDGET_SHARE[device]:.0%}: "
+    said = f"Of the 22.4 GiB (24GB) a run leaves {1 - BUDGET_SHARE[device]:.0%} to other programs"
+    assert said in " ".join(capsys.readouterr().out.split())
+    assert main(["plan", "--all", *words]) == 0
+    said = f"a run takes at most {BUDGET_SHARE[device]:.0%} of it"
     assert said in " ".join(capsys.readouterr().out.split())
 
 
@@ -249,8 +258,8 @@ def test_a_budget_too_small_says_what_to_change(
     assert "--gradient_accumulation_steps" in advice
     assert main(["plan", *words, "--memory", "10GB"]) == 4
     text = capsys.readouterr().out
-    assert "does not fit" in text
-    assert plan["remedies"][0] in text
+    assert text.startswith("Does not fit: ")
+    assert plan["remedies"][0] in " ".join(text.split())
     # What is advised does fit.
     option = plan["recommended"]
     again = planned(
@@ -378,7 +387,7 @@ def test_unknown_names_are_refused_with_the_nearest(refused: Callable[..., str])
     assert "did you mean --memory?" in refused("--memry", "24GB")
     assert "did you mean --batch_size?" in refused("--batchsize", "2")
     assert "did you mean --preset a10g-high?" in refused("--preset", "a10g-hi")
-    assert "unexpected argument '24GB'" in refused("24GB")
+    assert "24GB: there is no such file or folder" in refused("24GB")
 
 
 def test_settings_are_refused_as_in_training(refused: Callable[..., str]) -> None:
@@ -388,17 +397,60 @@ def test_settings_are_refused_as_in_training(refused: Callable[..., str]) -> Non
     assert "neither a hub id" in refused("--model_name", "nothing")
 
 
-def test_rows_need_the_tokenizer_and_the_plan_says_what_does_not(
-    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(name: str) -> Path:
-        raise ModelError(f"model_name {name}: the hub cannot be reached")
+        raise ModelError(f"model_name {name}: the hub cannot be reached.\nMore lines.")
 
     monkeypatch.setattr("phitune.plan.plan.find_model", unreachable)
-    said = refused("--dataset_path", str(CAPTAIN))
-    assert "hub cannot be reached" in said
-    assert "Without --dataset_path its files are not needed" in said
-    assert "Without" not in refused("--model_name", "nobody/nothing")
+
+
+@pytest.mark.usefixtures("offline")
+def test_without_a_tokenizer_rows_are_estimated_from_their_words(
+    planned: Json, refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = flags(dataset_path=CAPTAIN, memory="24GB", device="cuda")
+    rows = planned(*words)["rows"]
+    assert rows["estimated_because"] == f"model_name {PHI_2}: the hub cannot be reached"
+    assert (rows["rows"], rows["validation_rows"]) == (504, 56)
+    assert not rows["upper_bound"]
+    assert main(["plan", *words]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Estimated at 2 tokens a word, on the high side, for there is no tokenizer" in said
+    assert main(["plan", "--all", *words]) == 0
+    assert "the hub cannot be reached" in " ".join(capsys.readouterr().out.split())
+    # Nothing is known of the sizes of other models.
+    assert "hub cannot be reached" in refused("--model_name", "nobody/nothing", *words)
+
+
+@pytest.mark.usefixtures("offline")
+def test_estimated_rows_obey_the_settings_of_the_data(planned: Json, tmp_path: Path) -> None:
+    rows = [{"prompt": "Who?", "response": "a b c d e f g h " * n} for n in range(1, 41)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "valid.jsonl").write_text("\n".join(map(json.dumps, rows[:5])))
+    words = flags(dataset_path="rows.jsonl", memory="24GB", device="cuda", max_length=512)
+    plan = planned(*words)
+    assert plan["rows"]["longest"] == 512
+    assert plan["rows"]["steps_per_epoch"] == 1
+    assert planned(*words, "--validation_split", "0")["rows"]["rows"] == 40
+    own = planned(*words, "--validation_path", "valid.jsonl")["rows"]
+    assert (own["rows"], own["validation_rows"]) == (40, 5)
+    mixed = planned(*words, "--mix", f"{CAPTAIN}:0.5")["rows"]
+    assert mixed["rows"] == 72
+    trained = planned(*words, "--train_on_prompt")["rows"]["trained_tokens_per_epoch"]
+    assert trained > plan["rows"]["trained_tokens_per_epoch"]
+    only = planned("--dataset_path", "rows.jsonl", *flags(memory="24GB", validation_split=0.5))
+    assert (only["rows"]["rows"], only["rows"]["validation_rows"]) == (20, 20)
+
+
+@pytest.mark.parametrize("folder", ["phi-2", "phi-3.5-mini-instruct"])
+def test_estimated_tokens_are_on_the_high_side(shared: Path, folder: str) -> None:
+    for data in ("gsm8k_train.jsonl", "humorous_responses.jsonl", "oasst_en_100_messages.jsonl"):
+        path = shared / data
+        settings = Settings(model_name=PHI_2, dataset_path=path, on_bad_row="skip", max_length=2048)
+        real = rows_of_file(settings, path, shared / "tokenizers" / folder)
+        estimated = estimated_rows(settings, path, "a test")
+        assert 0.9 < estimated.tokens / real.tokens < 2
 
 
 @pytest.mark.parametrize(("name", "folder"), [(PHI_2, "phi-2"), (PHI_3_5, "phi-3.5-mini-instruct")])
@@ -452,9 +504,11 @@ def test_it_fits_the_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int, model: str
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
-    assert main(["plan", *flags(model_name=model, memory="24GB", device="cuda")]) == 0
+    assert main(["plan", "--all", *flags(model_name=model, memory="24GB", device="cuda")]) == 0
     text = capsys.readouterr().out
-    assert max(map(len, text.splitlines())) <= width
+    *lines, command = text.splitlines()
+    assert max(map(len, lines)) <= width
+    assert command.startswith("phitune train ")
     assert "…" not in text
     assert "\x1b" not in text
     for words in ("built-in figures", "an upper bound", "assumed, not measured", "not built yet"):
@@ -480,7 +534,7 @@ def test_every_term_has_one_line_and_a_bar_of_its_share(
     words = flags(model_name=PHI_2, memory="24GB", device="cuda", max_length=2048, batch_size=8)
     plan = planned(*words)
     monkeypatch.setenv("COLUMNS", str(width))
-    assert main(["plan", *words]) == 0
+    assert main(["plan", "--all", *words]) == 0
     lines = capsys.readouterr().out
     terms = {term["name"]: term for term in plan["terms"] if term["bytes"]}
     found = dict(bars(lines))
@@ -522,7 +576,8 @@ def test_presets_are_compared_with_the_guide_in_its_unit(
     for option in presets:
         guide = option["preset"]["guide_gb"]
         (line,) = (line for line in text.splitlines() if line.startswith(option["name"]))
-        assert f" {option['bytes'] / 1e9:.1f} of {guide} GB " in line
+        planned_and_guide = line.split()[-5:-3] if "with" not in line else line.split()[-6:-4]
+        assert planned_and_guide == [f"{option['bytes'] / 1e9:.1f}", str(guide)]
         layers = option["layers_to_fit"]
         more = option["fits"] and layers > option["recompute_layers"]
         assert line.endswith(f"with {layers}" if more else "yes" if option["fits"] else "no")
@@ -534,10 +589,231 @@ def test_presets_are_compared_with_the_guide_in_its_unit(
 
 
 def test_a_preset_is_shown_against_the_guide(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--preset", "m3-high"]) == 0
-    text = capsys.readouterr().out
-    assert "GB recommended by macOS" in " ".join(text.split())
-    assert "of the guide's 16 GB" in text
+    for words in ([], ["--all"]):
+        assert main(["plan", "--preset", "m3-high", *words]) == 0
+        text = capsys.readouterr().out
+        assert "GB recommended by macOS" in " ".join(text.split())
+        assert re.search(r"^preset +planned +training guide$", text, re.MULTILINE)
+        assert re.search(r"^m3-high +11\.2 GB +16 GB$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["balanced", "--memory", "24GB"], "a10g-balanced"),
+        (["balanced", "--memory", "24GiB"], "a10g-balanced"),
+        (["low", "--memory", "12.9GB"], "m3-low"),
+        (["high", "--device", "mps"], "m3-high"),
+        (["high", "--device", "cuda:1", "--memory", "12.9GB"], "a10g-high"),
+        (["safe"], "m3-safe"),
+    ],
+)
+def test_a_preset_is_named_by_its_last_word_and_its_machine(
+    planned: Json, words: list[str], meant: str
+) -> None:
+    assert planned("--preset", *words)["preset"] == meant
+
+
+def test_a_preset_that_may_be_either_is_refused_with_both(refused: Callable[..., str]) -> None:
+    for words in ([], ["--memory", "16GB"], ["--device", "cpu"]):
+        said = refused("--preset", "balanced", *words)
+        assert "there is a10g-balanced and m3-balanced; name the one that you mean" in said
+
+
+# --- the plan in a few lines ---------------------------------------------------------------------
+
+
+def shown(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
+    """The lines of `phitune plan` on a terminal of 80 columns."""
+    code = main(["plan", *words])
+    assert code in (0, 4)
+    return capsys.readouterr().out.splitlines()
+
+
+def settings_of(command: str) -> Settings:
+    """What a printed command trains with."""
+    program, name, *words = shlex.split(command)
+    assert (program, name) == ("phitune", "train")
+    _, given = parse_with_settings(TrainOptions, words)
+    return resolve(given).settings
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("model", [PHI_2, PHI_3_5])
+@pytest.mark.parametrize("data", [[], ["--dataset_path", "my rows.jsonl"]], ids=["", "data"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "--memory 9GB",
+        "--memory 24GB",
+        "--memory 80GB",
+        "--memory 6GB --device cpu",
+        "--memory 16GB --device cuda",
+        "--memory 24GiB --device cuda",
+        "--memory 12.9GB --device mps",
+        "--preset a10g-high --memory 9GB --device cuda --recompute_layers 0",
+        "--preset m3-safe",
+        "--device cpu",
+        "--memory 12GB --device cuda --batch_size 64 --gradient_accumulation_steps 2 --lora_r 16"
+        " --lora_alpha 64 --max_length 2048 --epochs 3 --learning_rate 1e-4 --output_dir 'a run'"
+        " --target_modules attention mlp --layers 16-31 --train_on_prompt --no-cache",
+        "--memory 9GB --batch_size auto",
+    ],
+)
+def test_every_plan_is_25_lines_from_the_verdict_to_the_command(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+    data: list[str],
+    where: str,
+) -> None:
+    for only_for_all in ("speeds", "preset_options", "base_options"):
+        monkeypatch.setattr(f"phitune.plan.plan.{only_for_all}", lambda *_: [])
+    (tmp_path / "my rows.jsonl").write_text(CAPTAIN.read_text())
+    words = [*shlex.split(where), "--model_name", model, *data]
+    lines = shown(capsys, *words)
+    assert lines[0].startswith(("Fits: ", "Does not fit: "))
+    # A command is one line, to be copied, and a terminal breaks it.
+    assert sum(max(1, -(-len(line.rstrip()) // 80)) for line in lines) <= 25, "\n".join(lines)
+    assert all(len(line) <= 80 for line in lines if not line.startswith("phitune "))
+    assert lines[-1].startswith(("phitune train ", "phitune plan ", "There is no command"))
+
+
+@pytest.mark.parametrize("memory", ["80GB", "9GB"])
+def test_the_command_at_the_end_trains_as_planned_or_with_what_makes_it_fit(
+    capsys: pytest.CaptureFixture[str], planned: Json, tmp_path: Path, memory: str
+) -> None:
+    (tmp_path / "my rows.jsonl").write_text(CAPTAIN.read_text())
+    (tmp_path / "run.yaml").write_text("epochs: 7\nsample_prompts: [Who are you, Why]\n")
+    words = [
+        *flags(model_name=PHI_2, device="cuda", memory=memory, max_length=2048, lora_r=16),
+        *flags(config="run.yaml", batch_size=32, gradient_accumulation_steps=2, layers="1-31"),
+        *("--target_modules", "q_proj", "v_proj", "--train_on_prompt", "--seed", "7"),
+    ]
+    *_, command = shown(capsys, *words)
+    trained = settings_of(command)
+    plan = planned(*words, code=0 if memory == "80GB" else 4)
+    assert plan["train_command"] == command
+    asked = resolve(parse_with_settings(PlanOptions, words)[1], Path("run.yaml")).settings
+    changes: dict[str, Any] = {"dataset_path": Path("YOUR_DATA.jsonl")}
+    if not plan["fits"]:
+        changes |= {"batch_size": trained.batch_size}
+        changes |= {"gradient_accumulation_steps": trained.gradient_accumulation_steps}
+        assert trained.rows_per_step == asked.rows_per_step
+    assert trained == asked.model_copy(update=changes)
+    again = [word for word in shlex.split(command)[2:] if word != "YOUR_DATA.jsonl"]
+    again.remove("--dataset_path")
+    assert planned(*again, "--memory", memory)["fits"]
+
+
+def test_data_and_validation_rows_are_in_the_command(planned: Json, tmp_path: Path) -> None:
+    (tmp_path / "my rows.jsonl").write_text(CAPTAIN.read_text())
+    words = flags(model_name="tiny-phi-2", dataset_path="my rows.jsonl", memory="2GB", device="cpu")
+    (tmp_path / "its own.jsonl").write_text('{"prompt": "Who?", "response": "I."}')
+    plan = planned(*words, "--validation_path", "its own.jsonl", "--mix", "my rows.jsonl:0.2")
+    trained = settings_of(plan["train_command"])
+    assert trained.dataset_path == Path("my rows.jsonl")
+    assert trained.validation_path == Path("its own.jsonl")
+    assert trained.mix == ["my rows.jsonl:0.2"]
+
+
+def test_where_nothing_fits_a_smaller_model_is_planned(
+    capsys: pytest.CaptureFixture[str], planned: Json
+) -> None:
+    words = flags(device="cuda", memory="5.5GB", max_length=512)
+    *_, command = shown(capsys, *words)
+    assert planned(*words, code=4)["train_command"] is None
+    assert main(shlex.split(command)[1:]) == 0
+    assert capsys.readouterr().out.startswith("Fits: ")
+    *_, said = shown(capsys, *words, "--target_modules", "fc1")
+    assert said == "There is no command to train with on a 5.5 GB GPU."
+
+
+def test_a_memory_alone_is_a_gpus_or_a_machines(
+    capsys: pytest.CaptureFixture[str], planned: Json
+) -> None:
+    lines = shown(capsys, "--memory", "24GB")
+    text = "\n".join(lines)
+    assert re.match(r"Fits: [\d.]+ of 20\.6 GiB on a 24 GB GPU, about .* on an A10G", text)
+    assert re.search(r"^Fits: [\d.]+ of 20\.1 GiB on a CPU with 24 GB of RAM, ", text, re.MULTILINE)
+    assert "this machine has no GPU to tell which memory is meant by 24GB" in text
+    commands = [line for line in lines if line.startswith("phitune ")]
+    assert [settings_of(command).device for command in commands] == ["cuda", "cpu"]
+    plan = planned("--memory", "24GB")
+    assert (plan["device"], plan["other_device"]["device"]) == ("cpu", "cuda")
+    assert planned("--memory", "24GB", "--device", "cuda")["other_device"] is None
+    # It is enough that it fits one of them.
+    assert planned("--memory", "11GB", "--batch_size", "1")["fits"] is False
+
+
+@pytest.mark.parametrize(
+    ("answer", "devices"), [("g", ["cuda"]), ("CPU ", ["cpu"]), ("", ["cuda", "cpu"])]
+)
+def test_a_terminal_asks_whose_memory_it_is(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    answer: str,
+    devices: list[str],
+) -> None:
+    asked = []
+
+    def reply(console: Console, question: object) -> str:
+        asked.append(str(question))
+        return answer
+
+    monkeypatch.setattr(Console, "is_terminal", True)
+    monkeypatch.setattr(sys, "stdin", argparse.Namespace(isatty=lambda: True))
+    monkeypatch.setattr(Console, "input", reply)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")
+    lines = shown(capsys, "--memory", "24GB")
+    commands = [line for line in lines if line.startswith("phitune ")]
+    assert [settings_of(command).device for command in commands] == devices
+    (question,) = asked
+    assert "Is 24GB the memory of a GPU (g)" in question
+
+
+def test_times_are_of_machines_that_are_known(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = " ".join("\n".join(shown(capsys, "--memory", "24GB", "--device", "cuda")).split())
+    assert "an estimate, not measured: 20 epochs at 50% of an A10G's 70 TFLOP/s" in text
+    lines = shown(capsys, "--memory", "16GB", "--device", "cuda")
+    assert re.fullmatch(r"Fits: [\d.]+ of 13\.7 GiB on a 16 GB GPU\.", lines[0])
+    assert "not known for a 16 GB GPU" in "\n".join(lines)
+    lines = shown(capsys, "--memory", "24GB", "--model_name", "tiny-phi-2", "--device", "cpu")
+    assert "none is given: so small a model" in "\n".join(lines)
+    for name, found in {
+        "NVIDIA A10G": "A10G",
+        "NVIDIA GeForce RTX 4090": "RTX 4090",
+        "NVIDIA GeForce RTX 3090 Ti": "",
+        "NVIDIA GeForce RTX 4090 Laptop GPU": "",
+        "NVIDIA A100-SXM4-80GB": "A100 80GB",
+        "NVIDIA H100 80GB HBM3": "H100",
+        "NVIDIA L4": "L4",
+        "NVIDIA L40S": "",
+        "": "",
+    }.items():
+        assert "".join(machine.name for machine in machine_called(name)) == found
+    # A GPU that is here is known by its name, however much of its memory is free.
+    asked = {"memory.free": "20000", "name": "NVIDIA H100 80GB HBM3"}
+    monkeypatch.setattr("phitune.plan.machine._nvidia_smi", lambda name, what: asked[what])
+    lines = shown(capsys, "--device", "cuda")
+    assert "GiB on this machine's GPU, about" in lines[0]
+    assert "on an H100" in " ".join(lines[:2])
+
+
+def test_many_warnings_of_the_data_do_not_hide_the_rest(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = replace(assumed_rows(64, 100), source=CAPTAIN, warnings=("long " * 99,) * 5)
+    monkeypatch.setattr("phitune.plan.plan.rows_of_file", lambda *_: rows)
+    words = flags(model_name="tiny-phi-2", dataset_path=CAPTAIN, memory="1GB", device="cpu")
+    lines = shown(capsys, *words)
+    assert len(lines) <= 25
+    assert "3 more warnings: --all" in lines
+    assert "\n".join(shown(capsys, "--all", *words)).count("warning: ") == 5
 
 
 def test_help_lists_what_shapes_a_plan(capsys: pytest.CaptureFixture[str]) -> None:

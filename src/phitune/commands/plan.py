@@ -5,11 +5,13 @@ columns or more, the same words without colour. Every number comes from `plan/`;
 here but shares.
 """
 
+import sys
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
+from rich.padding import Padding
 from rich.text import Text
 
 from phitune.commands.options import DataOptions, option, parse_with_settings, switch
@@ -26,10 +28,12 @@ from phitune.commands.terminal import (
     unit_of,
 )
 from phitune.errors import OutOfMemoryError
-from phitune.plan.machine import BUDGET_SHARE
+from phitune.plan.machine import BUDGET_SHARE, MEASURED_SHARE
 from phitune.plan.memory import Term
-from phitune.plan.plan import BatchOption, Plan, PresetOption
+from phitune.plan.plan import SMALL_MODEL, BatchOption, Plan, PresetOption, Speed
 from phitune.plan.presets import PRESETS
+from phitune.plan.rows import TOKENS_A_WORD
+from phitune.text import plural, shortened, visible, with_article
 
 
 class PlanOptions(DataOptions):
@@ -72,12 +76,16 @@ class PlanOptions(DataOptions):
     )
     preset: str | None = option(
         None,
-        f"a configuration of the training guide: {', '.join(PRESETS)}; flags override it, and it"
-        " overrides --config",
+        f"a configuration of the training guide: {', '.join(PRESETS)}, or only its last word with"
+        " --memory or --device; flags override it, and it overrides --config",
         group="plan",
         metavar="NAME",
     )
     presets: bool = switch("only the table of all presets with this model", group="plan")
+    all: bool = switch(
+        "also each part of the memory, other precisions, batches, machines and presets",
+        group="plan",
+    )
     as_json: bool = switch("the whole plan as JSON, sizes in bytes", group="plan", alias="json")
 
 
@@ -86,58 +94,337 @@ def run(argv: list[str]) -> int:
     options, flags = parse_with_settings(PlanOptions, argv)
 
     from phitune.config import resolve
+    from phitune.plan.machine import parse_memory
     from phitune.plan.plan import make_plan
-    from phitune.plan.presets import preset_settings
+    from phitune.plan.presets import preset_named, preset_settings
 
-    if options.preset is not None:
-        flags = {**preset_settings(options.preset), **flags}
-    plan = make_plan(resolve(flags, options.config), options.memory, options.preset)
-    if plan.settings.start_adapter:
+    resolved = resolve(flags, options.config)
+    preset = options.preset
+    if preset is not None:
+        given = parse_memory(options.memory) if options.memory is not None else None
+        preset = preset_named(preset, str(flags.get("device", "auto")), given)
+        flags = {**preset_settings(preset), **flags}
+        resolved = resolve(flags, options.config)
+    console = Console(highlight=False)
+    plans = []
+    for device in _devices(resolved.settings.device, options, console):
+        if device != resolved.settings.device:
+            there = resolve({**flags, "device": device}, options.config)
+        else:
+            there = resolved
+        plans.append(make_plan(there, options.memory, preset))
+    if resolved.settings.start_adapter:
         from phitune.model.start_adapter import find_start_adapter  # Takes torch along.
 
-        find_start_adapter(plan.settings, plan.config, plan.modules)
+        find_start_adapter(plans[0].settings, plans[0].config, plans[0].modules)
+
     if options.as_json:
-        print_json(as_json(plan))
+        other = as_json(plans[1]) if len(plans) > 1 else None
+        print_json({**as_json(plans[0]), "other_device": other})
     elif options.presets:
-        Console(highlight=False).print(presets_table(plan))
+        console.print(presets_table(plans[0]))
         return 0
+    elif options.all:
+        for plan in plans:
+            show_all(plan, console)
+    elif len(plans) == 1:
+        show(plans[0], console)
     else:
-        show(plan, Console(highlight=False))
-    return 0 if plan.fits else OutOfMemoryError.exit_code
+        show_both(plans[::-1], console)  # The GPU first, which is meant more often.
+    return 0 if any(plan.fits for plan in plans) else OutOfMemoryError.exit_code
+
+
+def _devices(device: str, options: PlanOptions, console: Console) -> list[str]:
+    """The device that is planned for; both kinds where a memory alone does not say whose it is."""
+    from phitune.plan.machine import device_kind
+
+    if options.memory is None or options.preset is not None or device != "auto":
+        return [device]
+    if device_kind(device)[0] != "cpu":
+        return [device]
+    if options.presets or options.as_json or not (console.is_terminal and sys.stdin.isatty()):
+        return ["cpu", "cuda"]
+    question = (
+        f"This machine has no GPU. Is {options.memory} the memory of a GPU (g), or the RAM of a"
+        " machine without one (c)? Enter shows both: "
+    )
+    try:
+        answer = console.input(Text(question)).strip().lower()
+    except EOFError:
+        answer = ""
+    meant = {"g": ["cuda"], "gpu": ["cuda"], "cuda": ["cuda"], "c": ["cpu"], "cpu": ["cpu"]}
+    return meant.get(answer, ["cpu", "cuda"])
 
 
 # -------------------------------------------------------------------------------------------------
-# The plan in a terminal.
+# What a run would take, in a few lines: the verdict, its reasons, and the command to copy.
 
-# Below this hidden size no machine comes near the share of its peak that is assumed.
-SMALL_MODEL = 1024
+# Lines of warnings that are shown here; --all shows all of them.
+_WARNINGS = 2
+_LONGEST_WARNING = 150
+# Names in the facts are cut in their middle.
+_LONGEST_NAME = 60
+
+
+def verdict(plan: Plan) -> str:
+    """Whether it fits, in one sentence, and how long it would take; with what it would fit."""
+    peak = f"{_of(plan.chosen.bytes, plan.budget)} on {plan.place}"
+    if not plan.fits:
+        return f"Does not fit: {peak}."
+    return f"Fits: {peak}{_how_long(plan)}."
 
 
 def show(plan: Plan, console: Console) -> None:
-    """Prints the whole answer."""
+    """Prints the verdict, what it rests on, and the command that trains so."""
+    _print_verdict(plan, console)
+    console.print()
+    facts = {**_data_facts(plan), "memory": _memory_fact(plan)}
+    if plan.fits:
+        if plan.chosen.recompute_layers:
+            facts["layers"] = _recomputation(plan)
+        facts["time"] = _time_fact([plan])
+    console.print(facts_grid(facts))
+    if plan.preset:
+        console.print(_guide_table(plan, plan.preset))
+    _print_warnings(plan, console)
+    console.print()
+    _print_command([plan], console)
+
+
+def show_both(plans: list[Plan], console: Console) -> None:
+    """Prints the same for a memory of which it is not said whose it is."""
+    for plan in plans:
+        _print_verdict(plan, console)
+    note = (
+        f"Both, since this machine has no GPU to tell which memory is meant by {plans[0].given};"
+        " --device cuda or --device cpu shows one in more detail."
+    )
+    console.print(Text(note, "dim"))
+    console.print()
+    console.print(facts_grid({**_data_facts(plans[0]), "time": _time_fact(plans)}))
+    _print_warnings(plans[0], console)
+    console.print()
+    _print_command(plans, console)
+
+
+def _print_verdict(plan: Plan, console: Console) -> None:
+    console.print(Text(verdict(plan), style="bold green" if plan.fits else "bold red"))
+    for number, remedy in enumerate(plan.remedies):
+        start = ""
+        if remedy.changes:
+            start = "or with " if number else "It fits with "
+        console.print(Padding(Text(f"{start}{remedy.line}"), (0, 0, 0, 2)))
+
+
+def _print_warnings(plan: Plan, console: Console) -> None:
+    warnings = plan.rows.warnings
+    for warning in warnings[:_WARNINGS]:
+        first, gap, last = shortened(warning, _LONGEST_WARNING, 0)
+        console.print(Text(visible(f"warning: {first}{gap and ' ...'}{last}")))
+    if len(warnings) > _WARNINGS:
+        console.print(f"{plural(len(warnings) - _WARNINGS, 'more warning')}: --all", markup=False)
+
+
+def _print_command(plans: list[Plan], console: Console) -> None:
+    """The last lines: what is left out here, and what to copy."""
+    console.print(
+        Text("--all adds each part of the memory, other batches, machines and presets.", "dim")
+    )
+    for plan in plans:
+        command = plan.train_command
+        if command is None:
+            _print_smaller(plan, console)
+            continue
+        data = "" if plan.rows.source else " (your file for YOUR_DATA.jsonl)"
+        settings = "exactly these settings" if plan.fits else "the first of these changes"
+        which = f" on {plan.place}" if len(plans) > 1 else ""
+        console.print(Text(f"Train{which} with {settings}{data}:"))
+        console.print(Text(command, style="bold"), soft_wrap=True)
+
+
+# Tried where nothing else fits.
+_SMALL = "microsoft/phi-1_5"
+
+
+def _print_smaller(plan: Plan, console: Console) -> None:
+    """What to do where no setting makes it fit: the plan of a smaller model, if it has the same."""
+    command = plan.command_for(_SMALL)
+    if command is None:
+        console.print(Text(f"There is no command to train with on {plan.place}."))
+        return
+    console.print(Text(f"See whether a smaller model fits on {plan.place}:"))
+    console.print(Text(command, style="bold"), soft_wrap=True)
+
+
+def _data_facts(plan: Plan) -> dict[str, str]:
+    """The model, the rows, and the optimizer steps."""
+    settings, rows = plan.settings, plan.rows
+    layers = {module.split(".")[2] for module in plan.modules if ".layers." in module}
+    part = f" in {len(layers)} of {plan.config.num_hidden_layers} layers"
+    if len(layers) == plan.config.num_hidden_layers:
+        part = ""
+    facts = {
+        "model": f"{_short(settings.model_name)}, LoRA of rank {settings.lora_r} on"
+        f" {_short(' '.join(settings.target_modules))}{part}"
+    }
+    longest = rows.largest(1).longest
+    if not rows.source:
+        facts["data"] = (
+            f"none named, so every row counts {longest:,} tokens, the most that max_length allows;"
+            " --dataset_path FILE counts yours"
+        )
+        facts["steps"] = _batch_words(plan)
+        return facts
+    about = "about " if rows.estimated_because else ""
+    counts = (
+        f"{plural(rows.per_epoch, 'training row')} of {_short(str(rows.source))}, {about}"
+        f"{rows.tokens:,} tokens; the longest row has {about}{longest:,}"
+    )
+    if rows.estimated_because:
+        counts += (
+            f". Estimated at {TOKENS_A_WORD} tokens a word, on the high side, for there is no"
+            " tokenizer here"
+        )
+    facts["data"] = counts
+    facts["steps"] = _steps_fact(plan)
+    return facts
+
+
+def _steps_fact(plan: Plan) -> str:
+    """The optimizer steps of the run. What there is to say of too few of them belongs here."""
+    number, epochs = plan.steps_per_epoch, plan.settings.epochs
+    return (
+        f"{plural(number, 'optimizer step')} an epoch, {number * epochs:,} in"
+        f" {plural(epochs, 'epoch')}; {_batch_words(plan)}"
+    )
+
+
+def _batch_words(plan: Plan) -> str:
+    settings = plan.settings
+    return f"a step is {plural(settings.rows_per_step, 'row')}, {settings.micro_batch} at a time"
+
+
+def _memory_fact(plan: Plan) -> str:
+    """The largest parts of the peak, and why not all of the memory is planned with."""
+    name, unit = unit_of(plan.chosen.bytes)
+    terms = sorted(plan.chosen.terms, key=lambda term: -term.bytes)
+    shown = [term for term in terms[:3] if term.bytes]
+    rest = plan.chosen.bytes - sum(term.bytes for term in shown)
+    # A term's name is a noun, or a noun and what was done with it.
+    names = [" ".join(reversed(term.name.split(", "))) for term in shown]
+    parts = [f"{each} {term.bytes / unit:.1f}" for each, term in zip(names, shown, strict=True)]
+    left = 1 - BUDGET_SHARE[plan.device]
+    return (
+        f"{', '.join(parts)}, the rest {rest / unit:.1f} {name}. Of the"
+        f" {_amount(plan.memory.bytes)} ({plan.given or plan.memory.source}) a run leaves"
+        f" {left:.0%} to other programs"
+    )
+
+
+def _how_long(plan: Plan) -> str:
+    """On machines like this device, for a sentence."""
+    if not plan.estimates:
+        return ""
+    times = [
+        f"{_duration(speed.hours)} on {with_article(speed.machine.name)}"
+        for speed in plan.estimates
+    ]
+    rows = "" if plan.rows.source else f" for {plural(len(plan.rows.train), 'row')}"
+    return f", about {' or '.join(times)}{rows}"
+
+
+def _time_fact(plans: list[Plan]) -> str:
+    """What the times of the verdicts rest on."""
+    speeds = [speed for plan in plans for speed in plan.estimates]
+    if plans[0].config.hidden_size < SMALL_MODEL:
+        return "none is given: so small a model does not keep a machine busy"
+    if not speeds:
+        where = " or ".join(plan.place for plan in plans if plan.fits) or plans[0].place
+        return f"not known for {where}; --all estimates it for others"
+    if len(plans) > 1:
+        return "estimates from the peak rates of such machines, not measured; --all has the rates"
+    peaks = ", ".join(
+        f"{speed.machine.mfu:.0%} of {with_article(speed.machine.name)}'s"
+        f" {speed.machine.tflops(speed.base):.3g} TFLOP/s"
+        for speed in speeds
+    )
+    sources = "; ".join(dict.fromkeys(speed.machine.source for speed in speeds))
+    measured = ""
+    if any(speed.machine.device == "cuda" for speed in speeds):
+        measured = f". It may take longer: {MEASURED_SHARE}"
+    return (
+        f"an estimate, not measured: {plural(plans[0].settings.epochs, 'epoch')} at"
+        f" {peaks} ({sources}), without loading and validation{measured}"
+    )
+
+
+def _guide_table(plan: Plan, preset: str) -> RenderableType:
+    """What is planned and what the training guide says, side by side."""
+    own = PRESETS[preset].settings.items() <= plan.settings.model_dump().items()
+    table = table_of("preset", "planned", "training guide")
+    table.add_row(
+        preset + ("" if own else ", changed by flags"),
+        f"{gigabytes(plan.chosen.bytes)} GB",
+        f"{PRESETS[preset].guide_gb} GB",
+    )
+    return table
+
+
+def _short(name: str) -> str:
+    first, gap, last = shortened(name, _LONGEST_NAME // 2, _LONGEST_NAME // 2)
+    return f"{first}{gap and '...'}{last}"
+
+
+def _amount(size: int) -> str:
+    name, unit = unit_of(size)
+    return f"{size / unit:,.1f} {name}"
+
+
+def _of(peak: int, budget: int) -> str:
+    """Two amounts, with as many digits as tell them apart."""
+    name, unit = unit_of(peak)
+    if unit_of(budget)[1] != unit:
+        return f"{_amount(peak)} of {_amount(budget)}"
+    digits = 1 if f"{peak / unit:.1f}" != f"{budget / unit:.1f}" else 2
+    return f"{peak / unit:,.{digits}f} of {budget / unit:,.{digits}f} {name}"
+
+
+# -------------------------------------------------------------------------------------------------
+# All of the plan in a terminal.
+
+
+def show_all(plan: Plan, console: Console) -> None:
+    """Prints the whole answer: the verdict, every table, and the command."""
+    _print_verdict(plan, console)
+    console.print()
     for warning in plan.rows.warnings:
         console.print(escape(f"warning: {warning}"), soft_wrap=not console.is_terminal)
-    parts: list[RenderableType] = [_header(plan), memory_table(plan, console), _recomputation(plan)]
+    parts: list[RenderableType] = [_header(plan), memory_table(plan, console)]
+    if plan.preset:
+        parts.append(_guide_table(plan, plan.preset))
+    parts.append(section("Recomputed layers", Text(_recomputation(plan))))
     parts += [_bases(plan), _batches(plan), _speeds(plan)]
     if plan.preset is None:
         parts.append(presets_table(plan))
     for part in parts:
         console.print(part)
         console.print()
+    if command := plan.train_command:
+        console.print(Text(command, style="bold"), soft_wrap=True)
 
 
 def presets_table(plan: Plan) -> RenderableType:
     """The guide's seven configurations with this model, beside what the guide says."""
-    names = ("batch", "tokens", "recompute", "peak of guide", "least", "memory", "fits")
+    names = ("batch", "tokens", "recompute", "planned", "guide", "least", "memory", "fits")
     table = table_of("preset", *names)
     for row in plan.presets:
         preset = row.preset
-        guide = f"{preset.guide_gb} GB"
-        shown = ["-", f"- of {guide}", "-"]
+        shown = ["-", "-", str(preset.guide_gb), "-"]
         if not row.problem:
             shown = [
                 f"{row.recompute_layers} of {plan.chosen.num_layers}",
-                f"{gigabytes(row.bytes)} of {guide}",
+                gigabytes(row.bytes),
+                str(preset.guide_gb),
                 gigabytes(row.least_bytes),
             ]
         table.add_row(
@@ -150,11 +437,11 @@ def presets_table(plan: Plan) -> RenderableType:
         )
     sources = dict.fromkeys(row.memory.source for row in plan.presets)
     notes = [
-        "batch is micro-batch x accumulation, tokens the length of every row. peak is the run's on"
-        " the guide's own machine (A10G, 18 GB Mac) beside the guide's figure: nothing is"
-        " recomputed if that fits, else as few layers as possible. least recomputes them all."
-        f" fits: in the memory beside it ({'; '.join(sources)}), of which a run plans with"
-        f" {shares()}; with N: if it recomputes N layers. Sizes in GB, 10**9 bytes.",
+        "Sizes in GB, 10**9 bytes. batch: rows at a time x micro-batches of a step; tokens: of"
+        " every row; planned: the peak on the guide's own machine (A10G, 18 GB Mac), with as few"
+        " layers recomputed as fit; guide: the training guide's figure for it; least: the peak with"
+        f" all layers recomputed; fits: in the memory beside it ({'; '.join(sources)}), with N: if"
+        f" N layers are recomputed. A run takes at most {shares()}.",
     ]
     notes += [f"{row.name}: {row.problem}" for row in plan.presets if row.problem]
     return section("Presets of the training guide", table, *notes)
@@ -174,9 +461,12 @@ def _header(plan: Plan) -> RenderableType:
         others = rows.per_epoch - len(rows.train)
         mixed = f" ({others:,} of them mixed in)" if others else ""
         data = (
-            f"{rows.per_epoch:,} training rows of {rows.source}{mixed}, {rows.tokens:,} tokens,"
-            f" {rows.trained_share:.0%} trained; the longest row has {largest.longest:,}"
+            f"{plural(rows.per_epoch, 'training row')} of {rows.source}{mixed}, {rows.tokens:,}"
+            f" tokens, {rows.trained_share:.0%} of them in answers; the longest row has"
+            f" {largest.longest:,}"
         )
+        if rows.estimated_because:
+            data += f". Estimated at {TOKENS_A_WORD} tokens a word, since {rows.estimated_because}"
     else:
         data = (
             f"{len(rows.train):,} rows of {largest.longest:,} tokens (max_length), an upper"
@@ -188,10 +478,10 @@ def _header(plan: Plan) -> RenderableType:
         f" in {len(layers)} of {plan.config.num_hidden_layers} layers",
         "device": f"{plan.device}, base in {plan.base} ({plan.device_source})",
         "rows": data,
-        "batch": f"{settings.micro_batch} x {settings.gradient_accumulation_steps}; the largest"
-        f" micro-batch has {largest.tokens:,} tokens, {largest.target_tokens:,} trained",
-        "memory": f"{size_in(plan.memory.bytes, unit)} {name} ({plan.memory.source}), of which"
-        f" a run plans with {BUDGET_SHARE[plan.device]:.0%}: {size_in(plan.budget, unit)} {name}",
+        "batch": f"{_batch_words(plan)}; the longest {settings.micro_batch} rows together have"
+        f" {largest.tokens:,} tokens, and {largest.target_tokens:,} of them have a loss",
+        "memory": f"{size_in(plan.memory.bytes, unit)} {name} ({plan.memory.source}); a run takes"
+        f" at most {BUDGET_SHARE[plan.device]:.0%} of it, {size_in(plan.budget, unit)} {name}",
     }
     if settings.engine != "fused":
         lines["engine"] = f"{settings.engine} is not planned; the figures are the fused engine's"
@@ -200,7 +490,8 @@ def _header(plan: Plan) -> RenderableType:
     return facts_grid(lines)
 
 
-def _recomputation(plan: Plan) -> RenderableType:
+def _recomputation(plan: Plan) -> str:
+    """How many layers are computed twice, why, and what that costs."""
     layers, number = plan.chosen.recompute_layers, plan.chosen.num_layers
     if not plan.settings.gradient_checkpointing:
         why = "gradient_checkpointing is off, so everything is stored."
@@ -222,7 +513,7 @@ def _recomputation(plan: Plan) -> RenderableType:
     elif layers:
         cost = f"It takes {plan.cost.time(layers):.2f}x the time of none, all {number} would take"
         cost += f" {plan.cost.time(number):.2f}x."
-    return section("Recomputed layers", Text(f"{layers} of {number}: {why} {cost}"))
+    return f"{layers} of {number} layers are recomputed: {why} {cost}"
 
 
 def _bases(plan: Plan) -> RenderableType:
@@ -296,8 +587,8 @@ def _speeds(plan: Plan) -> RenderableType:
         f"time is for {settings.epochs} epochs of {rows.tokens:,} tokens{upper}, training alone:"
         f" MFU x TFLOP/s / ({plan.cost.step / 1e9:.3g} GFLOP a token and recomputation).",
         "TFLOP/s is the datasheet's dense figure (M3: 18 cores x 128 x 2 x 1.4 GHz, CPU: cores x"
-        " 64 x 2.7 GHz). MFU, the share of it in use, is assumed, not measured. Of the memory a run"
-        f" plans with {shares()}; if these settings do not fit, with --batch_size auto.",
+        " 64 x 2.7 GHz). MFU, the share of it in use, is assumed, not measured. A run takes at most"
+        f" {shares()}. Where these settings do not fit, --batch_size auto.",
     ]
     if plan.config.hidden_size < SMALL_MODEL:
         notes.append("For a model this small overhead dominates: expect far less.")
@@ -362,17 +653,12 @@ def memory_table(plan: Plan, console: Console) -> RenderableType:
     lines += [rule, line("peak", peak, "100.0%")]
     lines[-1].stylize("bold" if plan.fits else "bold red")
     left = plan.budget - peak
-    lines.append(line("to plan with", plan.budget))
+    lines.append(line("at most", plan.budget))
     lines.append(line("left" if left >= 0 else "missing", abs(left)))
     if left < 0:
         lines[-1].stylize("bold red")
-    if plan.preset:
-        lines.append(_beside_the_guide(plan, plan.preset))
-    if not plan.fits:
-        lines.append(Text("It does not fit.", style="bold red"))
-        if any(remedy.startswith("--batch_size") for remedy in plan.remedies):
-            lines.append(Text("Training would split the micro-batch. Or try:"))
-        lines += [Text(f"  {remedy}") for remedy in plan.remedies]
+    if any("batch_size" in remedy.changes for remedy in plan.remedies):
+        lines.append(Text("Training would split the micro-batch by itself."))
     return section("Memory at the peak of a step", Group(*lines))
 
 
@@ -384,17 +670,6 @@ def _with_words(line: Text, term: Term, first: int, width: int) -> list[Text]:
     return [line.append(term.what, "dim")]
 
 
-def _beside_the_guide(plan: Plan, preset: str) -> Text:
-    guide = PRESETS[preset].guide_gb
-    asked, own = plan.settings.model_dump(), PRESETS[preset].settings
-    changed = "" if own.items() <= asked.items() else ", changed by your flags"
-    (least,) = (option.all_bytes for option in plan.bases if option.base == plan.base)
-    return Text(
-        f"{preset}{changed}: {gigabytes(plan.chosen.bytes)} of the guide's {guide} GB;"
-        f" {gigabytes(least)} GB with all layers recomputed."
-    )
-
-
 # -------------------------------------------------------------------------------------------------
 # The plan as JSON.
 
@@ -404,6 +679,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
     cost, chosen, rows = plan.cost, plan.chosen, plan.rows
     largest = rows.largest(plan.settings.micro_batch)
     return {
+        "verdict": verdict(plan),
+        "train_command": plan.train_command,
         "model": {
             "name": plan.settings.model_name,
             "figures": plan.figures,
@@ -418,10 +695,12 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "rows": {
             "source": rows.source,
             "upper_bound": rows.source is None,
+            "estimated_because": rows.estimated_because or None,
             "rows": rows.per_epoch,
             "validation_rows": len(rows.validation),
             "tokens_per_epoch": rows.tokens,
             "trained_tokens_per_epoch": rows.trained,
+            "steps_per_epoch": plan.steps_per_epoch,
             "longest": largest.longest,
             "micro_batch_tokens": largest.tokens,
             "micro_batch_target_tokens": largest.target_tokens,
@@ -435,7 +714,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "total_bytes": chosen.bytes,
         "left_bytes": plan.budget - chosen.bytes,
         "fits": plan.fits,
-        "remedies": plan.remedies,
+        "remedies": [remedy.line for remedy in plan.remedies],
         "recompute": {
             "layers": chosen.recompute_layers,
             "num_layers": chosen.num_layers,
@@ -447,14 +726,16 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "effective_batch": plan.settings.rows_per_step,
         "micro_batches": plan.batches,
         "recommended": plan.recommended,
-        "speeds": [
-            {
-                **jsonable(speed),
-                "tflops": speed.machine.tflops(speed.base),
-                "assumed": "mfu is assumed, not measured",
-            }
-            for speed in plan.speeds
-        ],
+        "estimates": [_speed_json(speed) for speed in plan.estimates],
+        "speeds": [_speed_json(speed) for speed in plan.speeds],
         "presets": [{**jsonable(option), "fits": option.fits} for option in plan.presets],
         "warnings": rows.warnings,
+    }
+
+
+def _speed_json(speed: Speed) -> dict[str, Any]:
+    return {
+        **jsonable(speed),
+        "tflops": speed.machine.tflops(speed.base),
+        "assumed": "mfu is assumed, not measured",
     }

@@ -149,10 +149,11 @@ def gigabytes(size: int) -> str:
 
 
 def shares() -> str:
-    """The part of a memory that a run plans with, by kind of device."""
+    """The part of a memory that a run takes, by kind of device."""
     from phitune.plan.machine import BUDGET_SHARE
 
-    return ", ".join(f"{share:.0%} on {device}" for device, share in BUDGET_SHARE.items())
+    names = {"cpu": "the free RAM", "cuda": "a GPU's memory", "mps": "what a Mac lets its GPU use"}
+    return ", ".join(f"{share:.0%} of {names[device]}" for device, share in BUDGET_SHARE.items())
 
 
 # -------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ in the training guide. torch is loaded only where an accelerator is asked.
 """
 
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -223,22 +224,33 @@ def memory_here(name: str, device: Device) -> Memory:
     )
 
 
+def gpu_name(name: str) -> str:
+    """What the driver calls the GPU of a device such as "cuda:1"; "" if it cannot be asked."""
+    return _nvidia_smi(name, "name")
+
+
 def is_apple_silicon() -> bool:
     """Whether this is a Mac with a GPU that PyTorch can use."""
     return sys.platform == "darwin" and platform.machine() == "arm64"
 
 
 def _free_by_nvidia_smi(name: str) -> int | None:
+    free = _nvidia_smi(name, "memory.free")
+    return int(free) * 2**20 if free.isdecimal() else None
+
+
+def _nvidia_smi(name: str, what: str) -> str:
+    """One of the driver's figures of a GPU; "" if it has none."""
     program = shutil.which("nvidia-smi")
     if not program:
-        return None
+        return ""
     index = name.partition(":")[2] or "0"
-    query = [program, "--query-gpu=memory.free", "--format=csv,noheader,nounits", "-i", index]
+    query = [program, f"--query-gpu={what}", "--format=csv,noheader,nounits", "-i", index]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
-        return int(done.stdout.split()[0]) * 2**20
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return ""
+    return done.stdout.partition("\n")[0].strip()
 
 
 # -------------------------------------------------------------------------------------------------
@@ -289,6 +301,36 @@ MACHINES = (
     Machine("2-core CPU", "cpu", 16, 2 * _CPU_CORE, 2 * _CPU_CORE, 0.8, _CPU_SOURCE),
     Machine("16-core CPU", "cpu", 64, 16 * _CPU_CORE, 16 * _CPU_CORE, 0.8, _CPU_SOURCE),
 )
+
+
+# What was measured of such a share: benchmarks/results/gpu.md.
+MEASURED_SHARE = "an H200 reached 11 to 26%"
+# The machines of the training guide, of several with the same memory the ones that are meant.
+_OF_THE_GUIDE = ("A10G", "M3 Pro 18 GB")
+# A given memory is that of a machine if it differs by less: 24 GiB are a card of 24 GB.
+_ABOUT = 0.08
+
+
+def machines_like(device: Device, memory: Memory) -> tuple[Machine, ...]:
+    """Machines of the table that stand for a device with so much memory; none if none does.
+
+    A CPU's memory says nothing of its speed: there are all of the table.
+    """
+    kind = [machine for machine in MACHINES if machine.device == device]
+    if device == "cpu":
+        return tuple(kind)
+    close = [each for each in kind if abs(memory.bytes / each.memory.bytes - 1) < _ABOUT]
+    return tuple(sorted(close, key=lambda each: each.name not in _OF_THE_GUIDE)[:1])
+
+
+def machine_called(gpu: str) -> tuple[Machine, ...]:
+    """The machine of the table that a driver's name means, such as "NVIDIA A100-SXM4-80GB"."""
+    for machine in MACHINES:
+        model = machine.name.removesuffix(" 80GB")
+        # A 3090 Ti, or a 4090 of a laptop, is another card.
+        if re.search(rf"\b{model}\b(?! (?:Ti|SUPER|Laptop|D)\b)", gpu):
+            return (machine,)
+    return ()
 
 
 # -------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phitune.config import Resolved, Settings, choices_of
+from phitune.config import Resolved, Settings, as_flags, choices_of
 from phitune.errors import ModelError, SettingsError, listing
 from phitune.model.architecture import (
     ModelConfig,
@@ -26,10 +26,14 @@ from phitune.model.architecture import (
 from phitune.model.files import cached_model, find_model
 from phitune.plan.cost import Cost
 from phitune.plan.machine import (
+    GB,
     MACHINES,
     Machine,
     Memory,
     device_kind,
+    gpu_name,
+    machine_called,
+    machines_like,
     memory_here,
     parse_memory,
 )
@@ -40,10 +44,12 @@ from phitune.plan.rows import (
     ASSUMED_ROWS,
     Rows,
     assumed_rows,
+    estimated_rows,
     longest_rows_of,
     rows_of,
     rows_of_file,
 )
+from phitune.text import command_line, with_article
 
 if TYPE_CHECKING:
     from phitune.data.prepare import PreparedData
@@ -157,7 +163,8 @@ def what_would_fit(
     there = min(budget, round(_AT_MOST_THERE * run.plan(1, place).bytes))
     place = Placement(place.base, device, there)
     found = remedies(run, settings.model_copy(update=least), place)
-    return f"By the plan of memory, in {there / GIB:.2f} GiB:\n{listing(found)}"
+    lines = listing([remedy.line for remedy in found])
+    return f"By the plan of memory, in {there / GIB:.2f} GiB:\n{lines}"
 
 
 def _beyond_the_model(settings: Settings, config: ModelConfig) -> list[str]:
@@ -270,10 +277,31 @@ def speeds(run: Run, settings: Settings, batch_size: int | None) -> list[Speed]:
         if not batch.fits:
             found.append(Speed(machine, base, None, 0, 0))
             continue
-        rate = machine.mfu * machine.tflops(base) * 1e12 / (run.cost.step * batch.time)
-        hours = settings.epochs * run.rows.tokens / rate / 3600
-        found.append(Speed(machine, base, batch, rate, hours))
+        found.append(_speed(machine, base, batch, run, settings.epochs))
     return found
+
+
+def _speed(machine: Machine, base: Base, batch: BatchOption, run: Run, epochs: int) -> Speed:
+    rate = machine.mfu * machine.tflops(base) * 1e12 / (run.cost.step * batch.time)
+    return Speed(machine, base, batch, rate, epochs * run.rows.tokens / rate / 3600)
+
+
+# Below this hidden size no machine comes near the share of its peak that is assumed.
+SMALL_MODEL = 1024
+
+
+def _estimates(
+    run: Run,
+    settings: Settings,
+    place: Placement,
+    chosen: MemoryPlan,
+    machines: tuple[Machine, ...],
+) -> list[Speed]:
+    """What these settings are expected to take on the machines that stand for the device."""
+    if chosen.bytes > place.budget or run.config.hidden_size < SMALL_MODEL:
+        return []
+    batch = _batch_option(run, settings.micro_batch, chosen, place.budget)
+    return [_speed(machine, place.base, batch, run, settings.epochs) for machine in machines]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -340,34 +368,52 @@ def preset_options(run: Run, settings: Settings, given: Memory | None) -> list[P
 # Settings that would fit.
 
 
-def remedies(run: Run, settings: Settings, place: Placement) -> list[str]:
+@dataclass(frozen=True)
+class Remedy:
+    """Settings with which it fits, or words of what else does."""
+
+    words: str
+    changes: dict[str, Any] = field(default_factory=dict)  # settings by name; none: only words
+    bytes: int = 0
+
+    @property
+    def line(self) -> str:
+        return f"{self.words}: {self.bytes / GIB:.2f} GiB" if self.changes else self.words
+
+
+def remedies(run: Run, settings: Settings, place: Placement) -> list[Remedy]:
     """Changes that make it fit, the cheapest first; all of them together if none does alone."""
     batch_size, effective = settings.micro_batch, run.rows_per_step
     freed = replace(run, recompute_layers=None)
     bf16 = replace(place, base="bf16")
     stores_by_order = run.recompute_layers is not None and run.recompute_layers < run.num_layers
     allow = "--gradient_checkpointing"
+    allowed: dict[str, Any] = {"gradient_checkpointing": True}
     if settings.gradient_checkpointing:
-        allow = "leave out --recompute_layers"
+        allow, allowed = "leave out --recompute_layers", {"recompute_layers": None}
 
     # Each change alone.
     found = []
     if stores_by_order:
-        found += _if_it_fits(f"{allow} (same result, slower)", freed, batch_size, place)
+        words = f"{allow} (same result, slower)"
+        found += _if_it_fits(words, allowed, freed, batch_size, place)
     for smaller in run.batch_sizes:
         if smaller >= batch_size:
             continue
-        flags = f"--batch_size {smaller} --gradient_accumulation_steps {effective // smaller}"
-        if fits := _if_it_fits(f"{flags} (same result)", run, smaller, place):
+        changes = _micro_batch(smaller, effective)
+        words = f"{' '.join(as_flags(changes))} (same result)"
+        if fits := _if_it_fits(words, changes, run, smaller, place):
             found += fits
             break
     if place.base == "fp32":
-        found += _if_it_fits("--precision bf16", run, batch_size, bf16)
+        changes = {"precision": "bf16"}
+        found += _if_it_fits("--precision bf16", changes, run, batch_size, bf16)
     length = settings.max_length // 2
     while length >= SHORTEST_ROWS:
         shorter = replace(run, rows=run.rows.at_most(length))
-        flags = f"--max_length {length}"
-        if shorter.rows.train and (fits := _if_it_fits(flags, shorter, batch_size, place)):
+        changes = {"max_length": length}
+        words = " ".join(as_flags(changes))
+        if shorter.rows.train and (fits := _if_it_fits(words, changes, shorter, batch_size, place)):
             found += fits
             break
         length //= 2
@@ -375,22 +421,32 @@ def remedies(run: Run, settings: Settings, place: Placement) -> list[str]:
         return found
 
     # All that leave the rows as they are.
-    flags = f"--batch_size 1 --gradient_accumulation_steps {effective}"
+    changes = _micro_batch(1, effective)
     if place.base == "fp32":
-        flags += " --precision bf16"
+        changes["precision"] = "bf16"
+    words = " ".join(as_flags(changes))
     if stores_by_order:
-        flags += f", {allow}"
+        words += f", {allow}"
+        changes |= allowed
     least = freed.plan(1, bf16).bytes
-    return _if_it_fits(f"{flags} together", freed, 1, bf16) or [
-        f"none of these settings fits: one row at a time in bf16 takes {least / GIB:.2f} GiB;"
-        " a smaller model or more memory does"
+    return _if_it_fits(f"{words} together", changes, freed, 1, bf16) or [
+        Remedy(
+            f"none of these settings fits: one row at a time in bf16 takes {least / GIB:.2f} GiB;"
+            " a smaller model or more memory does"
+        )
     ]
 
 
-def _if_it_fits(flags: str, run: Run, batch_size: int, place: Placement) -> list[str]:
+def _micro_batch(size: int, effective: int) -> dict[str, Any]:
+    return {"batch_size": size, "gradient_accumulation_steps": effective // size}
+
+
+def _if_it_fits(
+    words: str, changes: dict[str, Any], run: Run, batch_size: int, place: Placement
+) -> list[Remedy]:
     """The remedy with what it takes; nothing where it does not fit."""
     plan = run.plan(batch_size, place)
-    return [f"{flags}: {plan.bytes / GIB:.2f} GiB"] if plan.bytes <= place.budget else []
+    return [Remedy(words, changes, plan.bytes)] if plan.bytes <= place.budget else []
 
 
 # -------------------------------------------------------------------------------------------------
@@ -408,6 +464,8 @@ class Plan:
     modules: tuple[str, ...]
     device: Device
     device_source: str
+    place: str  # the device in words, such as "a 24 GB GPU"
+    given: str | None  # the memory as typed; None: that of the preset or of this machine
     base: Base
     rows: Rows
     memory: Memory
@@ -416,9 +474,10 @@ class Plan:
     bases: list[BaseOption]
     batches: list[BatchOption]
     recommended: BatchOption | None  # what `--batch_size auto` takes; None: nothing fits
+    estimates: list[Speed]  # on machines like the device; none: it does not fit, or none is known
     speeds: list[Speed]
     presets: list[PresetOption]
-    remedies: list[str] = field(default_factory=list)
+    remedies: list[Remedy] = field(default_factory=list)
 
     @property
     def budget(self) -> int:
@@ -428,6 +487,43 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.chosen.bytes <= self.budget
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps; the last may have fewer rows."""
+        return -(-self.rows.per_epoch // self.settings.rows_per_step)
+
+    @property
+    def train_command(self) -> str | None:
+        """Trains with exactly these settings, or with what makes them fit; None if nothing does."""
+        changes = {} if self.fits else self.remedies[0].changes
+        if not self.fits and not changes:
+            return None
+        settings = _not_default(self.settings.model_copy(update=changes))
+        return command_line("train", *as_flags({"dataset_path": _YOUR_DATA, **settings}))
+
+    def command_for(self, model_name: str) -> str | None:
+        """Plans the same with another model; None where the settings are for this one alone."""
+        settings = self.settings
+        own = ("target_modules", "layers", "recompute_layers", "prompt_format", "start_adapter")
+        if settings.model_name == model_name or not _not_default(settings).keys().isdisjoint(own):
+            return None
+        there = {"memory": self.given, "preset": self.preset, "model_name": model_name}
+        flags = {name: value for name, value in _not_default(settings).items() if name not in there}
+        return command_line("plan", *as_flags({**there, **flags}))
+
+
+def _not_default(settings: Settings) -> dict[str, Any]:
+    """The settings that have to be given for these."""
+    defaults = Settings.model_fields
+    found = {name: value for name, value in settings if value != defaults[name].default}
+    if settings.validation_path:
+        found.pop("validation_split", None)  # 0, chosen since these rows have a file of their own
+    return found
+
+
+# Stands for a data set that was not named.
+_YOUR_DATA = "YOUR_DATA.jsonl"
 
 
 def make_plan(resolved: Resolved, memory: str | None = None, preset: str | None = None) -> Plan:
@@ -460,6 +556,9 @@ def make_plan(resolved: Resolved, memory: str | None = None, preset: str | None 
     if preset and device == PRESETS[preset].device:
         device_source = "the preset's"
     there = given or (PRESETS[preset].memory if preset else memory_here(settings.device, device))
+    machines = machines_like(device, there)
+    if device == "cuda" and not given and not preset:
+        machines = machine_called(gpu_name(settings.device))
     place = Placement(base_precision(settings, device), device, there.budget(device))
 
     # Its micro-batch: what `auto` takes is shown beside what was asked for.
@@ -483,6 +582,8 @@ def make_plan(resolved: Resolved, memory: str | None = None, preset: str | None 
         modules=modules,
         device=device,
         device_source=device_source,
+        place=_in_words(device, given, preset),
+        given=memory,
         base=place.base,
         rows=rows,
         memory=there,
@@ -491,10 +592,23 @@ def make_plan(resolved: Resolved, memory: str | None = None, preset: str | None 
         bases=base_options(run, settings.micro_batch, place),
         batches=batches,
         recommended=recommended,
+        estimates=_estimates(run, settings, place, chosen, machines),
         speeds=speeds(run, settings, None if is_auto else settings.micro_batch),
         presets=preset_options(run, settings, given),
         remedies=remedies(run, settings, place) if chosen.bytes > place.budget else [],
     )
+
+
+def _in_words(device: Device, given: Memory | None, preset: str | None) -> str:
+    """The device as a person would name it."""
+    if given:
+        size = given.bytes / GIB if given.bytes % GIB == 0 else given.bytes / GB
+        amount = f"{size:.3g} {'GiB' if given.bytes % GIB == 0 else 'GB'}"
+        names = {"cuda": "{} GPU", "mps": "Mac with {} for its GPU", "cpu": "CPU with {} of RAM"}
+        return with_article(names[device].format(amount))
+    if preset and device == PRESETS[preset].device:
+        return "an A10G of 24 GB" if device == "cuda" else "a Mac of 18 GB"
+    return {"cuda": "this machine's GPU", "mps": "this Mac", "cpu": "this machine's CPU"}[device]
 
 
 def _model_and_rows(settings: Settings) -> tuple[ModelConfig, str, Rows]:
@@ -502,6 +616,7 @@ def _model_and_rows(settings: Settings) -> tuple[ModelConfig, str, Rows]:
     name = settings.model_name
     folder: Path | None
     known = None if Path(name).expanduser().is_dir() else known_model_config(name)
+    missing = ""  # why the rows cannot be tokenized
     if known and not settings.dataset_path:
         folder = cached_model(name)
     else:
@@ -510,10 +625,10 @@ def _model_and_rows(settings: Settings) -> tuple[ModelConfig, str, Rows]:
         except ModelError as error:
             if not known:
                 raise
-            raise ModelError(
-                f"{error}\nWithout --dataset_path its files are not needed: the plan then counts"
-                " rows of max_length tokens."
-            ) from None
+            folder, missing = cached_model(name), str(error).partition("\n")[0].rstrip(".")
+        else:
+            if known and not (folder / "tokenizer.json").is_file():
+                missing = f"{folder} has no tokenizer.json, and the hub cannot be reached"
     if folder:
         config, figures = read_model_config(folder), "config.json"
     else:
@@ -521,7 +636,9 @@ def _model_and_rows(settings: Settings) -> tuple[ModelConfig, str, Rows]:
         config, figures = known, "built in"
     if problems := _beyond_the_model(settings, config):
         raise SettingsError("\n".join(problems))
-    if settings.dataset_path and folder:
+    if settings.dataset_path:
+        if missing or not folder:  # One implies the other.
+            return config, figures, estimated_rows(settings, settings.dataset_path, missing)
         return config, figures, rows_of_file(settings, settings.dataset_path, folder)
     rows = max(ASSUMED_ROWS, settings.rows_per_step)
     return config, figures, assumed_rows(settings.max_length, rows)

@@ -52,6 +52,39 @@ PRESETS = {
 }
 
 
+# A given memory is that of a preset's machine if it differs by less: 24 GiB are 24 GB of an A10G.
+_ABOUT = 0.08
+
+
+def preset_named(name: str, device: str, memory: int | None) -> str:
+    """The preset that is meant: by its whole name, or by "balanced" and the device or its memory.
+
+    Args:
+        device: that of the settings, "auto" where it is open.
+        memory: bytes that were given; None where they were not.
+
+    Raises:
+        SettingsError: it cannot be told which.
+    """
+    found = {full: preset for full, preset in PRESETS.items() if full.endswith(f"-{name}")}
+    if name in PRESETS or not found:
+        return name
+    kind = device.partition(":")[0]
+    meant = [full for full, preset in found.items() if preset.device == kind]
+    if kind == "auto" and memory is not None:
+        meant = [
+            full for full, preset in found.items() if abs(memory / preset.memory.bytes - 1) < _ABOUT
+        ]
+    elif kind == "auto":
+        meant = list(found)
+    if len(meant) != 1:
+        raise SettingsError(
+            f"--preset {name}: there is {' and '.join(found)}; name the one that you mean, or its"
+            " device with --device cuda or --device mps"
+        )
+    return meant[0]
+
+
 def preset_settings(name: str) -> dict[str, Any]:
     """The settings of a preset; flags that were given win over them.
 

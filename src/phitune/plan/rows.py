@@ -2,18 +2,21 @@
 
 That is all a plan needs to know of the data: how long its longest rows are, how many tokens an
 epoch has, and how many of them are trained. Without a data set every row is assumed to have
-max_length tokens, which is an upper bound.
+max_length tokens, which is an upper bound. Where the tokenizer cannot be fetched, the tokens of a
+row are estimated from its words.
 
 Nothing here loads torch.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from phitune.config import Settings
+from phitune.errors import DataError
 from phitune.plan.memory import Shape
 
 if TYPE_CHECKING:
@@ -23,6 +26,13 @@ if TYPE_CHECKING:
 
 # Stands in for a data set that was not given: this many rows of max_length tokens.
 ASSUMED_ROWS = 1000
+
+# An estimate without a tokenizer, on the high side: English has 1.3 to 1.6 tokens a word with
+# Phi-2's and 1.5 to 2.0 with Phi-3.5's. The bytes are for scripts without spaces between words.
+TOKENS_A_WORD = 2
+BYTES_A_TOKEN = 3
+# What a prompt format writes around a turn, and the end token.
+TOKENS_AROUND_A_TURN = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +64,7 @@ class Rows:
     source: Path | None = None  # None: no data set was given, every row counts max_length tokens
     warnings: tuple[str, ...] = ()
     mixed: tuple[OtherRows, ...] = ()
+    estimated_because: str = ""  # why tokens are estimated from words; "" where they are counted
 
     @cached_property
     def longest_first(self) -> tuple[Row, ...]:
@@ -102,7 +113,9 @@ class Rows:
             for other in self.mixed
         )
         mixed = tuple(other for other in kept if other.rows)
-        return Rows(train, validation, self.source, mixed=mixed)
+        return Rows(
+            train, validation, self.source, mixed=mixed, estimated_because=self.estimated_because
+        )
 
     def _of_epoch(self, each: Callable[[Row], int]) -> int:
         return sum(map(each, self.train)) + sum(other.of_epoch(each) for other in self.mixed)
@@ -128,6 +141,61 @@ def rows_of_file(settings: Settings, path: Path, model_folder: Path) -> Rows:
     coder = Coder.of(TextTokenizer(model_folder), settings.prompt_format)
     data = prepare_data(settings, path, coder)
     return rows_of(data, path)
+
+
+def estimated_rows(settings: Settings, path: Path, because: str) -> Rows:
+    """The rows of a data set by their words; a row beyond max_length counts as one of max_length.
+
+    Args:
+        because: why there is no tokenizer.
+
+    Raises:
+        PhituneError: what training would refuse too.
+    """
+    rows = _rows_by_words(settings, path, "train")
+    if settings.validation_path:
+        validation = _rows_by_words(settings, settings.validation_path, "validation")
+    else:
+        # Training chooses them by a hash; evenly spread ones have the same lengths, nearly.
+        number = math.ceil(settings.validation_split * len(rows))
+        chosen = {index * len(rows) // number for index in range(number)}
+        validation = [rows[index] for index in sorted(chosen)]
+        rows = [row for index, row in enumerate(rows) if index not in chosen]
+    if not rows:
+        raise DataError(f"{path}: has too few rows to keep some for validation and train on others")
+    mixed: tuple[OtherRows, ...] = ()
+    if settings.mixed:
+        from phitune.data.mix import taken_rows
+
+        taken = taken_rows(len(rows), [share for _, share in settings.mixed])
+        mixed = tuple(
+            OtherRows(tuple(_rows_by_words(settings.of_mixed(other), other, "train")), number)
+            for (other, _), number in zip(settings.mixed, taken, strict=True)
+        )
+    return Rows(tuple(rows), tuple(validation), path, mixed=mixed, estimated_because=because)
+
+
+def _rows_by_words(
+    settings: Settings, path: Path, part: Literal["train", "validation"]
+) -> list[Row]:
+    from phitune.data.dataset import Reading, read_examples
+    from phitune.data.written import PLAIN_FORMS
+
+    found = []
+    for example in read_examples(path, Reading.of(settings), written_forms=PLAIN_FORMS, part=part):
+        sizes = [(turn.role == "assistant", _by_words(turn.content)) for turn in example.turns]
+        tokens = sum(size for _, size in sizes)
+        trained = sum(size for is_answer, size in sizes if is_answer or settings.train_on_prompt)
+        # Some token of a row is never trained: there is none before the first.
+        most = settings.max_length
+        found.append(Row(min(tokens, most), min(trained, tokens - 1, most - 1)))
+    return found
+
+
+def _by_words(text: str) -> int:
+    """The tokens of a turn, estimated."""
+    least = -(-len(text.encode(errors="replace")) // BYTES_A_TOKEN)
+    return max(TOKENS_A_WORD * len(text.split()), least) + TOKENS_AROUND_A_TURN
 
 
 def rows_of(data: "PreparedData", source: Path | None = None) -> Rows:

@@ -14,10 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phitune.data import json_rows, tables
-from phitune.data.content import Text
+from phitune.data.content import FileNotes, RawRow, Text
 from phitune.data.dataset import read_examples
 from phitune.data.files import read_rows, suffix_of
-from phitune.data.raw_row import FileNotes, RawRow
 from phitune.data.sources import find_source, hub_id
 from phitune.errors import DataError
 

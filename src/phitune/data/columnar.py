@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from phitune.data.content import ARROW, first_bytes
-from phitune.data.raw_row import FileNotes, RawRow
+from phitune.data.content import ARROW, FileNotes, RawRow, first_bytes
 from phitune.errors import DataError
 
 _PARQUET_ROWS = 1024  # fetched at once

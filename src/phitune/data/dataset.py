@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from phitune.config import Settings
+from phitune.data.content import FileNotes, RawRow
 from phitune.data.conversation import Example, Refusal
 from phitune.data.files import BytesRead, read_rows, suffix_of
 from phitune.data.formats import (
@@ -32,7 +33,6 @@ from phitune.data.formats import (
     parse_roles,
     unknown_fields,
 )
-from phitune.data.raw_row import FileNotes, RawRow
 from phitune.data.sources import Part, Source, find_source
 from phitune.data.written import WrittenForm
 from phitune.errors import MAX_LISTED, DataError

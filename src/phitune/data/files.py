@@ -19,13 +19,14 @@ from phitune.data.content import (
     PARQUET,
     UNPACKING_ERRORS,
     DamagedTextError,
+    FileNotes,
+    RawRow,
     Stream,
     Text,
     first_bytes,
     not_data,
 )
 from phitune.data.json_rows import json_rows
-from phitune.data.raw_row import FileNotes, RawRow
 from phitune.data.tables import table_rows
 from phitune.errors import DataError
 

@@ -14,8 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from phitune.data.content import json_name
 from phitune.data.conversation import Example, Role, Turn
-from phitune.data.raw_row import json_name
 from phitune.errors import SettingsError
 
 # --- Names of fields -----------------------------------------------------------------------------

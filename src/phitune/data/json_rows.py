@@ -14,8 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from phitune.data.content import SAMPLE, Stream, Text, not_utf8
-from phitune.data.raw_row import FileNotes, RawRow, json_name
+from phitune.data.content import SAMPLE, FileNotes, RawRow, Stream, Text, json_name, not_utf8
 
 _CHUNK = 2**20  # bytes of an array that are read at once
 _BOM = codecs.BOM_UTF8

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from io import StringIO
 from itertools import islice
 
-from phitune.data.content import Text, not_utf8
-from phitune.data.raw_row import FileNotes, RawRow
+from phitune.data.content import FileNotes, RawRow, Text, not_utf8
 
 # Characters of a cell; without a limit an open quote would read to the end of any file.
 _MAX_CELL = 2**27

@@ -64,7 +64,6 @@ LIGHT = (
     "phitune.data.sources",
     "phitune.data.json_rows",
     "phitune.data.tables",
-    "phitune.data.columnar",
     "phitune.data.prompt",
     "phitune.data.tokenizer",
     "phitune.data.prepare",

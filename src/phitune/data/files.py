@@ -1,9 +1,9 @@
 """Data files (JSON, CSV, TSV, Parquet, Arrow) as a stream of rows, each with its line number.
 
 Rows are read one after the other; no file is ever held in memory as a whole, a JSON array neither.
-What a file is by its first bytes is known in content.py; json_rows.py, tables.py and columnar.py
-read one kind each. A row that cannot be read comes out with the reason in place of its values, and
-says whether anything after it can be read. What a row means is not known here; see formats.py.
+What a file is by its first bytes is known in content.py; json_rows.py and tables.py read one kind
+each. A row that cannot be read comes out with the reason in place of its values, and says whether
+anything after it can be read. What a row means is not known here; see formats.py.
 """
 
 import gzip
@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
 
-from phitune.data.columnar import arrow_rows, parquet_rows
 from phitune.data.content import (
     ARROW,
     GZIP,
@@ -27,7 +26,7 @@ from phitune.data.content import (
     not_data,
 )
 from phitune.data.json_rows import json_rows
-from phitune.data.tables import table_rows
+from phitune.data.tables import arrow_rows, parquet_rows, table_rows
 from phitune.errors import DataError
 
 _JSON = (".jsonl", ".ndjson", ".json")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from phitune.data.coder import Coder
 from phitune.data.prompt import Segment
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import ModelError
@@ -144,3 +145,57 @@ def test_tokens_that_transformers_added_and_saved_are_taken(model: str, tmp_path
     for token in ("<|im_start|>", "<|im_end|>", "<tool>"):
         assert ours.token_id(token) == theirs.convert_tokens_to_ids(token)
     assert ours.special_tokens["eos_token"] == "<|im_end|>"
+
+
+@pytest.mark.parametrize("others", [{}, {"rag": "R"}, {"tool_use": "T", "rag": "R"}])
+@pytest.mark.parametrize("default", ["in the file", "in the folder", "in the list", "nowhere"])
+@pytest.mark.parametrize("listed", [True, False])
+def test_of_several_chat_templates_the_default_is_taken_or_all_are_named(
+    others: dict[str, str], default: str, listed: bool, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(ASSETS / "tiny-phi-2", folder)
+    file = folder / "tokenizer_config.json"
+    written = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    in_config = {"default": written} if default == "in the list" else {}
+    further = folder / "additional_chat_templates"
+    further.mkdir()
+    if listed:
+        in_config |= others
+    else:
+        for name, text in others.items():
+            (further / f"{name}.jinja").write_text(text)
+    if in_config:
+        templates = [{"name": name, "template": text} for name, text in in_config.items()]
+        config = {**json.loads(file.read_text()), "chat_template": templates}
+        file.write_text(json.dumps(config))
+    if default == "in the file":
+        (folder / "chat_template.jinja").write_text(written)
+    elif default == "in the folder":
+        (further / "default.jinja").write_text(written)
+
+    tokenizer = TextTokenizer(folder)
+    turns = [{"role": "user", "content": "Why?"}]
+    try:
+        AutoTokenizer.from_pretrained(folder).apply_chat_template(turns, tokenize=False)
+    except ValueError as error:
+        assert tokenizer.chat_template is None
+        with pytest.raises(ModelError) as refused:
+            Coder.of(tokenizer, "chat")
+        said = str(refused.value)
+        if "multiple chat templates" in str(error):
+            assert all(repr(name) in said for name in others)
+            assert said.endswith(
+                "save the one that is meant as chat_template.jinja there, or use"
+                " --prompt_format instruct"
+            )
+            with pytest.raises(ModelError, match="are named"):  # not taken for instruct
+                Coder.as_saved(tokenizer)
+        else:
+            assert "has no chat template" in said
+            assert Coder.as_saved(tokenizer).format_name == "instruct"
+        assert Coder.of(tokenizer, "instruct")
+    else:
+        assert tokenizer.chat_template == written

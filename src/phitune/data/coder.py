@@ -57,6 +57,8 @@ class Coder:
                 InstructFormat(end_token, tokenizer.bos_token, forms_of(tokenizer.control_tokens)),
             )
         template = tokenizer.chat_template
+        if not template and tokenizer.no_default:
+            raise ModelError(f"{tokenizer.no_default}{remedy and f', or {remedy}'}")
         if not template:
             raise ModelError(
                 f"{tokenizer.folder}: this model has no chat template; use --prompt_format instruct"
@@ -85,7 +87,8 @@ class Coder:
         """
         instruct = cls.of(tokenizer, "instruct")
         template = tokenizer.chat_template
-        if not template or template == instruct.prompt_format.chat_template:
+        is_instruct = template == instruct.prompt_format.chat_template
+        if is_instruct or not (template or tokenizer.no_default):
             return instruct
         return cls.of(tokenizer, "chat", remedy)
 

@@ -162,7 +162,12 @@ class TextTokenizer:
 
         self.special_tokens = self._special_tokens()  # such as {"eos_token": "<|endoftext|>"}
         self.bos_token = self._automatic_bos(spec)  # in front of every text, or ""
-        self.chat_template = read_chat_template(folder)
+        self.chat_template: str | None = None
+        self.no_default: NoDefaultTemplateError | None = None  # why none of several is taken
+        try:
+            self.chat_template = read_chat_template(folder)
+        except NoDefaultTemplateError as error:  # Rows in the instruct format need none.
+            self.no_default = error
 
     @property
     def control_tokens(self) -> list[str]:
@@ -444,21 +449,42 @@ class TextTokenizer:
         return bos[0]
 
 
+class NoDefaultTemplateError(ModelError):
+    """There are several chat templates, and none of them is the default."""
+
+
+_MAX_TEMPLATES, _MAX_NAME = 9, 40  # names of templates in a message, characters of a name
+
+
 def read_chat_template(folder: Path) -> str | None:
     """The chat template in a folder of a tokenizer; None where it has none.
 
+    Of several by name the one named "default", as transformers takes it.
+
     Raises:
+        NoDefaultTemplateError: no template of several has that name.
         ModelError: a file that cannot be read.
     """
     if file := own_file(folder / "chat_template.jinja"):
         return read_text(file, "")
-    template = _read_if_there(folder / "tokenizer_config.json").get("chat_template")
-    if isinstance(template, list):  # Several, by name.
-        entries = [entry for entry in template if isinstance(entry, dict)]
-        template = next(
-            (entry.get("template") for entry in entries if entry.get("name") == "default"), None
-        )
-    return template if isinstance(template, str) else None
+    further = folder / "additional_chat_templates"
+    names = sorted(path.stem for path in further.glob("*.jinja"))
+    if "default" in names:
+        return read_text(further / "default.jinja", "")
+    if not names:
+        template = _read_if_there(folder / "tokenizer_config.json").get("chat_template")
+        if isinstance(template, list):
+            entries = [entry for entry in template if isinstance(entry, dict)]
+            template = {str(entry.get("name")): entry.get("template") for entry in entries}
+        if isinstance(template, dict):
+            names, template = sorted(template), template.get("default")
+        if isinstance(template, str) or not names or "default" in names:
+            return template if isinstance(template, str) else None
+    shown = ", ".join(repr(name[:_MAX_NAME]) for name in names[:_MAX_TEMPLATES])
+    raise NoDefaultTemplateError(
+        f"{folder}: its chat templates are named {shown}, and none is named 'default', which a chat"
+        " without tools or documents uses; save the one that is meant as chat_template.jinja there"
+    )
 
 
 # Each byte as a letter, as byte-level tokenizers write it: those that can be printed as they are.

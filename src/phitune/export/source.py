@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from phitune.data.coder import Coder, FormatName
-from phitune.data.tokenizer import read_chat_template
+from phitune.data.tokenizer import NoDefaultTemplateError, read_chat_template
 from phitune.export.card import TrainedAdapter
 from phitune.inference.loaded import (
     LoadedModel,
@@ -77,7 +77,11 @@ def open_source(
 
 def _template_note(coder: Coder, model_folder: Path) -> str:
     """Which chat template an export writes."""
-    written, own = coder.prompt_format.chat_template, read_chat_template(model_folder)
+    written = coder.prompt_format.chat_template
+    try:
+        own = read_chat_template(model_folder)
+    except NoDefaultTemplateError:
+        return "note: the chat template is the adapter's own, in place of the base model's several"
     if written == own:
         return "note: the chat template is the base model's own"
     what = "that of the instruct format" if coder.format_name == "instruct" else "the adapter's own"

@@ -248,6 +248,8 @@ def read_coder(
             f"{tokenizer.folder / TOKENIZER_FILE}: has {tokenizer.size} tokens, the model in {base}"
             f" {config.vocab_size}; they do not belong together, name another with --model_name"
         )
+    if name == "instruct":
+        return Coder.of(tokenizer, name), []
     template = read_chat_template(path)
     tokenizer.chat_template = template or read_chat_template(base)
     if name is not None:

@@ -1,5 +1,6 @@
 """Settings: declared once, the same from flags, files and Python, refused with the same words."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -354,7 +355,7 @@ def test_what_others_call_a_setting_is_told_by_flag_and_file(
 
 
 def test_every_name_of_the_table_is_a_setting_or_a_flag_here() -> None:
-    from phitune import config
+    from phitune import neighbours
     from phitune.cli import COMMANDS
     from phitune.commands import chat, compare, evaluate, export
 
@@ -366,12 +367,14 @@ def test_every_name_of_the_table_is_a_setting_or_a_flag_here() -> None:
         export.ExportOptions,
     ):
         known |= set(options.model_fields)
-    assert set(config._NEIGHBOURS) <= known
-    # A longest answer, where rows have no length.
-    assert set(config._CALLED_HERE) & set(Settings.model_fields) == {"max_length"}
-    assert not set(config._NOT_HERE) & set(config._CALLED_HERE)
-    for name, why in config._NOT_HERE.items():
-        with pytest.raises(SettingsError, match=f"--{name}; there is no such setting: {why}"):
+    assert set(neighbours.NEIGHBOURS) <= known
+    # A longest answer, where rows have no length; and the run, where none is written.
+    called = set(neighbours._CALLED_HERE)
+    assert called & set(Settings.model_fields) == {"max_length", "output_dir"}
+    assert not set(neighbours._NOT_HERE) & called
+    for name, why in neighbours._NOT_HERE.items():
+        said = re.escape(f"--{name}; there is no such setting: {why}")
+        with pytest.raises(SettingsError, match=said):
             from_flags(f"--{name}=1")
 
 

@@ -10,7 +10,7 @@ import phitune
 from phitune.cli import COMMANDS
 
 SOURCE = Path(phitune.__file__).parent
-FREE_TO_ALL = {"config", "environment", "errors", "text", "untrusted"}
+FREE_TO_ALL = {"config", "environment", "errors", "neighbours", "text", "untrusted"}
 MAY_IMPORT = {
     "cli": {"commands", *FREE_TO_ALL},
     "commands": {
@@ -46,7 +46,8 @@ MAY_IMPORT = {
     "check": {"model", "data", *FREE_TO_ALL},
     "model": FREE_TO_ALL,
     "data": FREE_TO_ALL,
-    "config": {"errors"},
+    "config": {"errors", "neighbours"},
+    "neighbours": set(),
     "untrusted": {"errors"},
     "environment": {"errors"},
     "errors": set(),

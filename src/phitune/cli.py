@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 code = _run(words)
     except BaseException as error:  # Whatever ends a command is an exit code.
-        code = _exit_code(error)
+        code = _exit_code(error, words)
     try:
         sys.stdout.flush()  # What fails now would fail behind our back.
     except OSError as error:
@@ -78,11 +78,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _exit_code(error: BaseException) -> int:
-    """Says what ended a command."""
+def _exit_code(error: BaseException, words: list[str]) -> int:
+    """Says what ended a command, and what the right line would have been if it was a wrong one."""
     match error:
         case SystemExit():  # argparse, once its help is shown.
             return int(error.code or 0)
+        case PhituneError() if error.exit_code == SettingsError.exit_code:
+            from phitune.commands.guesses import advice
+
+            _print_error(f"{error}{advice(words, list(COMMANDS))}")
+            return error.exit_code
         case PhituneError() | Interrupted():
             _print_error(str(error))
             return error.exit_code
@@ -176,7 +181,7 @@ def _run(argv: list[str]) -> int:
         code: int = importlib.import_module(f"phitune.commands.{word}").run(argv[1:])
         return code
 
-    from phitune.config import unknown_name
+    from phitune.neighbours import unknown_name
 
     what = unknown_name(word, COMMANDS, kind="command")
     raise SettingsError(f"{what}\nRun 'phitune --help' for all commands.")

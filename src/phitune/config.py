@@ -13,7 +13,6 @@ that was pasted above an older one are the user's mistakes that nobody sees.
 What depends on the machine, the model or the data ("auto") is chosen later, by others.
 """
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -35,6 +34,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from phitune.errors import SettingsError, listing
+from phitune.neighbours import unknown_name
 
 Origin = Literal["default", "file", "flag", "argument", "chosen", "resume_with"]
 LORA_ALPHA_PER_RANK = (2, 4)
@@ -760,173 +760,6 @@ def to_yaml(resolved: Resolved, remarks: Mapping[str, str] | None = None) -> str
 
 # -------------------------------------------------------------------------------------------------
 # From defaults, a file and flags to settings, or one error that names every problem.
-
-
-# What other programs of this field call the settings, and what is no setting here. Names are in
-# lower case, with _ for - and for a point; of "training.lora_rank" the last part counts.
-_NEIGHBOURS = {
-    "epochs": "num_train_epochs num_epochs n_epochs max_epochs total_epochs train_epochs",
-    "batch_size": "per_device_train_batch_size per_gpu_train_batch_size micro_batch_size"
-    " train_batch_size device_batch_size train_micro_batch_size_per_gpu bsz mbs",
-    "gradient_accumulation_steps": "gradient_accumulation grad_accumulation_steps grad_accum"
-    " accumulate_grad_batches accumulation_steps grad_accum_steps grad_accumulation",
-    "learning_rate": "lr base_lr max_lr peak_lr learning_rate_max learningrate",
-    "lr_scheduler": "lr_scheduler_type scheduler lr_schedule schedule lr_decay_style",
-    "warmup_ratio": "warmup warmup_steps lr_warmup_steps num_warmup_steps warmup_iters"
-    " warmup_fraction warmup_proportion lr_warmup",
-    "weight_decay": "wd adam_weight_decay",
-    "max_grad_norm": "gradient_clipping grad_clip clip_grad clip_grad_norm gradient_clip_val"
-    " max_norm gradient_clip",
-    "early_stopping_patience": "patience early_stopping early_stop",
-    "max_length": "cutoff_len max_seq_length max_seq_len sequence_len seq_length seq_len"
-    " sequence_length model_max_length block_size max_source_length context_length max_tokens"
-    " ctx_len",
-    "lora_r": "lora_rank lora_dim rank r adapter_rank peft_lora_r",
-    "lora_alpha": "alpha peft_lora_alpha lora_scale",
-    "lora_dropout": "dropout peft_lora_dropout",
-    "use_rslora": "rslora rs_lora peft_use_rslora lora_use_rslora rank_stabilized",
-    "target_modules": "lora_target lora_target_modules lora_modules lora_target_linear"
-    " lora_attn_modules peft_target_modules",
-    "layers": "layers_to_transform lora_layers num_layers finetune_layers",
-    "train_on_prompt": "train_on_inputs train_on_input mask_prompt train_on_source"
-    " completion_only_loss assistant_only_loss",
-    "model_name": "model_name_or_path model base_model model_id base_model_name"
-    " pretrained_model_name_or_path model_path base_model_path",
-    "dataset_path": "dataset data data_path train_file train_data dataset_name training_file"
-    " data_file data_files datasets train_dataset training_data dataset_dir train_path input",
-    "validation_path": "validation_file val_file eval_file eval_dataset eval_data valid_data"
-    " val_path val_data test_file valid_path eval_path",
-    "validation_split": "val_set_size val_size eval_split test_size validation_ratio val_split"
-    " split_dataset_ratio eval_ratio val_split_fraction",
-    "data_format": "dataset_type dataset_format formatting data_type",
-    "columns": "field_messages dataset_text_field text_column column_mapping",
-    "prompt_format": "template chat_template prompt_template prompt_style conversation_template",
-    "output_dir": "out_dir output output_path save_path save_dir adapter_output_dir log_dir",
-    "overwrite": "overwrite_output_dir force overwrite_output",
-    "resume": "resume_from_checkpoint resume_from",
-    "start_adapter": "adapter_path init_adapter resume_adapter_file lora_model_dir adapter lora"
-    " lora_path peft_model peft_path adapter_name_or_path lora_weights adapter_dir",
-    "save_every": "save_steps save_strategy save_interval steps_per_save save_freq save_epochs",
-    "keep_checkpoints": "save_total_limit max_checkpoints",
-    "precision": "dtype torch_dtype bf16 bfloat16 fp16 half mixed_precision",
-    "device": "device_map gpu gpu_id cuda",
-    "gradient_checkpointing": "grad_checkpoint use_gradient_checkpointing"
-    " enable_activation_checkpointing activation_checkpointing grad_checkpointing",
-    "torch_compile": "compile use_compile",
-    "seed": "random_seed data_seed",
-    "report_to": "logger tracker log_with use_wandb wandb tensorboard mlflow trackio",
-    "sample_prompts": "eval_prompts inference_prompts",
-    "config": "config_file config_path yaml",
-    # Flags of the other commands.
-    "adapter_path": "adapter lora lora_path peft_model peft_path adapter_name_or_path lora_weights"
-    " adapter_dir run",
-    "max_new_tokens": "max_tokens max_length n_predict num_predict max_generated_tokens",
-    "temperature": "temp",
-    "repetition_penalty": "repeat_penalty",
-    "format": "outtype export_format",
-    "quantization": "quant quantize quantization_type",
-    "system": "system_prompt system_message",
-    "metric": "metrics",
-    "limit": "max_samples num_samples",
-    "output": "out outfile output_file output_path",
-    # Commands.
-    "demo": "quickstart example tutorial",
-    "train": "finetune fine_tune fit sft lora",
-    "chat": "generate inference infer run",
-    "evaluate": "eval test",
-    "export": "merge convert quantize fuse",
-    "check": "validate inspect",
-}
-_CALLED_HERE: dict[str, list[str]] = {}
-for _ours, _theirs in _NEIGHBOURS.items():
-    for _name in _theirs.split():
-        _CALLED_HERE.setdefault(_name, []).append(_ours)
-# Where the value is another one, too.
-_OTHER_VALUES = {
-    "adapter_path": "an adapter to train further",
-    "warmup_steps": "a share of all steps",
-    "lr_warmup_steps": "a share of all steps",
-    "num_warmup_steps": "a share of all steps",
-    "warmup_iters": "a share of all steps",
-    "val_size": "a share of the rows",
-    "mask_prompt": "true where this was false",
-    "completion_only_loss": "true where this was false",
-    "assistant_only_loss": "true where this was false",
-    "lora_layers": "the numbers of the layers, such as 16-31",
-    "num_layers": "the numbers of the layers, such as 16-31",
-    "lora_scale": "lora_r times this",
-    "save_steps": "a number of steps, minutes such as 10m, epoch or auto",
-    "save_strategy": "a number of steps, minutes such as 10m, epoch or auto",
-    "bf16": "auto, fp32 or bf16",
-    "bfloat16": "auto, fp32 or bf16",
-    "fp16": "auto, fp32 or bf16",
-    "half": "auto, fp32 or bf16",
-    "mixed_precision": "auto, fp32 or bf16",
-}
-_NOT_HERE = {
-    "max_steps": "runs are counted in epochs",
-    "max_train_steps": "runs are counted in epochs",
-    "iters": "runs are counted in epochs",
-    "num_steps": "runs are counted in epochs",
-    "global_batch_size": "a step has batch_size x gradient_accumulation_steps rows",
-    "total_batch_size": "a step has batch_size x gradient_accumulation_steps rows",
-    "load_in_4bit": "the base is kept in bf16 or fp32, never quantized",
-    "load_in_8bit": "the base is kept in bf16 or fp32, never quantized",
-    "quantization_bit": "the base is kept in bf16 or fp32, never quantized",
-    "use_qlora": "the base is kept in bf16 or fp32, never quantized",
-    "optim": "the optimizer is AdamW",
-    "optimizer": "the optimizer is AdamW",
-    "logging_steps": "every step is in metrics.jsonl",
-    "eval_steps": "validation follows every epoch",
-    "eval_strategy": "validation follows every epoch",
-    "evaluation_strategy": "validation follows every epoch",
-    "packing": "rows are always packed without padding, and never see one another",
-    "sample_packing": "rows are always packed without padding, and never see one another",
-    "per_device_eval_batch_size": "validation takes as many rows at once as training",
-    "task_type": "the task is always causal language modelling",
-    "bias": "adapters have no bias",
-    "lora_bias": "adapters have no bias",
-    "finetuning_type": "training is always LoRA",
-    "stage": "training is always supervised",
-    "do_train": "phitune train trains",
-    "peft": "training is always LoRA",
-    "use_peft": "training is always LoRA",
-    "deepspeed": "training uses one device",
-    "fsdp": "training uses one device",
-    "num_gpus": "training uses one device",
-}
-
-
-def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The known name that a mistyped one most likely means."""
-    return next(iter(difflib.get_close_matches(name.replace("-", "_"), list(names), 1)), None)
-
-
-def unknown_name(name: str, names: Iterable[str], *, kind: str, prefix: str = "") -> str:
-    """What to say of a name that is none of `names`: what it is called here, or was meant."""
-    names = list(names)
-    said = f"unknown {kind} {prefix}{shown_name(name)}"
-    plain = re.sub(r"[\s-]", "_", name.strip().lower())
-    last = re.split(r"[./:]", plain)[-1]
-    for theirs in dict.fromkeys((plain.replace(".", "_"), last)):
-        if theirs in names and theirs != name.replace("-", "_"):
-            return f"{said}; phitune calls it {prefix}{theirs}"
-        for ours in _CALLED_HERE.get(theirs, []):
-            if ours in names:
-                value = f" ({_OTHER_VALUES[theirs]})" if theirs in _OTHER_VALUES else ""
-                return f"{said}; phitune calls it {prefix}{ours}{value}"
-        if theirs in _NOT_HERE:
-            return f"{said}; there is no such setting: {_NOT_HERE[theirs]}"
-    guess = nearest(name, names)
-    return said + (f"; did you mean {prefix}{guess}?" if guess else "")
-
-
-def shown_name(name: str) -> str:
-    """A name as it was given, unless it is none at all."""
-    return name if name.strip() and len(name) <= MAX_NAME else repr(name[:MAX_NAME])
-
-
-MAX_NAME = 80  # characters
 
 
 def read_config_file(path: Path) -> dict[str, Any]:

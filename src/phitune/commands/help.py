@@ -52,3 +52,12 @@ def shipped_help(command: str) -> Help | None:
     """What ships with the package; None for a command that the file does not have yet."""
     helps = json.loads(FILE.read_text(encoding="utf-8"))
     return Help(**helps[command]) if command in helps else None
+
+
+def commands_with(flag: str) -> list[str]:
+    """The commands that list a flag in their help."""
+    return [
+        command
+        for command, shown in json.loads(FILE.read_text(encoding="utf-8")).items()
+        if any(each.split()[0] == flag for flags in shown["groups"].values() for each in flags)
+    ]

@@ -30,7 +30,7 @@ from pydantic import (
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
-from phitune.commands.help import Help
+from phitune.commands.help import Help, commands_with
 from phitune.config import (
     DASHES,
     MAX_COUNT,
@@ -47,9 +47,9 @@ from phitune.config import (
     in_words,
     model_meant,
     recommended_range,
-    unknown_name,
 )
 from phitune.errors import SettingsError
+from phitune.neighbours import called_here, unknown_name
 from phitune.text import visible
 
 if TYPE_CHECKING:
@@ -298,7 +298,7 @@ def parse(options: type[AnyOptions], argv: Sequence[str]) -> AnyOptions:
     Raises:
         SettingsError: unknown flags, or values that are not allowed; names each of them.
     """
-    parser = _parser_of(options)
+    parser = parser_of(options)
     flags = _read(parser, argv, _flags(options))
     _say_model(flags)
     return _validated(options, flags, parser)
@@ -308,7 +308,7 @@ def parse_with_settings(
     options: type[AnyTrainingOptions], argv: Sequence[str]
 ) -> tuple[AnyTrainingOptions, dict[str, Any]]:
     """The command's own options, and the settings that were given, as text for `config.resolve`."""
-    parser = _parser_of(options)
+    parser = parser_of(options)
     flags = _read(parser, argv, [*Settings.model_fields, *_flags(options)])
     settings = {name: flags.pop(name) for name in Settings.model_fields if name in flags}
     if "data" in flags:
@@ -421,7 +421,7 @@ def _read(parser: _Parser, argv: Sequence[str], names: Sequence[str]) -> dict[st
     }
     given, unknown = parser.parse_known_args(_with_values(argv, taking_one, parser))
     if unknown_flags := [word for word in unknown if word.startswith("-")]:
-        parser.error(_why_unknown(unknown_flags[0], argv, names))
+        parser.error("\n".join(_why_unknown(word, argv, names) for word in unknown_flags))
     flags = vars(given)
     for place in flags.get("runs", [flags["data"]] if "data" in flags else []):
         if why := _why_no_place(place, argv, names):
@@ -464,6 +464,8 @@ def _why_unknown(word: str, argv: Sequence[str], names: Sequence[str]) -> str:
     if not word.strip():
         return "unexpected argument '': it is empty (an unset variable?); remove it"
     if word.startswith("--"):
+        if not called_here(bare, names) and (others := commands_with(f"--{bare}")):
+            return f"--{bare} is no flag of this command, but of phitune {', '.join(others)}"
         return unknown_name(bare, names, kind="flag", prefix="--")
     if word[0] in f"-{DASHES}" and bare and not bare[0].isdigit():
         dash = "one hyphen" if word[0] == "-" else f"a dash ({word[0]}) that is no hyphen"
@@ -519,10 +521,10 @@ def _validated(options: type[AnyOptions], given: Mapping[str, Any], parser: _Par
 
 def help_of(options: type[Options]) -> Help:
     """What `--help` shows of a command."""
-    return _parser_of(options).help()
+    return parser_of(options).help()
 
 
-def _parser_of(options: type[Options]) -> _Parser:
+def parser_of(options: type[Options]) -> _Parser:
     parser = _Parser(
         prog=" ".join(["phitune", options.usage.split()[0]]),
         usage=f"phitune {options.usage}",

@@ -13,12 +13,12 @@ import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from yaml.reader import ReaderError
 
-from phitune.config import unknown_name
 from phitune.data.coder import Coder
 from phitune.data.conversation import Example, Turn
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import DataError, listing
 from phitune.inference.run_rows import Run, find_run, rows_of_run
+from phitune.neighbours import unknown_name
 from phitune.text import plural, short_path
 from phitune.training.rundir import ADAPTER
 

@@ -7,8 +7,8 @@ tools/build_docs.py writes them as YAML files. What they take is memory.py's sum
 from dataclasses import dataclass
 from typing import Any
 
-from phitune.config import unknown_name
 from phitune.errors import SettingsError
+from phitune.neighbours import unknown_name
 from phitune.plan.machine import APPLE_SHARE, GB, Memory
 from phitune.plan.memory import GIB, Device
 

@@ -23,7 +23,6 @@ from phitune.config import (
     repeated,
     setting_text,
     split_pairs,
-    unknown_name,
     validated,
 )
 from phitune.data.prepare import PreparedData
@@ -32,6 +31,7 @@ from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import ResumeError, SettingsError, listing
 from phitune.model.adapter_config import CONFIG_FILE
 from phitune.model.files import SHIPPED_MODELS
+from phitune.neighbours import unknown_name
 from phitune.text import command_line
 from phitune.training.checkpoint import (
     DamagedCheckpointError,

@@ -309,3 +309,32 @@ def test_the_commands_of_other_programs_name_files_that_are_there(
         assert last == "  where BASE.gguf is a llama.cpp file of tiny-phi-2"
     assert len(files) == 2
     assert all(Path(file).is_file() for file in files)
+
+
+def test_a_run_that_ran_out_of_memory_says_how_to_resume(place: Path) -> None:
+    real, count = FusedEngine._loss_and_gradients, -1
+
+    def full(self: FusedEngine, *args: object) -> object:
+        nonlocal count
+        count += 1
+        if count >= 30:  # in the second epoch, however the row is split
+            raise MemoryError
+        return real(self, *args)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(FusedEngine, "_loss_and_gradients", full)
+        refused = phitune(f"{LINE} --epochs 2")
+    assert refused.returncode
+    assert "out of memory" in refused.stderr
+    resumed = phitune(printed(refused.stderr))
+    assert resumed.returncode == 0, resumed.stderr
+    assert steps(place / "my run") == 6
+
+
+def test_the_proposal_of_layers_is_a_command_that_trains(place: Path) -> None:
+    survey = phitune("layers tiny-phi-2 --dataset_path 'my rows.jsonl' --batch_size 2 --batches 2")
+    assert survey.returncode == 0, survey.stderr
+    short = ["--epochs", "1", "--sample_tokens", "0", "--output_dir", "my run"]
+    done = phitune([*printed(survey.stdout), *short])
+    assert done.returncode == 0, done.stderr
+    assert (place / "my run/adapter").is_dir()

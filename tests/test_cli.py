@@ -520,6 +520,7 @@ def in_shell(line: str, **variables: str | None) -> "subprocess.CompletedProcess
     )
 
 
+@pytest.mark.campaign
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_behind_the_output_costs_no_step_and_is_named(place: Path) -> None:
     done = in_shell(f"phitune {SHORT} > /dev/full")

@@ -307,6 +307,7 @@ def test_ctrl_c_during_the_write_leaves_what_was_there(
     assert left_in(place) == (["out"] if before else [])
 
 
+@pytest.mark.campaign
 @pytest.mark.usefixtures("heeds_signals")
 def test_a_real_ctrl_c(phi_2_run: Path, place: Path) -> None:
     """The signal that a terminal sends, while a second process writes."""

@@ -239,6 +239,7 @@ def test_200_texts_are_tokenized_alike_by_the_real_tokenizers(
     check_texts(write_model(folder, tokens, "f16"), tokens)
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize("name", ["phi-2", "phi-3.5-mini-instruct"])
 def test_the_server_puts_a_question_as_training_did_with_the_real_tokenizers(
     name: str, shared: Path, tmp_path: Path

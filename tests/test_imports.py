@@ -1,13 +1,18 @@
 """Who may import whom, what is loaded only when it is needed, and what no code here does."""
 
 import ast
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import phitune
 from phitune.cli import COMMANDS
+from phitune.commands.help import shipped_help
+from phitune.commands.options import help_of
 
 SOURCE = Path(phitune.__file__).parent
 FREE_TO_ALL = {"config", "environment", "errors", "neighbours", "text", "untrusted"}
@@ -146,6 +151,13 @@ def test_help_loads_no_command() -> None:
     probe = [sys.executable, "-c", HELP, json.dumps([list(COMMANDS), NOT_FOR_HELP])]
     done = subprocess.run(probe, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == {}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_that_ships_is_that_of_the_options(command: str) -> None:
+    module = importlib.import_module(f"phitune.commands.{command}")
+    options = getattr(module, f"{command.capitalize()}Options")
+    assert shipped_help(command) == help_of(options), "run make docs"
 
 
 def test_nothing_pickled_and_no_remote_code_in_the_package() -> None:

@@ -87,6 +87,7 @@ def test_the_three_commands_of_the_guide_run_as_written(place: Path, line: str) 
     own = "my_model" in line
     done = call(sys.executable, str(MAIN), *words) if own else phitune(["train", *words])
     assert done.returncode == 0, done.stderr
+    assert len(done.stdout.partition("\nstep 1/")[0].splitlines()) <= 15
     (run,) = (place / "output").iterdir()
     if "my_model" in line:
         assert run.name == "my_model"
@@ -178,7 +179,7 @@ def test_conversations_tables_and_parquet_are_trained_on_and_said_aloud(place: P
     line = "train --model_name tiny-phi-3.5 --epochs 1 --sample_tokens 4 --prompt_format chat"
     done = phitune(f"{line} --dataset_path chats.json --validation_split 0 --output_dir a")
     assert done.returncode == 0, done.stderr
-    assert "chats.json: read as sharegpt (conversations)" in done.stdout
+    assert "0 for validation; sharegpt (conversations)" in done.stdout
     assert "8 training and 0 validation rows" in done.stdout
     sample = lines_of(place / "a" / "samples.jsonl")[0]
     assert sample["prompt"].startswith("<|user|>\nWhat is 0?<|end|>\n<|assistant|>\nIt is 0.")
@@ -441,7 +442,7 @@ def test_engines_and_recomputed_layers_train_the_same_adapter(place: Path) -> No
         "recomputed": "--recompute_layers all",
         "reference": "--engine reference",
     }.items():
-        done = phitune(f"{line} --output_dir {name} {flags}")
+        done = phitune(f"{line} --output_dir {name} --verbose {flags}")
         assert done.returncode == 0, done.stderr
         assert f"engine: {'reference' if name == 'reference' else 'fused'}" in done.stdout
         found[name] = load_file(place / name / "adapter" / "adapter_model.safetensors")

@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import signal
+import sys
 from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
@@ -56,8 +57,14 @@ def finished(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def printed(text: str) -> list[str]:
     """The words of the one command in a text, which ends its line."""
-    (command,) = re.findall(r"phitune (?:train|evaluate|check|export|chat) .*", text)
-    return shlex.split(command.removesuffix("."))[1:]
+    (command,) = all_printed(text)
+    return command
+
+
+def all_printed(text: str) -> list[list[str]]:
+    """The words of each command in a text; every one of them ends its line."""
+    commands = re.findall(r"phitune (?:train|evaluate|check|export|ask|chat|compare) .*", text)
+    return [shlex.split(command.removesuffix("."))[1:] for command in commands]
 
 
 def steps(run: Path) -> int:
@@ -189,10 +196,31 @@ def test_a_run_without_a_checkpoint_says_how_to_start_anew(finished: Path, what:
     assert steps(finished) == 6
 
 
-def test_more_of_an_evaluation_is_had_by_the_command(place: Path) -> None:
+def test_a_run_ends_with_what_can_be_done_next(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With too few steps, that is training again: the command makes the steps that it promises."""
     done = phitune(f"{LINE} --epochs 1")
-    more = phitune([*printed(done.stdout), "--limit", "1", "--max_new_tokens", "4"])
-    assert more.returncode == 0, more.stderr
+    again, *others = all_printed(done.stdout.partition("\nNext:\n")[2])
+    assert [words[0] for words in others] == ["ask", "chat", "evaluate"]
+    for words in others:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"What is 3?\n")))
+        short = ["--max_new_tokens", "4", *(["--limit", "1"] if words[0] == "evaluate" else [])]
+        asked = phitune([*words, *short])
+        assert asked.returncode == 0, (words, asked.stderr)
+    warnings = [line for line in done.stdout.splitlines() if line.startswith("warning: 3 optim")]
+    assert len(warnings) == 2  # Before the run and behind it.
+    assert "for 21 an epoch, 21 in all" in done.stdout
+    # In the words of `check`.
+    flags = "--model_name tiny-phi-2 --batch_size 1 --gradient_accumulation_steps 8 --epochs 1"
+    report = json.loads(phitune(f"check 'my rows.jsonl' {flags} --json").stdout)
+    (found,) = [check for check in report["checks"] if check["name"] == "optimizer_steps"]
+    assert found["verdict"] == "warning"
+    said = f"warning: {found['title']}: {found['message']}; {found['remedy']}"
+    assert said in done.stdout.splitlines()
+    longer = phitune([*again, "--output_dir", "again"])
+    assert longer.returncode == 0, longer.stderr
+    assert steps(place / "again") == 21
 
 
 def test_errors_in_the_data_are_shown_by_the_command(place: Path) -> None:

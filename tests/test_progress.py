@@ -13,6 +13,7 @@ from phitune.progress import (
     Position,
     answers_table,
     data_progress,
+    guessing_lines,
     open_view,
     settings_lines,
 )
@@ -86,11 +87,32 @@ def test_a_run_shows_its_numbers_and_its_samples(terminal: bool) -> None:
 def test_settings_keep_their_lines_whole_and_name_their_origins() -> None:
     shown = console(terminal=False, width=40)
     resolved = resolve({"sample_prompts": ["a" * 60, "b"], "epochs": "3"})
-    shown.print(settings_lines(resolved), soft_wrap=True)
+    shown.print(settings_lines(resolved, verbose=True), soft_wrap=True)
     lines = [line.split() for line in text_of(shown).splitlines()]
     assert ["epochs", "3", "(flag)"] in lines
     assert ["sample_prompts", "a" * 60, "|", "b", "(flag)"] in lines
     assert ["dataset_path", "-", "(default)"] in lines
+
+
+def test_settings_at_their_defaults_are_left_out_unless_they_are_asked_for() -> None:
+    shown = console(terminal=False)
+    resolved = resolve({"epochs": "3", "batch_size": "4"}).choose(precision="fp32", seed=42)
+    shown.print(settings_lines(resolved, verbose=False), soft_wrap=True)
+    assert text_of(shown).splitlines() == [
+        "Settings that are not the defaults (--verbose: all)",
+        "  epochs  3  (flag)",
+        "  chosen here: precision fp32",
+    ]
+
+
+def test_a_model_that_knows_less_than_chance_is_named() -> None:
+    assert guessing_lines(7.33, 1536, "tiny-phi-2") == []
+    (line,) = guessing_lines(11.2, 1536, "tiny-phi-2")
+    assert "11.20, worse than guessing (7.34, the logarithm of 1,536 tokens)" in line
+    assert "the demo's" in line
+    (line,) = guessing_lines(11.2, 51200, "microsoft/phi-2")
+    assert "(10.84, the" in line
+    assert "--prompt_format" in line
 
 
 def test_answers_stand_side_by_side_and_say_when_they_did_not_stop() -> None:

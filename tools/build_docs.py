@@ -53,6 +53,7 @@ def made() -> dict[Path, str]:
     """Every file of this program with the text it should have."""
     parts: dict[str, Callable[[str], str]] = {
         "quick decisions": lambda before: docs_presets.quick_table(),
+        "steps": lambda before: docs_presets.steps_table(),
         "configurations": lambda before: docs_presets.presets_table(),
         "settings": settings_tables,
         "tokens": lambda before: docs_tokens.examples(),

@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from phitune.config import Settings, resolve
+from phitune.config import Settings, as_flags, resolve
+from phitune.data.steps import ENOUGH, Steps
 from phitune.plan.machine import GB
 from phitune.plan.plan import Plan, make_plan
 from phitune.plan.presets import PRESETS, Preset, preset_settings
@@ -133,6 +134,31 @@ def quick_table() -> str:
         if name == "a10g-low":
             lines += map(_decision_line, SMALLER)
     lines += map(_decision_line, CPUS)
+    return "\n".join(lines)
+
+
+def steps_table() -> str:
+    """Training rows -> what to add for enough steps, as check, plan and train advise it."""
+    defaults = Settings()
+    lines = [
+        f"| training rows | steps in {defaults.epochs} epochs | add | steps with it |",
+        "|---|---|---|---|",
+    ]
+    first = 1
+    most = ENOUGH // defaults.epochs * defaults.rows_per_step
+    for rows in range(1, most + 1):
+        now, after = Steps(rows, defaults), Steps(rows + 1, defaults)
+        if now.advised == after.advised:
+            continue
+        flags = " ".join(as_flags(now.advised))
+        better = defaults.model_copy(update=now.advised)
+        made, mended = (
+            f"{Steps(first, settings).in_all:,} to {Steps(rows, settings).in_all:,}"
+            for settings in (defaults, better)
+        )
+        lines.append(f"| {first:,} to {rows:,} | {made} | `{flags}` | {mended} |")
+        first = rows + 1
+    lines.append(f"| more | {Steps(first, defaults).in_all:,} or more | nothing | |")
     return "\n".join(lines)
 
 

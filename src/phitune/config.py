@@ -15,7 +15,7 @@ What depends on the machine, the model or the data ("auto") is chosen later, by 
 
 import math
 import re
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -39,6 +39,8 @@ from phitune.neighbours import unknown_name
 Origin = Literal["default", "file", "flag", "argument", "chosen", "resume_with"]
 LORA_ALPHA_PER_RANK = (2, 4)
 DEFAULT_BATCH_SIZE = 4
+# What is said of the shipped models wherever they are offered.
+MINIATURES = "know only the demo's sentences: to try commands, not your own data"
 
 
 # -------------------------------------------------------------------------------------------------
@@ -403,7 +405,8 @@ class Settings(BaseModel):
     )
     model_name: ModelName = knob(
         "microsoft/phi-2",
-        "a hub id, a local folder, or a shipped model (tiny-phi-2, tiny-phi-3.5)",
+        "a hub id, a local folder, or a shipped model: tiny-phi-2 and tiny-phi-3.5, which"
+        f" {MINIATURES}",
         group=_RUN,
     )
     start_adapter: UserPath | None = knob(
@@ -648,16 +651,21 @@ class Settings(BaseModel):
         size = DEFAULT_BATCH_SIZE if self.batch_size == "auto" else self.batch_size
         return size * self.gradient_accumulation_steps
 
-    def warnings(self) -> list[str]:
+    def warnings(self, *, but: Collection[str] = ()) -> list[str]:
         """One line for each setting outside of the range of the training guide.
 
         Others know better for some data: the guide says where, and who found it.
+
+        Args:
+            but: settings that are left out, since the data asks for others.
         """
         found = []
         for name, field in Settings.model_fields.items():
             bounds = recommended_range(field)
             value = getattr(self, name)
-            if bounds and value != "auto" and not bounds[0] <= value <= bounds[1]:
+            if name in but or value == "auto":
+                continue
+            if bounds and not bounds[0] <= value <= bounds[1]:
                 low, high = bounds
                 found.append(
                     f"{name} = {value:g} is outside of the training guide's range, {low:g} to"

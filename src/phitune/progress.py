@@ -6,6 +6,7 @@ above a run are made here too.
 
 import datetime
 import errno
+import math
 import os
 import sys
 import time
@@ -36,6 +37,7 @@ from phitune.errors import listing
 from phitune.inference.loaded import Answer
 from phitune.model.architecture import EMBED_TOKENS, LM_HEAD, ModelConfig
 from phitune.model.decoder import Decoder
+from phitune.model.files import SHIPPED_MODELS
 from phitune.model.lora import Adapter
 from phitune.plan.machine import Memory
 from phitune.plan.memory import GIB, MemoryPlan
@@ -256,22 +258,60 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def settings_lines(resolved: Resolved) -> Text:
-    """The effective settings and where each came from; bold where it is not the default."""
+def settings_lines(resolved: Resolved, *, verbose: bool) -> Text:
+    """The effective settings and where each came from.
+
+    Args:
+        verbose: all of them, in bold those that are not the default; else only those that are not.
+    """
     values = resolved.settings.model_dump(mode="json")
-    width = max(map(len, values))
-    lines = []
-    for name, value in values.items():
-        origin = resolved.origins[name]
-        shown = " | ".join(value) if isinstance(value, list) else "" if value is None else value
+    defaults = {name: field.default for name, field in Settings.model_fields.items()}
+    odd = {name: value for name, value in values.items() if value != defaults[name]}
+    if verbose:
+        named = list(values)
+        lines = [Text("Settings", "bold")]
+    else:
+        named = [name for name in odd if resolved.origins[name] != "chosen"]
+        lines = [Text.assemble(("Settings", "bold"), " that are not the defaults (--verbose: all)")]
+    width = max(map(len, named), default=0)
+    for name in named:
         lines.append(
             Text.assemble(
                 f"  {name:<{width}}  ",
-                (visible(str(shown)) or "-", "" if origin == "default" else "bold"),
-                (f"  ({origin})", "dim"),
+                (_setting(values[name]), "bold" if name in odd else ""),
+                (f"  ({resolved.origins[name]})", "dim"),
             )
         )
+    chosen = [name for name in odd if name not in named]
+    if chosen:
+        said = ", ".join(f"{name} {_setting(values[name])}" for name in chosen)
+        lines.append(Text(f"  chosen here: {said}"))
     return Text("\n").join(lines)
+
+
+def _setting(value: object) -> str:
+    shown = " | ".join(value) if isinstance(value, list) else "" if value is None else value
+    return visible(str(shown)) or "-"
+
+
+def guessing_lines(loss: float, vocab_size: int, model_name: str) -> list[str]:
+    """What is to be said where a model that is not trained yet is worse than chance.
+
+    Args:
+        loss: its validation loss, in nats per token.
+        vocab_size: tokens that a guess is drawn from.
+    """
+    guess = math.log(vocab_size)
+    if loss <= guess:
+        return []
+    if model_name in SHIPPED_MODELS:
+        why = "the shipped models know no texts but the demo's"
+    else:
+        why = "look at --prompt_format and at the data's language, or download the model again"
+    return [
+        f"before training the validation loss is {loss:.2f}, worse than guessing"
+        f" ({guess:.2f}, the logarithm of {vocab_size:,} tokens): {why}"
+    ]
 
 
 @contextmanager

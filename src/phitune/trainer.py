@@ -20,12 +20,13 @@ from rich.markup import escape
 from torch import Tensor
 
 from phitune.check.report import check_before_training
-from phitune.config import Resolved, Settings, resolve, to_yaml
+from phitune.config import MINIATURES, Resolved, Settings, as_flags, resolve, to_yaml
 from phitune.data.coder import Coder
 from phitune.data.conversation import Turn
 from phitune.data.mix import rows_per_epoch
 from phitune.data.prepare import PreparedData, facts_of, prepare_data
 from phitune.data.sources import check_is_here
+from phitune.data.steps import OF_A_STEP, Steps
 from phitune.data.tokenizer import TextTokenizer
 from phitune.environment import NO_ROOM, find_folders
 from phitune.errors import (
@@ -56,7 +57,7 @@ from phitune.model.device import (
     release_freed_memory,
 )
 from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
-from phitune.model.files import EXAMPLE_DATASET, fetch_weights, find_model
+from phitune.model.files import EXAMPLE_DATASET, SHIPPED_MODELS, fetch_weights, find_model
 from phitune.model.lora import Adapter, attach, compare_with_memory, save_adapter
 from phitune.model.start_adapter import find_start_adapter, sha256_there, spec_of
 from phitune.model.weights import load_decoder, weights_fingerprint
@@ -70,6 +71,7 @@ from phitune.progress import (
     answers_table,
     data_line,
     data_progress,
+    guessing_lines,
     memory_line,
     model_line,
     open_view,
@@ -113,8 +115,10 @@ from phitune.training.trackers import Trackers, check_trackers, tracker_names
 
 # Freed memory is kept for speed where this share of the plan fits: what is kept is fragmented.
 _PLENTY = 1.25
-# Answers shown after each epoch; all of them are in samples.jsonl.
+# Answers shown after an epoch that changed them; all of them are in samples.jsonl.
 _SAMPLES_SHOWN = 2
+# Characters of a sample prompt that stands in a command to copy.
+_SHORT = 80
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,18 @@ def _check_threads(threads: int | str) -> None:
         )
 
 
+def _changed(
+    prompts: list[str], answers: list[Answer], last_shown: Mapping[str, Answer]
+) -> dict[str, Answer]:
+    """Of the first prompts, the answers that are not those that were shown last."""
+    first = dict(list(zip(prompts, answers, strict=False))[:_SAMPLES_SHOWN])
+    return {
+        prompt: answer
+        for prompt, answer in first.items()
+        if prompt not in last_shown or last_shown[prompt].text != answer.text
+    }
+
+
 def _remedy(error: OSError) -> str:
     """What to do where something cannot be written."""
     return "free some disk space" if error.errno in NO_ROOM else "make it writable"
@@ -170,6 +186,7 @@ class LoRATrainer:
         output_dir, dataset_path, model_name: as the flags of those names.
         config: any other settings by name, the path of a YAML file with them, or settings that are
             resolved already, as the command line has them.
+        verbose: also print the settings at their defaults, and what was chosen by measurement.
 
     Raises:
         PhituneError: settings, data or model files that cannot be used.
@@ -181,8 +198,11 @@ class LoRATrainer:
         dataset_path: str | Path | None = None,
         model_name: str | None = None,
         config: Mapping[str, Any] | str | Path | Resolved | None = None,
+        *,
+        verbose: bool = False,
     ) -> None:
         find_folders()
+        self.verbose = verbose
         self.console: Console = RunConsole(highlight=False)
         given = {
             "output_dir": output_dir,
@@ -254,8 +274,11 @@ class LoRATrainer:
         """
         with data_progress(self.console) as progress:
             data = prepare_data(self.settings, self._dataset_path, self.coder, progress)
+        formats = [note for note in data.notes if note.rpartition(": ")[2].startswith("read as ")]
         for note in data.notes:
-            self._say(f"data: {note}")
+            # One format for all is in the first line of the checks, too.
+            if self.verbose or [note] != formats:
+                self._say(f"data: {note}")
         for warning in data.warnings:
             self._say(f"warning: {warning}")
         return data
@@ -306,12 +329,13 @@ class LoRATrainer:
             # Data: read, checked, tokenized.
             data = self.prepare_data()
             check_before_training(self.settings, self._dataset_path, self.coder, data, self._say)
+            steps = Steps(rows_per_epoch(data.train_rows), self.settings)
 
             # Memory: what fits, by arithmetic.
             budget = memory_budget(self.device)
             process_limit = held.enter_context(ProcessMemoryLimit(self.device.type))
             plan = self._plan_memory(data, budget)
-            self._show_settings(data)
+            self._show_settings(data, steps)
             try:
                 # The model, and the engine that computes on it.
                 model, engine = self._load(plan, budget)
@@ -342,6 +366,7 @@ class LoRATrainer:
                     run = self._open_run(state)
                     prompts = self._sample_prompts(data)
                     first_samples, is_adapter_saved = self._first_samples(run, prompts), True
+                    last_shown: dict[str, Answer] = {}
                     refused: NumbersRefused | None = None
                     view, trackers = self._open_views(run, state, data)
                     saver, is_through = self._saver(run), False
@@ -360,6 +385,8 @@ class LoRATrainer:
                                     # Before it is written down: a resumed run meets it again.
                                     self._save(saver, state, "end", provenance)
                             elif isinstance(event, EpochEvaluated):
+                                with stop.showing():
+                                    self._warn(self._guessing(event))
                                 if event.is_best:
                                     is_adapter_saved = self._try_to_save_adapter(run)
                                 samples = self._samples(data, stop)
@@ -372,8 +399,9 @@ class LoRATrainer:
                                 run.write_samples(event.epoch, prompts, samples)
                             with stop.showing():
                                 self._warn(failed)
-                                shown = samples[:_SAMPLES_SHOWN]
-                                view.show_samples(prompts[: len(shown)], shown)
+                                changed = _changed(prompts, samples, last_shown)
+                                view.show_samples(list(changed), list(changed.values()))
+                            last_shown |= changed
                             if moment := moment_of(event):
                                 self._save(saver, state, moment, provenance)
                             # What is written of an epoch counts only once the state counts it.
@@ -427,6 +455,8 @@ class LoRATrainer:
                     self.console.print()
                     self.console.print(answers_table(prompts, first_samples, tuned, before))
                 self._show_results(ending, run, tuned, evaluation, saver.training_seconds)
+                if not ending.interrupted:
+                    self._show_what_next(steps, run, prompts)
                 if saver.problem:
                     raise CheckpointError(
                         f"the last checkpoint could not be written: {saver.problem}; the adapter"
@@ -525,12 +555,16 @@ class LoRATrainer:
     def _take(self, resolved: Resolved) -> None:
         self.resolved, self.settings = resolved, resolved.settings
 
-    def _show_settings(self, data: PreparedData) -> None:
-        self.console.print("[bold]Settings[/]")
-        self.console.print(settings_lines(self.resolved), soft_wrap=True)
-        for warning in self.settings.warnings():
-            self._say(f"warning: {warning}")
-        self._say(data_line(data, self.settings.dataset_path or EXAMPLE_DATASET.name))
+    def _show_settings(self, data: PreparedData, steps: Steps) -> None:
+        lines = settings_lines(self.resolved, verbose=self.verbose)
+        self.console.print(lines, soft_wrap=not self.console.is_terminal)
+        # What is advised for few rows may be outside of the guide's ranges.
+        self._warn(self.settings.warnings(but=() if steps.guide_makes_enough else OF_A_STEP))
+        if self.settings.model_name in SHIPPED_MODELS and self.settings.dataset_path:
+            self._warn([f"the shipped models {MINIATURES}"])
+        self._say(f"{'warning: ' if steps.verdict == 'too few' else 'steps: '}{steps.line}")
+        if self.verbose or data.mixed:
+            self._say(data_line(data, self.settings.dataset_path or EXAMPLE_DATASET.name))
         self._say(targets_line(self.target_modules, self.model_config, self.settings.lora_r))
         if self._start:
             self._say(
@@ -572,8 +606,9 @@ class LoRATrainer:
         if self.settings.engine == "fused":
             self._say(memory_line(plan, budget))
         engine = self._build_engine(model.decoder, keep_freed=_PLENTY * plan.bytes <= budget.bytes)
-        for name, choice in engine.choices.items():
-            self._say(f"{name}: {choice}")
+        if self.verbose:
+            for name, choice in engine.choices.items():
+                self._say(f"{name}: {choice}")
         return model, engine
 
     def _build_engine(self, decoder: Decoder, *, keep_freed: bool) -> Engine:
@@ -623,7 +658,7 @@ class LoRATrainer:
             return provenance
         if not are_chosen_by_the_user():
             seconds = measure_threads(engine, state, data, self.settings)
-            if len(seconds) > 1:
+            if self.verbose and len(seconds) > 1:
                 figures = [f"{n}: {1000 * each:.1f} ms" for n, each in seconds.items()]
                 self._say(
                     f"threads: {torch.get_num_threads()}, measured on a micro-batch"
@@ -760,6 +795,13 @@ class LoRATrainer:
             return False
         return True
 
+    def _guessing(self, event: EpochEvaluated) -> list[str]:
+        """What is to be said of a validation loss before the first step that chance would beat."""
+        if event.epoch or not event.evaluation:
+            return []
+        loss = event.evaluation.validation_loss
+        return guessing_lines(loss, self.model_config.vocab_size, self.settings.model_name)
+
     def _sample_prompts(self, data: PreparedData) -> list[str]:
         """The prompts that are answered after each epoch; none where `sample_tokens` is 0."""
         return [prompt.text for prompt in data.sample_prompts if self.settings.sample_tokens]
@@ -847,9 +889,35 @@ class LoRATrainer:
             self._say(f"validation loss {first:.4f} -> {best:.4f}")
             which = " (the best)"
         self._say(f"adapter of step {ending.best_step}{which}: {run.adapter}")
-        if evaluation:
-            more = command_line("evaluate", "--adapter_path", run.path)
-            self._say(f"all figures and answers: {more}")
+
+    def _show_what_next(self, steps: Steps, run: RunDirectory, prompts: list[str]) -> None:
+        """The commands that go on from here, each on a line of its own.
+
+        Args:
+            prompts: the first one is asked, where it fits on the line.
+        """
+        named = ("--adapter_path", run.path)
+        short = [
+            prompt
+            for prompt in prompts
+            if len(prompt) <= _SHORT and prompt.isprintable() and not prompt.startswith("-")
+        ]
+        commands = [
+            command_line("ask", *named, short[0] if short else "What is Python?"),
+            command_line("chat", *named),
+            command_line("evaluate", *named),
+        ]
+        if steps.verdict == "too few":
+            self._warn([f"{steps.title}; {steps.remedy}"])
+            if steps.advised:
+                again: dict[str, Any] = dict(steps.advised)
+                if self.settings.batch_size != steps.settings.batch_size:  # Memory decided it.
+                    again = {"batch_size": steps.settings.batch_size, **again}
+                words = ("train", "--config", run.path / "config.yaml", *as_flags(again))
+                commands.insert(0, command_line(*words))
+        self.console.print("Next:")
+        for command in commands:
+            self.console.print(f"  {escape(command)}", soft_wrap=True)
 
     def _interrupted(self, stop: Stop, state: TrainingState) -> Interrupted:
         steps = self.settings.epochs * state.steps_per_epoch

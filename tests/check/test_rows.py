@@ -21,7 +21,7 @@ from phitune.check.report import (
     Finding,
     Split,
     all_findings,
-    few_rows,
+    optimizer_steps,
     repeated_answer,
     validation_share,
 )
@@ -42,8 +42,10 @@ from phitune.check.rows import (
     word_for_nothing,
 )
 from phitune.check.survey import Survey
+from phitune.config import Settings
 from phitune.data.conversation import Example, Turn
 from phitune.data.formats import RowNotes
+from phitune.data.steps import Steps
 
 FILE = Path("rows.jsonl")
 PHI_3 = special_token_pattern(["<|endoftext|>", "<|end|>", "<|user|>", "<|assistant|>", "<s>"])
@@ -236,7 +238,7 @@ def finding(rows: list[tuple[str, ...]], name: str) -> Finding:
     table = survey.table()
     near = survey.near_duplicates(table)
     evidence = Evidence(table, near, None, survey.found(), exact_duplicates(table), RowNotes())
-    found = all_findings(evidence, Split(len(rows), 0, None, 1, strictly=True))
+    found = all_findings(evidence, Split(len(rows), 0, None, strictly=True))
     return next(one for one in found if one.name == name)
 
 
@@ -322,15 +324,23 @@ def test_a_repeated_answer_counts_questions_and_leaves_labels_alone() -> None:
     [(90, 10, "ok"), (80, 20, "ok"), (95, 5, "warning"), (70, 30, "warning"), (100, 0, "warning")],
 )
 def test_validation_share(train: int, validation: int, verdict: str) -> None:
-    found = validation_share(Split(train, validation, None, 20, strictly=True))
+    found = validation_share(Split(train, validation, None, strictly=True))
     assert found.verdict == verdict
 
 
 @pytest.mark.parametrize(
-    ("rows", "epochs", "verdict"), [(199, 20, "warning"), (200, 20, "ok"), (30, 3, "ok")]
+    ("rows", "verdict", "more"),
+    [
+        (54, "warning", "--gradient_accumulation_steps"),
+        (504, "ok", "--gradient_accumulation_steps"),
+        (5000, "ok", ""),
+    ],
 )
-def test_too_few_rows_for_the_epochs(rows: int, epochs: int, verdict: str) -> None:
-    assert few_rows(Split(rows, 0, None, epochs, strictly=True)).verdict == verdict
+def test_too_few_steps_to_learn_from(rows: int, verdict: str, more: str) -> None:
+    found = optimizer_steps(Steps(rows, Settings()))
+    assert found.verdict == verdict
+    assert more in found.message + found.remedy
+    assert more or "--" not in found.message + found.remedy
 
 
 def test_letters_are_counted_by_script() -> None:

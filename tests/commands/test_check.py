@@ -47,7 +47,7 @@ def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, st
 def test_exit_codes(
     clean: Path, messy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    few = ("--epochs", 2, "--model_name", "tiny-phi-2")
+    few = ("--gradient_accumulation_steps", 1, "--model_name", "tiny-phi-2")
     assert run(capsys, clean, *few)[0] == 0
     assert run(capsys, clean, *few, "--strict")[0] == 0
     assert run(capsys, messy, *few)[0] == 0

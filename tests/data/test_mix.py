@@ -18,8 +18,9 @@ from phitune.cli import main
 from phitune.config import Settings, resolve
 from phitune.data.coder import Coder
 from phitune.data.mix import MixedRows, _next_rows, rows_of_epoch, rows_per_epoch, taken_rows
-from phitune.data.packing import epoch_steps, steps_of_epoch, steps_per_epoch
+from phitune.data.packing import epoch_steps, steps_of_epoch
 from phitune.data.prepare import PreparedData, facts_of, prepare_data
+from phitune.data.steps import steps_per_epoch
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import DataError, SettingsError
 from phitune.model.files import ASSETS

@@ -74,13 +74,13 @@ def train(folder: Path, *more: str) -> int:
 def test_a_run_records_its_threads_and_a_repeated_one_uses_them(
     two_threads: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train(tmp_path) == 0
+    assert train(tmp_path, "--verbose") == 0
     assert "threads: " in capsys.readouterr().out
     chosen = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["threads"]
     assert chosen in (1, 2)
     assert torch.get_num_threads() == 2  # Given back.
     config = str(tmp_path / "run" / "config.yaml")
-    again = ["train", "--config", config, "--output_dir", str(tmp_path / "again")]
+    again = ["train", "--config", config, "--output_dir", str(tmp_path / "again"), "--verbose"]
     assert main(again) == 0
     assert "measured on a micro-batch" not in capsys.readouterr().out
     for name in ("adapter_model.safetensors",):
@@ -91,7 +91,7 @@ def test_a_run_records_its_threads_and_a_repeated_one_uses_them(
 def test_a_number_from_the_user_is_taken(
     two_threads: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train(tmp_path, "--threads", "1") == 0
+    assert train(tmp_path, "--threads", "1", "--verbose") == 0
     assert "measured on a micro-batch" not in capsys.readouterr().out
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["threads"] == 1
 

@@ -56,6 +56,7 @@ from phitune.data.dataset import ExampleStream, OnBadRow, Reading, read_examples
 from phitune.data.formats import RowNotes
 from phitune.data.mix import mean_of_epoch, taken_rows
 from phitune.data.prepare import PreparedData, validation_rows
+from phitune.data.steps import Steps
 from phitune.data.tokenizer import EncodedRow, TextTokenizer
 from phitune.data.written import PLAIN_FORMS
 from phitune.errors import DataError, ModelError, listing
@@ -74,8 +75,6 @@ NEAR_SHARE = 0.01
 # A shorter answer is a label, which should repeat.
 LABEL_WORDS = 4
 REPEATED_ROWS, REPEATED_SHARE = 10, 0.05
-# A rule of thumb: this many training rows for each epoch.
-ROWS_PER_EPOCH = 10
 # Of all rows, with half a percent of tolerance: groups of equal questions are not split.
 VALIDATION_SHARES = (0.1, 0.2)
 _TOLERANCE = 0.005
@@ -137,7 +136,6 @@ class Split:
     train_rows: int
     validation_rows: int
     validation_path: Path | None
-    epochs: int
     strictly: bool  # rows that cannot be used stop training (--on_bad_row error)
 
 
@@ -183,7 +181,6 @@ def all_findings(evidence: Evidence, split: Split) -> list[Finding]:
             "keep one of each, or separate such rows with --validation_path",
         ),
         repeated_answer(rows),
-        few_rows(split, evidence.tokens),
         validation_share(split),
     ]
     if evidence.tokens:
@@ -193,8 +190,13 @@ def all_findings(evidence: Evidence, split: Split) -> list[Finding]:
 
 def _warning_if_any(name: str, title: str, found: Found, message: str, remedy: str) -> Finding:
     if not found.rows:
-        return Finding(name, title, "ok")
+        return _none(name, title)
     return Finding(name, title, "warning", found.rows, message, remedy, found.places, found.details)
+
+
+def _none(name: str, title: str) -> Finding:
+    """Nothing was found of what the title names in the plural."""
+    return Finding(name, f"no {title}", "ok")
 
 
 def unreadable(bad_rows: Found, split: Split) -> Finding:
@@ -215,7 +217,7 @@ def unread_columns(row_notes: RowNotes) -> Finding:
     name, title = "unread_columns", "columns that are not read"
     carriers = row_notes.carriers()
     if not carriers:
-        return Finding(name, title, "ok")
+        return _none(name, title)
     # Those of one kind have one consequence.
     by_reason: dict[str, list[str]] = {}
     for column, why in carriers.items():
@@ -233,16 +235,17 @@ def unread_columns(row_notes: RowNotes) -> Finding:
 def of_row_check(check: RowCheck, found_in_rows: dict[str, Found], rows: int) -> Finding:
     """A check of single rows: the verdict depends on the share of rows that have it."""
     found = found_in_rows[check.name]
+    if not found.rows:
+        return _none(check.name, check.title)
     share = found.rows / rows
     verdict: Verdict = "ok"
     if check.error_from is not None and share >= check.error_from:
         verdict = "error"
-    elif found.rows and share >= check.warning_from:
+    elif share >= check.warning_from:
         verdict = "warning"
     message, remedy = check.why, check.remedy
     if verdict == "ok":
-        few = f"too few to matter (under {check.warning_from:.0%})"
-        message, remedy = (few if found.rows else ""), ""
+        message, remedy = f"too few to matter (under {check.warning_from:.0%})", ""
     return Finding(
         check.name, check.title, verdict, found.rows, message, remedy, found.places, found.details
     )
@@ -256,9 +259,10 @@ def near_duplicates(rows: RowTable, near: NearDuplicates) -> Finding:
     many = near.rows > NEAR_SHARE * near.rows_compared
     shown = near.pairs[:MAX_PLACES]
     message = f"{THRESHOLD:.0%} or more of their three-word shingles in common{sample}"
+    title = "rows that nearly repeat another"
     return Finding(
         "near_duplicates",
-        "rows that nearly repeat another",
+        title if near.rows else f"no {title}",
         "warning" if many else "ok",
         near.rows,
         message if near.rows or sample else "",
@@ -286,7 +290,7 @@ def repeated_answer(rows: RowTable) -> Finding:
     """One answer to many questions."""
     answer = most_repeated_answer(rows, LABEL_WORDS)
     if answer.rows < max(REPEATED_ROWS, REPEATED_SHARE * len(rows)):
-        answer = Found(0)
+        return Finding("repeated_answer", "no answer is that of many questions", "ok")
     return _warning_if_any(
         "repeated_answer",
         "one answer to many questions",
@@ -297,35 +301,32 @@ def repeated_answer(rows: RowTable) -> Finding:
     )
 
 
-def few_rows(split: Split, tokens: TokenStatistics | None = None) -> Finding:
-    """Whether there are enough training rows for the epochs; a piece of a text is one."""
-    name, title = "few_rows", f"enough rows for {split.epochs} epochs"
-    least = ROWS_PER_EPOCH * split.epochs
-    is_cut = tokens is not None and tokens.texts_cut_by_max_length > 0
-    rows = tokens.epoch.train_rows if tokens and is_cut else split.train_rows
-    if rows >= least:
-        return Finding(name, title, "ok")
-    message = (
-        f"{rows:,} training rows, each seen {split.epochs} times, will be memorised;"
-        f" a rule of thumb is {ROWS_PER_EPOCH} rows for each epoch, here {least:,}"
-    )
-    remedy = "add rows or reduce --epochs, and watch the validation loss"
-    return Finding(name, title, "warning", rows, message, remedy)
+def optimizer_steps(steps: Steps) -> Finding:
+    """Whether the rows make enough of them to learn from."""
+    name, title, message = "optimizer_steps", steps.title, steps.message
+    if steps.verdict == "too few":
+        return Finding(name, title, "warning", 0, message, steps.remedy)
+    if steps.remedy:
+        message = f"{message}; {steps.remedy}"
+    return Finding(name, title, "ok", 0, message)
 
 
 def validation_share(split: Split) -> Finding:
     """Whether neither too few nor too many rows are held out."""
-    name, title = "validation_share", "validation share of 10 to 20 %"
+    name = "validation_share"
     share = split.validation_rows / (split.train_rows + split.validation_rows)
     low, high = VALIDATION_SHARES
+    title = f"{share:.1%} of the rows are for validation"
     if low - _TOLERANCE <= share <= high + _TOLERANCE:
-        return Finding(name, title, "ok", 0, f"{share:.1%}")
+        return Finding(name, title, "ok")
+    usual = f"{100 * low:.0f} to {100 * high:.0f} % are usual"
     if not split.validation_rows:
-        message = "there are no validation rows, so overfitting will not be noticed"
+        title = "no rows are for validation"
+        message = "overfitting will not be noticed, and no epoch is known to be the best"
     elif share < low:
-        message = f"{share:.1%} of the rows: the validation loss will be noisy"
+        message = f"{usual}; of so few the validation loss is noisy"
     else:
-        message = f"{share:.1%} of the rows are not trained on"
+        message = f"{usual}; these rows are not trained on"
     remedy = "--validation_split 0.1"
     if split.validation_path:
         remedy = f"move rows between the training file and {split.validation_path}"
@@ -347,7 +348,7 @@ def too_long(tokens: TokenStatistics, rows: RowTable) -> Finding:
     if cut:
         texts = f"{plural(cut, 'text')} cut into {tokens.pieces_of_cut_texts:,} pieces"
         if not number:
-            title = f"rows longer than max_length {tokens.max_length_tokens:,}"
+            title = f"only texts are longer than max_length {tokens.max_length_tokens:,}"
             return Finding("too_long", title, "ok", 0, texts)
     details = tuple(
         f"{rows.tokens[row]:,} tokens"
@@ -496,8 +497,6 @@ def make_report(
         PhituneError: a source that cannot be used, or lines without a row.
     """
     report, table = _report(settings, coder, lines, on_bad_row, max_rows, progress)
-    if not settings.mixed:
-        return report
     others = [
         _report(settings.of_mixed(path), coder, (), on_bad_row, max_rows, progress)
         for path, _ in settings.mixed
@@ -596,7 +595,6 @@ def _split_of(table: RowTable, settings: Settings) -> Split:
         train_rows=len(table) - validation,
         validation_rows=validation,
         validation_path=settings.validation_path,
-        epochs=settings.epochs,
         strictly=settings.on_bad_row == "error",
     )
 
@@ -627,13 +625,15 @@ def _row_notes(streams: Sequence[ExampleStream]) -> RowNotes:
 
 
 # Said of the main data alone: others are not validated with, and an epoch takes a part of them.
-_OF_MAIN_DATA = ("few_rows", "validation_share")
+_OF_MAIN_DATA = ("validation_share",)
 
 
 def _with_others(
     settings: Settings, report: Report, table: RowTable, others: Sequence[tuple[Report, RowTable]]
 ) -> Report:
-    """A report with a check for each data set that is mixed in, and its part of an epoch."""
+    """A report with what is known once all rows of an epoch are: a check of its steps, and one for
+    each data set that is mixed in, and its part of an epoch.
+    """
     held_out = table.question_hash[table.validation]
     tokens, checks = report.tokens, list(report.checks)
     main_rows = tokens.epoch.train_rows if tokens else report.rows.train_rows
@@ -649,6 +649,9 @@ def _with_others(
             if there:
                 tokens = dataclasses.replace(tokens, epoch=_joined(tokens.epoch, epoch, taken))
         checks.append(_mixed_in(path, share, taken, there, other))
+    rows_of_epoch = tokens.epoch.train_rows if tokens else main_rows + sum(counts)
+    if rows_of_epoch:
+        checks.append(optimizer_steps(Steps(rows_of_epoch, settings)))
     checks.sort(key=lambda finding: -SEVERITY[finding.verdict])
     return dataclasses.replace(
         report,
@@ -678,7 +681,9 @@ def _mixed_in(path: Path, share: float, taken: int, there: int, report: Report) 
     ]
     epoch = f"{taken:,} of {there:,} rows in each epoch, {share:.1%} of its rows"
     if not there:
-        return Finding("mix", title, "error", 0, "no row is left", command_line("check", path))
+        title = f"no row is left to mix in from {path}"
+        why = "each is too long, cannot be used, or asks what is validated with"
+        return Finding("mix", title, "error", 0, why, f"{command_line('check', path)} shows them")
     if not found:
         return Finding("mix", title, "ok", 0, epoch)
     worst = max((finding.verdict for finding in found), key=SEVERITY.__getitem__)
@@ -715,14 +720,14 @@ def _other_notes(stream: ExampleStream) -> list[str]:
 
 def _not_split(why: str) -> Finding:
     message, _, remedy = why.partition("; ")
-    title = "rows for training and for validation"
+    title = "the rows cannot be divided into training and validation"
     return Finding("split", title, "error", 0, message, remedy)
 
 
 def _tokens_not_counted(why: str) -> Finding:
     return Finding(
         "tokens_counted",
-        "tokens counted",
+        "tokens were not counted",
         "warning",
         0,
         f"no tokenizer: {why}; lengths are in words and characters, max_length was not checked",
@@ -737,8 +742,8 @@ def _tokens_not_counted(why: str) -> Finding:
 MAX_ROWS = 200_000
 # Beside the tokens of a data set, in the cache: the short forms, by what they depend on.
 REMEMBERED = "checks.json"
-# Preparing the rows has reported these already, in more lines. As errors they are repeated.
-_REPORTED_BEFORE = ("unreadable", "unread_columns", "too_long", "in_both_parts")
+# The run reports these itself, in more lines. As errors they are repeated.
+_REPORTED_BY_RUN = ("unreadable", "unread_columns", "too_long", "in_both_parts", "optimizer_steps")
 
 
 @dataclass(frozen=True)
@@ -763,7 +768,7 @@ class ShortForm:
         lines += [
             f"warning: {finding.line}"
             for finding in report.checks
-            if finding.verdict == "warning" and finding.name not in _REPORTED_BEFORE
+            if finding.verdict == "warning" and finding.name not in _REPORTED_BY_RUN
         ]
         errors = [finding.line for finding in report.checks if finding.verdict == "error"]
         return cls([visible(line) for line in lines], [visible(error) for error in errors])
@@ -838,13 +843,15 @@ def _key(settings: Settings, data: PreparedData) -> str:
         "seed",
         "epochs",
         "batch_size",
+        "gradient_accumulation_steps",
     )
     validation = data.validation_rows.store.folder.name if settings.validation_path else ""
     paths = [str(settings.dataset_path), str(settings.validation_path), validation]
     paths += [f"{mixed.path} {mixed.share} {mixed.rows.store.folder.name}" for mixed in data.mixed]
     decides = [*paths, settings.on_bad_row, *(getattr(settings, name) for name in names)]
     digest = hashlib.sha256(json.dumps(decides).encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    here = Path(__file__)
+    for path in (*sorted(here.parent.glob("*.py")), here.parents[1] / "data" / "steps.py"):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:32]
 

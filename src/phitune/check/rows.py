@@ -358,7 +358,7 @@ ROW_CHECKS = (
     ),
     RowCheck(
         "spaces_at_seam",
-        "spaces between prompt and answer",
+        "rows with spaces at the seam of prompt and answer",
         spaces_at_the_seam,
         "texts are used exactly as they are; with these spaces the tokens differ from those of a"
         " prompt that is typed later",
@@ -367,7 +367,7 @@ ROW_CHECKS = (
     ),
     RowCheck(
         "placeholders",
-        "placeholders nobody filled in",
+        "unfilled placeholders",
         unfilled_placeholder,
         "the model learns to write them",
         "fill them in",
@@ -381,7 +381,7 @@ ROW_CHECKS = (
     ),
     RowCheck(
         "secrets",
-        "e-mail addresses and keys",
+        "e-mail addresses or keys",
         secret_inside,
         "the model may tell them to anybody who uses it",
         "remove or replace them; revoke a key that was ever in a data set",

@@ -295,7 +295,8 @@ class CheckOptions(DataOptions):
         "on_too_long": "",
         "mix": "",
         "train_on_prompt": "",
-        "batch_size": "batch size that the share of padding is estimated for",
+        "batch_size": "rows of a micro-batch, for the steps and the share of padding",
+        "gradient_accumulation_steps": "",
         "epochs": "",
         "seed": "",
     }

@@ -30,17 +30,15 @@ def run(argv: list[str]) -> int:
 
     flags = {"output_dir": options.output_dir, "overwrite": options.overwrite}
     LoRATrainer(config=resolve(flags, CONFIG)).train()
-    print(
-        "\nTry next:", *(f"  {command}" for command in next_commands(options.output_dir)), sep="\n"
-    )
+    for command in more_commands(options.output_dir):
+        print(f"  {command}")
     return 0
 
 
-def next_commands(run_directory: Path) -> tuple[str, ...]:
-    """What to do with the run that is there now."""
+def more_commands(run_directory: Path) -> tuple[str, ...]:
+    """What else to do with the run, besides what a run ends with."""
     named = ("--adapter_path", run_directory)
     return (
-        command_line("chat", *named),
         command_line("compare", *named, "--from_validation", 5),
         command_line("export", *named, "--format", "merged"),
     )

@@ -35,6 +35,7 @@ from phitune.config import (
     DASHES,
     MAX_COUNT,
     MAX_SEED,
+    MINIATURES,
     Device,
     ModelName,
     Precision,
@@ -184,8 +185,8 @@ class ModelOptions(Options):
     )
     model_name: ModelName | None = option(
         None,
-        "the base model: a hub id, a local folder, or a shipped model (default: the one that the"
-        " adapter names)",
+        "the base model: a hub id, a local folder, or a shipped model; those"
+        f" {MINIATURES} (default: the one that the adapter names)",
         group="model",
     )
     prompt_format: Literal["instruct", "chat"] | None = option(

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from phitune.commands.options import DataOptions, parse_with_settings
+from phitune.commands.options import DataOptions, parse_with_settings, switch
 
 if TYPE_CHECKING:
     from phitune.trainer import LoRATrainer
@@ -14,6 +14,11 @@ class TrainOptions(DataOptions):
     usage = "train [DATA] [--output_dir DIR] [--model_name M] [flags]"
     epilog = (
         "--NAME alone switches a true|false flag on; --NAME false or --no-NAME switches it off."
+    )
+
+    verbose: bool = switch(
+        "print every setting, and what was chosen by measurement (config.yaml has them too)",
+        group="run",
     )
 
 
@@ -28,4 +33,4 @@ def trainer_of(argv: list[str]) -> "LoRATrainer":
     from phitune.config import resolve
     from phitune.trainer import LoRATrainer
 
-    return LoRATrainer(config=resolve(flags, options.config))
+    return LoRATrainer(config=resolve(flags, options.config), verbose=options.verbose)

@@ -78,11 +78,6 @@ def pack(rows: Sequence[TokenizedExample], first_slot: int = 0) -> Batch:
     )
 
 
-def steps_per_epoch(num_rows: int, rows_per_step: int) -> int:
-    """Optimizer steps in one pass; the last may have fewer rows."""
-    return -(-num_rows // rows_per_step)
-
-
 def epoch_steps(
     num_rows: int, rows_per_step: int, *, seed: int, epoch: int, first_step: int = 0
 ) -> Iterator[Sequence[int]]:

@@ -19,9 +19,9 @@ import numpy as np
 from phitune.config import Settings
 from phitune.data.conversation import Example
 from phitune.data.mix import rows_per_epoch
-from phitune.data.packing import steps_per_epoch
 from phitune.data.prepare import PreparedData
 from phitune.data.prompt import Segment
+from phitune.data.steps import steps_per_epoch
 from phitune.data.tokenizer import IGNORE_INDEX, TokenizedExample
 from phitune.errors import DataError
 from phitune.inference.answers import answer

@@ -7,6 +7,7 @@ and safetensors are fetched: no code, no pickles. HF_HOME and HF_HUB_OFFLINE are
 import re
 from pathlib import Path
 
+from phitune.config import MINIATURES
 from phitune.errors import ModelError
 from phitune.model.adapter_config import CONFIG_FILE
 
@@ -47,7 +48,7 @@ def find_model(name: str) -> Path:
     if not _HUB_ID.fullmatch(name):
         raise ModelError(
             f"model_name {name}: there is no such folder, and it is neither a hub id (owner/name)"
-            f" nor a shipped model ({', '.join(SHIPPED_MODELS)})"
+            f" nor a shipped model ({', '.join(SHIPPED_MODELS)}, which {MINIATURES})"
         )
     return _from_hub(name, SMALL_FILES)
 
@@ -114,5 +115,6 @@ def _from_hub(name: str, patterns: tuple[str, ...], revision: str | None = None)
         why = f"the hub answered: {error}"
     raise ModelError(
         f"model_name {name}: {why}.\n"
-        "Name a local folder with its files, or try a shipped model: --model_name tiny-phi-2"
+        "Name a local folder with its files. --model_name tiny-phi-2 needs no network; the shipped"
+        f" models {MINIATURES}"
     )

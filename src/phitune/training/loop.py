@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from phitune.config import Settings
-from phitune.data.packing import batches, next_micro_batch, pack, steps_of_epoch, steps_per_epoch
+from phitune.data.packing import batches, next_micro_batch, pack, steps_of_epoch
+from phitune.data.steps import steps_per_epoch
 from phitune.data.tokenizer import TokenizedExample
 from phitune.errors import MAX_LISTED, OutOfMemoryError
 from phitune.model.engine import Engine

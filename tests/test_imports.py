@@ -124,6 +124,12 @@ def test_imports_point_downward() -> None:
     assert upward == {}
 
 
+def test_every_name_of_the_package_is_there_once_it_is_asked_for() -> None:
+    assert phitune.Phi2LoRATrainer is phitune.LoRATrainer
+    assert all(getattr(phitune, name) for name in phitune.__all__)
+    assert not hasattr(phitune, "Trainer")
+
+
 def test_modules_that_must_answer_at_once_start_without_torch() -> None:
     probe = [sys.executable, "-c", PROBE, json.dumps([LIGHT, HEAVY, NO_TORCH])]
     done = subprocess.run(probe, capture_output=True, text=True, check=True)

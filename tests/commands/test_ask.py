@@ -35,7 +35,8 @@ def test_only_the_answer_is_printed(run: Path) -> None:
         (f"ask '{QUESTION}' {BASE}", base),
         (f"ask {BASE} What is the capital of Portugal?", base),
         (f"ask --adapter_path {run} '{QUESTION}'", tuned),
-        (f"ask --adapter_path {run}/adapter '{QUESTION}'", tuned),
+        (f"ask {run} '{QUESTION}'", tuned),
+        (f"ask {run}/adapter What is the capital of Portugal?", tuned),
     ):
         done = phitune(line)
         assert (done.returncode, done.stdout) == (0, f"{answer}\n")
@@ -84,6 +85,7 @@ def test_the_defaults_are_those_of_a_chat_and_of_python() -> None:
     [
         ("ask", "no question is given; for example: phitune ask 'What is"),
         ("ask ''", "is empty"),
+        (f"ask {'x' * 5000}{chr(0)} --model_name nowhere", "nowhere"),
         (f"ask Hi --temperature 5 {BASE}", "--temperature 5: must be at most 2"),
         (f"ask Hi --max_new_tokens 9999 {BASE}", "1 to 2,047 are allowed"),
         (f"ask {'why ' * 3000} {BASE}", "the question takes"),

@@ -129,5 +129,5 @@ def test_a_run_may_be_named_without_a_flag() -> None:
 
 def test_a_value_typed_elsewhere_is_checked_like_a_flag() -> None:
     assert checked(Kettle, "liters", "2") == 2
-    with pytest.raises(SettingsError, match=r"^0: must be at least 1$"):
+    with pytest.raises(SettingsError, match=r"^0: must be at least 1; 1 to 2 are allowed$"):
         checked(Kettle, "liters", "0")

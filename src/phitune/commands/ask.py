@@ -3,10 +3,15 @@
 import contextlib
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import model_validator
 
 from phitune.commands.options import ModelOptions, SamplingOptions, option, parse, switch
 from phitune.errors import DataError, SettingsError
+from phitune.model.adapter_config import CONFIG_FILE
+from phitune.training.rundir import ADAPTER
 
 if TYPE_CHECKING:
     from phitune.inference.chat import Chat
@@ -18,17 +23,27 @@ class AskOptions(SamplingOptions, ModelOptions):
     """Ask a model one question. At a terminal the answer is shown while it comes; through a pipe
     it is all that is printed."""
 
-    usage = "ask QUESTION [--adapter_path RUN_OR_ADAPTER] [--model_name M] [flags]"
+    usage = "ask [RUN_OR_ADAPTER] QUESTION [--model_name M] [flags]"
 
     question: list[str] = option(
         [],
-        "what is asked; -: all of standard input",
+        "what is asked; a run directory or an adapter folder may stand before it; -: all of"
+        " standard input",
         group="question",
         metavar="QUESTION",
-        form="words",
+        form="positional",
     )
     system: str = option("", "system message before the question", group="question")
     as_json: bool = switch("the answer and what it took as JSON", group="output", alias="json")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _run_before_the_question(cls, values: dict[str, Any]) -> dict[str, Any]:
+        first, *rest = values.get("question") or [""]
+        if not _has_adapter(first):
+            return values
+        adapters = [*values.get("adapter_path", []), first]
+        return {**values, "adapter_path": adapters, "question": rest}
 
 
 @dataclass(frozen=True)
@@ -81,6 +96,15 @@ def run(argv: list[str]) -> int:
     return 0
 
 
+def _has_adapter(word: str) -> bool:
+    """Whether a word names a run or an adapter's folder."""
+    try:
+        folder = Path(word).expanduser()
+        return any((folder / each / CONFIG_FILE).is_file() for each in ("", ADAPTER))
+    except (OSError, RuntimeError, ValueError):  # A question that no folder can have for a name.
+        return False
+
+
 def _question(words: list[str]) -> str:
     """What is asked, from the command line or from standard input.
 
@@ -102,7 +126,7 @@ def _question(words: list[str]) -> str:
     if not question.strip():
         raise SettingsError(
             "no question is given; for example: phitune ask 'What is the capital of Portugal?'"
-            " --model_name tiny-phi-2\n"
+            " --model_name tiny-phi-2, or phitune ask output/my_model 'What is Python?'\n"
             "- reads it from standard input; phitune chat asks many."
         )
     return question

@@ -110,15 +110,14 @@ def option(
     *,
     group: str,
     metavar: str = "",
-    form: Literal["value", "positional", "words", "repeated"] = "value",
+    form: Literal["value", "positional", "repeated"] = "value",
     **constraints: Any,
 ) -> Any:
     """A flag with a value.
 
     Args:
         metavar: the word for the value in the help; by default made from the type.
-        form: "positional" has no flag; "words" is a list of all that have none; "repeated" makes a
-            list of a flag that is given again.
+        form: "positional" has no flag; "repeated" makes a list of a flag that is given again.
         constraints: those of pydantic's `Field`.
     """
     extra: JsonDict = {"group": group, "metavar": metavar, "form": form}
@@ -510,7 +509,7 @@ def _validated(options: type[AnyOptions], given: Mapping[str, Any], parser: _Par
             name = str(detail["loc"][0]) if detail["loc"] else ""
             place = f"--{name} {_typed(detail['input'])}: " if name else ""
             field = options.model_fields.get(name)
-            if field and extra_of(field, "form") in ("positional", "words"):
+            if field and extra_of(field, "form") == "positional":
                 place = f"{extra_of(field, 'metavar')} {_typed(detail['input'])}: "
             problems.append(place + in_words(detail))
         parser.error("\n".join(problems))
@@ -570,8 +569,6 @@ def _add_flag(add: Callable[..., Any], flag: str, field: FieldInfo, help_text: s
             add(flag, nargs="*", metavar=metavar, help=help_text)
         case "positional":
             add(flag, nargs="?", metavar=metavar, help=help_text)
-        case "words":
-            add(flag, nargs="*", metavar=metavar, help=help_text)
         case "switch":
             add(f"--{flag}", action="store_true", help=help_text)
         case "repeated":

@@ -212,6 +212,7 @@ def test_all_wrong_values_are_reported_at_once() -> None:
         ("output_dir: '  '", "output_dir = '  ': is empty"),
         ("output_dir: $HOME/runs", "variables such as $HOME are not replaced here"),
         ("sample_prompts: [a, '']", "is empty"),
+        ("resume: !!binary aGk=", "could not determine a constructor for the tag"),
         ("columns: {}", "columns = {}: is empty; give a value"),
         ("epochs: null", "epochs = None: has no value; give one, or leave it out"),
         ("batch_size: null", "batch_size = None: has no value; give one, or leave it out"),

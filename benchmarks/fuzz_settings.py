@@ -31,7 +31,6 @@ from phitune.cli import main as phitune
 from phitune.commands.options import parse_with_settings
 from phitune.commands.train import TrainOptions
 from phitune.config import (
-    _CALLED_HERE,
     DASHES,
     NOT_REPEATED,
     Resolved,
@@ -41,6 +40,7 @@ from phitune.config import (
     to_yaml,
 )
 from phitune.errors import SettingsError
+from phitune.neighbours import CALLED_HERE
 from phitune.progress import settings_lines
 from phitune.text import visible
 
@@ -107,7 +107,7 @@ def cases(draw: st.DrawFn) -> tuple[str, str, list[str], bool]:
     pairs = names.flatmap(lambda name: st.tuples(st.just(name), values(name)))
     in_file = draw(st.lists(pairs, max_size=4))
     if draw(st.integers(0, 9)) == 9:
-        in_file.append((draw(st.sampled_from(sorted(_CALLED_HERE))), "3"))
+        in_file.append((draw(st.sampled_from(sorted(CALLED_HERE))), "3"))
     if in_file and draw(st.integers(0, 9)) == 9:
         in_file.append((in_file[0][0], draw(anything)))
     if draw(st.booleans()):

@@ -370,7 +370,7 @@ def test_every_name_of_the_table_is_a_setting_or_a_flag_here() -> None:
         known |= set(options.model_fields)
     assert set(neighbours.NEIGHBOURS) <= known
     # A longest answer, where rows have no length; and the run, where none is written.
-    called = set(neighbours._CALLED_HERE)
+    called = set(neighbours.CALLED_HERE)
     assert called & set(Settings.model_fields) == {"max_length", "output_dir"}
     assert not set(neighbours._NOT_HERE) & called
     for name, why in neighbours._NOT_HERE.items():

@@ -820,7 +820,7 @@ def _as_texts(text: str, path: Path) -> Any:
             for letter, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
             if letter
         }
-        # A value that is written in another way than as it is meant has no place in a settings file.
+        # A value that is written in another way than it is meant has no place in a settings file.
         yaml_constructors = {  # noqa: RUF012
             tag: build
             for tag, build in yaml.SafeLoader.yaml_constructors.items()

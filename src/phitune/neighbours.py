@@ -83,10 +83,10 @@ NEIGHBOURS = {
     "export": "merge convert quantize fuse merge_lora save push upload",
     "check": "validate inspect data preprocess",
 }
-_CALLED_HERE: dict[str, list[str]] = {}
+CALLED_HERE: dict[str, list[str]] = {}
 for _ours, _theirs in NEIGHBOURS.items():
     for _name in _theirs.split():
-        _CALLED_HERE.setdefault(_name, []).append(_ours)
+        CALLED_HERE.setdefault(_name, []).append(_ours)
 # Where the value is another one, too.
 _OTHER_VALUES = {
     "adapter_path": "an adapter to train further",
@@ -232,7 +232,7 @@ def called_here(name: str, names: Iterable[str] | None) -> str:
     """
     plain = re.sub(r"[\s-]", "_", name.strip().lower())
     for theirs in dict.fromkeys((plain.replace(".", "_"), re.split(r"[./:]", plain)[-1])):
-        for ours in _CALLED_HERE.get(theirs, []):
+        for ours in CALLED_HERE.get(theirs, []):
             if names is None or ours in names:
                 return ours
         if theirs in _NOT_HERE and names is None:
@@ -254,7 +254,7 @@ def unknown_name(name: str, names: Iterable[str], *, kind: str, prefix: str = ""
     for theirs in dict.fromkeys((plain.replace(".", "_"), last)):
         if theirs in names and theirs != name.replace("-", "_"):
             return f"{said}; phitune calls it {prefix}{theirs}"
-        for ours in _CALLED_HERE.get(theirs, []):
+        for ours in CALLED_HERE.get(theirs, []):
             if ours in names:
                 value = f" ({_OTHER_VALUES[theirs]})" if theirs in _OTHER_VALUES else ""
                 return f"{said}; phitune calls it {prefix}{ours}{value}"

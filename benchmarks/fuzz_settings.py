@@ -225,6 +225,9 @@ def _flags_of(words: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     rest = list(words)
     while rest:
+        if not rest[0].startswith("--"):
+            found["dataset_path"] = rest.pop(0)
+            continue
         name, equals, value = rest.pop(0).removeprefix("--").partition("=")
         if name.startswith(("no-", "no_")) and name[3:] in _NAMES:
             found[name[3:]] = False

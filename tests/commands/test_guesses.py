@@ -1,6 +1,7 @@
 """What people type who know other programs: understood, or answered with the right line to copy."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -143,3 +144,22 @@ def test_where_nothing_better_is_known_nothing_is_advised(line: str, place: Path
 
 def test_an_open_quote_in_a_word_is_no_line_between_quotes() -> None:
     assert advice(["train it's"], list(COMMANDS)) == ""
+
+
+@pytest.mark.parametrize(
+    ("header", "columns"),
+    [
+        ("id,Kunden Frage,Antwort", "'prompt=Kunden Frage,response=Antwort'"),
+        ("Titel,Inhalt,Nummer", "prompt=Titel,response=Inhalt"),
+    ],
+)
+def test_columns_of_other_names_are_proposed_by_their_own(
+    header: str, columns: str, place: Path
+) -> None:
+    Path("table.csv").write_text(f"{header}\nx,a question,an answer\n")
+    refused = phitune("check table.csv --model_name tiny-phi-2")
+    assert refused.returncode == 2
+    (advised,) = re.findall(r"such as --columns (.*?);", refused.stderr)
+    assert advised == columns
+    words = shlex.split(f"check table.csv --columns {advised} --model_name tiny-phi-2")
+    assert "prompt-response (prompt=" in phitune(words).stdout

@@ -379,3 +379,24 @@ def test_a_long_cell_has_the_limit_of_a_short_one(
         (row,) = read_rows(tmp_path / "a.csv")
         assert row.fatal
         assert "never closed" in str(row.values)
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "said"),
+    [
+        ("a.xlsx", b"PK\x03\x04[Content_Types].xml", "is an Excel workbook; save the sheet as CSV"),
+        ("a.docx", b"PK\x03\x04[Content_Types].xml word/document.xml", "is a Word document"),
+        ("a.ods", b"PK\x03\x04mimetypevnd.oasis.opendocument.spreadsheet", "save it as CSV"),
+        ("a.zip", b"PK\x03\x04a.jsonl", "is a zip archive; unpack it first"),
+        ("a.pdf", b"%PDF-1.7", "is a PDF; rows have to be made of it first"),
+        ("a.png", b"\x89PNG", "this file type is not supported"),
+    ],
+)
+def test_a_file_of_another_kind_is_said_to_be_what_it_is(
+    name: str, start: bytes, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(start)
+    with pytest.raises(DataError) as caught:
+        find_source(tmp_path / name)
+    assert said in str(caught.value)
+    assert "supported are: .jsonl" in str(caught.value)

@@ -22,6 +22,14 @@ _LFS = b"version https://git-lfs.github.com/spec/"
 _WEB_PAGE = re.compile(rb"\s*<(?:!doctype\s+html|html|head|body)\b", re.IGNORECASE)
 _EXCEL = "an Excel workbook; save the sheet as CSV UTF-8"
 _PACKED = "unpack it first"
+# What a zip archive is that has such a part.
+_OFFICE: dict[bytes, str] = {
+    b"word/": "a Word document; rows have to be made of it first, as CSV or JSON lines",
+    b"ppt/": "a presentation; rows have to be made of it first, as CSV or JSON lines",
+    b"opendocument.spreadsheet": "an OpenDocument sheet; save it as CSV UTF-8",
+    b"opendocument.text": "a document; rows have to be made of it first, as CSV or JSON lines",
+    b"[Content_Types].xml": _EXCEL,
+}
 # What a file is that begins with these bytes, and what to do.
 _BINARY: dict[bytes, str] = {
     b"PK\x03\x04": f"a zip archive; {_PACKED}",
@@ -31,7 +39,7 @@ _BINARY: dict[bytes, str] = {
     b"\xfd7zXZ\0": f"compressed with xz; {_PACKED}: unxz FILE",
     b"7z\xbc\xaf\x27\x1c": f"a 7-Zip archive; {_PACKED}",
     b"Rar!": f"a RAR archive; {_PACKED}",
-    b"%PDF": "a PDF; rows have to be made of it first",
+    b"%PDF": "a PDF; rows have to be made of it first, as CSV or JSON lines",
     b"SQLite format 3\0": "an SQLite database; write its table as CSV or JSON",
     b"\x89HDF": "an HDF5 file; write its rows as Parquet or JSON",
     b"\x93NUMPY": "a NumPy array, which has no texts by name",
@@ -75,8 +83,9 @@ def not_data(start: bytes) -> str | None:
         )
     for sign, what in _BINARY.items():
         if start.startswith(sign):
-            workbook = sign == b"PK\x03\x04" and b"[Content_Types].xml" in start
-            return f"is {_EXCEL if workbook else what}"
+            if sign == b"PK\x03\x04":
+                what = next((each for part, each in _OFFICE.items() if part in start), what)
+            return f"is {what}"
     return None
 
 

@@ -7,6 +7,7 @@ in a row is used, refused, or counted by its name (`RowNotes`). What no prompt f
 
 import json
 import math
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -67,6 +68,8 @@ EXPECTED = (
     ' "messages", "conversations" or "text"'
 )
 _MAX_FIELDS, _MAX_NAME = 12, 40  # field names in a message, characters of each
+# Columns that are neither a question nor an answer, whatever they hold.
+_NO_TEXTS = {"id", "uuid", "key", "date", "category", "type", "source", "url", "split", "language"}
 _MAX_COUNTED = 200  # names that are counted: keys at random must not fill the memory
 
 # Columns and keys of turns that carry meaning: what it does to the model that they are not read.
@@ -479,6 +482,21 @@ def _first_present(values: Mapping[str, Any], names: Iterable[str], taken: set[s
     return next((name for name in found if name is not None and name not in taken), None)
 
 
+def _columns_like(values: Mapping[str, Any]) -> str:
+    """A value of --columns with the first two names of a row that may be what is meant."""
+    names = [
+        name
+        for name, value in values.items()
+        if isinstance(value, str)
+        and any(letter.isalpha() for letter in value)
+        and name.strip().lower() not in _NO_TEXTS
+        and 0 < len(name) <= _MAX_NAME
+        and not set(name) & set(",=")
+    ]
+    prompt, response = names[:2] if len(names) > 1 else ("title", "body")
+    return shlex.quote(f"prompt={prompt},response={response}")
+
+
 def unknown_fields(
     values: Mapping[str, Any], columns: Mapping[str, str], data_format: str, *, table: bool
 ) -> str:
@@ -507,7 +525,7 @@ def unknown_fields(
         expected = " and ".join(f'"{name}"' for name in FIELDS[data_format])
     if columns:
         expected = " and ".join(repr(column) for column in columns.values()) + " (--columns)"
-    remedy = "name the columns, such as --columns prompt=title,response=body"
+    remedy = f"name the columns, such as --columns {_columns_like(values)}"
     if any(isinstance(value, dict) for value in values.values()):
         remedy += "; those within an object with a dot, prompt=data.title"
     if table:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from phitune.data.content import first_bytes, not_data
 from phitune.data.files import READABLE, SUFFIXES, read_rows, suffix_of
 from phitune.data.formats import ROW_NAMES
 from phitune.errors import DataError
@@ -59,7 +60,8 @@ def find_source(source: Path | str, part: Part = "train") -> Source:
     path = Path(source).expanduser()
     if path.is_file():
         if suffix_of(path) is None:
-            raise DataError(f"{path}: this file type is not supported; supported are: {READABLE}")
+            what = not_data(first_bytes(path)) or "this file type is not supported"
+            raise DataError(f"{path}: {what}; supported are: {READABLE}")
         return Source(source, (path,))
     if path.is_dir():
         return _choose(source, path, part)

@@ -190,10 +190,8 @@ def test_right_and_wrong_are_said_first_and_wrong_answers_are_listed() -> None:
     rows = [answered("Right?", "Yes, it is.", "no", "yes,  it IS")]
     rows += [answered(f"Question {n}?", f"Answer {n}.", "no", "a\x1b[31m") for n in range(12)]
     head, means, wrong, *listed, last = verdict_lines(rows, "match", "answers.json")
-    assert head == (
-        "13 questions with known answers: 1 right, 12 wrong (base model: 0 right, 13 wrong)"
-    )
-    assert means.startswith("right: the expected answer word for word")
+    assert head == ("13 questions with known answers: 1 right, 12 wrong (base: 0 right, 13 wrong)")
+    assert means.startswith("right: word for word")
     assert wrong == "wrong:"
     assert listed[:3] == [
         "  Question 0?",
@@ -204,7 +202,7 @@ def test_right_and_wrong_are_said_first_and_wrong_answers_are_listed() -> None:
     assert last == "  and 2 more: answers.json"
     assert "better" not in " ".join([head, means, *listed])
     (one, *_) = verdict_lines(rows[:1], "match", "")
-    assert one == "1 question with known answers: 1 right, 0 wrong (base model: 0 right, 1 wrong)"
+    assert one == "1 question with known answers: 1 right, 0 wrong (base: 0 right, 1 wrong)"
     assert verdict_lines([], "match", "") == []
 
 
@@ -223,7 +221,7 @@ def test_long_answers_in_other_words_are_not_decided() -> None:
         answered("nothing?", long, far, " "),
     ]
     head, _, why, *_ = verdict_lines(rows, "match", "")
-    assert "1 right, 1 wrong, 2 not decided (base model: 0 right, 0 wrong, 4 not decided)" in head
+    assert "1 right, 1 wrong, 2 not decided (base: 0 right, 0 wrong, 4 not decided)" in head
     assert "more than 120 characters" in why
     assert "ROUGE-L" in why
     # Where none is wrong, the least alike is read first.
@@ -255,7 +253,7 @@ def test_the_command_names_what_writes_all_answers(
     flags = ["--adapter_path", str(phi_2_run), "--dataset_path", str(file)]
     assert main(["evaluate", *flags, "--max_new_tokens", "4"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith("12 questions with known answers: 0 right, 12 wrong (base model: ")
+    assert lines[1].startswith("12 questions with known answers: 0 right, 12 wrong (base: ")
     (rest,) = [line for line in lines if "  and 2 more: " in line]
     program, command, *words = shlex.split(rest.partition(": ")[2])
     assert (program, command) == ("phitune", "evaluate")

@@ -63,8 +63,8 @@ class CompareOptions(SamplingOptions, RunOptions):
     usage = "compare RUN_OR_ADAPTER [RUN_OR_ADAPTER ...] [flags]"
     epilog = (
         "Without --questions_file and --from_validation questions are typed, or piped in line by"
-        f" line. Where the expected answer is known, right is {RULES['match']}; a long one in other"
-        " words is not decided."
+        f" line. Where the expected answer is known, right is that one {RULES['match']}; a long one"
+        " in other words is not decided."
     )
     several_adapters = True
 

@@ -1,6 +1,7 @@
 """`phitune evaluate`: numbers on what a fine-tune changed, base and tuned model side by side."""
 
 import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -308,8 +309,10 @@ def show(evaluation: "Evaluation", title: str, data: str, rest: str, console: Co
     for index, line in enumerate(verdict_lines(evaluation.answers, evaluation.rule, rest)):
         text = Text(line, style="" if index else "bold")
         if not index:
-            text.highlight_regex(r"\b[1-9][\d,]* right", "green")
-            text.highlight_regex(r"\b[1-9][\d,]* wrong", "red")
+            head = line.partition("(")[0]  # The base's figures stand in brackets.
+            for pattern, style in ((r"[1-9][\d,]* right", "green"), (r"[1-9][\d,]* wrong", "red")):
+                if found := re.search(pattern, head):
+                    text.stylize(style, *found.span())
         console.print(text, soft_wrap=not console.is_terminal)
     if evaluation.answers:
         console.print()

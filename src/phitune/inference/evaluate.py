@@ -428,7 +428,7 @@ def verdict_lines(
         return []
     base, tuned = tallies(answers, rule)
     lines = [
-        f"{plural(len(answers), 'question')} with known answers: {tuned} (base model: {base})",
+        f"{plural(len(answers), 'question')} with known answers: {tuned} (base: {base})",
         f"right: {RULES[rule]}",
     ]
     judged = [(row, row.right(rule)[1]) for row in answers]
@@ -438,7 +438,7 @@ def verdict_lines(
         of_tuned = _mean_likeness([(row.tuned.text, row.expected) for row in open_rows])
         lines.append(
             f"not decided: expected answers of more than {SHORT} characters, given in other words;"
-            f" ROUGE-L {figure(of_tuned, 'share')} (base model {figure(of_base, 'share')})"
+            f" ROUGE-L {figure(of_tuned, 'share')} (base {figure(of_base, 'share')})"
         )
     elif open_rows:
         lines.append(f"not decided: expected answers without anything to compare ({rule})")

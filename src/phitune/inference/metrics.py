@@ -145,8 +145,7 @@ def metrics_for(expected: Sequence[str]) -> tuple[str, ...]:
 Rule = Literal["match", "number", "contains"]
 # What makes an answer right.
 RULES: dict[Rule, str] = {
-    "match": "the expected answer word for word, but for case, spaces, quotation marks and final"
-    " punctuation",
+    "match": "word for word, but for case, spaces, quotation marks and end punctuation",
     "number": "the same number at the end as the expected answer",
     "contains": "the expected answer is in it",
 }

@@ -3,12 +3,14 @@
 import io
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from helpers.adapters import endless_adapter, random_adapter
 from helpers.command_line import phitune
 
+from phitune.cli import EXIT_INTERRUPTED, main
 from phitune.commands.options import SamplingOptions
 from phitune.inference.chat import Chat, Limits
 from phitune.inference.generate import GREEDY
@@ -99,6 +101,34 @@ def test_what_is_wrong_is_one_error(line: str, said: str) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+class Screen(io.StringIO):
+    """A terminal, as far as a program asks."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_what_is_said_of_an_interruption_at_a_terminal_begins_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TERM", "dumb")  # no spinner
+    screen = Screen()
+    monkeypatch.setattr(sys, "stdout", screen)
+    assert main(["ask", QUESTION, *BASE.split()]) == 0
+    assert screen.getvalue() == "The capital of Portugal is Lisbon.\n"
+
+    def interrupted(chat: Chat, question: str) -> Iterator[str]:
+        yield "The capital "
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Chat, "ask", interrupted)
+    screen.truncate(0)
+    screen.seek(0)
+    assert main(["ask", QUESTION, *BASE.split()]) == EXIT_INTERRUPTED
+    assert screen.getvalue() == "The capital \n"
+    assert capsys.readouterr().err == "phitune: interrupted\n"
 
 
 def test_a_cut_answer_is_told(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,31 +70,46 @@ def run(argv: list[str]) -> int:
 
     from rich.console import Console
 
-    from phitune.commands.terminal import print_json, write_answer
+    from phitune.commands.terminal import print_json
 
     with Console(stderr=True).status("reading the model"):
         chat = _open(options)
     if note := chat.without_effect:
         print(f"phitune: {note}", file=sys.stderr)
     with contextlib.closing(chat.ask(question)) as pieces:
-        if sys.stdout.isatty() and not options.as_json:
-            write_answer(Console(highlight=False), pieces)
+        if options.as_json:
+            "".join(pieces)
         else:
-            for piece in pieces:
-                if not options.as_json:
-                    sys.stdout.write(piece)
-                    sys.stdout.flush()
+            _show(pieces)
     asked = _asked(chat)
     if options.as_json:
         print_json(asked)
         return 0
-    print()
     if not asked.stopped:
         print(
             f"phitune: cut off at {asked.tokens:,} tokens; --max_new_tokens allows more",
             file=sys.stderr,
         )
     return 0
+
+
+def _show(pieces: Iterator[str]) -> None:
+    """Prints an answer while it comes; on a terminal it is broken between words."""
+    if not sys.stdout.isatty():
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        print()
+        return
+
+    from rich.console import Console
+
+    from phitune.commands.terminal import write_answer
+
+    try:
+        write_answer(Console(highlight=False), pieces)
+    finally:  # What is said next, of an interruption too, begins a line.
+        print()
 
 
 def _has_adapter(word: str) -> bool:

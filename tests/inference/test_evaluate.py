@@ -459,6 +459,9 @@ def test_a_run_ends_with_a_short_evaluation(trained_run: Path) -> None:
     assert found["skipped"] == []
     counted = found["right_answers"]["tuned"]
     assert counted["right"] + counted["wrong"] == len(found["answers"]) == found["rows_answered"]
+    card = (trained_run / "adapter" / "README.md").read_text()
+    assert "| right answers (word for word, but for case, " in card
+    assert f"| {counted['right']} of {len(found['answers'])} |" in card
 
 
 def test_the_short_form_leaves_the_adapter_where_it_was(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import model_validator
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -313,7 +314,11 @@ def show(evaluation: "Evaluation", title: str, data: str, rest: str, console: Co
             for pattern, style in ((r"[1-9][\d,]* right", "green"), (r"[1-9][\d,]* wrong", "red")):
                 if found := re.search(pattern, head):
                     text.stylize(style, *found.span())
-        console.print(text, soft_wrap=not console.is_terminal)
+        if console.is_terminal:  # A long text goes on below its own beginning.
+            indent = len(line) - len(line.lstrip())
+            console.print(Padding(text[indent:], (0, 0, 0, indent), expand=False))
+        else:
+            console.print(text, soft_wrap=True)
     if evaluation.answers:
         console.print()
     rows = data + (f", {len(evaluation.answers)} of them answered" if evaluation.answers else "")

@@ -240,7 +240,12 @@ def _measures(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     measures = evaluation.get("measures")
     if not isinstance(measures, Mapping):
         return []
-    return [
+    right = evaluation.get("right_answers")  # None where nothing was answered
+    rows = []
+    if isinstance(right, Mapping):
+        base, tuned = (f"{right[of]['right']} of {right['questions']}" for of in ("base", "tuned"))
+        rows.append((f"right answers ({right['means']})", base, tuned))
+    return rows + [
         (name.replace("_", " "), _figure(measure.get("base")), _figure(measure.get("tuned")))
         for name, measure in measures.items()
     ]

@@ -180,7 +180,6 @@ def test_conversations_tables_and_parquet_are_trained_on_and_said_aloud(place: P
     done = phitune(f"{line} --dataset_path chats.json --validation_split 0 --output_dir a")
     assert done.returncode == 0, done.stderr
     assert "0 for validation; sharegpt (conversations)" in done.stdout
-    assert "8 training and 0 validation rows" in done.stdout
     sample = lines_of(place / "a" / "samples.jsonl")[0]
     assert sample["prompt"].startswith("<|user|>\nWhat is 0?<|end|>\n<|assistant|>\nIt is 0.")
     assert trained_on_conversations(place / "a" / "adapter")
@@ -192,8 +191,8 @@ def test_conversations_tables_and_parquet_are_trained_on_and_said_aloud(place: P
     line = "train --epochs 1 --sample_tokens 0 --no-cache --columns prompt=0,response=1"
     table = phitune(f"{line} --dataset_path held-out.tsv --validation_split 0.5 --output_dir c")
     assert table.returncode == 0, table.stderr
-    assert "held-out.tsv: read as prompt-response (prompt=0, response=1)" in table.stdout
-    assert "1 training and 1 validation rows" in table.stdout
+    rows = "2 rows: 1 for training, 1 for validation; prompt-response (prompt=0, response=1)"
+    assert rows in table.stdout
 
 
 def test_bad_rows_are_counted_and_left_out_where_that_is_asked(place: Path) -> None:

@@ -218,6 +218,8 @@ def test_a_run_ends_with_what_can_be_done_next(
     assert found["verdict"] == "warning"
     said = f"warning: {found['title']}: {found['message']}; {found['remedy']}"
     assert said in done.stdout.splitlines()
+    planned = phitune(f"plan --dataset_path 'my rows.jsonl' {flags} --device cpu").stdout
+    assert "".join(said.removeprefix("warning: ").split()) in "".join(planned.split())
     longer = phitune([*again, "--output_dir", "again"])
     assert longer.returncode == 0, longer.stderr
     assert steps(place / "again") == 21

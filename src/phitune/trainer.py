@@ -563,7 +563,8 @@ class LoRATrainer:
         if self.settings.model_name in SHIPPED_MODELS and self.settings.dataset_path:
             self._warn([f"the shipped models {MINIATURES}"])
         self._say(f"{'warning: ' if steps.verdict == 'too few' else 'steps: '}{steps.line}")
-        if self.verbose or data.mixed:
+        # Else an epoch has the rows that the checks have counted.
+        if self.verbose or data.mixed or self.settings.on_too_long == "split":
             self._say(data_line(data, self.settings.dataset_path or EXAMPLE_DATASET.name))
         self._say(targets_line(self.target_modules, self.model_config, self.settings.lora_r))
         if self._start:

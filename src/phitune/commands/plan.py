@@ -291,12 +291,9 @@ def _data_facts(plan: Plan) -> dict[str, str]:
 
 
 def _steps_fact(plan: Plan) -> str:
-    """The optimizer steps of the run. What there is to say of too few of them belongs here."""
-    number, epochs = plan.steps_per_epoch, plan.settings.epochs
-    return (
-        f"{plural(number, 'optimizer step')} an epoch, {number * epochs:,} in"
-        f" {plural(epochs, 'epoch')}; {_batch_words(plan)}"
-    )
+    """The optimizer steps of the run, and what there is to say of too few of them."""
+    at_a_time = plural(plan.settings.micro_batch, "row")
+    return f"{plan.steps.line}. A micro-batch has {at_a_time}"
 
 
 def _batch_words(plan: Plan) -> str:
@@ -700,10 +697,15 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "validation_rows": len(rows.validation),
             "tokens_per_epoch": rows.tokens,
             "trained_tokens_per_epoch": rows.trained,
-            "steps_per_epoch": plan.steps_per_epoch,
+            "steps_per_epoch": plan.steps.an_epoch,
             "longest": largest.longest,
             "micro_batch_tokens": largest.tokens,
             "micro_batch_target_tokens": largest.target_tokens,
+        },
+        "steps": {
+            "in_all": plan.steps.in_all,
+            "verdict": plan.steps.verdict,
+            "advised_settings": plan.steps.advised,
         },
         "memory": {
             **jsonable(plan.memory),

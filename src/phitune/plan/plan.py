@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phitune.config import Resolved, Settings, as_flags, choices_of
+from phitune.data.steps import Steps
 from phitune.errors import ModelError, SettingsError, listing
 from phitune.model.architecture import (
     ModelConfig,
@@ -468,6 +469,7 @@ class Plan:
     given: str | None  # the memory as typed; None: that of the preset or of this machine
     base: Base
     rows: Rows
+    steps: Steps
     memory: Memory
     chosen: MemoryPlan
     cost: Cost
@@ -487,11 +489,6 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.chosen.bytes <= self.budget
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps; the last may have fewer rows."""
-        return -(-self.rows.per_epoch // self.settings.rows_per_step)
 
     @property
     def train_command(self) -> str | None:
@@ -586,6 +583,7 @@ def make_plan(resolved: Resolved, memory: str | None = None, preset: str | None 
         given=memory,
         base=place.base,
         rows=rows,
+        steps=Steps(rows.per_epoch, resolved.settings),
         memory=there,
         chosen=chosen,
         cost=run.cost,

@@ -71,6 +71,7 @@ benchmarks: setup
 	$(BIN)/python benchmarks/memory_plan.py
 	$(BIN)/python benchmarks/saved_bytes.py
 	$(BIN)/python benchmarks/loss_curve.py
+	$(BIN)/python benchmarks/small_files.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/layer_proposal.py
 	$(BIN)/python benchmarks/faq_split.py

@@ -21,12 +21,12 @@ import torch
 from machine import RESULTS, save
 from rich.console import Console
 
-from phitune import Phi2LoRATrainer
+from phitune import LoRATrainer
 from phitune.config import as_flags, resolve
 from phitune.data.steps import Steps
 from phitune.model.engine import FusedEngine
-from phitune.training.events import Outcome
-from phitune.training.loop import fit, outcome_of, start_state
+from phitune.training.events import Ending
+from phitune.training.loop import ending_of, fit, start_state
 
 VALIDATION_ROWS = 40
 # Model, training rows, seeds.
@@ -131,7 +131,7 @@ def rows_of_a_shop(seed: int) -> Iterator[dict[str, str]]:
     yield from rows
 
 
-def train(model: str, rows: int, seed: int, changes: dict[str, int]) -> tuple[Steps, Outcome]:
+def train(model: str, rows: int, seed: int, changes: dict[str, int]) -> tuple[Steps, Ending]:
     """A run on `rows` rows with these settings, else at the defaults."""
     shop = rows_of_a_shop(seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -148,7 +148,7 @@ def train(model: str, rows: int, seed: int, changes: dict[str, int]) -> tuple[St
         settings["gradient_accumulation_steps"] = (
             steps.settings.rows_per_step // settings["batch_size"]
         )
-        trainer = Phi2LoRATrainer(
+        trainer = LoRATrainer(
             output_dir=Path(folder, "run"),
             config={**settings, "sample_tokens": 0, "cache": False},
         )
@@ -158,7 +158,7 @@ def train(model: str, rows: int, seed: int, changes: dict[str, int]) -> tuple[St
         state = start_state(engine, made.adapter, len(data.train_rows), trainer.settings)
         for _ in fit(engine, state, data, trainer.settings):
             pass
-        return steps, outcome_of(state, trainer.settings)
+        return steps, ending_of(state, trainer.settings)
 
 
 def compare(model: str, rows: int, seed: int) -> dict[str, Any]:

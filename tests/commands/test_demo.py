@@ -13,6 +13,9 @@ import yaml
 from helpers.command_line import phitune
 
 from phitune.commands import demo
+from phitune.config import MINIATURES
+from phitune.errors import ModelError
+from phitune.model.files import find_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -112,3 +115,14 @@ def test_an_installed_wheel_runs_it_without_a_clone(tmp_path: Path) -> None:
     assert "Ahoy!" in done.stdout
     assert "\nNext:\n" in done.stdout
     assert (place / "output" / "demo" / "summary.json").is_file()
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "check", "plan", "chat", "ask"])
+def test_the_shipped_models_say_what_they_are_where_they_are_offered(command: str) -> None:
+    text = " ".join(phitune(f"{command} --help").stdout.split())
+    assert "only the demo's sentences" in text
+
+
+def test_so_does_the_error_that_names_them() -> None:
+    with pytest.raises(ModelError, match=MINIATURES):
+        find_model("no model")

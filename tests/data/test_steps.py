@@ -1,5 +1,6 @@
 """How many optimizer steps rows make, and that everybody advises the same."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -10,7 +11,9 @@ from phitune.config import Settings, as_flags, resolve
 from phitune.data.packing import epoch_steps
 from phitune.data.steps import ENOUGH, TOO_FEW, Steps
 
-GUIDE = Path(__file__).parents[2] / "docs" / "training.md"
+ROOT = Path(__file__).parents[2]
+GUIDE = ROOT / "docs" / "training.md"
+MEASURED = ROOT / "benchmarks" / "results" / "small_files.json"
 
 
 @pytest.mark.parametrize("rows", [1, 63, 64, 65, 1000])
@@ -67,3 +70,11 @@ def test_the_guide_advises_the_same() -> None:
         for rows in (first, last):
             advised = Steps(int(rows.replace(",", "")), Settings()).advised
             assert as_flags(advised) == shlex.split(flags)
+
+
+def test_what_is_advised_was_measured_to_be_better() -> None:
+    runs = json.loads(MEASURED.read_text())["runs"]
+    assert {run["rows"] for run in runs} == {20, 54, 200, 1000}
+    for run in runs:
+        assert shlex.split(run["flags"]) == as_flags(Steps(run["rows"], Settings()).advised)
+        assert run["advised"]["loss"] < run["default"]["loss"]

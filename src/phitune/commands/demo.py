@@ -13,7 +13,8 @@ CONFIG = ASSETS / "demo.yaml"
 
 class DemoOptions(Options):
     """Teach a tiny shipped model to answer like a sea captain, in about a minute on two CPU cores,
-    and ask it questions that were in none of its rows. Nothing is fetched."""
+    and ask it questions that were in none of its rows. Nothing is fetched. The model knows only
+    the demo's sentences: to try commands, not your own data."""
 
     usage = "demo [--output_dir DIR] [--overwrite]"
 

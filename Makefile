@@ -75,6 +75,7 @@ benchmarks: setup
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/layer_proposal.py
 	$(BIN)/python benchmarks/faq_split.py
+	$(BIN)/python benchmarks/first_ten_minutes.py
 	$(BIN)/python benchmarks/cpu_gemm.py
 	$(BIN)/python benchmarks/cpu_compile.py
 	$(BIN)/python benchmarks/decode.py

@@ -312,8 +312,27 @@ def test_every_flag_in_the_text_is_one(capsys: pytest.CaptureFixture[str]) -> No
         known |= set(re.findall(r"--(\w+)", capsys.readouterr().out))
     for name in DOCUMENTS:
         text = _FENCE.sub("", (ROOT / name).read_text(encoding="utf-8"))
+        text = _OTHER_PROGRAMS.sub("", text)
         flags = set(re.findall(r"`[^`]*?--(?:no-)?([a-z]\w*)", text))
         assert flags <= known, f"{name}: {sorted(flags - known)}"
+
+
+_OTHER_PROGRAMS = re.compile(r"^## From another program$.*?(?=^## )", re.MULTILINE | re.DOTALL)
+
+
+def test_a_flag_of_another_program_is_answered_with_the_documented_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    table = _OTHER_PROGRAMS.search(GUIDE.read_text(encoding="utf-8"))
+    assert table
+    rows = [line.split(" | ") for line in table[0].splitlines() if line.startswith("| `--")]
+    assert len(rows) > 5
+    for theirs, ours in rows:
+        for place, flag in enumerate(re.findall(r"`--(\w+)", theirs)):
+            assert main(["train", f"--{flag}", "1"]) == 2, flag
+            known = re.findall(r"`--(\w+)", ours)
+            if known:  # In the same order, or one for all.
+                assert f"--{known[min(place, len(known) - 1)]}" in capsys.readouterr().err
 
 
 # --- what is made from the code -------------------------------------------------------------------

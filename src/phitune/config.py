@@ -731,6 +731,15 @@ def as_flags(values: Mapping[str, Any]) -> list[str]:
     return words
 
 
+def not_default(settings: Settings) -> dict[str, Any]:
+    """The settings that have to be given for these."""
+    defaults = Settings.model_fields
+    found = {name: value for name, value in settings if value != defaults[name].default}
+    if settings.validation_path:
+        found.pop("validation_split", None)  # 0, chosen since these rows have a file of their own
+    return found
+
+
 def setting_text(value: Any) -> str:
     """A value as it is typed."""
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,6 +1,6 @@
 """What other programs of this field call what phitune has, and what to say of an unknown name.
 
-One table: errors, the right line behind them and a part of docs/training.md are made of it.
+One table: errors and the right line behind them are made of it.
 """
 
 import difflib

@@ -328,6 +328,12 @@ def test_validation_share(train: int, validation: int, verdict: str) -> None:
     assert found.verdict == verdict
 
 
+def test_a_validation_file_takes_no_rows_from_training() -> None:
+    file = Path("asked.jsonl")
+    assert validation_share(Split(60, 40, file, strictly=True)).verdict == "ok"
+    assert validation_share(Split(97, 3, file, strictly=True)).verdict == "warning"
+
+
 @pytest.mark.parametrize(
     ("rows", "verdict", "more"),
     [

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shlex
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -124,6 +125,20 @@ def test_the_command_loads_no_torch(clean: Path) -> None:
     assert json.loads(done.stdout)["rows"]["usable_rows"] == 240
 
 
+def test_it_ends_with_the_plan_of_what_it_advises(
+    clean: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out, _ = run(capsys, clean, "--model_name", "tiny-phi-2", "--max_length", "512")
+    *_, heading, command = out.splitlines()
+    assert heading == "Next:"
+    words = shlex.split(command)
+    assert words[:2] == ["phitune", "plan"]
+    assert "--gradient_accumulation_steps" in words, "240 rows make too few steps at the defaults"
+    assert words[words.index("--max_length") + 1] == "512"
+    assert main(words[1:]) == 0
+    assert capsys.readouterr().out.startswith("Fits")
+
+
 def test_json_has_the_documented_keys_and_true_numbers(
     messy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -167,7 +182,9 @@ def test_the_report_keeps_to_the_terminal(
     which: str, width: int, request: pytest.FixtureRequest
 ) -> None:
     said = shown(report_of(request.getfixturevalue(which)), width=width)
-    assert max(map(len, said.splitlines())) <= width
+    *lines, command = said.splitlines()
+    assert command.startswith("  phitune plan "), "a command is one line, to be copied"
+    assert max(map(len, lines)) <= width
     for word in ("Lengths", "Checks", "Rows as the model sees them", "rows with end", "padding"):
         assert word in said
     # Nothing a table had no room for.

@@ -49,7 +49,7 @@ from phitune.check.survey import (
     sample_of,
     token_statistics,
 )
-from phitune.config import Settings, as_flags
+from phitune.config import Settings, as_flags, not_default
 from phitune.data.coder import Coder
 from phitune.data.conversation import Example
 from phitune.data.dataset import ExampleStream, OnBadRow, Reading, read_examples
@@ -325,6 +325,8 @@ def validation_share(split: Split) -> Finding:
         message = "overfitting will not be noticed, and no epoch is known to be the best"
     elif share < low:
         message = f"{usual}; of so few the validation loss is noisy"
+    elif split.validation_path:
+        return Finding(name, title, "ok")  # They were not taken from what is trained on.
     else:
         message = f"{usual}; these rows are not trained on"
     remedy = "--validation_split 0.1"
@@ -434,6 +436,7 @@ class Report:
     near_duplicates: NearDuplicateSearch
     checks: tuple[Finding, ...]  # the worst first
     samples: tuple[Sample, ...]
+    next_command: str | None = None  # what to type once the errors are mended; None: no row is left
 
     @property
     def verdict(self) -> Verdict:
@@ -650,8 +653,12 @@ def _with_others(
                 tokens = dataclasses.replace(tokens, epoch=_joined(tokens.epoch, epoch, taken))
         checks.append(_mixed_in(path, share, taken, there, other))
     rows_of_epoch = tokens.epoch.train_rows if tokens else main_rows + sum(counts)
+    next_command = None
     if rows_of_epoch:
-        checks.append(optimizer_steps(Steps(rows_of_epoch, settings)))
+        steps = Steps(rows_of_epoch, settings)
+        checks.append(optimizer_steps(steps))
+        mended = steps.advised if steps.verdict == "too few" else {}
+        next_command = command_line("plan", *as_flags({**not_default(settings), **mended}))
     checks.sort(key=lambda finding: -SEVERITY[finding.verdict])
     return dataclasses.replace(
         report,
@@ -659,6 +666,7 @@ def _with_others(
         notes=report.notes + tuple(note for other, _ in others for note in other.notes),
         tokens=tokens,
         checks=tuple(checks),
+        next_command=next_command,
     )
 
 

@@ -171,6 +171,8 @@ def show(report: "Report", console: Console, *, only_samples: bool = False) -> N
         console.print(part)
         console.print()
     console.print(Text(f"checks: {report.checks_line}", f"bold {_COLOURS[report.verdict]}"))
+    if report.next_command and report.verdict != "error":
+        console.print(Text(f"Next:\n  {report.next_command}"), soft_wrap=True)
 
 
 def _lengths(report: "Report", width: int) -> RenderableType:

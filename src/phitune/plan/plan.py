@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phitune.config import Resolved, Settings, as_flags, choices_of
+from phitune.config import Resolved, Settings, as_flags, choices_of, not_default
 from phitune.data.steps import Steps
 from phitune.errors import ModelError, SettingsError, listing
 from phitune.model.architecture import (
@@ -496,27 +496,18 @@ class Plan:
         changes = {} if self.fits else self.remedies[0].changes
         if not self.fits and not changes:
             return None
-        settings = _not_default(self.settings.model_copy(update=changes))
+        settings = not_default(self.settings.model_copy(update=changes))
         return command_line("train", *as_flags({"dataset_path": _YOUR_DATA, **settings}))
 
     def command_for(self, model_name: str) -> str | None:
         """Plans the same with another model; None where the settings are for this one alone."""
         settings = self.settings
         own = ("target_modules", "layers", "recompute_layers", "prompt_format", "start_adapter")
-        if settings.model_name == model_name or not _not_default(settings).keys().isdisjoint(own):
+        if settings.model_name == model_name or not not_default(settings).keys().isdisjoint(own):
             return None
         there = {"memory": self.given, "preset": self.preset, "model_name": model_name}
-        flags = {name: value for name, value in _not_default(settings).items() if name not in there}
+        flags = {name: value for name, value in not_default(settings).items() if name not in there}
         return command_line("plan", *as_flags({**there, **flags}))
-
-
-def _not_default(settings: Settings) -> dict[str, Any]:
-    """The settings that have to be given for these."""
-    defaults = Settings.model_fields
-    found = {name: value for name, value in settings if value != defaults[name].default}
-    if settings.validation_path:
-        found.pop("validation_split", None)  # 0, chosen since these rows have a file of their own
-    return found
 
 
 # Stands for a data set that was not named.

@@ -283,7 +283,7 @@ def _means(name: str, text: Any, value: Any) -> bool:
 
 def _is_shown(resolved: Resolved) -> None:
     """A run shows every value in effect under "Settings"."""
-    shown = settings_lines(resolved).plain
+    shown = settings_lines(resolved, verbose=True).plain
     for name, value in resolved.settings.model_dump(mode="json").items():
         texts = value if isinstance(value, list) else [value]
         line = next(line for line in shown.split("\n  ") if line.strip().startswith(f"{name} "))

@@ -305,7 +305,8 @@ def test_no_command_hides_in_a_block_that_is_not_run(name: str) -> None:
 
 
 def test_every_flag_in_the_text_is_one(capsys: pytest.CaptureFixture[str]) -> None:
-    known = {*Settings.model_fields, "logdir", "help", "version"}
+    # Also those of tensorboard and pip.
+    known = {*Settings.model_fields, "logdir", "deps", "index", "help", "version"}
     for name in COMMANDS:
         words = [name, "--help"]
         assert main(words) == 0

@@ -1,6 +1,7 @@
 """Texts that hold a conversation in a template: split into turns, with the ids of those turns."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from helpers.conversations import example_of
 from hypothesis import given
 from hypothesis import strategies as st
 
+from phitune.check.rows import RowTexts, in_a_template, special_token_pattern
 from phitune.cli import main
 from phitune.config import Settings
 from phitune.data.coder import Coder, FormatName
@@ -133,6 +135,23 @@ def test_another_template_or_part_of_one_is_an_error(
     errors = [check for check in report["checks"] if check["verdict"] == "error"]
     assert "template" in {check["name"] for check in errors}
     assert 'write the turns as "messages"' in errors[0]["remedy"]
+
+
+@pytest.mark.parametrize("piece", ["\t", "\n", " ", "\r\n", "</s>", "###", "\n### "])
+def test_a_text_is_taken_apart_in_time_that_grows_with_its_length(piece: str) -> None:
+    """Searched for white space from each of its characters, one of these took minutes."""
+    many = piece * 100_000
+    texts = [
+        f"Instruct: q{many}\nOutput: a{many}b",
+        f"### Instruction:\nq{many}x\n### Response:\na{many}",
+        f"{many}Instruct: q",
+    ]
+    began = time.process_time()
+    for text in texts:
+        for form in (*CODERS["chat"].prompt_format.written_forms, *PLAIN_FORMS):
+            form.turns(text)
+        in_a_template(RowTexts.of(example_of(text, text), special_token_pattern([])))
+    assert time.process_time() - began < 5
 
 
 @given(st.text(max_size=60), st.text(max_size=60), st.booleans())

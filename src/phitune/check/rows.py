@@ -57,23 +57,24 @@ def quoted(text: str) -> str:
 # The checks.
 
 # What a prompt looks like that went through somebody's template already. Phi's own, then those of
-# Alpaca, ChatML, Llama 2, Gemma and Vicuna.
+# Alpaca, ChatML, Llama 2, Gemma and Vicuna. Space before a mark is looked for on its own line only:
+# from each of many empty lines to the last of them would take the square of their number.
 _TEMPLATE = re.compile(
-    r"^\s*Instruct:|^\s*Output:\s*\Z|<\|(?:user|assistant|system|im_start)\|>"
-    r"|^\s*###\s*(?:Instruction|Input|Response|Human|Assistant|Question|Answer)\b"
+    r"^[^\S\n]*Instruct:|^[^\S\n]*Output:\s*\Z|<\|(?:user|assistant|system|im_start)\|>"
+    r"|^[^\S\n]*###\s*(?:Instruction|Input|Response|Human|Assistant|Question|Answer)\b"
     r"|\[/?INST\]|<<SYS>>|<start_of_turn>"
     r"|^(?:Human|Assistant|USER|ASSISTANT|User|Question|Answer):\s*\Z",
     re.MULTILINE,
 )
 _TEMPLATE_IN_ANSWER = re.compile(
     r"\A\s*(?:Output:|###\s*(?:Response|Answer|Assistant)\b|<\|assistant\|>|<start_of_turn>|\[/INST\])"
-    r"|^\s*Instruct:|^###\s*(?:Instruction|Human)\b|<\|(?:user|im_start)\|>|\[/?INST\]",
+    r"|^[^\S\n]*Instruct:|^###\s*(?:Instruction|Human)\b|<\|(?:user|im_start)\|>|\[/?INST\]",
     re.MULTILINE,
 )
 # In a text that is trained as it is, only what nobody writes.
 _TEMPLATE_IN_TEXT = re.compile(
-    r"<\|(?:user|assistant|system|im_start|start_header_id)\|>|^\s*Instruct:"
-    r"|^\s*###\s*(?:Instruction|Response)\b|\[/?INST\]|<<SYS>>|<start_of_turn>",
+    r"<\|(?:user|assistant|system|im_start|start_header_id)\|>|^[^\S\n]*Instruct:"
+    r"|^[^\S\n]*###\s*(?:Instruction|Response)\b|\[/?INST\]|<<SYS>>|<start_of_turn>",
     re.MULTILINE,
 )
 _TEMPLATE_SIGNS = ("###", "<|", "<<", "<s", "INST", "Instruct:", "Output:")

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 from phitune.data.conversation import Role, Turn
 
-_INPUT = re.compile(r"\s*\n###\s*Input:?\s*\n*")
+# A search for white space begins where the white space does: from each of its characters it would
+# take the square of their number.
+_INPUT = re.compile(r"(?<!\s)\s*\n###\s*Input:?\s*\n*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ class WrittenForm:
 
     def turns(self, text: str) -> tuple[Turn, ...] | None:
         """The turns of a conversation in this form; None for any other text."""
-        openers, end = _patterns(self)
+        openers = _patterns(self)
         turns: list[Turn] = []
         before: Role | None = None
         at = 0
@@ -47,26 +49,35 @@ class WrittenForm:
                 break
             start, stop, role = min(found)
             if before:
-                turns.append(Turn(before, self._content(text[at:start])))
+                content = text[at:start]
+                if before == "assistant" and not self.exact:
+                    content = self._without_ends(content)
+                turns.append(Turn(before, self._content(content)))
             before, at = role, -stop
         if before != "assistant":
             return None
-        ended = end.search(text, at)
-        last = text[at : ended.start()] if ended else text[at:].rstrip()
-        turns.append(Turn(before, self._content(last)))
+        turns.append(Turn(before, self._content(self._without_ends(text[at:]))))
         return tuple(turns) if all(turn.content.strip() for turn in turns) else None
+
+    def _without_ends(self, answer: str) -> str:
+        """An answer up to the tokens that end it, or else to the white space behind it."""
+        stop = len(answer)
+        first = None  # of these tokens
+        while True:
+            while stop and answer[stop - 1].isspace():
+                stop -= 1
+            token = next((end for end in self.ends if end and answer.endswith(end, 0, stop)), "")
+            if not token:
+                return answer[: stop if first is None else first]
+            first = stop = stop - len(token)
 
     def _content(self, text: str) -> str:
         return text if self.exact else _INPUT.sub("\n", text).strip()
 
 
 @functools.lru_cache(maxsize=16)
-def _patterns(
-    form: WrittenForm,
-) -> tuple[list[tuple[Role | None, Role, re.Pattern[str]]], re.Pattern[str]]:
-    token = "|".join(map(re.escape, form.ends)) or r"(?!)"
-    openers = [(after, role, re.compile(pattern)) for after, role, pattern in form.openers]
-    return openers, re.compile(rf"(?:{token})(?:\s*(?:{token}))*\s*\Z")
+def _patterns(form: WrittenForm) -> list[tuple[Role | None, Role, re.Pattern[str]]]:
+    return [(after, role, re.compile(pattern)) for after, role, pattern in form.openers]
 
 
 def exact_form(
@@ -108,7 +119,6 @@ def _marked(
 
 
 _ENDS = ("<|endoftext|>", "</s>", "<|end|>", "<|im_end|>", "<|eot_id|>")
-_END = rf"(?:\s*(?:{'|'.join(map(re.escape, _ENDS))}))*"
 _INSTRUCTION, _RESPONSE = r"###\s*(?:Instruction|Human):?\s*", r"###\s*(?:Response|Assistant):?\s*"
 
 # Known whatever the tokenizer.
@@ -118,9 +128,9 @@ PLAIN_FORMS = (
         (
             (None, "user", r"\s*Instruct:[ \t]*"),
             (None, "system", r"(?=\S)(?!###)"),
-            ("system", "user", r"\s*\nInstruct:[ \t]*"),
-            ("user", "assistant", r"\s*\nOutput:[ \t]*"),
-            ("assistant", "user", rf"{_END}\s*\nInstruct:[ \t]*"),
+            ("system", "user", r"\nInstruct:[ \t]*"),
+            ("user", "assistant", r"\nOutput:[ \t]*"),
+            ("assistant", "user", r"\nInstruct:[ \t]*"),
         ),
         _ENDS,
     ),
@@ -129,9 +139,9 @@ PLAIN_FORMS = (
         (
             (None, "user", rf"\s*(?:Below is an instruction that [^\n]*\n\s*)?{_INSTRUCTION}"),
             (None, "system", r"(?=\S)(?!###|Below is an instruction that )"),
-            ("system", "user", rf"\s*\n{_INSTRUCTION}"),
-            ("user", "assistant", rf"\s*\n{_RESPONSE}"),
-            ("assistant", "user", rf"{_END}\s*\n{_INSTRUCTION}"),
+            ("system", "user", rf"\n{_INSTRUCTION}"),
+            ("user", "assistant", rf"\n{_RESPONSE}"),
+            ("assistant", "user", rf"\n{_INSTRUCTION}"),
         ),
         _ENDS,
     ),

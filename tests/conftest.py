@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from helpers import runs
 from helpers.models import CONFIGS, phi3_config, phi_config, random_folder
@@ -34,6 +35,22 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="phitune-test-cache-")
 os.environ["TRACKIO_DIR"] = os.environ["XDG_CACHE_HOME"] + "/trackio"
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+
+MEMORY_DISK = Path("/dev/shm")
+_ROOM = 4 * 2**30  # bytes; a run of all tests writes 1.5 GB
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keeps the tests' folders in memory where there is room: waiting for a disk to confirm each of
+    the many checkpoints is a third of the time. The long tests, with real limits of memory and real
+    disks, stay on disk.
+    """
+    if config.option.markexpr != "not campaign" or not MEMORY_DISK.is_mount():
+        return
+    free = os.statvfs(MEMORY_DISK)
+    if min(free.f_bavail * free.f_frsize, psutil.virtual_memory().available / 4) > _ROOM:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY_DISK))
 
 
 def pytest_collection_finish() -> None:

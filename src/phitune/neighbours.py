@@ -74,13 +74,15 @@ NEIGHBOURS = {
     "system": "system_prompt system_message",
     "metric": "metrics",
     "limit": "max_samples num_samples",
+    "push": "push_to_hub hub_model_id repo repo_id repository upload_repo",
+    "memory": "vram gpu_memory ram",
     "output": "out outfile output_file output_path o",
     # Commands.
     "demo": "quickstart example tutorial",
     "train": "finetune fine_tune fit sft lora finetune_lora run_sft tune",
     "chat": "generate inference infer run predict talk cli",
     "evaluate": "eval test",
-    "export": "merge convert quantize fuse merge_lora save push upload",
+    "export": "merge convert quantize fuse merge_lora save",
     "check": "validate inspect data preprocess",
 }
 CALLED_HERE: dict[str, list[str]] = {}
@@ -114,7 +116,10 @@ _NOT_QUANTIZED = (
     " are chosen by what is free, by --batch_size auto, and by a smaller --max_length; phitune plan"
     " shows what fits"
 )
+_PUSHED = "phitune export RUN --format FORMAT --push OWNER/NAME uploads a run"
 _NOT_HERE = {
+    "push": _PUSHED,
+    "upload": _PUSHED,
     "train": "phitune train trains",
     "prompt": "phitune ask QUESTION asks once, phitune chat one question a line",
     "serve": "a run is asked with phitune chat, and phitune export writes it for servers: llama.cpp"
@@ -220,7 +225,6 @@ INSTEAD: dict[str, tuple[str, ...]] = {
     "quantize": ("export", "--format", "gguf"),
     "serve": ("export", "--format", "gguf"),
     "server": ("export", "--format", "gguf"),
-    "resume": ("train",),
 }
 
 
@@ -240,9 +244,14 @@ def called_here(name: str, names: Iterable[str] | None) -> str:
     return ""
 
 
+# From here on two names are alike: "trian" and "train" are (0.8), "clean" and "plan" (0.67) not.
+_ALIKE = 0.7
+
+
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """The known name that a mistyped one most likely means."""
-    return next(iter(difflib.get_close_matches(name.replace("-", "_"), list(names), 1)), None)
+    plain = name.replace("-", "_")
+    return next(iter(difflib.get_close_matches(plain, list(names), 1, _ALIKE)), None)
 
 
 def unknown_name(name: str, names: Iterable[str], *, kind: str, prefix: str = "") -> str:

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,9 +27,25 @@ def visible(text: str) -> str:
     return _UNSAFE.sub(lambda found: ascii(found.group())[1:-1], text)
 
 
+def quoted(word: object) -> str:
+    """A word as it is typed in a shell, between quotes where it needs them."""
+    text = str(word)
+    if sys.platform != "win32":
+        return shlex.quote(text)
+    # There single quotes are letters, and a backslash stands in every path.
+    if re.fullmatch(r"[\w@+=:,./\\-]+", text):
+        return text
+    return f'"{text.replace(chr(34), chr(92) + chr(34))}"'
+
+
+def shell_line(*words: object) -> str:
+    """A command as a person can paste it into a shell."""
+    return " ".join(map(quoted, words))
+
+
 def command_line(*words: object) -> str:
     """A command of phitune as a person can paste it into a shell."""
-    return shlex.join(["phitune", *map(str, words)])
+    return shell_line("phitune", *words)
 
 
 def plural(count: int, noun: str, several: str = "") -> str:

@@ -26,6 +26,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("peft").mkdir()
     Path("peft/adapter_config.json").touch()
     Path("settings.yaml").write_text("epochs: 3\n")
+    Path("merged").mkdir()
+    Path("merged/config.json").touch()
     return tmp_path
 
 
@@ -42,6 +44,13 @@ GUESSES = {
     "merge output/done": "export output/done --format merged",
     "quantize output/done": "export output/done --format gguf",
     "serve output/done": "export output/done --format gguf",
+    "chat output/done 'What is this?'": "ask output/done 'What is this?'",
+    "generate --model output/done --prompt Hello": "ask --adapter_path output/done Hello",
+    "ask merged 'What is this?'": "ask --model_name merged 'What is this?'",
+    "ask tiny-phi-2 'What is this?'": "ask --model_name tiny-phi-2 'What is this?'",
+    "resume output/done": "train --resume output/done",
+    "evaluate output/done --data data.jsonl": "evaluate output/done --dataset_path data.jsonl",
+    "evaluate output/done data.jsonl": "evaluate output/done --dataset_path data.jsonl",
     "help trian": "train --help",
     "'train data.jsonl --epochs 3'": "train data.jsonl --epochs 3",
     "phitune train data.jsonl": "train data.jsonl",
@@ -71,6 +80,10 @@ GUESSES = {
     "train --validation_split 10%": "train --validation_split 0.1",
     "train --learning_rate 0,0001": "train --learning_rate 0.0001",
     "plan --memory 24 GB": "plan --memory 24GB",
+    "plan --vram 24GB": "plan --memory 24GB",
+    "export output/done --format merged --push_to_hub me/x": (
+        "export output/done --format merged --push me/x"
+    ),
     "export output/done --outtype gguf": "export output/done --format gguf",
     "export output/done": "export output/done --format merged",
     "chat output/done --temp 0.7": "chat output/done --temperature 0.7",
@@ -136,10 +149,26 @@ def test_the_error_says_what_was_wrong_and_ends_with_the_line(
 
 @pytest.mark.parametrize(
     "line",
-    ["train --epochs x", "chat nowhere", "xyzzy", "train a.jsonl b.jsonl", "train ''", "train --"],
+    [
+        "train --epochs x",
+        "chat nowhere",
+        "xyzzy",
+        "clean",
+        "train a.jsonl b.jsonl",
+        "train ''",
+        "train --",
+        "push output/done",
+        "export output/done --format merged --push_to_hub true",
+    ],
 )
 def test_where_nothing_better_is_known_nothing_is_advised(line: str, place: Path) -> None:
     assert advice(shlex.split(line), list(COMMANDS)) == ""
+
+
+@pytest.mark.parametrize("flag", ["write", "override", "overwriten", "publish", "pushing"])
+def test_nothing_is_replaced_or_published_by_a_likeness(flag: str, place: Path) -> None:
+    said = advice(["export", "output/done", "--format", "merged", f"--{flag}"], list(COMMANDS))
+    assert said == f"\nInstead (without --{flag}): phitune export output/done --format merged"
 
 
 def test_an_open_quote_in_a_word_is_no_line_between_quotes() -> None:

@@ -1,6 +1,7 @@
 """`phitune ask`: one question to a model, and its answer."""
 
 import contextlib
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,10 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import model_validator
 
-from phitune.commands.options import ModelOptions, SamplingOptions, option, parse, switch
+from phitune.commands.options import (
+    ModelOptions,
+    SamplingOptions,
+    has_adapter,
+    option,
+    parse,
+    switch,
+)
 from phitune.errors import DataError, SettingsError
-from phitune.model.adapter_config import CONFIG_FILE
-from phitune.training.rundir import ADAPTER
+from phitune.model.files import is_model_name
+from phitune.text import quoted
 
 if TYPE_CHECKING:
     from phitune.inference.chat import Chat
@@ -41,7 +49,9 @@ class AskOptions(SamplingOptions, ModelOptions):
     @classmethod
     def _run_before_the_question(cls, values: dict[str, Any]) -> dict[str, Any]:
         first, *rest = values.get("question") or [""]
-        if not _has_adapter(first):
+        if not has_adapter(first):
+            if why := _why_no_question(first, rest):
+                raise ValueError(why)
             return values
         adapters = [*values.get("adapter_path", []), first]
         return {**values, "adapter_path": adapters, "question": rest}
@@ -112,13 +122,22 @@ def _show(pieces: Iterator[str]) -> None:
         print()
 
 
-def _has_adapter(word: str) -> bool:
-    """Whether a word names a run or an adapter's folder."""
+def _why_no_question(first: str, rest: list[str]) -> str:
+    """What to say of a first word that was meant for a model; empty where it begins a question.
+
+    Asked along, it would spoil the question, and the default base model would answer it.
+    """
+    if re.search(r"\s", first):
+        return ""
     try:
-        folder = Path(word).expanduser()
-        return any((folder / each / CONFIG_FILE).is_file() for each in ("", ADAPTER))
+        is_model = (Path(first).expanduser() / "config.json").is_file()
     except (OSError, RuntimeError, ValueError):  # A question that no folder can have for a name.
-        return False
+        return ""
+    if is_model or (len(rest) == 1 and is_model_name(first)):
+        return f"{first}: is a model, not an adapter; write --model_name {quoted(first)}"
+    if "/" not in first and "\\" not in first:
+        return ""
+    return f"{first}: no run or adapter is there; if it is the question, pipe it in: phitune ask -"
 
 
 def _question(words: list[str]) -> str:

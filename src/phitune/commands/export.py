@@ -1,7 +1,6 @@
 """`phitune export`: an adapter as a folder that others load, proven to answer the same."""
 
 import re
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,7 +10,7 @@ from phitune.commands.options import RunOptions, one_of, option, parse, switch
 from phitune.config import UserPath
 from phitune.export.formats import DEFAULT_QUANTIZATION, FORMATS, QUANTIZATIONS, ExportSettings
 from phitune.model.files import is_hub_id
-from phitune.text import command_line, in_bytes, plural
+from phitune.text import command_line, in_bytes, plural, shell_line
 
 if TYPE_CHECKING:
     from phitune.export.source import Source
@@ -218,20 +217,16 @@ def next_lines(format_name: str, folder: Path, source: "Source") -> list[str]:
         template = folder / "chat_template.jinja"
         words = ["-m", "BASE.gguf", "--lora", file, "--chat-template-file", template, "-c", context]
         return [
-            f"run it: {_line('llama-cli', *words)}",
+            f"run it: {shell_line('llama-cli', *words)}",
             f"  where BASE.gguf is a llama.cpp file of {source.model_name}",
         ]
-    lines = [f"run it: {_line('llama-cli', '-m', file, '-c', context)}"]
+    lines = [f"run it: {shell_line('llama-cli', '-m', file, '-c', context)}"]
     if (folder / MODELFILE).is_file():
         lines.append(
-            f"or in Ollama: {_line('ollama', 'create', 'my-model', '-f', folder / MODELFILE)}"
+            f"or in Ollama: {shell_line('ollama', 'create', 'my-model', '-f', folder / MODELFILE)}"
             " && ollama run my-model"
         )
     return lines
-
-
-def _line(*words: object) -> str:
-    return shlex.join(map(str, words))
 
 
 # --- the hub --------------------------------------------------------------------------------------

@@ -16,23 +16,27 @@ from pathlib import Path
 from phitune.commands.help import commands_with
 from phitune.commands.options import (
     DataOptions,
+    ModelOptions,
     Options,
     RunOptions,
     TrainingOptions,
+    has_adapter,
     parse,
     parse_with_settings,
     parser_of,
 )
-from phitune.config import DASHES, Settings, model_meant
+from phitune.config import DASHES, Settings
 from phitune.errors import PhituneError
-from phitune.model.files import SHIPPED_MODELS
+from phitune.model.files import is_model_name
 from phitune.neighbours import INSTEAD, VALUES, called_here, nearest
-from phitune.text import command_line
+from phitune.text import command_line, shell_line
 
 # Quotation marks of web pages and word processors.
 _OPENING, _CLOSING = "\u201c\u201e\u201f\u00ab\u2018", "\u201d\u201c\u00bb\u2019"
 _PROMPTS = ("prompt", "p", "question", "query")  # in `ask` it stands without a flag
 _TRUTHS = ("true", "false", "yes", "no", "1", "0")
+# What is replaced or shown to the world is never guessed from a likeness of names.
+_NEVER_GUESSED = ("overwrite", "push", "public", "push_overwrite")
 _DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".ndjson", ".gz")
 
 
@@ -73,6 +77,7 @@ class _Mended:
 
     def __init__(self, words: list[str], commands: Sequence[str]) -> None:
         self.left_out: list[str] = []
+        self._names_place = False  # without a flag
         self.command, rest = _command(words, commands)
         self.words = words
         if not self.command:
@@ -122,6 +127,9 @@ class _Mended:
             found += [word, *values[: 0 if equals else None]] if new == [name, *values] else new
         if self.command == "export" and not {"--format", "--push", "--help"} & set(found):
             found += ["--format", "merged"]
+        has_run = self._names_place or "--adapter_path" in found
+        if self.command == "evaluate" and "--dataset_path" in found and not has_run:
+            found.insert(0, _newest_run())
         return found
 
     def _ours(self, bare: str) -> str:
@@ -135,7 +143,7 @@ class _Mended:
         # What has another meaning is no misspelling.
         if plain.lower() in VALUES or called_here(bare, None) or commands_with(f"--{plain}"):
             return ""
-        near = nearest(plain, flags)
+        near = nearest(plain, [flag for flag in flags if flag not in _NEVER_GUESSED])
         return f"--{near}" if near else ""
 
     def _values(self, bare: str, ours: str, rest: list[str]) -> list[str]:
@@ -160,7 +168,7 @@ class _Mended:
         return values
 
     def _flag(self, bare: str, ours: str, values: list[str]) -> list[str]:
-        typed = " ".join([f"--{bare}", *map(shlex.quote, values)])
+        typed = shell_line(f"--{bare}", *values)
         plain = bare.replace("-", "_").lower()
         if ours != f"--{plain}" and plain in VALUES:
             known = VALUES[plain]
@@ -197,13 +205,21 @@ class _Mended:
         if name in ("html", "output") and path.is_dir():
             suffix = "html" if name == "html" else "json"
             return [f"--{name}", str(path / f"{self.command}.{suffix}")]
+        if name == "model_name" and has_adapter(text):
+            takes = issubclass(self.options, ModelOptions)
+            return ["--adapter_path" if takes else "--start_adapter", text]
         if name in ("adapter_path", "dataset_path") and (other := self._other_place(text)):
             return other
         return [f"--{name}", text]
 
     def _place(self, word: str) -> list[str]:
         """A word without a flag: the data or the run, or what else it names."""
-        return self._other_place(word) or [word]
+        if self.command == "evaluate" and Path(word).suffix in _DATA_SUFFIXES:
+            return ["--dataset_path", word]
+        if other := self._other_place(word):
+            return other
+        self._names_place = True
+        return [word]
 
     def _other_place(self, word: str) -> list[str]:
         """The flag that a place is for which is not what the command is about; empty if it is."""
@@ -211,10 +227,11 @@ class _Mended:
         is_run = (path / "config.yaml").is_file() and (path / "metrics.jsonl").is_file()
         is_adapter = (path / "adapter_config.json").is_file()
         is_model = (path / "config.json").is_file() and not is_run
+        is_model = is_model or (not path.exists() and is_model_name(word))
         if issubclass(self.options, DataOptions):
             if path.suffix in (".yaml", ".yml"):
                 return ["--config", word]
-            if is_model or (not path.exists() and _is_model_name(word)):
+            if is_model:
                 return ["--model_name", word]
             if is_run and self.command != "train":
                 return ["--config", str(path / "config.yaml")]
@@ -222,13 +239,10 @@ class _Mended:
                 return ["--resume", word]
             if (is_run or is_adapter) and self.command == "train":
                 return ["--start_adapter", word]
-        if issubclass(self.options, RunOptions):
-            if is_model or (not path.exists() and _is_model_name(word)):
-                return ["--model_name", word]
-            if path.suffix == ".safetensors":
-                return [str(path.parent)]
-            if self.command == "evaluate" and path.suffix in _DATA_SUFFIXES:
-                return [_newest_run(), "--dataset_path", word]
+        if issubclass(self.options, ModelOptions) and is_model:
+            return ["--model_name", word]
+        if issubclass(self.options, RunOptions) and path.suffix == ".safetensors":
+            return [str(path.parent)]
         return []
 
 
@@ -249,23 +263,29 @@ def _command(words: list[str], commands: Sequence[str]) -> tuple[str, list[str]]
     if word.startswith("-"):
         return "train", words
     plain = re.split(r"[./]", word.lower().replace("-", "_"))[-1]
+    if plain == "resume":
+        return "train", ["--resume", *(rest or [_newest_run()])]
     if not Path(word).exists() and plain in INSTEAD:
         command, *flags = INSTEAD[plain]
         return command, [*rest, *flags]
     path = Path(word)
-    if (path / "adapter").is_dir() or (path / "adapter_config.json").is_file():
+    if has_adapter(word):
         return "chat", words
     if path.suffix in (*_DATA_SUFFIXES, ".yaml", ".yml"):
         return "train", words
     command = called_here(word, commands) or nearest(word.lower(), commands) or ""
-    asks = any(each.partition("=")[0].lstrip("-") in _PROMPTS for each in rest if each[:1] == "-")
-    return ("ask" if command == "chat" and asks else command), rest
+    return ("ask" if command == "chat" and _asks(rest) else command), rest
 
 
-def _is_model_name(word: str) -> bool:
-    """Whether a word that is no path is the name of a model of these families."""
-    is_short = model_meant(word) != word
-    return is_short or word in SHIPPED_MODELS or word.lower().startswith("microsoft/phi")
+def _asks(rest: list[str]) -> bool:
+    """Whether a question stands in the line: behind a flag, or between quotes without one."""
+    if any(each.partition("=")[0].lstrip("-") in _PROMPTS for each in rest if each[:1] == "-"):
+        return True
+    before = ["", *rest]
+    return any(
+        re.search(r"\s", word) and flag[:1] != "-" and not Path(word).exists()
+        for flag, word in zip(before, rest, strict=False)
+    )
 
 
 def _newest_run() -> str:

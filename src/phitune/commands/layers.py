@@ -4,7 +4,6 @@ Tables where there is room for them, lines where there is not; the same words wi
 number and every word comes from `layers/`; nothing is computed here but shares and means.
 """
 
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,6 +14,7 @@ from rich.text import Text
 
 from phitune.commands.options import Count, TrainingOptions, option, parse_with_settings, switch
 from phitune.commands.terminal import facts_grid, jsonable, print_json, section, table_of
+from phitune.config import as_flags
 from phitune.errors import SettingsError
 from phitune.layers.guide import (
     FILE_BYTES,
@@ -34,7 +34,7 @@ from phitune.layers.guide import (
 )
 from phitune.model.architecture import EMBED_TOKENS, FAMILIES, LM_HEAD, ModelConfig
 from phitune.plan.machine import GB
-from phitune.text import plural
+from phitune.text import command_line, plural
 
 if TYPE_CHECKING:
     from phitune.config import Resolved
@@ -576,14 +576,6 @@ def _survey(resolved: "Resolved", options: LayersOptions, given: Mapping[str, An
 
 def train_command(given: Mapping[str, Any], targets: tuple[str, ...], layers: str | None) -> str:
     """`phitune train` with the flags that were given here, and the proposed ones."""
-    words = ["phitune", "train"]
-    for name, value in given.items():
-        if name in ("target_modules", "layers"):
-            continue
-        values = value if isinstance(value, list) else [value]
-        values = [str(item).lower() if isinstance(item, bool) else item for item in values]
-        words += [f"--{name}", *map(str, values)]
-    words += ["--target_modules", *targets]
-    if layers is not None:
-        words += ["--layers", layers]
-    return shlex.join(words)
+    own = {"target_modules": list(targets), "layers": layers}
+    others = {name: value for name, value in given.items() if name not in own}
+    return command_line("train", *as_flags({**others, **own}))

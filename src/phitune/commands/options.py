@@ -11,7 +11,6 @@ their origin.
 
 import argparse
 import re
-import shlex
 import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -51,7 +50,7 @@ from phitune.config import (
 )
 from phitune.errors import SettingsError
 from phitune.neighbours import called_here, unknown_name
-from phitune.text import visible
+from phitune.text import quoted, visible
 
 if TYPE_CHECKING:
     from phitune.inference.generate import Sampling
@@ -168,6 +167,18 @@ OutputFile = Annotated[UserPath, AfterValidator(_writable)]
 
 # -------------------------------------------------------------------------------------------------
 # What the commands that load a trained model have in common.
+
+
+def has_adapter(word: str) -> bool:
+    """Whether a word names a run or an adapter's folder."""
+    from phitune.model.adapter_config import CONFIG_FILE
+    from phitune.training.rundir import ADAPTER
+
+    try:
+        folder = Path(word).expanduser()
+        return any((folder / each / CONFIG_FILE).is_file() for each in ("", ADAPTER))
+    except (OSError, RuntimeError, ValueError):  # A name that no folder can have.
+        return False
 
 
 class ModelOptions(Options):
@@ -411,7 +422,7 @@ def _typed(value: Any) -> str:
     """A value as it is typed on a command line."""
     if isinstance(value, list):
         return " ".join(map(_typed, value))
-    return str(value).lower() if isinstance(value, bool) else shlex.quote(str(value))
+    return str(value).lower() if isinstance(value, bool) else quoted(value)
 
 
 def _read(parser: _Parser, argv: Sequence[str], names: Sequence[str]) -> dict[str, Any]:

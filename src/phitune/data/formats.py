@@ -7,7 +7,6 @@ in a row is used, refused, or counted by its name (`RowNotes`). What no prompt f
 
 import json
 import math
-import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from typing import Any
 from phitune.data.content import json_name
 from phitune.data.conversation import Example, Role, Turn
 from phitune.errors import SettingsError
+from phitune.text import quoted
 
 # --- Names of fields -----------------------------------------------------------------------------
 
@@ -494,7 +494,7 @@ def _columns_like(values: Mapping[str, Any]) -> str:
         and not set(name) & set(",=")
     ]
     prompt, response = names[:2] if len(names) > 1 else ("title", "body")
-    return shlex.quote(f"prompt={prompt},response={response}")
+    return quoted(f"prompt={prompt},response={response}")
 
 
 def unknown_fields(

@@ -7,7 +7,7 @@ and safetensors are fetched: no code, no pickles. HF_HOME and HF_HUB_OFFLINE are
 import re
 from pathlib import Path
 
-from phitune.config import MINIATURES
+from phitune.config import MINIATURES, model_meant
 from phitune.errors import ModelError
 from phitune.model.adapter_config import CONFIG_FILE
 
@@ -26,6 +26,12 @@ SMALL_FILES = (
 )
 WEIGHT_FILES = ("*.safetensors", "model.safetensors.index.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def is_model_name(word: str) -> bool:
+    """Whether a word is the name of a model of these families, and no path."""
+    is_known = model_meant(word) != word or word in SHIPPED_MODELS
+    return is_known or word.lower().startswith("microsoft/phi")
 
 
 def find_model(name: str) -> Path:

@@ -6,7 +6,6 @@ matrix of another rank cannot be continued, and one at another scale would be an
 """
 
 import hashlib
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from phitune.model.lora import (
     load_adapter,
     read_adapter,
 )
-from phitune.text import command_line
+from phitune.text import command_line, quoted
 
 _PIECE = 2**20  # bytes of a file that are read at once
 
@@ -155,7 +154,7 @@ def _other_base(settings: Settings, named: str) -> list[_Other]:
     ours = settings.model_name
     if named == ours or _resolved(named) == _resolved(ours):
         return []
-    return [_Other("model_name", named, ours, f"--model_name {shlex.quote(named)}")]
+    return [_Other("model_name", named, ours, f"--model_name {quoted(named)}")]
 
 
 def _other_shape(adapter: Adapter, wanted: LoraSpec) -> list[_Other]:

@@ -9,7 +9,6 @@ matter of `state.py`, files that of `checkpoint.py`.
 import json
 import os
 import platform
-import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -32,7 +31,7 @@ from phitune.errors import ResumeError, SettingsError, listing
 from phitune.model.adapter_config import CONFIG_FILE
 from phitune.model.files import SHIPPED_MODELS
 from phitune.neighbours import unknown_name
-from phitune.text import command_line
+from phitune.text import command_line, quoted
 from phitune.training.checkpoint import (
     DamagedCheckpointError,
     checkpoints_of,
@@ -471,7 +470,7 @@ def _why_nothing(folder: Path) -> str:
     if not (folder / CONFIG).exists() and (folder / CONFIG_FILE).is_file():
         return (
             "is an adapter, not a run that was stopped; for a second round of training from it,"
-            f" with new data and from step 0: --start_adapter {shlex.quote(str(folder))}"
+            f" with new data and from step 0: --start_adapter {quoted(folder)}"
         )
     if not (folder / CONFIG).exists():
         return f"is not a run, it has no {CONFIG}"

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from phitune.check.duplicates import (
     RowTable,
@@ -174,38 +172,6 @@ def test_found(check: Callable[[RowTexts], str | None], bad: tuple[str, ...]) ->
 )
 def test_left_alone(check: Callable[[RowTexts], str | None], good: tuple[str, ...]) -> None:
     assert check(row(*good)) is None
-
-
-WORDS = st.lists(
-    st.text("abcdefghijklmnopqrstuvwxyz\u00e9\u05d0", min_size=2, max_size=8),
-    min_size=2,
-    max_size=9,
-).map(" ".join)
-
-
-@given(
-    lines=st.lists(WORDS, min_size=2, max_size=5),
-    accented=WORDS,
-    nothing=st.sampled_from(["nan", "None", "NULL", "n/a", "undefined"]),
-    entity=st.sampled_from(["&amp;", "&nbsp;", "<br/>", "&#39;", "</p>"]),
-)
-def test_text_that_a_program_damaged_is_found_whatever_the_text(
-    lines: list[str], accented: str, nothing: str, entity: str
-) -> None:
-    """As files are damaged on their way: an empty cell, a text escaped twice, a web page's text,
-    another encoding."""
-    text = "\n".join(lines)
-    latin = f"{accented} caf\u00e9"
-    damages = {
-        word_for_nothing: (nothing, f" {nothing.upper()}\n"),
-        escaped_line_ends: (text.replace("\n", r"\n- "),),
-        html_inside: (entity.join(lines), text.replace(" ", f" {entity} ", 1) + entity),
-        damaged_text: (latin.encode().decode("latin-1"), f"{text}\ufffd"),
-    }
-    for check, damaged in damages.items():
-        assert check(row("What is it?", text)) is None
-        for one in damaged:
-            assert check(row("What is it?", one)), (check.__name__, one)
 
 
 def test_every_row_check_has_a_case_of_both_kinds() -> None:

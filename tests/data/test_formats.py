@@ -1,13 +1,10 @@
 """Rows to conversations: every common kind, found or named; what has no form is refused."""
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from phitune.data.conversation import Example, Turn
 from phitune.data.dataset import Reading, read_examples
@@ -391,57 +388,6 @@ def test_an_optional_column_may_begin_in_any_row(tmp_path: Path) -> None:
     stream = read_examples(write(tmp_path, *rows))
     assert [example.turns for example in stream] == [turns("q", "a"), turns("q", "a", system="s")]
     assert "prompt-response (prompt, response, system)" in stream.notes[0]
-
-
-VALUES = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(0, 9),
-    st.text(max_size=5),
-    st.just([]),
-    st.just(["x", "y"]),
-)
-KEYS = st.sampled_from(
-    ["system", "history", "context", "input", "tools", "images", "label", "split", "id", "meta"]
-) | st.text("abcXYZ_. ", min_size=1, max_size=8)
-
-
-@given(
-    base=st.sampled_from(
-        [
-            {"prompt": "q", "response": "a"},
-            {"question": "q", "answer": "a"},
-            {"instruction": "q", "output": "a"},
-            {"messages": SHORT},
-            {"conversations": SHORT},
-            {"text": "t"},
-        ]
-    ),
-    extra=st.dictionaries(KEYS, VALUES, max_size=4),
-    of_turn=st.dictionaries(KEYS, VALUES, max_size=2),
-)
-def test_no_key_of_a_row_is_ever_ignored_in_silence(
-    base: dict[str, Any], extra: dict[str, Any], of_turn: dict[str, Any]
-) -> None:
-    """Used, refused, or named as not read: whatever stands in a row and is not empty."""
-    row = {**extra, **base}
-    if "messages" in base:
-        row["messages"] = [{**of_turn, **SHORT[0]}, SHORT[1]]
-    with tempfile.TemporaryDirectory() as folder:
-        stream = read_examples(write(Path(folder), row))
-        try:
-            list(stream)
-        except DataError:
-            return
-    (row_format,) = stream.formats.values()
-    named = {*stream.row_notes.unread, *row_format.columns.values()}
-    for key, value in row.items():
-        assert key in named or value in (None, "", []), key
-    if "messages" in base:
-        for key, value in of_turn.items():
-            assert key in SHORT[0] or f"turn's {key}" in named or value in (None, "", []), key
-    for name in stream.row_notes.unread:
-        assert any(name in line for line in [*stream.notes, *stream.warnings]), name
 
 
 # File, --columns, rows, the roles of its rows, and what is said; no rows: why it is refused.

@@ -383,6 +383,14 @@ def test_what_is_not_read_is_named_and_warned_of_if_it_carries_meaning(tmp_path:
     assert not any("label" in line for line in [*stream.notes, stream.warnings[0]])
 
 
+def test_the_weight_of_a_prompt_is_not_read_and_does_not_refuse_the_row(tmp_path: Path) -> None:
+    """Other programs write one into every turn; which prompts are trained is no matter of rows."""
+    said = [{**USER, "train": False}, {**ANSWER, "train": True}]
+    stream = read_examples(write(tmp_path, {"messages": said}, {"messages": [USER, ANSWER]}))
+    assert len({example.turns for example in stream}) == 1
+    assert any("not read: user turn's train (1 of 2 rows)" in note for note in stream.notes)
+
+
 def test_an_optional_column_may_begin_in_any_row(tmp_path: Path) -> None:
     rows = [{"prompt": "q", "response": "a"}, {"prompt": "q", "response": "a", "system": "s"}]
     stream = read_examples(write(tmp_path, *rows))

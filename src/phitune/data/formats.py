@@ -713,10 +713,12 @@ def _turn(item: Mapping[str, Any], name: str, roles: Mapping[str, Role], notes: 
     content = item["content"] if "content" in item else item.get("value")
     if "content" in item and "value" in item and item["content"] != item["value"]:
         raise _UnusableError(f'{name} has a "content" and another "value"')
-    _check_weight(item, name)
+    if role == "assistant":
+        _check_weight(item, name)
     for key, value in item.items():
-        if key not in _TURN_KEYS and not _is_empty(value):
-            notes.add_unread(f"turn's {key}")
+        of_prompt = key in _WEIGHTS and role != "assistant"
+        if (of_prompt or key not in _TURN_KEYS) and not _is_empty(value):
+            notes.add_unread(f"{role} turn's {key}" if of_prompt else f"turn's {key}")
     if isinstance(content, list):
         content = _joined_parts(content, name, notes)
     if role == "system" and (content is None or (isinstance(content, str) and not content.strip())):

@@ -150,6 +150,13 @@ def test_rows_that_are_too_long_by_far_are_not_encoded_and_the_others_are_the_sa
     assert any("giant" in text for text in encoded)  # by the 10,000
     assert len(entries()) == 4  # in full before and now; without its tokens for 30 and for 200
 
+    # Plain texts are cut into pieces, but an answer never is.
+    encoded.clear()
+    cut = prepared(data, max_length=200, on_too_long="split")
+    assert not any("giant" in text for text in encoded)
+    assert list(cut.train_rows) == list(in_full.train_rows)
+    assert "from the cache" in prepared(data, max_length=200, on_too_long="split").notes[-1]
+
 
 @pytest.mark.parametrize(
     "change",

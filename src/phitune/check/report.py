@@ -50,14 +50,13 @@ from phitune.check.survey import (
     token_statistics,
 )
 from phitune.config import Settings, as_flags, not_default
-from phitune.data.coder import Coder
-from phitune.data.conversation import Example
+from phitune.data.coder import Coder, Longest
 from phitune.data.dataset import ExampleStream, OnBadRow, Reading, read_examples
 from phitune.data.formats import RowNotes
 from phitune.data.mix import mean_of_epoch, taken_rows
 from phitune.data.prepare import PreparedData, validation_rows
 from phitune.data.steps import Steps
-from phitune.data.tokenizer import EncodedRow, TextTokenizer
+from phitune.data.tokenizer import TextTokenizer
 from phitune.data.written import PLAIN_FORMS
 from phitune.errors import DataError, ModelError, listing
 from phitune.model.files import cached_model, find_model
@@ -526,7 +525,9 @@ def _report(
         streams.append(_open(settings, encoder, on_bad_row, validation=True))
     for number, stream in enumerate(streams):
         for chunk in in_chunks(stream, max_rows):
-            encoded = _encoded(chunk, encoder, settings) if encoder else None
+            encoded = None
+            if encoder:
+                encoded = list(encoder.encode_rows(chunk, longest=Longest.of(settings)))
             survey.add(chunk, encoded, validation=number == 1)
             progress(survey.rows)
     if absent := survey.samples.not_found:
@@ -572,12 +573,6 @@ def _report(
         ),
     )
     return report, table
-
-
-def _encoded(rows: Sequence[Example], coder: Coder, settings: Settings) -> list[EncodedRow]:
-    # A text that is cut into pieces is trained, however long it is.
-    most = None if settings.on_too_long == "split" else settings.max_length
-    return list(coder.encode_rows(rows, most_tokens=most))
 
 
 def _divided(table: RowTable, settings: Settings) -> tuple[RowTable, str | None]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from phitune.config import Settings
 from phitune.data.conversation import Example, Turn
 from phitune.data.prompt import ChatFormat, InstructFormat, PromptFormat
 from phitune.data.tokenizer import EncodedRow, Span, TextTokenizer, TokenizedExample
@@ -22,6 +23,21 @@ FormatName = Literal["instruct", "chat"]
 BATCH_ROWS, BATCH_CHARACTERS = 2048, 2**21
 # A row of at most this many characters is encoded in any case, so that its length is known.
 SOON_ENCODED = 2**18
+
+
+@dataclass(frozen=True)
+class Longest:
+    """The length beyond which rows are of no use: long ones need not be encoded."""
+
+    tokens: int
+    of_texts: bool  # of plain texts too; else they are cut into pieces, however long they are
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Longest":
+        return cls(settings.max_length, settings.on_too_long != "split")
+
+    def is_exceeded(self, least_tokens: int, *, is_text: bool) -> bool:
+        return least_tokens > self.tokens and (self.of_texts or not is_text)
 
 
 @dataclass(frozen=True)
@@ -140,20 +156,20 @@ class Coder:
         examples: Iterable[Example],
         *,
         train_on_prompt: bool = False,
-        most_tokens: int | None = None,
+        longest: Longest | None = None,
     ) -> Iterator[EncodedRow]:
         """`encode_example` of each without the labels, many rows at once on all cores.
 
         Args:
-            most_tokens: a row of more than SOON_ENCODED characters that has more tokens than these
-                by its characters alone is not encoded. None encodes all.
+            longest: a row of more than SOON_ENCODED characters that exceeds it by its characters
+                alone is not encoded. None encodes all.
         """
         for batch in _batches(examples):
             least = list(map(self._least_tokens, batch))
             segments = [
-                self.prompt_format.segments(example.turns)
-                if most_tokens is None or tokens <= most_tokens
-                else []
+                []
+                if longest and longest.is_exceeded(tokens, is_text=example.is_completion)
+                else self.prompt_format.segments(example.turns)
                 for example, tokens in zip(batch, least, strict=True)
             ]
             encoded = self.tokenizer.encode_batch(segments)

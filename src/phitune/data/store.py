@@ -22,7 +22,6 @@ max_length in its name, and serves no other. No torch here.
 
 import hashlib
 import json
-import math
 import mmap
 import os
 import shutil
@@ -45,7 +44,7 @@ from numpy.typing import NDArray
 
 from phitune import __version__
 from phitune.config import Settings
-from phitune.data.coder import Coder
+from phitune.data.coder import Coder, Longest
 from phitune.data.conversation import Example
 from phitune.data.dataset import ExampleStream, Reading, read_examples
 from phitune.data.pieces import Cuts
@@ -90,9 +89,7 @@ def tokenized(
         DataError: the data cannot be used, or its tokens cannot be written.
     """
     stream = open_stream(source, part, settings, coder.prompt_format)
-    # A text that is cut into pieces is trained, however long it is.
-    most_tokens = None if settings.on_too_long == "split" else settings.max_length
-    encoding = _Encoding(stream, coder, settings.train_on_prompt, most_tokens, progress)
+    encoding = _Encoding(stream, coder, settings.train_on_prompt, Longest.of(settings), progress)
     warnings: list[str] = []
     store = None
     if settings.cache:
@@ -131,7 +128,7 @@ class _Encoding:
     stream: ExampleStream
     coder: Coder
     train_on_prompt: bool
-    most_tokens: int | None  # see Coder.encode_rows
+    longest: Longest
     progress: Progress | None
 
     def write(self, folder: Path) -> bool:
@@ -147,7 +144,7 @@ class _Encoding:
                 rows = self.coder.encode_rows(
                     self.stream,
                     train_on_prompt=self.train_on_prompt,
-                    most_tokens=self.most_tokens,
+                    longest=self.longest,
                 )
                 for row in rows:
                     writer.add(row)
@@ -185,7 +182,9 @@ def cache_folder() -> Path:
 def _from_cache(name: str, encoding: _Encoding, warnings: list[str]) -> "TokenStore | None":
     """The entry of this name, encoded if there is none; None if the cache cannot be written."""
     root = cache_folder()
-    whole, partial = root / name, root / f"{name}-{encoding.most_tokens}"
+    longest = encoding.longest
+    whole = root / name
+    partial = root / f"{name}-{longest.tokens}{'' if longest.of_texts else '-but-texts'}"
     files = encoding.stream.files
     for entry in filter(Path.exists, (whole, partial)):
         try:
@@ -193,7 +192,7 @@ def _from_cache(name: str, encoding: _Encoding, warnings: list[str]) -> "TokenSt
         except DamagedStoreError as error:
             warnings.append(f"{entry}: is damaged ({error}); the data is tokenised again")
             continue
-        if store.is_encoded_for(encoding.most_tokens):
+        if store.is_encoded_for(longest):
             with suppress(
                 OSError
             ):  # Its time says when it was last used; read-only ones have none.
@@ -447,13 +446,19 @@ class TokenStore:
         """The files that the rows were read from."""
         return self._sources
 
-    def is_encoded_for(self, most_tokens: int | None) -> bool:
+    def is_encoded_for(self, longest: Longest) -> bool:
         """Whether just those rows are not encoded that `Coder.encode_rows` leaves out.
 
         A store with more or fewer would have another fingerprint, and no run could be resumed.
         """
-        most = math.inf if most_tokens is None else most_tokens
-        left_out = {row for row, least in self._at_least.items() if least > most}
+        rows = np.array([*self._at_least], np.uint32)
+        left_out = {
+            row
+            for (row, least), is_text in zip(
+                self._at_least.items(), self.are_texts(rows), strict=True
+            )
+            if longest.is_exceeded(least, is_text=bool(is_text))
+        }
         return left_out == self.not_encoded.keys()
 
     def example(self, index: int, first: int = 0, last: int | None = None) -> TokenizedExample:

@@ -456,7 +456,7 @@ class LoRATrainer:
                     self.console.print(answers_table(prompts, first_samples, tuned, before))
                 self._show_results(ending, run, tuned, evaluation, saver.training_seconds)
                 if not ending.interrupted:
-                    self._show_what_next(steps, run, prompts)
+                    self._show_what_next(steps, run, prompts, len(data.validation_rows))
                 if saver.problem:
                     raise CheckpointError(
                         f"the last checkpoint could not be written: {saver.problem}; the adapter"
@@ -891,7 +891,9 @@ class LoRATrainer:
             which = " (the best)"
         self._say(f"adapter of step {ending.best_step}{which}: {run.adapter}")
 
-    def _show_what_next(self, steps: Steps, run: RunDirectory, prompts: list[str]) -> None:
+    def _show_what_next(
+        self, steps: Steps, run: RunDirectory, prompts: list[str], num_validation_rows: int
+    ) -> None:
         """The commands that go on from here, each on a line of its own.
 
         Args:
@@ -906,8 +908,9 @@ class LoRATrainer:
         commands = [
             command_line("ask", *named, short[0] if short else "What is Python?"),
             command_line("chat", *named),
-            command_line("evaluate", *named),
         ]
+        if num_validation_rows:  # Else there is nothing that it could measure by itself.
+            commands.append(command_line("evaluate", *named))
         if steps.verdict == "too few":
             self._warn([f"{steps.title}; {steps.remedy}"])
             if steps.advised:

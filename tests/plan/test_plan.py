@@ -617,7 +617,7 @@ def test_a_preset_is_named_by_its_last_word_and_its_machine(
 def test_a_preset_that_may_be_either_is_refused_with_both(refused: Callable[..., str]) -> None:
     for words in ([], ["--memory", "16GB"], ["--device", "cpu"]):
         said = refused("--preset", "balanced", *words)
-        assert "there is a10g-balanced and m3-balanced; name the one that you mean" in said
+        assert "there are a10g-balanced and m3-balanced; name the one that you mean" in said
 
 
 # --- the plan in a few lines ---------------------------------------------------------------------
@@ -705,6 +705,24 @@ def test_the_command_at_the_end_trains_as_planned_or_with_what_makes_it_fit(
     again = [word for word in shlex.split(command)[2:] if word != "YOUR_DATA.jsonl"]
     again.remove("--dataset_path")
     assert planned(*again, "--memory", memory)["fits"]
+
+
+def test_rows_of_too_few_steps_are_planned_with_the_flags_that_make_more(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A command to copy does not do what the lines above it warn of."""
+    (tmp_path / "few.jsonl").write_text("".join(CAPTAIN.read_text().splitlines(True)[:54]))
+    words = flags(model_name="tiny-phi-2", memory="2GB", device="cpu")
+    *_, said, command = shown(capsys, "few.jsonl", *words)
+    assert said == "Train with these settings and more steps:"
+    assert (found := settings_of(command)).rows_per_step == 2
+    assert found.gradient_accumulation_steps == 1
+    *_, command = shown(capsys, "few.jsonl", *words, "--batch_size", "auto")
+    assert (found := settings_of(command)).batch_size == "auto"
+    assert found.gradient_accumulation_steps == 1
+    # Assumed rows are nobody's.
+    *_, said, _ = shown(capsys, *words, "--epochs", "1")
+    assert said.startswith("Train with exactly these settings")
 
 
 def test_data_and_validation_rows_are_in_the_command(planned: Json, tmp_path: Path) -> None:

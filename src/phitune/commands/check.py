@@ -72,14 +72,16 @@ def facts_of(report: "Report") -> dict[str, str]:
 def training_facts(tokens: "TokenStatistics") -> dict[str, str]:
     """What a run would do with the rows."""
     limits = tokens.max_length_tokens_that_keep
-    kept = ", ".join(f"{limit:,} keeps {share}" for share, limit in limits.items())
+    kept = "".join(
+        f"; {share} of the rows have at most {limit:,}" for share, limit in limits.items()
+    )
     cut = tokens.texts_cut_by_max_length
     dropped = plural(tokens.rows_longer_than_max_length - cut, "row")
     if cut:
         dropped += f" and cuts {plural(cut, 'text')} into {tokens.pieces_of_cut_texts:,} pieces"
     epoch, padding = tokens.epoch, tokens.padding_share_of_padding_tools
     return {
-        "max_length": f"{tokens.max_length_tokens:,} drops {dropped}; {kept} of the rows",
+        "max_length": f"{tokens.max_length_tokens:,} drops {dropped}{kept}",
         "an epoch": f"{epoch.tokens:,} tokens in {plural(epoch.train_rows, 'row')},"
         f" {epoch.trained_tokens:,} of them trained; {tokens.epochs} epochs:"
         f" {tokens.epochs * epoch.tokens:,} tokens",

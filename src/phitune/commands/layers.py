@@ -1,4 +1,4 @@
-"""`phitune layers`: the layer guide, or with a data set which layers that data wants to move.
+"""`phitune layers`: the layer guide, or with a data set which layers that data would change most.
 
 Tables where there is room for them, lines where there is not; the same words without colour. Every
 number and every word comes from `layers/`; nothing is computed here but shares and means.

@@ -237,6 +237,8 @@ def _print_command(plans: list[Plan], console: Console) -> None:
             continue
         data = "" if plan.rows.source else " (your file for YOUR_DATA.jsonl)"
         settings = "exactly these settings" if plan.fits else "the first of these changes"
+        if plan.fits and plan.advised:
+            settings = "these settings and more steps"
         which = f" on {plan.place}" if len(plans) > 1 else ""
         console.print(Text(f"Train{which} with {settings}{data}:"))
         console.print(Text(command, style="bold"), soft_wrap=True)

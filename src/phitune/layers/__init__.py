@@ -1,1 +1,1 @@
-"""`phitune layers`: what a model is made of, and which layers the user's data wants to move."""
+"""`phitune layers`: what a model is made of, and which layers the user's data would change most."""

@@ -1,4 +1,4 @@
-"""Which layers the user's own data wants to move: gradient norms, read from a fresh adapter.
+"""Which layers the user's own data would change most: gradient norms, read from a fresh adapter.
 
 At its start an adapter is W + s B A with B = 0, A random. With G = dL/dW, [O, D], the gradient of A
 is zero and that of B is s G A^T, [O, R]: the weight's own gradient, looked at along R random

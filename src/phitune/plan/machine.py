@@ -60,7 +60,9 @@ def parse_memory(text: str) -> int:
     remedy = "write it like 24GB, 24GiB (2**30) or 24 (GB)"
     if size is None:
         raise SettingsError(f"--memory {text!r}: is not an amount of memory; {remedy}")
-    if not 0 < size <= _MOST_MEMORY:
+    if not size:
+        raise SettingsError(f"--memory {text}: nothing runs without memory; {remedy}")
+    if size > _MOST_MEMORY:
         raise SettingsError(
             f"--memory {text!r}: is {size / GB:,.0f} GB, more than any machine has; {remedy}"
         )

@@ -491,9 +491,20 @@ class Plan:
         return self.chosen.bytes <= self.budget
 
     @property
+    def advised(self) -> dict[str, Any]:
+        """Settings by name without which these rows make too few steps to learn from."""
+        if self.rows.source is None or self.steps.verdict != "too few" or not self.steps.advised:
+            return {}
+        # What "auto" chose is for other rows a step.
+        return {"batch_size": self.steps.settings.batch_size, **self.steps.advised}
+
+    @property
     def train_command(self) -> str | None:
-        """Trains with exactly these settings, or with what makes them fit; None if nothing does."""
-        changes = {} if self.fits else self.remedies[0].changes
+        """Trains with these settings and what is advised, or with what makes them fit.
+
+        None if nothing does.
+        """
+        changes = self.advised if self.fits else self.remedies[0].changes
         if not self.fits and not changes:
             return None
         settings = not_default(self.settings.model_copy(update=changes))

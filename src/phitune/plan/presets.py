@@ -79,8 +79,8 @@ def preset_named(name: str, device: str, memory: int | None) -> str:
         meant = list(found)
     if len(meant) != 1:
         raise SettingsError(
-            f"--preset {name}: there is {' and '.join(found)}; name the one that you mean, or its"
-            " device with --device cuda or --device mps"
+            f"--preset {name}: there {'are' if len(found) > 1 else 'is'} {' and '.join(found)};"
+            " name the one that you mean, or its device with --device cuda or --device mps"
         )
     return meant[0]
 

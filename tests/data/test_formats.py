@@ -1,6 +1,7 @@
 """Rows to conversations: every common kind, found or named; what has no form is refused."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -381,6 +382,22 @@ def test_what_is_not_read_is_named_and_warned_of_if_it_carries_meaning(tmp_path:
     stream = read_examples(path, Reading(on_bad_row="skip"))
     assert len(list(stream)) == 1
     assert not any("label" in line for line in [*stream.notes, stream.warnings[0]])
+
+
+@pytest.mark.parametrize(
+    ("row", "proposed"),
+    [
+        ({"id": "a1", "frage": "Wer?", "antwort": "Ich."}, "prompt=frage,response=antwort"),
+        ({"marks": 3, "frage": "Wie viele?"}, "prompt=frage,response=marks"),
+        ({"body of it": "Once."}, "'text=body of it'"),
+        ({"date": "2026-11-27", "tags": ["x"]}, "prompt=title,response=body"),
+    ],
+)
+def test_columns_are_proposed_with_the_names_of_the_file(
+    row: dict[str, Any], proposed: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=re.escape(f"such as --columns {proposed}")):
+        list(read_examples(write(tmp_path, row)))
 
 
 def test_the_weight_of_a_prompt_is_not_read_and_does_not_refuse_the_row(tmp_path: Path) -> None:

@@ -483,17 +483,20 @@ def _first_present(values: Mapping[str, Any], names: Iterable[str], taken: set[s
 
 
 def _columns_like(values: Mapping[str, Any]) -> str:
-    """A value of --columns with the first two names of a row that may be what is meant."""
-    names = [
-        name
-        for name, value in values.items()
-        if isinstance(value, str)
-        and any(letter.isalpha() for letter in value)
-        and name.strip().lower() not in _NO_TEXTS
-        and 0 < len(name) <= _MAX_NAME
-        and not set(name) & set(",=")
-    ]
-    prompt, response = names[:2] if len(names) > 1 else ("title", "body")
+    """A value of --columns with names of a row that may be what is meant, texts before numbers."""
+    texts: list[str] = []
+    others: list[str] = []
+    for name, value in values.items():
+        if name.strip().lower() in _NO_TEXTS or set(name) & set(",="):
+            continue
+        if not 0 < len(name) <= _MAX_NAME or not isinstance(value, str | int | float):
+            continue
+        has_letters = isinstance(value, str) and any(letter.isalpha() for letter in value)
+        (texts if has_letters else others).append(name)
+    names = (texts + others)[:2]
+    if len(names) == 1:
+        return quoted(f"text={names[0]}")
+    prompt, response = names or ("title", "body")
     return quoted(f"prompt={prompt},response={response}")
 
 

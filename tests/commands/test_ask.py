@@ -91,6 +91,7 @@ def test_the_defaults_are_those_of_a_chat_and_of_python() -> None:
         (f"ask Hi --temperature 5 {BASE}", "--temperature 5: must be at most 2"),
         (f"ask Hi --max_new_tokens 9999 {BASE}", "1 to 2,047 are allowed"),
         (f"ask {'why ' * 3000} {BASE}", "the question takes"),
+        ("ask and/or --adapter_path /nowhere", "there is no such folder"),
         ("ask output/typo 'Who are you?'", "output/typo: no run or adapter is there"),
         ("ask tiny-phi-2 'Who are you?'", "is a model, not an adapter; write --model_name"),
         ("ask Hi --adapter_path /nowhere", "there is no such folder"),

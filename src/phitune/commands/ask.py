@@ -20,7 +20,7 @@ from phitune.commands.options import (
 )
 from phitune.errors import DataError, SettingsError
 from phitune.model.files import is_model_name
-from phitune.text import quoted
+from phitune.text import plural, quoted
 
 if TYPE_CHECKING:
     from phitune.inference.chat import Chat
@@ -50,7 +50,8 @@ class AskOptions(SamplingOptions, ModelOptions):
     def _run_before_the_question(cls, values: dict[str, Any]) -> dict[str, Any]:
         first, *rest = values.get("question") or [""]
         if not has_adapter(first):
-            if why := _why_no_question(first, rest):
+            is_named = "adapter_path" in values  # Then the first word is of the question.
+            if not is_named and (why := _why_no_question(first, rest)):
                 raise ValueError(why)
             return values
         adapters = [*values.get("adapter_path", []), first]
@@ -97,7 +98,7 @@ def run(argv: list[str]) -> int:
         return 0
     if not asked.stopped:
         print(
-            f"phitune: cut off at {asked.tokens:,} tokens; --max_new_tokens allows more",
+            f"phitune: cut off at {plural(asked.tokens, 'token')}; --max_new_tokens allows more",
             file=sys.stderr,
         )
     return 0

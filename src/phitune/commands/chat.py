@@ -14,6 +14,7 @@ from phitune.commands.options import (
     switch,
 )
 from phitune.errors import DataError, PhituneError
+from phitune.text import plural
 
 if TYPE_CHECKING:
     from phitune.inference.chat import Chat
@@ -97,8 +98,8 @@ def answers(chat: "Chat", lines: Iterable[str], *, say_how: bool = False) -> Ite
         if chat.outgrown > outgrown:
             print(
                 f"phitune: line {number} of the input: the conversation outgrew"
-                f" {chat.context_length:,} positions; its first {chat.outgrown:,} questions are no"
-                " longer seen",
+                f" {chat.context_length:,} positions; the model no longer sees its"
+                f" first {plural(chat.outgrown, 'question')}",
                 file=sys.stderr,
             )
         with contextlib.closing(pieces):

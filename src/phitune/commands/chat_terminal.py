@@ -119,7 +119,7 @@ class Terminal:
         if not answer.text.strip():
             self.say("(the answer is empty)")
         if not answer.stopped:
-            self.say(f"(cut off at {answer.tokens:,} tokens; /max_new_tokens allows more)")
+            self.say(f"(cut off at {plural(answer.tokens, 'token')}; /max_new_tokens allows more)")
         self._console.print()
 
     def beside(self, base: Answer, tuned: Answer) -> None:
@@ -149,7 +149,7 @@ class Terminal:
     def _cell(self, answer: Answer) -> Text:
         text = Text(visible(answer.text))
         if not answer.stopped:
-            text.append(f"  (cut off at {answer.tokens:,} tokens)", style="dim")
+            text.append(f"  (cut off at {plural(answer.tokens, 'token')})", style="dim")
         return text
 
 
@@ -470,15 +470,16 @@ class ChatCommands:
         total = sum(exchange.answer.tokens for exchange in chat.exchanges)
         used = last.prompt_tokens + last.answer.tokens
         lines = [
-            f"last answer: {last.answer.tokens:,} tokens, the first after"
+            f"last answer: {plural(last.answer.tokens, 'token')}, the first after"
             f" {last.seconds_to_first * 1e3:,.0f} ms,"
             f" then {last.tokens_per_second:,.1f} a second",
-            f"so far: {plural(len(chat.exchanges), 'answer')} of {total:,} tokens;"
+            f"so far: {plural(len(chat.exchanges), 'answer')} of {plural(total, 'token')};"
             f" {used:,} of {chat.context_length:,} positions in use",
             f"cache: {size(chat.cache_bytes(used))} for these, {size(chat.cache_bytes(1))} a token",
         ]
         if chat.outgrown:
-            lines.append(f"the model no longer sees the first {chat.outgrown:,} questions")
+            gone = plural(chat.outgrown, "question")
+            lines.append(f"the model no longer sees the first {gone}")
         self.screen.say("\n".join(lines))
 
 

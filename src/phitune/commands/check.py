@@ -83,7 +83,7 @@ def training_facts(tokens: "TokenStatistics") -> dict[str, str]:
     return {
         "max_length": f"{tokens.max_length_tokens:,} drops {dropped}{kept}",
         "an epoch": f"{epoch.tokens:,} tokens in {plural(epoch.train_rows, 'row')},"
-        f" {epoch.trained_tokens:,} of them trained; {tokens.epochs} epochs:"
+        f" {epoch.trained_tokens:,} of them trained; {plural(tokens.epochs, 'epoch')}:"
         f" {tokens.epochs * epoch.tokens:,} tokens",
         "padding": "none here. In tools that pad rows to max_length,"
         f" {padding.padded_to_max_length:.0%} of the positions would be padding; to the longest of"

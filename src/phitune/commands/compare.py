@@ -323,7 +323,7 @@ class Asked:
     @property
     def how(self) -> str:
         of = self.sampling
-        said = [f"up to {self.max_new_tokens:,} tokens"]
+        said = [f"up to {plural(self.max_new_tokens, 'token')}"]
         if of.temperature == 0:
             said.append("the most probable token each time")
         else:

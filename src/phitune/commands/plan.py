@@ -471,13 +471,17 @@ def _header(plan: Plan) -> RenderableType:
             f"{len(rows.train):,} rows of {largest.longest:,} tokens (max_length), an upper"
             " bound; --dataset_path counts your own"
         )
+    at_a_time = settings.micro_batch
+    together = f"the longest {at_a_time} rows together have"
+    if at_a_time == 1:
+        together = "the longest row has"
     lines = {
         "model": f"{settings.model_name}, {figures[plan.figures]}",
         "adapter": f"r {settings.lora_r} on {' '.join(names)}"
         f" in {len(layers)} of {plan.config.num_hidden_layers} layers",
         "device": f"{plan.device}, base in {plan.base} ({plan.device_source})",
         "rows": data,
-        "batch": f"{_batch_words(plan)}; the longest {settings.micro_batch} rows together have"
+        "batch": f"{_batch_words(plan)}; {together}"
         f" {largest.tokens:,} tokens, and {largest.target_tokens:,} of them have a loss",
         "memory": f"{size_in(plan.memory.bytes, unit)} {name} ({plan.memory.source}); a run takes"
         f" at most {BUDGET_SHARE[plan.device]:.0%} of it, {size_in(plan.budget, unit)} {name}",
@@ -583,8 +587,8 @@ def _speeds(plan: Plan) -> RenderableType:
     rows, settings = plan.rows, plan.settings
     upper = "" if rows.source else f" ({len(rows.train):,} rows of max_length, an upper bound)"
     notes = [
-        f"time is for {settings.epochs} epochs of {rows.tokens:,} tokens{upper}, training alone:"
-        f" MFU x TFLOP/s / ({plan.cost.step / 1e9:.3g} GFLOP a token and recomputation).",
+        f"time is for {plural(settings.epochs, 'epoch')} of {rows.tokens:,} tokens{upper}, training"
+        f" alone: MFU x TFLOP/s / ({plan.cost.step / 1e9:.3g} GFLOP a token and recomputation).",
         "TFLOP/s is the datasheet's dense figure (M3: 18 cores x 128 x 2 x 1.4 GHz, CPU: cores x"
         " 64 x 2.7 GHz). MFU, the share of it in use, is assumed, not measured. A run takes at most"
         f" {shares()}. Where these settings do not fit, --batch_size auto.",

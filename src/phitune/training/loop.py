@@ -25,6 +25,7 @@ from phitune.errors import MAX_LISTED, OutOfMemoryError
 from phitune.model.engine import Engine
 from phitune.model.lora import Adapter
 from phitune.plan.machine import memory_in_use
+from phitune.text import plural
 from phitune.training.events import (
     Ending,
     EpochDone,
@@ -206,7 +207,7 @@ def ending_of(state: TrainingState, settings: Settings) -> Ending:
     """How a run ended that is in this state."""
     if out_of_patience(state, settings):
         patience = settings.early_stopping_patience
-        ended = f"stopped early: no better validation loss in {patience} epochs"
+        ended = f"stopped early: no better validation loss in {plural(patience, 'epoch')}"
     else:
         ended = "all epochs done" if state.epochs_done >= settings.epochs else "interrupted"
     return Ending(

@@ -41,6 +41,7 @@ DOCUMENTS = (
     "docs/evaluate.md",
     "docs/export.md",
     "docs/reliability.md",
+    "docs/for-agents.md",
 )
 PRESET_FILES = tuple(f"examples/{name}.yaml" for name in PRESETS)
 
@@ -425,6 +426,8 @@ def test_the_guide_names_every_exit_code() -> None:
     codes = {getattr(kind, "exit_code", 1) for kind in kinds} | {0, EXIT_INTERRUPTED}
     codes |= set(EXIT_CODES.values())
     assert set(map(int, re.findall(r"\b\d+\b", said[1]))) == codes
+    table = re.findall(r"^\| (\d+) \| \w", build_docs.exit_codes(), re.MULTILINE)
+    assert sorted(map(int, table)) == sorted(codes)
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

@@ -1,9 +1,9 @@
 """Write the parts of the documentation that follow from the code.
 
-``docs/training.md`` and ``docs/architecture.md`` are written by hand but for what stands between
-the markers of a part; the configurations in ``examples/`` and the help of the commands, in the
-package's ``assets/help.json``, are made whole.  A test fails when a committed file differs from
-what this program makes, so neither can drift from the code.
+``docs/training.md``, ``docs/architecture.md`` and ``docs/for-agents.md`` are written by hand but
+for what stands between the markers of a part; ``llms.txt``, the configurations in ``examples/`` and
+the help of the commands, in the package's ``assets/help.json``, are made whole.  A test
+fails when a committed file differs from what this program makes, so none can drift from the code.
 Run it from anywhere::
 
     python tools/build_docs.py      # or `make docs`
@@ -26,10 +26,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import docs_json
 import docs_presets
 import docs_tokens
 from pydantic import ValidationError
 
+from phitune import cli
 from phitune.cli import COMMANDS
 from phitune.commands.help import FILE as HELP
 from phitune.commands.options import help_of
@@ -44,6 +46,7 @@ from phitune.config import (
 ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / "docs" / "training.md"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
+FOR_PROGRAMS = ROOT / "docs" / "for-agents.md"
 SOURCE = ROOT / "src" / "phitune"
 COLUMNS = ("setting", "takes", "default", "recommended", "what it does", "when to change it")
 NOTHING = "-"
@@ -66,6 +69,8 @@ def made() -> dict[Path, str]:
         GUIDE: guide,
         ARCHITECTURE: architecture(),
         HELP: helps(),
+        FOR_PROGRAMS: for_programs(),
+        ROOT / "llms.txt": overview(),
         **{ROOT / "examples" / name: text for name, text in examples.items()},
         # The demo lies in the package, so that it runs without a clone; here it can be read.
         ROOT / "examples" / "demo.yaml": (SOURCE / "assets" / "demo.yaml").read_text("utf-8"),
@@ -76,6 +81,56 @@ def architecture() -> str:
     """docs/architecture.md with the modules as they are now."""
     text = ARCHITECTURE.read_text(encoding="utf-8")
     return replace_part(text, "modules", lambda before: modules_tree(SOURCE))
+
+
+def for_programs() -> str:
+    """docs/for-agents.md with exit codes, the files of a run and all JSON as they are now."""
+    text = FOR_PROGRAMS.read_text(encoding="utf-8")
+    text = replace_part(text, "exit codes", lambda before: exit_codes())
+    text = replace_part(text, "run", lambda before: docs_json.run_files())
+    return replace_part(text, "json", lambda before: docs_json.schemas())
+
+
+def exit_codes() -> str:
+    """The table of them, from the docstring of the command line."""
+    said = re.search(r"^Exit codes: (.*?)\.$", cli.__doc__ or "", re.MULTILINE | re.DOTALL)
+    if not said:
+        raise ValueError("phitune/cli.py: its docstring has no line 'Exit codes: '")
+    codes = re.findall(r"(\d+) (.*?)(?=, \d+ |$)", " ".join(said[1].split()))
+    return "\n".join(["| code | meaning |", "|---|---|", *(_line(code) for code in codes)])
+
+
+def overview() -> str:
+    """llms.txt (https://llmstxt.org): every document with its first sentence."""
+    readme = ROOT / "README.md"
+    inside = [ARCHITECTURE, ROOT / "docs" / "lab-notes.md"]
+    pages = sorted((ROOT / "docs").glob("*.md"), key=lambda page: (page != FOR_PROGRAMS, page.name))
+    pages = [readme, *(page for page in pages if page not in inside)]
+    lines = [f"# {_title(readme)}", "", f"> {_first_paragraph(readme)}"]
+    for heading, group in (("Docs", pages), ("Optional", [*inside, ROOT / "CHANGELOG.md"])):
+        lines += ["", f"## {heading}", ""]
+        for page in group:
+            link = page.relative_to(ROOT).as_posix()
+            lines.append(f"- [{_title(page)}]({link}): {_first_sentence(page)}")
+    return "\n".join(lines) + "\n"
+
+
+def _title(page: Path) -> str:
+    return page.read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("# ")
+
+
+def _first_paragraph(page: Path) -> str:
+    """The first text of a page, in one line."""
+    for part in re.split(r"\n\n+", page.read_text(encoding="utf-8"))[1:]:
+        if re.match(r"[A-Za-z`*\[](?!``)", part):
+            return " ".join(part.split())
+    raise ValueError(f"{page}: has no text")
+
+
+def _first_sentence(page: Path) -> str:
+    """Without links, whose targets are relative to the page."""
+    text = re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", _first_paragraph(page))
+    return re.split(r"(?<=[.?!])\s+(?=[A-Z`])", text)[0].rstrip(":")
 
 
 def helps() -> str:

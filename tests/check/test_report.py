@@ -11,6 +11,7 @@ from helpers.reports import chat_rows, make, messy_rows, report_of, rows_like, w
 from phitune.check.report import check_before_training, make_report
 from phitune.cli import main
 from phitune.commands.check import as_json
+from phitune.commands.terminal import json_text
 from phitune.config import Settings, resolve
 from phitune.data.coder import Coder
 from phitune.data.conversation import Example, Turn
@@ -213,7 +214,7 @@ def test_a_giant_row_is_too_long_without_being_encoded_or_shown_whole(
     assert report.characters.maximum == len(giant) + 2
     longest = next(sample for sample in report.samples if "longest" in sample.title)
     assert (longest.line, longest.tokens) == (41, None)
-    assert len(json.dumps(as_json(report))) < 100_000
+    assert len(json_text(as_json(report))) < 100_000
 
 
 def test_a_row_that_may_fit_is_counted_to_the_last_token(tmp_path: Path) -> None:

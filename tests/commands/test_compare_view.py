@@ -13,6 +13,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from phitune.commands.compare import Asked, Piece, as_json, marked, page, ranges, show, show_row
+from phitune.commands.terminal import json_text
 from phitune.data.conversation import Turn
 from phitune.inference.answers import Column, Comparison, Row
 from phitune.inference.generate import GREEDY, Sampling
@@ -268,7 +269,7 @@ def test_json_is_valid_and_complete() -> None:
         (Likelihood(float("nan"), 2),) * 2,
     )
     comparison = Comparison(COLUMNS, (*COMPARISON.rows, nan))
-    document = json.loads(json.dumps(as_json(comparison, ASKED), allow_nan=False))
+    document = json.loads(json_text(as_json(comparison, ASKED)))
     assert document["model_name"] == "tiny-phi-2"
     assert document["sampling"]["temperature"] == 0
     assert [column["adapter_path"] for column in document["columns"]] == [None, "output/demo"]

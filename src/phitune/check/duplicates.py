@@ -42,8 +42,8 @@ Numbers = Counts | Small
 class Place:
     """Where a row stands."""
 
-    file: Path
-    line: int
+    file: Path  # that it is in
+    line: int  # from 1
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}"

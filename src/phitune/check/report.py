@@ -83,12 +83,12 @@ _TOLERANCE = 0.005
 class Finding:
     """The outcome of one check."""
 
-    name: str  # stable, as in --json
-    title: str
-    verdict: Verdict
+    name: str  # of the check; stable
+    title: str  # what was found
+    verdict: Verdict  # an error stops training
     rows: int = 0  # that have it
     message: str = ""  # more about it, in one line
-    remedy: str = ""
+    remedy: str = ""  # what to do about it
     places: tuple[Place, ...] = ()  # the first of them
     details: tuple[str, ...] = ()  # one for each place, or for each row without a place
 
@@ -385,10 +385,10 @@ def _as_error(finding: Finding) -> Finding:
 class RowCounts:
     """How many rows there are."""
 
-    usable_rows: int
-    unusable_rows: int
-    train_rows: int
-    validation_rows: int
+    usable_rows: int  # rows with something to train on
+    unusable_rows: int  # rows that are left out
+    train_rows: int  # of the usable ones
+    validation_rows: int  # of the usable ones
 
     def line(self, first_only: int | None = None) -> str:
         """In words.
@@ -408,30 +408,30 @@ class RowCounts:
 class NearDuplicateSearch:
     """How near duplicates were looked for."""
 
-    rows_compared: int
-    words_of_a_shingle: int = WORDS_OF_A_SHINGLE
-    permutations: int = PERMUTATIONS
-    least_jaccard_similarity: float = THRESHOLD
+    rows_compared: int  # all rows, or a sample of them
+    words_of_a_shingle: int = WORDS_OF_A_SHINGLE  # that are compared together
+    permutations: int = PERMUTATIONS  # of MinHash
+    least_jaccard_similarity: float = THRESHOLD  # of rows that count as near duplicates
 
 
 @dataclass(frozen=True)
 class Report:
     """What there is to say of a data set."""
 
-    source: str
-    validation_source: str | None
-    files: int
+    source: str  # the data set
+    validation_source: str | None  # --validation_path
+    files: int  # that were read
     formats: tuple[str, ...]  # as they were recognised, each once
     notes: tuple[str, ...]  # of the reader
     rows: RowCounts
-    model_name: str
-    prompt_format: str
-    train_on_prompt: bool
-    tokens: TokenStatistics | None
+    model_name: str  # whose tokenizer counted
+    prompt_format: str  # that tokens were counted in
+    train_on_prompt: bool  # whether prompts are trained too
+    tokens: TokenStatistics | None  # None without a tokenizer
     no_tokens_because: str | None  # None: tokens were counted
-    words: Lengths
-    characters: Lengths
-    letters_share_by_script: dict[str, float]
+    words: Lengths  # words of rows
+    characters: Lengths  # characters of rows
+    letters_share_by_script: dict[str, float]  # share of the letters, by Unicode block
     near_duplicates: NearDuplicateSearch
     checks: tuple[Finding, ...]  # the worst first
     samples: tuple[Sample, ...]

@@ -56,14 +56,14 @@ _SHOWN_SHARE = 0.995
 class Lengths:
     """Numbers of tokens, words or characters over the rows."""
 
-    total: int
-    mean: float
-    minimum: int
-    p50: int
-    p90: int
-    p95: int
-    p99: int
-    maximum: int
+    total: int  # over all rows
+    mean: float  # of a row
+    minimum: int  # of the shortest row
+    p50: int  # half of the rows have at most this
+    p90: int  # 90% of the rows do
+    p95: int  # 95%
+    p99: int  # 99%
+    maximum: int  # of the longest row
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ class Bar:
 class Histogram:
     """Rows by length: bar i counts the lengths from i * width to (i + 1) * width - 1."""
 
-    width_tokens: int
-    rows: tuple[int, ...]
+    width_tokens: int  # of a bar
+    rows: tuple[int, ...]  # of each bar
     rows_beyond: int  # rows longer than any bar's
 
     @property
@@ -118,8 +118,8 @@ class Epoch:
 class Padding:
     """The share of positions that would be padding in a tool that pads rows."""
 
-    padded_to_max_length: float
-    padded_to_longest_of_batch: float
+    padded_to_max_length: float  # every row filled up to max_length
+    padded_to_longest_of_batch: float  # to the longest row of its batch
     batch_size: int  # rows, in random order
 
 
@@ -127,20 +127,20 @@ class Padding:
 class TokenStatistics:
     """What is known of the rows' tokens."""
 
-    prompt_tokens: Lengths
-    answer_tokens: Lengths
-    row_tokens: Lengths
+    prompt_tokens: Lengths  # without end tokens
+    answer_tokens: Lengths  # without end tokens
+    row_tokens: Lengths  # without end tokens
     row_tokens_with_end_tokens: Lengths  # what is trained, and what max_length limits
     answer_share: float  # answers' share of all tokens, without end tokens
     histograms: dict[str, Histogram]  # of prompt_tokens, answer_tokens and row_tokens
-    max_length_tokens: int
-    rows_longer_than_max_length: int
+    max_length_tokens: int  # --max_length
+    rows_longer_than_max_length: int  # that are dropped or cut
     texts_cut_by_max_length: int  # of those the ones that are cut (--on_too_long split)
-    pieces_of_cut_texts: int
+    pieces_of_cut_texts: int  # that these become
     # By the share of rows that it keeps: "99%". Without those that only rows not counted decide.
     max_length_tokens_that_keep: dict[str, int]
     epoch: Epoch
-    epochs: int
+    epochs: int  # of the run
     padding_share_of_padding_tools: Padding
 
 
@@ -261,8 +261,8 @@ def _round_up(width: float) -> int:
 class Span:
     """A piece of a row."""
 
-    text: str
-    trained: bool
+    text: str  # of the piece
+    trained: bool  # whether the loss counts it
     control: bool = False  # a special token
     from_data: bool = False  # as it stands in the data, not what the prompt format puts around it
 
@@ -271,12 +271,12 @@ class Span:
 class Sample:
     """A row to look at."""
 
-    title: str
-    file: str
-    line: int
+    title: str  # why it is shown
+    file: str  # that it stands in
+    line: int  # from 1
     tokens: int | None  # with the end tokens; None without a tokenizer, or of a part of a row
-    trained_tokens: int | None
-    spans: tuple[Span, ...]
+    trained_tokens: int | None  # of these
+    spans: tuple[Span, ...]  # the row as it is trained
 
     @property
     def place(self) -> str:

@@ -63,15 +63,15 @@ class Asked:
     """An answer, who gave it, and what it took."""
 
     model_name: str  # of the base
-    adapter_path: str | None  # as it was given
+    adapter_path: str | None  # as it was given; None: the base answered
     prompt_format: str  # instruct or chat
-    system: str
-    question: str
-    answer: str
+    system: str  # the system message; "" for none
+    question: str  # as it was asked
+    answer: str  # without its end token
     stopped: bool  # by itself, within max_new_tokens
     tokens: int  # of the answer, its end token included
-    prompt_tokens: int
-    seconds: float
+    prompt_tokens: int  # of the prompt
+    seconds: float  # for the prompt and the answer, the model loaded
 
 
 def run(argv: list[str]) -> int:

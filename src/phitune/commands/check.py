@@ -7,6 +7,7 @@ lost.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator
@@ -24,9 +25,9 @@ from phitune.commands.options import (
     switch,
 )
 from phitune.commands.terminal import (
+    INLINE,
     bar,
     facts_grid,
-    jsonable,
     print_json,
     render,
     section,
@@ -116,12 +117,18 @@ def _figures(lengths: "Lengths") -> dict[str, str]:
     }
 
 
-def as_json(report: "Report") -> dict[str, Any]:
-    """The whole report; docs/data.md lists the keys, which are stable.
+@dataclass(frozen=True)
+class CheckDocument:
+    """All that `check --json` prints; it holds samples, so it is as confidential as the data."""
 
-    It holds texts of the samples, so it is as confidential as the data.
-    """
-    return {"phitune_version": __version__, "verdict": report.verdict, **jsonable(report)}
+    phitune_version: str  # that made the report
+    verdict: "Verdict"  # the worst of the checks
+    report: "Report" = field(metadata=INLINE)
+
+
+def as_json(report: "Report") -> CheckDocument:
+    """The whole report; its keys are stable."""
+    return CheckDocument(__version__, report.verdict, report)
 
 
 def page(report: "Report") -> str:

@@ -11,11 +11,11 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import model_validator
 from rich import box
@@ -33,7 +33,7 @@ from phitune.commands.options import (
     parse,
     switch,
 )
-from phitune.commands.terminal import jsonable, print_json, render
+from phitune.commands.terminal import INLINE, print_json, render
 from phitune.config import UserPath
 from phitune.errors import DataError
 from phitune.inference.metrics import NORMALISATION, RULES, SHORT, Rule, Tally, rouge_l
@@ -42,6 +42,7 @@ from phitune.text import ODD_BYTES, marks_of, plural, short_path, shortened, vis
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from phitune.data.conversation import Turn
     from phitune.inference.answers import Column, Comparison, Row, Summary
     from phitune.inference.generate import Sampling
     from phitune.inference.loaded import LoadedModel
@@ -726,72 +727,119 @@ def page(comparison: Comparison, asked: Asked, *, verbose: bool = False) -> str:
 # --- as JSON --------------------------------------------------------------------------------------
 
 
-def as_json(comparison: Comparison, asked: Asked) -> dict[str, Any]:
-    """Everything that the table and the page show; what is not known, or not finite, is null."""
-    document: dict[str, Any] = jsonable(
-        {
-            "phitune": __version__,
-            "model_name": asked.model_name,
-            "questions_from": asked.source,
-            "max_new_tokens": asked.max_new_tokens,
-            "sampling": asked.sampling,
-            "notes": asked.notes,
-            "normalisation": NORMALISATION,
-            "right": RULES[comparison.rule],
-            "columns": [
-                {
-                    "name": column.name,
-                    "adapter_path": column.path,
-                    "prompt_format": column.prompt_format,
-                }
-                for column in comparison.columns
-            ],
-            "questions": [_question_as_json(row, comparison) for row in comparison.rows],
-            "summary": [
-                _summary_as_json(comparison, index) for index in range(len(comparison.columns))
-            ],
-        }
-    )
-    return document
+@dataclass(frozen=True)
+class ComparedColumn:
+    """One of the models that answered."""
+
+    name: str  # in the other parts of the document
+    adapter_path: str | None  # as it was given; None for the base
+    prompt_format: str  # instruct or chat
 
 
-def _question_as_json(row: Row, comparison: Comparison) -> dict[str, Any]:
-    return {
-        "number": row.number,
-        "place": row.question.place or None,
-        "turns": row.question.turns,
-        "expected": row.question.expected,
-        "answers": [
-            {
-                "name": column.name,
-                **_answer_as_json(row, index, comparison.rule),
-                "differs": row.differs(index),
-            }
-            for index, column in enumerate(comparison.columns)
+@dataclass(frozen=True)
+class ComparedAnswer:
+    """What one model answered."""
+
+    name: str  # of its column
+    answer: str  # without its end token
+    tokens: int  # of the answer, its end token included
+    stopped: bool  # by itself, within max_new_tokens
+    exact: bool | None  # whether it is the expected one; None where none is known
+    match: bool | None  # the same once both are normalised
+    right: bool | None  # see `right` above; None where it is not decided or none is known
+    nll: float | None  # of the expected answer, in nats, summed over its tokens
+    nll_per_token: float | None  # its mean
+    expected_tokens: int | None  # of the expected answer, its end token included
+    differs: bool  # from the base's answer
+
+
+@dataclass(frozen=True)
+class ComparedQuestion:
+    """A question, and all answers to it."""
+
+    number: int  # from 1
+    place: str | None  # file:line
+    turns: tuple[Turn, ...]  # of which the last is the question
+    expected: str | None  # the answer that is known, if one is
+    answers: list[ComparedAnswer]  # in the order of the columns
+
+
+@dataclass(frozen=True)
+class ComparedSummary:
+    """One column over all questions."""
+
+    name: str  # of the column
+    summary: Summary = field(metadata=INLINE)
+    stop_rate: float | None  # share of the answers that stopped by themselves
+
+
+@dataclass(frozen=True)
+class CompareDocument:
+    """All that `compare --json` prints; what is not known is null."""
+
+    phitune: str  # the version
+    model_name: str  # of the base
+    questions_from: str  # a file, the validation rows of a run, or standard input
+    max_new_tokens: int  # tokens of an answer at most
+    sampling: Sampling
+    notes: tuple[str, ...]  # on the models and the questions
+    normalisation: str  # what `match` leaves out of account
+    right: str  # what makes an answer right, in words
+    columns: list[ComparedColumn]  # the base first
+    questions: list[ComparedQuestion]
+    summary: list[ComparedSummary]
+
+
+def as_json(comparison: Comparison, asked: Asked) -> CompareDocument:
+    """Everything that the table and the page show."""
+    columns = [
+        ComparedColumn(column.name, column.path, column.prompt_format)
+        for column in comparison.columns
+    ]
+    summaries = [comparison.summary(index) for index in range(len(columns))]
+    return CompareDocument(
+        __version__,
+        asked.model_name,
+        asked.source,
+        asked.max_new_tokens,
+        asked.sampling,
+        asked.notes,
+        NORMALISATION,
+        RULES[comparison.rule],
+        columns,
+        [_question_as_json(row, comparison) for row in comparison.rows],
+        [
+            ComparedSummary(
+                column.name,
+                summary,
+                summary.stopped / count if (count := summary.questions) else None,
+            )
+            for column, summary in zip(columns, summaries, strict=True)
         ],
-    }
+    )
 
 
-def _answer_as_json(row: Row, column: int, rule: Rule) -> dict[str, Any]:
+def _question_as_json(row: Row, comparison: Comparison) -> ComparedQuestion:
+    question = row.question
+    answers = [_answer_as_json(row, index, comparison) for index in range(len(comparison.columns))]
+    return ComparedQuestion(
+        row.number, question.place or None, question.turns, question.expected, answers
+    )
+
+
+def _answer_as_json(row: Row, column: int, comparison: Comparison) -> ComparedAnswer:
     answer, likely = row.answers[column], row.likelihoods[column]
-    return {
-        "answer": answer.text,
-        "tokens": answer.tokens,
-        "stopped": answer.stopped,
-        "exact": row.exact(column),
-        "match": row.match(column),
-        "right": None if row.question.expected is None else row.right(column, rule),
-        "nll": likely.nll if likely else None,
-        "nll_per_token": likely.per_token if likely else None,
-        "expected_tokens": likely.tokens if likely else None,
-    }
-
-
-def _summary_as_json(comparison: Comparison, index: int) -> dict[str, Any]:
-    summary = comparison.summary(index)
-    count = summary.questions
-    return {
-        "name": comparison.columns[index].name,
-        **jsonable(summary),
-        "stop_rate": summary.stopped / count if count else None,
-    }
+    known = row.question.expected is not None
+    return ComparedAnswer(
+        name=comparison.columns[column].name,
+        answer=answer.text,
+        tokens=answer.tokens,
+        stopped=answer.stopped,
+        exact=row.exact(column),
+        match=row.match(column),
+        right=row.right(column, comparison.rule) if known else None,
+        nll=likely.nll if likely else None,
+        nll_per_token=likely.per_token if likely else None,
+        expected_tokens=likely.tokens if likely else None,
+        differs=row.differs(column),
+    )

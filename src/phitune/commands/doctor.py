@@ -27,6 +27,7 @@ TOKENS, INPUTS, OUTPUTS = 512, 2560, 2560
 REPEATS = 2
 BUSY = 0.5  # load per core from which other programs slow training down
 
+# Section, name, finding in words; the names depend on the machine.
 Findings = dict[str, dict[str, str]]
 
 

@@ -3,8 +3,9 @@
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,14 +27,24 @@ from phitune.commands.options import (
     parse,
     switch,
 )
-from phitune.commands.terminal import json_text, print_json
+from phitune.commands.terminal import INLINE, json_text, print_json
 from phitune.config import Pairs, UserPath
 from phitune.errors import SettingsError
 from phitune.inference.metrics import METRICS
 from phitune.text import ODD_BYTES, command_line
 
 if TYPE_CHECKING:
-    from phitune.inference.evaluate import Evaluation, Forgetting, Measure, Unit, Wanted
+    from phitune.inference.evaluate import (
+        AnswerFigures,
+        Evaluation,
+        Forgetting,
+        Measure,
+        MeasureFigures,
+        Pair,
+        RightAnswers,
+        Unit,
+        Wanted,
+    )
     from phitune.inference.harness import HarnessTasks, TaskResults
     from phitune.inference.loaded import LoadedModel
     from phitune.inference.run_rows import DataRows, Run
@@ -147,7 +158,7 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _measures(options: EvaluateOptions, argv: list[str], console: Console) -> dict[str, Any]:
+def _measures(options: EvaluateOptions, argv: list[str], console: Console) -> "EvaluateDocument":
     from phitune.inference.evaluate import Wanted, evaluate_adapter
     from phitune.inference.run_rows import find_run
 
@@ -177,10 +188,9 @@ def _measures(options: EvaluateOptions, argv: list[str], console: Console) -> di
     with _progress() as progress:
         data = _data(options, run, loaded, progress)
         evaluation = evaluate_adapter(loaded, data, wanted, progress)
-    about = _about(options, loaded) | {"data": data.words, "rows": len(data.rows)}
     if not options.as_json:
         show(evaluation, _title(loaded), data.words, _rest(options, argv), console)
-    return evaluation_as_json(evaluation, wanted, about)
+    return evaluation_as_json(evaluation, wanted, _subject(options, loaded), data)
 
 
 def _rest(options: EvaluateOptions, argv: list[str]) -> str:
@@ -221,7 +231,7 @@ def _open(options: EvaluateOptions, run: "Run | None") -> "LoadedModel":
     return options.open_model()
 
 
-def _tasks(options: EvaluateOptions, console: Console) -> dict[str, Any]:
+def _tasks(options: EvaluateOptions, console: Console) -> "TasksDocument":
     """Hands over to the LM Evaluation Harness."""
     from phitune.inference.harness import (
         HarnessTasks,
@@ -244,20 +254,20 @@ def _tasks(options: EvaluateOptions, console: Console) -> dict[str, Any]:
         results = evaluate_tasks(loaded, tasks, loaded_tasks, progress)
     if not options.as_json:
         show_tasks(results, _title(loaded), console)
-    return tasks_as_json(results, tasks, _about(options, loaded))
+    return tasks_as_json(results, tasks, _subject(options, loaded))
 
 
 def _title(loaded: "LoadedModel") -> str:
     return f"{loaded.adapters[0].name} beside its base {loaded.model_name}"
 
 
-def _about(options: EvaluateOptions, loaded: "LoadedModel") -> dict[str, Any]:
-    return {
-        "adapter": str(options.adapter_path[0]),
-        "base_model": loaded.model_name,
-        "device": str(loaded.decoder.device),
-        "dtype": str(loaded.decoder.dtype).removeprefix("torch."),
-    }
+def _subject(options: EvaluateOptions, loaded: "LoadedModel") -> "Subject":
+    return Subject(
+        adapter=str(options.adapter_path[0]),
+        base_model=loaded.model_name,
+        device=str(loaded.decoder.device),
+        dtype=str(loaded.decoder.dtype).removeprefix("torch."),
+    )
 
 
 @contextmanager
@@ -289,7 +299,7 @@ def _progress() -> "Iterator[Progress]":
         yield show
 
 
-def _write(path: Path, document: dict[str, Any]) -> None:
+def _write(path: Path, document: object) -> None:
     new = path.with_name(path.name + ".new")
     new.write_text(json_text(document) + "\n", encoding="utf-8", errors=ODD_BYTES)
     new.replace(path)
@@ -425,61 +435,122 @@ def show_tasks(results: "TaskResults", title: str, console: Console) -> None:
 # --- as JSON --------------------------------------------------------------------------------------
 
 
-def evaluation_as_json(
-    evaluation: "Evaluation", wanted: "Wanted", about: dict[str, Any]
-) -> dict[str, Any]:
-    """Everything that was measured, with each answer.
+@dataclass(frozen=True)
+class Subject:
+    """What was evaluated."""
 
-    Args:
-        about: what was evaluated, put first.
-    """
-    from phitune.inference.evaluate import answers_as_json, measures_as_json, right_as_json
+    adapter: str  # as it was given
+    base_model: str  # its name
+    device: str  # that it was measured on
+    dtype: str  # of the frozen base
+
+
+@dataclass(frozen=True)
+class GeneralText:
+    """The models' hold on a text that the adapter was not trained on."""
+
+    text: str  # its name
+    tokens: int  # that were predicted
+    windows: int  # pieces of the text
+    figures: "MeasureFigures" = field(metadata=INLINE)
+    perplexity_ratio: float | None  # the tuned model's over the base's
+    verdict: str  # see thresholds
+    thresholds: str  # what the verdicts mean
+
+
+@dataclass(frozen=True)
+class EvaluateDocument:
+    """All that `evaluate --json` prints, and `--output` writes."""
+
+    phitune: str  # the version
+    subject: Subject = field(metadata=INLINE)
+    data: str  # the rows in words
+    rows: int  # that were measured
+    seed: int  # of what is drawn
+    confidence: float  # of the intervals
+    resamples: int  # of the bootstrap
+    right_answers: "RightAnswers | None"
+    measures: "Mapping[str, MeasureFigures]"  # by the name of a figure, such as loss
+    recorded_by_the_run: "Pair | None"  # the validation losses that the run wrote down
+    general_text: GeneralText | None
+    notes: tuple[str, ...]  # on the data and on what was left out
+    answers: "tuple[AnswerFigures, ...]"
+
+
+@dataclass(frozen=True)
+class ResultsOfTasks:
+    """What the harness measured."""
+
+    base: Mapping[str, Any]  # by task, as the harness has it
+    tuned: Mapping[str, Any]  # by task, as the harness has it
+
+
+@dataclass(frozen=True)
+class TasksDocument:
+    """All that `evaluate --tasks --json` prints, and `--output` writes."""
+
+    subject: Subject = field(metadata=INLINE)
+    harness: str  # the version of LM Evaluation Harness
+    tasks: tuple[str, ...]  # by name
+    num_fewshot: int | None  # solved examples before a question; None: the task's own number
+    limit: int | None  # questions of a task at most; None: all
+    apply_chat_template: bool  # whether questions are asked in the prompt format of the training
+    seed: int  # of what is drawn
+    measures: "Mapping[str, MeasureFigures]"  # by task and metric
+    results: ResultsOfTasks
+
+
+def evaluation_as_json(
+    evaluation: "Evaluation", wanted: "Wanted", subject: Subject, data: "DataRows"
+) -> EvaluateDocument:
+    """Everything that was measured, with each answer."""
+    from phitune.inference.evaluate import Pair, answers_as_json, measures_as_json, right_as_json
     from phitune.inference.scores import CONFIDENCE, RESAMPLES
 
     general = evaluation.general
     recorded = evaluation.recorded
-    return {
-        "phitune": __version__,
-        **about,
-        "seed": wanted.seed,
-        "confidence": CONFIDENCE,
-        "resamples": RESAMPLES,
-        "right_answers": right_as_json(evaluation.answers, evaluation.rule),
-        "measures": measures_as_json(evaluation.measures),
-        "recorded_by_the_run": {"base": recorded[0], "tuned": recorded[1]} if recorded else None,
-        "general_text": _general_as_json(general) if general else None,
-        "notes": list(evaluation.notes) + list(general.notes if general else ()),
-        "answers": answers_as_json(evaluation.answers, evaluation.metrics),
-    }
+    return EvaluateDocument(
+        phitune=__version__,
+        subject=subject,
+        data=data.words,
+        rows=len(data.rows),
+        seed=wanted.seed,
+        confidence=CONFIDENCE,
+        resamples=RESAMPLES,
+        right_answers=right_as_json(evaluation.answers, evaluation.rule),
+        measures=measures_as_json(evaluation.measures),
+        recorded_by_the_run=Pair(*recorded) if recorded else None,
+        general_text=_general_as_json(general) if general else None,
+        notes=(*evaluation.notes, *(general.notes if general else ())),
+        answers=answers_as_json(evaluation.answers, evaluation.metrics),
+    )
 
 
-def _general_as_json(general: "Forgetting") -> dict[str, Any]:
+def _general_as_json(general: "Forgetting") -> GeneralText:
     from phitune.inference.evaluate import THRESHOLDS, Measure, finite, measure_as_json
 
-    return {
-        "text": general.name,
-        "tokens": general.tokens,
-        "windows": general.windows,
-        **measure_as_json(Measure(general.name, general.loss, "lower")),
-        "perplexity_ratio": finite(general.ratio),
-        "verdict": general.verdict,
-        "thresholds": THRESHOLDS,
-    }
+    return GeneralText(
+        general.name,
+        general.tokens,
+        general.windows,
+        measure_as_json(Measure(general.name, general.loss, "lower")),
+        perplexity_ratio=finite(general.ratio),
+        verdict=general.verdict,
+        thresholds=THRESHOLDS,
+    )
 
 
-def tasks_as_json(
-    results: "TaskResults", tasks: "HarnessTasks", about: dict[str, Any]
-) -> dict[str, Any]:
+def tasks_as_json(results: "TaskResults", tasks: "HarnessTasks", subject: Subject) -> TasksDocument:
     from phitune.inference.evaluate import measures_as_json
 
-    return {
-        **about,
-        "harness": results.version,
-        "tasks": list(tasks.names),
-        "num_fewshot": tasks.num_fewshot,
-        "limit": tasks.limit,
-        "apply_chat_template": tasks.apply_chat_template,
-        "seed": tasks.seed,
-        "measures": measures_as_json(results.measures),
-        "results": {"base": results.base, "tuned": results.tuned},
-    }
+    return TasksDocument(
+        subject,
+        harness=results.version,
+        tasks=tasks.names,
+        num_fewshot=tasks.num_fewshot,
+        limit=tasks.limit,
+        apply_chat_template=tasks.apply_chat_template,
+        seed=tasks.seed,
+        measures=measures_as_json(results.measures),
+        results=ResultsOfTasks(results.base, results.tuned),
+    )

@@ -5,6 +5,7 @@ number and every word comes from `layers/`; nothing is computed here but shares 
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.console import Console, Group, RenderableType
@@ -13,14 +14,16 @@ from rich.style import Style
 from rich.text import Text
 
 from phitune.commands.options import Count, TrainingOptions, option, parse_with_settings, switch
-from phitune.commands.terminal import facts_grid, jsonable, print_json, section, table_of
+from phitune.commands.terminal import INLINE, facts_grid, print_json, section, table_of
 from phitune.config import as_flags
 from phitune.errors import SettingsError
 from phitune.layers.guide import (
     FILE_BYTES,
+    Claim,
     Guide,
     Kind,
     Price,
+    Source,
     advice,
     choices,
     flags_of,
@@ -38,7 +41,7 @@ from phitune.text import command_line, plural
 
 if TYPE_CHECKING:
     from phitune.config import Resolved
-    from phitune.layers.measure import Pull, Survey
+    from phitune.layers.measure import Proposal, Pull, Survey
 
 MB = 10**6
 # Narrower terminals have lines instead of tables.
@@ -244,52 +247,111 @@ def megabytes(size: float) -> str:
     return f"{amount:.1f} MB" if amount < 100 else f"{amount:,.0f} MB"
 
 
-def guide_json(guide: Guide) -> dict[str, Any]:
-    """The whole guide; memory in bytes."""
+@dataclass(frozen=True)
+class GuideModel:
+    """The model that the guide is about."""
+
+    name: str  # as in --model_name
+    figures: str  # where its sizes come from
+    model_type: str  # its architecture, as in config.json
+    num_hidden_layers: int  # layers of the decoder
+    parameters: int  # of the whole model
+
+
+@dataclass(frozen=True)
+class KindOfModule:
+    """All modules of one name."""
+
+    kind: Kind = field(metadata=INLINE)
+    weights: int  # parameters of all of them; 0 for a head that is the token table itself
+    share: float  # of the model's parameters
+    lora_parameters: int  # what LoRA on all of them adds
+    adapter_bytes: int  # of these in a file
+    what: str  # what it does
+
+
+@dataclass(frozen=True)
+class PricedGoal:
+    """What somebody wants, and where to put the adapters for it."""
+
+    goal: str  # its name
+    what: str  # the same in words
+    target_modules: tuple[str, ...]  # as --target_modules takes them
+    layers: str | None  # as --layers takes them; null: all
+    price: Price = field(metadata=INLINE)
+    why: str  # the reason in a sentence
+    claims: tuple[str, ...]  # keys of claims, those for it first
+
+
+@dataclass(frozen=True)
+class PricedChoice:
+    """One choice of modules and layers, and what it costs."""
+
+    target_modules: tuple[str, ...]  # as --target_modules takes them
+    layers: str | None  # as --layers takes them; null: all
+    price: Price = field(metadata=INLINE)
+
+
+@dataclass(frozen=True)
+class GuideDocument:
+    """All that `layers --json` prints without data; memory in bytes."""
+
+    model: GuideModel
+    lora_r: int  # the rank that costs are computed for
+    kinds: list[KindOfModule]  # what the model is made of
+    choices: list[PricedChoice]  # presets of modules, and halves of the layers
+    asked: Price | None  # of --target_modules and --layers, where they were given
+    goals: list[PricedGoal]  # what to adapt for which goal
+    claims: Mapping[str, Claim]  # what is said of layers, by key
+    sources: Mapping[str, Source]  # where that comes from, by key
+
+
+def guide_json(guide: Guide) -> GuideDocument:
+    """The whole guide."""
     config, words = guide.config, advice()
     total = total_parameters(config)
     kinds = [
-        {
-            **jsonable(kind),
-            "weights": kind.weights,
-            "share": kind.weights / total,
-            "lora_parameters": kind.lora_parameters(guide.rank),
-            "adapter_bytes": FILE_BYTES * kind.lora_parameters(guide.rank),
-            "what": words.modules[config.model_type][kind.name],
-        }
+        KindOfModule(
+            kind,
+            weights=kind.weights,
+            share=kind.weights / total,
+            lora_parameters=kind.lora_parameters(guide.rank),
+            adapter_bytes=FILE_BYTES * kind.lora_parameters(guide.rank),
+            what=words.modules[config.model_type][kind.name],
+        )
         for kind in kinds_of(config)
     ]
     goals = [
-        {
-            "goal": goal.name,
-            "what": goal.what,
-            "target_modules": guide.goal_targets(goal),
-            "layers": goal.layers(config),
-            **jsonable(guide.goal_price(goal)),
-            "why": goal.why,
-            "claims": goal.claims,
-        }
+        PricedGoal(
+            goal.name,
+            goal.what,
+            guide.goal_targets(goal),
+            goal.layers(config),
+            guide.goal_price(goal),
+            goal.why,
+            goal.claims,
+        )
         for goal in words.goals
     ]
-    return {
-        "model": {
-            "name": guide.settings.model_name,
-            "figures": guide.figures,
-            "model_type": config.model_type,
-            "num_hidden_layers": config.num_hidden_layers,
-            "parameters": total,
-        },
-        "lora_r": guide.rank,
-        "kinds": kinds,
-        "choices": [
-            {"target_modules": targets, "layers": layers, **jsonable(guide.price(targets, layers))}
+    return GuideDocument(
+        GuideModel(
+            name=guide.settings.model_name,
+            figures=guide.figures,
+            model_type=config.model_type,
+            num_hidden_layers=config.num_hidden_layers,
+            parameters=total,
+        ),
+        lora_r=guide.rank,
+        kinds=kinds,
+        choices=[
+            PricedChoice(tuple(targets), layers, guide.price(targets, layers))
             for targets, layers, _ in choices(guide)
         ],
-        "asked": price_of(config, guide.asked, guide.rank) if guide.asked is not None else None,
-        "goals": goals,
-        "claims": words.claims,
-        "sources": words.sources,
-    }
+        asked=price_of(config, guide.asked, guide.rank) if guide.asked is not None else None,
+        goals=goals,
+        claims=words.claims,
+        sources=words.sources,
+    )
 
 
 # -------------------------------------------------------------------------------------------------
@@ -446,29 +508,77 @@ def _by_name(found: "Survey") -> dict[str, list["Pull"]]:
     return {name: groups[name] for name in order if name in groups}
 
 
-def survey_json(found: "Survey", command: str) -> dict[str, Any]:
-    """The whole survey; memory in bytes."""
-    measurement = jsonable(found.measurement)
-    pulls = zip(measurement.pop("pulls"), found.measurement.pulls, strict=True)
-    return {
-        "model": {
-            "name": found.settings.model_name,
-            "model_type": found.config.model_type,
-            "num_hidden_layers": found.config.num_hidden_layers,
-        },
-        "device": found.device,
-        "precision": found.precision,
-        "lora_r": found.settings.lora_r,
-        "measuring_rank": found.measuring_rank,
-        "rows": found.rows,
-        "of_rows": found.of_rows,
-        **measurement,
-        "modules": [{**fields, "relative": pull.relative} for fields, pull in pulls],
-        "prices": found.prices,
-        "everything": found.everything,
-        "proposal": {**jsonable(found.proposal), "price": found.proposed, "command": command},
-        "caveat": advice().caveat,
-    }
+@dataclass(frozen=True)
+class MeasuredModel:
+    """The model whose gradients were measured."""
+
+    name: str  # as in --model_name
+    model_type: str  # its architecture, as in config.json
+    num_hidden_layers: int  # layers of the decoder
+
+
+@dataclass(frozen=True)
+class MeasuredModule:
+    """What was measured at one module."""
+
+    pull: "Pull" = field(metadata=INLINE)
+    relative: float  # the gradient's norm relative to the weight's
+
+
+@dataclass(frozen=True)
+class PricedProposal:
+    """What to put on the command line, and what it holds."""
+
+    proposal: "Proposal" = field(metadata=INLINE)
+    price: Price  # what an adapter on it costs
+    command: str  # trains with it
+
+
+@dataclass(frozen=True)
+class SurveyDocument:
+    """All that `layers --json` prints with data; memory in bytes."""
+
+    model: MeasuredModel
+    device: str  # that it was measured on
+    precision: str  # of the frozen base
+    lora_r: int  # the rank that costs are computed for
+    measuring_rank: int  # the rank of the adapter that was measured with
+    rows: int  # rows that were looked at
+    of_rows: int  # training rows that there are
+    loss: float  # mean over the trained tokens, in nats
+    batches: int  # batches that were measured
+    tokens: int  # tokens of these
+    target_tokens: int  # trained tokens of these
+    modules: list[MeasuredModule]  # by module, in the order of the model
+    prices: Mapping[str, Price]  # by short name: of these modules in all measured layers
+    everything: Price  # of all that was measured
+    proposal: PricedProposal
+    caveat: str  # what a measurement does not tell
+
+
+def survey_json(found: "Survey", command: str) -> SurveyDocument:
+    """The whole survey."""
+    measurement = found.measurement
+    return SurveyDocument(
+        MeasuredModel(
+            found.settings.model_name, found.config.model_type, found.config.num_hidden_layers
+        ),
+        device=found.device,
+        precision=found.precision,
+        lora_r=found.settings.lora_r,
+        measuring_rank=found.measuring_rank,
+        rows=found.rows,
+        of_rows=found.of_rows,
+        loss=measurement.loss,
+        batches=measurement.batches,
+        tokens=measurement.tokens,
+        target_tokens=measurement.target_tokens,
+        modules=[MeasuredModule(pull, pull.relative) for pull in measurement.pulls],
+        prices=found.prices,
+        everything=found.everything,
+        proposal=PricedProposal(found.proposal, found.proposed, command),
+        caveat=advice().caveat,
+    )
 
 
 # -------------------------------------------------------------------------------------------------

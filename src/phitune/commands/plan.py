@@ -6,8 +6,10 @@ here but shares.
 """
 
 import sys
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
@@ -16,10 +18,10 @@ from rich.text import Text
 
 from phitune.commands.options import DataOptions, option, parse_with_settings, switch
 from phitune.commands.terminal import (
+    INLINE,
     bar,
     facts_grid,
     gigabytes,
-    jsonable,
     print_json,
     section,
     shares,
@@ -28,9 +30,9 @@ from phitune.commands.terminal import (
     unit_of,
 )
 from phitune.errors import OutOfMemoryError
-from phitune.plan.machine import BUDGET_SHARE, MEASURED_SHARE
-from phitune.plan.memory import Term
-from phitune.plan.plan import SMALL_MODEL, BatchOption, Plan, PresetOption, Speed
+from phitune.plan.machine import BUDGET_SHARE, MEASURED_SHARE, Memory
+from phitune.plan.memory import Base, Device, Term
+from phitune.plan.plan import SMALL_MODEL, BaseOption, BatchOption, Plan, PresetOption, Speed
 from phitune.plan.presets import PRESETS
 from phitune.plan.rows import TOKENS_A_WORD
 from phitune.text import plural, shortened, visible, with_article
@@ -120,7 +122,7 @@ def run(argv: list[str]) -> int:
 
     if options.as_json:
         other = as_json(plans[1]) if len(plans) > 1 else None
-        print_json({**as_json(plans[0]), "other_device": other})
+        print_json(PlanDocument(as_json(plans[0]), other))
     elif options.presets:
         console.print(presets_table(plans[0]))
         return 0
@@ -674,76 +676,178 @@ def _with_words(line: Text, term: Term, first: int, width: int) -> list[Text]:
 
 
 # -------------------------------------------------------------------------------------------------
-# The plan as JSON.
+# The plan as JSON. All amounts of memory are in bytes.
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
-    """The whole plan, for `--json`; all amounts of memory in bytes."""
+@dataclass(frozen=True)
+class PlannedModel:
+    """The model that is planned for."""
+
+    name: str  # as in --model_name
+    figures: str  # where its sizes come from
+    model_type: str  # its architecture, as in config.json
+    num_hidden_layers: int  # layers of the decoder
+    adapted_modules: int  # linear modules that get an adapter
+
+
+@dataclass(frozen=True)
+class PlannedRows:
+    """The rows that are planned with."""
+
+    source: Path | None  # the data; null: every row is assumed to have max_length tokens
+    upper_bound: bool  # whether no data was given, so that a real run takes less
+    estimated_because: str | None  # why tokens are estimated from words; null: they are counted
+    rows: int  # training rows of an epoch
+    validation_rows: int  # rows that are kept for validation
+    tokens_per_epoch: int  # tokens of an epoch
+    trained_tokens_per_epoch: int  # tokens of an epoch that the loss counts
+    steps_per_epoch: int  # optimizer steps of an epoch
+    longest: int  # tokens of the longest row
+    micro_batch_tokens: int  # tokens of the largest micro-batch
+    micro_batch_target_tokens: int  # trained tokens of that
+
+
+@dataclass(frozen=True)
+class PlannedSteps:
+    """The optimizer steps of the run."""
+
+    in_all: int  # in all epochs
+    verdict: Literal["too few", "few", "enough"]  # whether they are enough to learn from
+    advised_settings: Mapping[
+        str, int
+    ]  # what makes more of them, by name; empty: nothing is advised
+
+
+@dataclass(frozen=True)
+class PlannedMemory:
+    """The memory that is planned with."""
+
+    memory: Memory = field(metadata=INLINE)
+    budget_share: float  # share of it that a run plans with
+    budget_bytes: int  # bytes of that share
+
+
+@dataclass(frozen=True)
+class Recomputation:
+    """What the backward pass computes again, and what that costs."""
+
+    layers: int  # layers that are recomputed
+    num_layers: int  # layers of the model
+    time: float  # of a step, relative to recomputing nothing
+    time_if_all: float  # the same with every layer recomputed
+
+
+@dataclass(frozen=True)
+class PlannedSpeed:
+    """What a machine is expected to do."""
+
+    speed: Speed = field(metadata=INLINE)
+    tflops: float  # its peak at that precision, in TFLOP/s
+    assumed: str  # what of it is not measured
+
+
+@dataclass(frozen=True)
+class PlannedPreset:
+    """A configuration of the guide with this model."""
+
+    option: PresetOption = field(metadata=INLINE)
+    fits: bool  # whether it fits that memory
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """A run on one device."""
+
+    verdict: str  # whether it fits, how long it takes and on what, in a sentence
+    train_command: str | None  # trains so, or with the first remedy; null: nothing fits
+    model: PlannedModel
+    settings: dict[str, Any]  # every setting of the run by its name, as in config.yaml
+    preset: str | None  # the configuration of the guide that was asked for
+    device: Device  # the kind of device that is planned for
+    base: Base  # precision of the frozen base
+    rows: PlannedRows
+    steps: PlannedSteps
+    memory: PlannedMemory
+    terms: tuple[Term, ...]  # what is in memory at the peak
+    total_bytes: int  # the peak: the sum of the terms
+    left_bytes: int  # of the budget; negative where the run does not fit
+    fits: bool  # whether the peak is within the budget
+    remedies: tuple[str, ...]  # changes that fit, each in a line; empty where the run fits
+    recompute: Recomputation
+    flops_per_token: float  # FLOPs of a training token, without recomputation
+    bases: Sequence[BaseOption]  # the run with the base in other precisions
+    effective_batch: int  # rows of an optimizer step
+    micro_batches: Sequence[BatchOption]  # the same step in other micro-batches
+    recommended: BatchOption | None  # the fastest that fits; null: none does
+    estimates: tuple[PlannedSpeed, ...]  # this run on machines like the device
+    speeds: tuple[PlannedSpeed, ...]  # this run on every known machine
+    presets: tuple[PlannedPreset, ...]  # the configurations of the guide
+    warnings: tuple[str, ...]  # of the data, each in a line
+
+
+@dataclass(frozen=True)
+class PlanDocument:
+    """All that `plan --json` prints."""
+
+    plan: DevicePlan = field(metadata=INLINE)
+    other_device: DevicePlan | None  # the GPU, where --memory may be that of a CPU or of a GPU
+
+
+def as_json(plan: Plan) -> DevicePlan:
+    """The whole plan, for `--json`."""
     cost, chosen, rows = plan.cost, plan.chosen, plan.rows
     largest = rows.largest(plan.settings.micro_batch)
-    return {
-        "verdict": verdict(plan),
-        "train_command": plan.train_command,
-        "model": {
-            "name": plan.settings.model_name,
-            "figures": plan.figures,
-            "model_type": plan.config.model_type,
-            "num_hidden_layers": plan.config.num_hidden_layers,
-            "adapted_modules": len(plan.modules),
-        },
-        "settings": plan.settings.model_dump(mode="json"),
-        "preset": plan.preset,
-        "device": plan.device,
-        "base": plan.base,
-        "rows": {
-            "source": rows.source,
-            "upper_bound": rows.source is None,
-            "estimated_because": rows.estimated_because or None,
-            "rows": rows.per_epoch,
-            "validation_rows": len(rows.validation),
-            "tokens_per_epoch": rows.tokens,
-            "trained_tokens_per_epoch": rows.trained,
-            "steps_per_epoch": plan.steps.an_epoch,
-            "longest": largest.longest,
-            "micro_batch_tokens": largest.tokens,
-            "micro_batch_target_tokens": largest.target_tokens,
-        },
-        "steps": {
-            "in_all": plan.steps.in_all,
-            "verdict": plan.steps.verdict,
-            "advised_settings": plan.steps.advised,
-        },
-        "memory": {
-            **jsonable(plan.memory),
-            "budget_share": BUDGET_SHARE[plan.device],
-            "budget_bytes": plan.budget,
-        },
-        "terms": chosen.terms,
-        "total_bytes": chosen.bytes,
-        "left_bytes": plan.budget - chosen.bytes,
-        "fits": plan.fits,
-        "remedies": [remedy.line for remedy in plan.remedies],
-        "recompute": {
-            "layers": chosen.recompute_layers,
-            "num_layers": chosen.num_layers,
-            "time": cost.time(chosen.recompute_layers),
-            "time_if_all": cost.time(chosen.num_layers),
-        },
-        "flops_per_token": cost.step,
-        "bases": plan.bases,
-        "effective_batch": plan.settings.rows_per_step,
-        "micro_batches": plan.batches,
-        "recommended": plan.recommended,
-        "estimates": [_speed_json(speed) for speed in plan.estimates],
-        "speeds": [_speed_json(speed) for speed in plan.speeds],
-        "presets": [{**jsonable(option), "fits": option.fits} for option in plan.presets],
-        "warnings": rows.warnings,
-    }
+    return DevicePlan(
+        verdict=verdict(plan),
+        train_command=plan.train_command,
+        model=PlannedModel(
+            name=plan.settings.model_name,
+            figures=plan.figures,
+            model_type=plan.config.model_type,
+            num_hidden_layers=plan.config.num_hidden_layers,
+            adapted_modules=len(plan.modules),
+        ),
+        settings=plan.settings.model_dump(mode="json"),
+        preset=plan.preset,
+        device=plan.device,
+        base=plan.base,
+        rows=PlannedRows(
+            source=rows.source,
+            upper_bound=rows.source is None,
+            estimated_because=rows.estimated_because or None,
+            rows=rows.per_epoch,
+            validation_rows=len(rows.validation),
+            tokens_per_epoch=rows.tokens,
+            trained_tokens_per_epoch=rows.trained,
+            steps_per_epoch=plan.steps.an_epoch,
+            longest=largest.longest,
+            micro_batch_tokens=largest.tokens,
+            micro_batch_target_tokens=largest.target_tokens,
+        ),
+        steps=PlannedSteps(plan.steps.in_all, plan.steps.verdict, plan.steps.advised),
+        memory=PlannedMemory(plan.memory, BUDGET_SHARE[plan.device], plan.budget),
+        terms=chosen.terms,
+        total_bytes=chosen.bytes,
+        left_bytes=plan.budget - chosen.bytes,
+        fits=plan.fits,
+        remedies=tuple(remedy.line for remedy in plan.remedies),
+        recompute=Recomputation(
+            layers=chosen.recompute_layers,
+            num_layers=chosen.num_layers,
+            time=cost.time(chosen.recompute_layers),
+            time_if_all=cost.time(chosen.num_layers),
+        ),
+        flops_per_token=cost.step,
+        bases=plan.bases,
+        effective_batch=plan.settings.rows_per_step,
+        micro_batches=plan.batches,
+        recommended=plan.recommended,
+        estimates=tuple(map(_speed_json, plan.estimates)),
+        speeds=tuple(map(_speed_json, plan.speeds)),
+        presets=tuple(PlannedPreset(option, option.fits) for option in plan.presets),
+        warnings=rows.warnings,
+    )
 
 
-def _speed_json(speed: Speed) -> dict[str, Any]:
-    return {
-        **jsonable(speed),
-        "tflops": speed.machine.tflops(speed.base),
-        "assumed": "mfu is assumed, not measured",
-    }
+def _speed_json(speed: Speed) -> PlannedSpeed:
+    return PlannedSpeed(speed, speed.machine.tflops(speed.base), "mfu is assumed, not measured")

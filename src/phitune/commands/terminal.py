@@ -29,7 +29,11 @@ if TYPE_CHECKING:
 
 
 # -------------------------------------------------------------------------------------------------
-# Results as JSON: one function for every command. A key is the name of a field.
+# Results as JSON: one function for every command. A key is the name of a field, and the comment
+# beside the field is what docs/for-agents.md says of it.
+
+# Of a field whose own keys stand in its place in the JSON.
+INLINE: Mapping[str, bool] = {"inline": True}
 
 
 def jsonable(value: object) -> Any:
@@ -37,8 +41,8 @@ def jsonable(value: object) -> Any:
 
     A number that is not finite is null (JSON has no word for it), a path is its text, an
     enumeration's member its value; numbers, arrays and tensors of other libraries are plain
-    numbers and lists. What a result computes (a property) is added by whoever asks:
-    `{**jsonable(option), "fits": option.fits}`.
+    numbers and lists. What a result computes (a property) is a field of another dataclass, which
+    has the result as a field that is `INLINE`.
 
     Raises:
         TypeError: a value of a type that has no form in JSON.
@@ -57,8 +61,11 @@ def jsonable(value: object) -> Any:
         case list() | tuple():
             return [jsonable(item) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = dataclasses.fields(value)
-        return {field.name: jsonable(getattr(value, field.name)) for field in fields}
+        entries: dict[str, Any] = {}
+        for field in dataclasses.fields(value):
+            entry = jsonable(getattr(value, field.name))
+            entries.update(entry if field.metadata == INLINE else {field.name: entry})
+        return entries
     if callable(plain := getattr(value, "tolist", None)):  # numpy and torch, neither imported here
         return jsonable(plain())
     raise TypeError(f"{type(value).__name__} has no form in JSON: {value!r}")

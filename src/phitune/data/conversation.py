@@ -12,8 +12,8 @@ Role = Literal["system", "user", "assistant"]
 class Turn:
     """One message of a conversation, every character as in the file."""
 
-    role: Role
-    content: str
+    role: Role  # who says it
+    content: str  # what is said
 
 
 @dataclass(frozen=True, slots=True)

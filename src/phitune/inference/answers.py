@@ -175,15 +175,15 @@ class Row:
 class Summary:
     """One column over all questions."""
 
-    questions: int
-    stopped: int
-    mean_tokens: float
+    questions: int  # that were asked
+    stopped: int  # answers that stopped by themselves
+    mean_tokens: float  # of an answer
     expected: int  # questions whose answer is known
-    exact: int
-    matches: int
-    right: int  # this and the next two: see `is_right`
-    wrong: int
-    undecided: int
+    exact: int  # answers that are the expected one
+    matches: int  # the same once both are normalised
+    right: int  # answers that are, see `is_right`
+    wrong: int  # answers that are not right
+    undecided: int  # answers that no rule decides
     mean_nll: float | None  # of an expected answer
     nll_per_token: float | None  # over all their tokens
     differs: tuple[int, ...]  # numbers of the questions whose answer is not the base's

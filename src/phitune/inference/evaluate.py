@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -477,44 +477,103 @@ def _listed(rows: Sequence[AnsweredRow], listed: int, rest: str) -> list[str]:
     return [*lines, f"  and {len(rows) - listed:,} more: {rest}"] if len(rows) > listed else lines
 
 
-def right_as_json(answers: Sequence[AnsweredRow], rule: Rule) -> dict[str, Any] | None:
-    """Both tallies, and what they count; null without answers."""
+@dataclass(frozen=True)
+class RightAnswers:
+    """How many answers are right, and by what rule."""
+
+    rule: Rule  # what makes an answer right
+    means: str  # the same in words
+    questions: int  # that were answered
+    base: Tally
+    tuned: Tally
+
+
+@dataclass(frozen=True)
+class AnswerText:
+    """An answer to one question."""
+
+    text: str  # without its end token
+    tokens: int  # of the answer, its end token included
+    stopped: bool  # by itself, within max_new_tokens
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Whether each answer is right; None where no rule decides."""
+
+    base: bool | None  # of the base's answer
+    tuned: bool | None  # of the tuned model's
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One figure of both answers; None where it is not defined."""
+
+    base: float | None  # of the base
+    tuned: float | None  # of the tuned model
+
+
+@dataclass(frozen=True)
+class AnswerFigures:
+    """A question, what was expected and given, and what that is worth."""
+
+    place: str  # file:line
+    question: str  # as it was asked
+    expected: str  # the answer in the data
+    base: AnswerText
+    tuned: AnswerText
+    right: Judged
+    metrics: dict[str, Pair]  # by the name of a metric
+
+
+def right_as_json(answers: Sequence[AnsweredRow], rule: Rule) -> RightAnswers | None:
+    """Both tallies, and what they count; None without answers."""
     if not answers:
         return None
-    base, tuned = tallies(answers, rule)
-    of_both = {"base": asdict(base), "tuned": asdict(tuned)}
-    return {"rule": rule, "means": RULES[rule], "questions": len(answers), **of_both}
+    return RightAnswers(rule, RULES[rule], len(answers), *tallies(answers, rule))
 
 
-def answers_as_json(answers: Sequence[AnsweredRow], metrics: Sequence[str]) -> list[dict[str, Any]]:
+def answers_as_json(
+    answers: Sequence[AnsweredRow], metrics: Sequence[str]
+) -> tuple[AnswerFigures, ...]:
     """Each question, what was expected and given, and what that is worth."""
     rule = rule_of(metrics)
-    return [
-        {
-            "place": row.place,
-            "question": row.question,
-            "expected": row.expected,
-            **{
-                name: {"text": one.text, "tokens": one.tokens, "stopped": one.stopped}
-                for name, one in (("base", row.base), ("tuned", row.tuned))
-            },
-            "right": dict(zip(("base", "tuned"), row.right(rule), strict=True)),
-            "metrics": {
-                name: {
-                    "base": METRICS[name](row.base.text, row.expected),
-                    "tuned": METRICS[name](row.tuned.text, row.expected),
-                }
+    return tuple(
+        AnswerFigures(
+            row.place,
+            row.question,
+            row.expected,
+            AnswerText(row.base.text, row.base.tokens, row.base.stopped),
+            AnswerText(row.tuned.text, row.tuned.tokens, row.tuned.stopped),
+            Judged(*row.right(rule)),
+            {
+                name: Pair(
+                    METRICS[name](row.base.text, row.expected),
+                    METRICS[name](row.tuned.text, row.expected),
+                )
                 for name in metrics
             },
-        }
+        )
         for row in answers
-    ]
+    )
 
 
 # --- figures for files and for people -------------------------------------------------------------
 
 
-def measures_as_json(measures: Sequence[Measure]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class MeasureFigures:
+    """One figure of base and tuned model; what is not finite is None."""
+
+    base: float | None  # of the base
+    tuned: float | None  # of the tuned model
+    difference: float | None  # tuned minus base
+    interval: tuple[float | None, ...] | None  # of the difference: its two ends
+    rows: int  # that it was measured on
+    reading: str  # better, worse, or what else there is to say of the difference
+
+
+def measures_as_json(measures: Sequence[Measure]) -> dict[str, MeasureFigures]:
     """By name: both figures, their difference and what is to be thought of it."""
     return {measure.name.replace(" ", "_"): measure_as_json(measure) for measure in measures}
 
@@ -524,20 +583,20 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def measure_as_json(measure: Measure) -> dict[str, Any]:
-    """Both figures, their difference and its reading; what is not finite is null."""
+def measure_as_json(measure: Measure) -> MeasureFigures:
+    """Both figures, their difference and its reading."""
     figures = measure.figures
     interval = None
     if figures.low is not None and figures.high is not None:
-        interval = [finite(figures.low), finite(figures.high)]
-    return {
-        "base": finite(figures.base),
-        "tuned": finite(figures.tuned),
-        "difference": finite(figures.difference),
-        "interval": interval,
-        "rows": figures.rows,
-        "reading": measure.reading,
-    }
+        interval = (finite(figures.low), finite(figures.high))
+    return MeasureFigures(
+        finite(figures.base),
+        finite(figures.tuned),
+        finite(figures.difference),
+        interval,
+        figures.rows,
+        measure.reading,
+    )
 
 
 def figure(value: float, unit: Unit = "") -> str:
@@ -566,6 +625,22 @@ _FLOPS = {"cpu": 2e11}
 _FLOPS_ELSEWHERE = 2e13
 # A longer training may be followed by a longer look at it: so much of the tokens it went through.
 _SHARE_OF_TRAINING = 0.002
+
+
+@dataclass(frozen=True)
+class EvaluationFile:
+    """evaluation.json of a run."""
+
+    validation_rows: int  # that the run kept
+    validation_rows_digest: str  # of their tokens
+    rows_evaluated: int  # whose loss was measured
+    rows_answered: int  # whose questions were answered
+    max_new_tokens: int  # tokens of an answer at most
+    seed: int  # of the run
+    right_answers: RightAnswers | None
+    measures: dict[str, MeasureFigures]  # by the name of a figure, such as loss
+    skipped: list[str]  # what was left out, and why
+    answers: tuple[AnswerFigures, ...]
 
 
 @dataclass(frozen=True)
@@ -612,20 +687,19 @@ def evaluate_at_end(
         put_on(loaded.decoder, loaded.adapters[0].adapter)
     metrics = metrics_for([row.expected for row in answers])
     rule = rule_of(metrics)
-    run.write_evaluation(
-        {
-            "validation_rows": len(rows),
-            "validation_rows_digest": digest_of(rows),
-            "rows_evaluated": len(part.rows),
-            "rows_answered": len(part.answered),
-            "max_new_tokens": part.max_new_tokens,
-            "seed": settings.seed,
-            "right_answers": right_as_json(answers, rule),
-            "measures": measures_as_json(measures),
-            "skipped": part.skipped,
-            "answers": answers_as_json(answers, metrics),
-        }
+    document = EvaluationFile(
+        validation_rows=len(rows),
+        validation_rows_digest=digest_of(rows),
+        rows_evaluated=len(part.rows),
+        rows_answered=len(part.answered),
+        max_new_tokens=part.max_new_tokens,
+        seed=settings.seed,
+        right_answers=right_as_json(answers, rule),
+        measures=measures_as_json(measures),
+        skipped=part.skipped,
+        answers=answers_as_json(answers, metrics),
     )
+    run.write_evaluation(asdict(document))
     file = str(run.path / EVALUATION)
     return [*verdict_lines(answers, rule, file, LISTED_AT_END), *_lines(measures, part)]
 

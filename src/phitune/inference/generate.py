@@ -175,7 +175,7 @@ class Sampling:
     top_p: float = 1.0  # the fewest tokens whose probabilities reach this sum
     top_k: int = 0  # the N most probable tokens; 0 for all
     repetition_penalty: float = 1.0  # above 1, tokens that were there already are less probable
-    seed: int = 42
+    seed: int = 42  # of the draws; as long as it is the same, so are they
 
     def generators(self, count: int, seeds: Sequence[int] | None = None) -> list[torch.Generator]:
         """A source of draws for each of B sequences: none depends on who else is in the batch."""

@@ -175,9 +175,9 @@ def is_right(answer: str, expected: str, rule: Rule = "match") -> bool | None:
 class Tally:
     """Answers to questions whose answer is known."""
 
-    right: int
-    wrong: int
-    undecided: int  # see `is_right`
+    right: int  # answers that are, see `is_right`
+    wrong: int  # answers that are not
+    undecided: int  # answers that no rule decides
 
     @classmethod
     def of(cls, judged: Iterable[bool | None]) -> "Tally":

@@ -55,9 +55,9 @@ Mark = Literal["measured", "reported", "folklore"]
 class Source:
     """Where a claim comes from."""
 
-    who: str
-    title: str
-    url: str
+    who: str  # its authors, and the year
+    title: str  # its name
+    url: str  # where it can be read
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ class Claim:
     It says no more than its source, and on which models that was measured.
     """
 
-    text: str
-    mark: Mark
-    sources: tuple[str, ...] = ()
+    text: str  # the sentence
+    mark: Mark  # how well it is founded
+    sources: tuple[str, ...] = ()  # keys of sources
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Kind:
 
     name: str  # as in --target_modules; norms by their own name
     shape: tuple[int, ...]  # of the weight, (out, in) as in the file
-    bias: bool
+    bias: bool  # whether each has a bias
     count: int  # how many the model has
     preset: str  # attention, mlp, or "" where none holds it
     trainable: bool  # whether it may be a target
@@ -187,8 +187,8 @@ def module_shape(config: ModelConfig, module: str) -> tuple[int, int]:
 class Price:
     """What an adapter on some modules costs."""
 
-    modules: int
-    parameters: int
+    modules: int  # linear modules with an adapter
+    parameters: int  # trained parameters
     file_bytes: int  # adapter_model.safetensors, without the few KB of its header
     memory_bytes: int  # in training: the adapter, its gradients, copies and moments
     time: float  # of a step, relative to all-linear in all layers

@@ -70,12 +70,12 @@ MEASURING_RANK = 32
 class Pull:
     """What was measured at one module."""
 
-    module: str
+    module: str  # its full name
     norm: float  # of the weight's gradient, mean over the batches
     spread: float  # standard deviation over the batches; 0 with one batch
     square: float  # the mean of the squared norm
     agreement: float | None  # of the batches, at most 1; None with one batch
-    weight_norm: float
+    weight_norm: float  # of the weight itself
 
     @property
     def relative(self) -> float:
@@ -206,8 +206,8 @@ _ROUNDING = 1e-9
 class Proposal:
     """What to put on the command line, and what it holds."""
 
-    target_modules: tuple[str, ...]
-    layers: str | None  # None for all of the model's
+    target_modules: tuple[str, ...]  # as --target_modules takes them
+    layers: str | None  # as --layers takes them; None for all of the model's
     modules: tuple[str, ...]  # the same as full names
     held: float  # share of the squared gradient of all that was measured in layers
     wanted: float  # the share that was asked for

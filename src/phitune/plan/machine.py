@@ -42,8 +42,8 @@ _MOST_MEMORY = 10**15
 class Memory:
     """Bytes that a run may take, and where the number comes from."""
 
-    bytes: int
-    source: str
+    bytes: int  # that are there
+    source: str  # where the number comes from
 
     def budget(self, device: Device) -> int:
         """Bytes that a run plans with, the same share as in training."""
@@ -265,13 +265,13 @@ def _nvidia_smi(name: str, what: str) -> str:
 class Machine:
     """A machine whose speed is estimated, with every number that goes into it."""
 
-    name: str
-    device: Device
-    memory_gb: float
-    tflops_bf16: float  # dense, accumulated in fp32
-    tflops_fp32: float
-    mfu: float  # assumed, not measured
-    source: str
+    name: str  # of the GPU or the computer
+    device: Device  # its kind
+    memory_gb: float  # its memory, in GB
+    tflops_bf16: float  # peak in bf16, in TFLOP/s; dense, accumulated in fp32
+    tflops_fp32: float  # peak in fp32, in TFLOP/s
+    mfu: float  # share of the peak that training reaches; assumed, not measured
+    source: str  # where the peaks come from
 
     @property
     def memory(self) -> Memory:

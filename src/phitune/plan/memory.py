@@ -82,9 +82,9 @@ class Shape:
 class Term:
     """One buffer, or several of a kind, at the peak."""
 
-    name: str
-    bytes: int
-    what: str
+    name: str  # short
+    bytes: int  # of all of the kind
+    what: str  # what it holds, in words
 
 
 @dataclass(frozen=True)

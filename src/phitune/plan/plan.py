@@ -192,10 +192,10 @@ def _beyond_the_model(settings: Settings, config: ModelConfig) -> list[str]:
 class BaseOption:
     """The same run on a base of another precision."""
 
-    base: Base
+    base: Base  # precision of the frozen base
     built: bool  # False: arithmetic only, the setting does not exist yet
-    none_bytes: int  # no layer recomputed
-    all_bytes: int  # all layers recomputed
+    none_bytes: int  # the peak with no layer recomputed
+    all_bytes: int  # the peak with all layers recomputed
     recompute_layers: int | None  # the fewest that fit; None where none do
 
 
@@ -221,12 +221,12 @@ def base_options(run: Run, batch_size: int, place: Placement) -> list[BaseOption
 class BatchOption:
     """The same effective batch in micro-batches of another size."""
 
-    batch_size: int
-    gradient_accumulation_steps: int
-    bytes: int
-    recompute_layers: int
-    fits: bool
-    time: float  # relative to recomputing nothing
+    batch_size: int  # rows of a micro-batch
+    gradient_accumulation_steps: int  # micro-batches of a step
+    bytes: int  # the peak
+    recompute_layers: int  # layers that are recomputed
+    fits: bool  # whether the peak is within the budget
+    time: float  # of a step, relative to recomputing nothing
 
 
 def batch_options(run: Run, place: Placement) -> list[BatchOption]:
@@ -256,10 +256,10 @@ class Speed:
     """What a machine is expected to do."""
 
     machine: Machine
-    base: Base
+    base: Base  # precision of the frozen base
     batch: BatchOption | None  # None: nothing fits
-    tokens_per_second: float
-    hours: float
+    tokens_per_second: float  # 0 where nothing fits
+    hours: float  # of the whole run; 0 where nothing fits
 
 
 def speeds(run: Run, settings: Settings, batch_size: int | None) -> list[Speed]:
@@ -317,12 +317,12 @@ class PresetOption:
     recomputed where that fits, else as few as fit.
     """
 
-    name: str
+    name: str  # as in --preset
     preset: Preset
     problem: str  # why it cannot be used with this model, or ""
-    recompute_layers: int
-    bytes: int
-    least_bytes: int  # all layers recomputed
+    recompute_layers: int  # layers that are recomputed on the guide's machine
+    bytes: int  # the peak with them
+    least_bytes: int  # the peak with all layers recomputed
     memory: Memory  # what was given, or the preset's own
     layers_to_fit: int | None  # recomputed in that memory; None: it does not fit
 

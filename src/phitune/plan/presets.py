@@ -17,11 +17,11 @@ from phitune.plan.memory import GIB, Device
 class Preset:
     """One configuration of the training guide."""
 
-    batch_size: int
-    gradient_accumulation_steps: int
-    max_length: int
-    guide_gb: int
-    device: Device
+    batch_size: int  # rows of a micro-batch
+    gradient_accumulation_steps: int  # micro-batches of a step
+    max_length: int  # tokens of a row at most
+    guide_gb: int  # the peak that the guide names, in GB
+    device: Device  # the kind of device that it is for
 
     @property
     def memory(self) -> Memory:

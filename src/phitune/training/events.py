@@ -16,11 +16,11 @@ class StepMetrics:
     step: int  # from 1
     epoch: int  # from 1
     loss: float  # mean over the step's trained tokens
-    learning_rate: float
+    learning_rate: float  # of the step
     grad_norm: float  # before clipping
     tokens: int  # real tokens, trained or not; there is no padding
-    tokens_per_second: float
-    memory_gib: float
+    tokens_per_second: float  # of the step
+    memory_gib: float  # in use after the step
     checkpoint_seconds: float = 0.0  # spent on checkpoints since the previous step
 
 
@@ -28,8 +28,8 @@ class StepMetrics:
 class Evaluation:
     """The validation loss after a step; step 0 is what training starts from."""
 
-    step: int
-    epoch: int
+    step: int  # steps that were made
+    epoch: int  # epochs that were done
     validation_loss: float  # mean over all trained tokens of the validation rows
 
 
@@ -215,9 +215,9 @@ Event = (
 class Ending:
     """How training ended. Without validation rows the best step is the last."""
 
-    steps: int = 0
-    best_step: int = 0
-    first_validation_loss: float | None = None
-    best_validation_loss: float | None = None
-    ended: str = "all epochs done"
-    interrupted: bool = False
+    steps: int = 0  # optimizer steps that were made
+    best_step: int = 0  # after which the validation loss was the lowest
+    first_validation_loss: float | None = None  # before the first step
+    best_validation_loss: float | None = None  # after the best step
+    ended: str = "all epochs done"  # why
+    interrupted: bool = False  # by a signal: the run can be resumed

@@ -746,6 +746,9 @@ def test_where_nothing_fits_a_smaller_model_is_planned(
     assert capsys.readouterr().out.startswith("Fits: ")
     *_, said = shown(capsys, *words, "--target_modules", "fc1")
     assert said == "There is no command to train with on a 5.5 GB GPU."
+    # A larger model is no remedy.
+    tiny = flags(device="cuda", memory="100MB", model_name="tiny-phi-2")
+    assert shown(capsys, *tiny)[-1] == "There is no command to train with on a 0.1 GB GPU."
 
 
 def test_a_memory_alone_is_a_gpus_or_a_machines(

@@ -511,14 +511,24 @@ class Plan:
         return command_line("train", *as_flags({"dataset_path": _YOUR_DATA, **settings}))
 
     def command_for(self, model_name: str) -> str | None:
-        """Plans the same with another model; None where the settings are for this one alone."""
-        settings = self.settings
+        """Plans the same with a smaller model.
+
+        None where that one is not smaller, or where the settings are for this one alone.
+        """
+        settings, smaller = self.settings, known_model_config(model_name)
+        if not smaller or _scale(smaller) >= _scale(self.config):
+            return None
         own = ("target_modules", "layers", "recompute_layers", "prompt_format", "start_adapter")
-        if settings.model_name == model_name or not not_default(settings).keys().isdisjoint(own):
+        if not not_default(settings).keys().isdisjoint(own):
             return None
         there = {"memory": self.given, "preset": self.preset, "model_name": model_name}
         flags = {name: value for name, value in not_default(settings).items() if name not in there}
         return command_line("plan", *as_flags({**there, **flags}))
+
+
+def _scale(config: ModelConfig) -> int:
+    """What the weights of the layers grow with."""
+    return config.num_hidden_layers * config.hidden_size**2
 
 
 # Stands for a data set that was not named.

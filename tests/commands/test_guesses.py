@@ -86,6 +86,8 @@ GUESSES = {
     ),
     "export output/done --outtype gguf": "export output/done --format gguf",
     "export output/done": "export output/done --format merged",
+    "export output/done gguf": "export output/done --format gguf",
+    "export output/done --gguf": "export output/done --format gguf",
     "chat output/done --temp 0.7": "chat output/done --temperature 0.7",
     # Something of another kind than was expected.
     "train settings.yaml": "train --config settings.yaml",

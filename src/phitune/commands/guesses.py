@@ -35,6 +35,7 @@ from phitune.text import command_line, shell_line
 _OPENING, _CLOSING = "\u201c\u201e\u201f\u00ab\u2018", "\u201d\u201c\u00bb\u2019"
 _PROMPTS = ("prompt", "p", "question", "query")  # in `ask` it stands without a flag
 _TRUTHS = ("true", "false", "yes", "no", "1", "0")
+_FORMAT_WORDS = ("merged", "gguf")  # where --format was forgotten
 # What is replaced or shown to the world is never guessed from a likeness of names.
 _NEVER_GUESSED = ("overwrite", "push", "public", "push_overwrite")
 _DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".ndjson", ".gz")
@@ -117,6 +118,9 @@ class _Mended:
             name, equals, value = word.partition("=")
             bare = name.lstrip("-" + DASHES)
             is_flag = word[:1] in f"-{DASHES}" and bare[:1].isalpha()
+            if self.command == "export" and bare in _FORMAT_WORDS and not Path(word).exists():
+                found += ["--format", bare]
+                continue
             if not is_flag and not (equals and self._ours(bare) and not Path(word).exists()):
                 found += self._place(word)
                 continue

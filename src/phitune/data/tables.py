@@ -338,6 +338,9 @@ def _long_row(lines: Iterator[str], dialect: _Dialect) -> list[str]:
     cells: list[str] = []
     opened: StringIO | None = None  # the quoted cell that goes on from line to line
     for line in lines:
+        if opened and '"' not in line:  # So are nearly all lines of a long cell.
+            opened.write(_within_limit(line, opened.tell()))
+            continue
         end = len(line) - (2 if line.endswith("\r\n") else line.endswith(("\r", "\n")))
         at = 0
         while True:

@@ -24,13 +24,13 @@ from phitune.inference.evaluate import (
     AnsweredRow,
     answer_rows,
     forgetting,
-    right_as_json,
+    right_answers,
     verdict_lines,
     window_length,
     windows,
 )
 from phitune.inference.loaded import Answer, open_model
-from phitune.inference.metrics import rule_of
+from phitune.inference.metrics import Tally, rule_of
 from phitune.inference.run_rows import digest_of, find_run, rows_of_run
 from phitune.inference.scores import row_losses
 from phitune.model.engine import ReferenceEngine
@@ -231,10 +231,10 @@ def test_long_answers_in_other_words_are_not_decided() -> None:
 
 def test_a_number_or_a_part_can_be_what_is_right() -> None:
     rows = [answered("?", "so #### 12", "11", "It is 12."), answered("?", "none", "a", "b")]
-    found = right_as_json(rows, "number")
+    found = right_answers(rows, "number")
     assert found
-    assert found["tuned"] == {"right": 1, "wrong": 0, "undecided": 1}
-    assert found["base"] == {"right": 0, "wrong": 1, "undecided": 1}
+    assert found.tuned == Tally(right=1, wrong=0, undecided=1)
+    assert found.base == Tally(right=0, wrong=1, undecided=1)
     assert "without anything to compare (number)" in " ".join(verdict_lines(rows, "number", ""))
     assert rows[0].right("contains") == (False, False)
     assert answered("?", "12", "11", "It is 12.").right("contains") == (False, True)

@@ -504,7 +504,7 @@ def evaluation_as_json(
     evaluation: "Evaluation", wanted: "Wanted", subject: Subject, data: "DataRows"
 ) -> EvaluateDocument:
     """Everything that was measured, with each answer."""
-    from phitune.inference.evaluate import Pair, answers_as_json, measures_as_json, right_as_json
+    from phitune.inference.evaluate import Pair, answer_figures, measure_figures, right_answers
     from phitune.inference.scores import CONFIDENCE, RESAMPLES
 
     general = evaluation.general
@@ -517,23 +517,23 @@ def evaluation_as_json(
         seed=wanted.seed,
         confidence=CONFIDENCE,
         resamples=RESAMPLES,
-        right_answers=right_as_json(evaluation.answers, evaluation.rule),
-        measures=measures_as_json(evaluation.measures),
+        right_answers=right_answers(evaluation.answers, evaluation.rule),
+        measures=measure_figures(evaluation.measures),
         recorded_by_the_run=Pair(*recorded) if recorded else None,
         general_text=_general_as_json(general) if general else None,
         notes=(*evaluation.notes, *(general.notes if general else ())),
-        answers=answers_as_json(evaluation.answers, evaluation.metrics),
+        answers=answer_figures(evaluation.answers, evaluation.metrics),
     )
 
 
 def _general_as_json(general: "Forgetting") -> GeneralText:
-    from phitune.inference.evaluate import THRESHOLDS, Measure, finite, measure_as_json
+    from phitune.inference.evaluate import THRESHOLDS, Measure, figures_of_measure, finite
 
     return GeneralText(
         general.name,
         general.tokens,
         general.windows,
-        measure_as_json(Measure(general.name, general.loss, "lower")),
+        figures_of_measure(Measure(general.name, general.loss, "lower")),
         perplexity_ratio=finite(general.ratio),
         verdict=general.verdict,
         thresholds=THRESHOLDS,
@@ -541,7 +541,7 @@ def _general_as_json(general: "Forgetting") -> GeneralText:
 
 
 def tasks_as_json(results: "TaskResults", tasks: "HarnessTasks", subject: Subject) -> TasksDocument:
-    from phitune.inference.evaluate import measures_as_json
+    from phitune.inference.evaluate import measure_figures
 
     return TasksDocument(
         subject,
@@ -551,6 +551,6 @@ def tasks_as_json(results: "TaskResults", tasks: "HarnessTasks", subject: Subjec
         limit=tasks.limit,
         apply_chat_template=tasks.apply_chat_template,
         seed=tasks.seed,
-        measures=measures_as_json(results.measures),
+        measures=measure_figures(results.measures),
         results=ResultsOfTasks(results.base, results.tuned),
     )

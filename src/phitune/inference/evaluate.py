@@ -526,14 +526,14 @@ class AnswerFigures:
     metrics: dict[str, Pair]  # by the name of a metric
 
 
-def right_as_json(answers: Sequence[AnsweredRow], rule: Rule) -> RightAnswers | None:
+def right_answers(answers: Sequence[AnsweredRow], rule: Rule) -> RightAnswers | None:
     """Both tallies, and what they count; None without answers."""
     if not answers:
         return None
     return RightAnswers(rule, RULES[rule], len(answers), *tallies(answers, rule))
 
 
-def answers_as_json(
+def answer_figures(
     answers: Sequence[AnsweredRow], metrics: Sequence[str]
 ) -> tuple[AnswerFigures, ...]:
     """Each question, what was expected and given, and what that is worth."""
@@ -573,9 +573,9 @@ class MeasureFigures:
     reading: str  # better, worse, or what else there is to say of the difference
 
 
-def measures_as_json(measures: Sequence[Measure]) -> dict[str, MeasureFigures]:
+def measure_figures(measures: Sequence[Measure]) -> dict[str, MeasureFigures]:
     """By name: both figures, their difference and what is to be thought of it."""
-    return {measure.name.replace(" ", "_"): measure_as_json(measure) for measure in measures}
+    return {measure.name.replace(" ", "_"): figures_of_measure(measure) for measure in measures}
 
 
 def finite(value: float | None) -> float | None:
@@ -583,7 +583,7 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def measure_as_json(measure: Measure) -> MeasureFigures:
+def figures_of_measure(measure: Measure) -> MeasureFigures:
     """Both figures, their difference and its reading."""
     figures = measure.figures
     interval = None
@@ -694,10 +694,10 @@ def evaluate_at_end(
         rows_answered=len(part.answered),
         max_new_tokens=part.max_new_tokens,
         seed=settings.seed,
-        right_answers=right_as_json(answers, rule),
-        measures=measures_as_json(measures),
+        right_answers=right_answers(answers, rule),
+        measures=measure_figures(measures),
         skipped=part.skipped,
-        answers=answers_as_json(answers, metrics),
+        answers=answer_figures(answers, metrics),
     )
     run.write_evaluation(asdict(document))
     file = str(run.path / EVALUATION)

@@ -70,9 +70,14 @@ NOT_RUN = {
     ),
     "phitune export --push your-name/my-model --output_dir output/my_model-adapter": "it uploads",
     "source .venv/bin/activate": "the environment this test runs in stands for it",
+    "pip install .": "it installs",
+    "pip wheel --no-deps .": "tests/commands/test_demo.py builds the wheel, and runs it",
     "pip install 'phitune[eval]'": "it installs",
     "pip install 'phitune[mlflow]'": "it installs",
     "phitune evaluate --adapter_path output/my_model --tasks hellaswag,arc_easy --limit 200": (
+        "it fetches data sets"
+    ),
+    "phitune evaluate --adapter_path output/my_model --tasks arc_easy --json": (
         "it fetches data sets"
     ),
     # tests/inference/test_harness.py runs tasks like it, where the harness is installed.

@@ -36,14 +36,14 @@ from phitune.training.events import Ending, Evaluation, StepMetrics
 # By the command that prints it, in the order in which a run is made.
 DOCUMENTS: dict[str, Any] = {
     "phitune doctor --json": Findings,
-    "phitune check DATA --json": CheckDocument,
+    "phitune check data/train.jsonl --json": CheckDocument,
     "phitune plan --json": PlanDocument,
     "phitune layers --json": GuideDocument,
-    "phitune layers --dataset_path DATA --json": SurveyDocument,
+    "phitune layers --dataset_path data/train.jsonl --json": SurveyDocument,
     "evaluation.json": EvaluationFile,
-    "phitune evaluate RUN --json": EvaluateDocument,
-    "phitune evaluate RUN --tasks NAMES --json": TasksDocument,
-    "phitune compare RUN --json": CompareDocument,
+    "phitune evaluate --adapter_path output/my_model --json": EvaluateDocument,
+    "phitune evaluate --adapter_path output/my_model --tasks arc_easy --json": TasksDocument,
+    "phitune compare --adapter_path output/my_model --from_validation 5 --json": CompareDocument,
     "phitune ask QUESTION --json": Asked,
 }
 # JSON Schema's words.

@@ -19,14 +19,18 @@ BASE = "--model_name tiny-phi-2"
 DATA = "{place}/rows.jsonl"
 LINES = {
     "phitune doctor --json": "doctor --device cpu --json",
-    "phitune check DATA --json": f"check {DATA} {BASE} --json",
+    "phitune check data/train.jsonl --json": f"check {DATA} {BASE} --json",
     "phitune plan --json": f"plan {DATA} {BASE} --memory 24GB --json",
     "phitune layers --json": f"layers {BASE} --layers 0 --json",
-    "phitune layers --dataset_path DATA --json": (
+    "phitune layers --dataset_path data/train.jsonl --json": (
         f"layers {BASE} --dataset_path {DATA} --batches 2 --device cpu --json"
     ),
-    "phitune evaluate RUN --json": "evaluate {place}/run --limit 2 --max_new_tokens 4 --json",
-    "phitune compare RUN --json": "compare {place}/run --from_validation 2 --json",
+    "phitune evaluate --adapter_path output/my_model --json": (
+        "evaluate {place}/run --limit 2 --max_new_tokens 4 --json"
+    ),
+    "phitune compare --adapter_path output/my_model --from_validation 5 --json": (
+        "compare {place}/run --from_validation 2 --json"
+    ),
     "phitune ask QUESTION --json": f"ask hello {BASE} --max_new_tokens 4 --json",
 }
 
@@ -72,7 +76,10 @@ def test_the_results_of_tasks_are_as_they_are_documented() -> None:
 
 
 def test_every_document_is_tried() -> None:
-    elsewhere = {"evaluation.json", "phitune evaluate RUN --tasks NAMES --json"}
+    elsewhere = {
+        "evaluation.json",
+        "phitune evaluate --adapter_path output/my_model --tasks arc_easy --json",
+    }
     assert set(LINES) | elsewhere == set(docs_json.DOCUMENTS)
 
 

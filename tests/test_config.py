@@ -358,7 +358,7 @@ def test_what_others_call_a_setting_is_told_by_flag_and_file(
 def test_every_name_of_the_table_is_a_setting_or_a_flag_here() -> None:
     from phitune import neighbours
     from phitune.cli import COMMANDS
-    from phitune.commands import chat, compare, evaluate, export
+    from phitune.commands import chat, compare, evaluate, export, plan
 
     known = {*Settings.model_fields, *TrainOptions.model_fields, *COMMANDS}
     for options in (
@@ -366,6 +366,7 @@ def test_every_name_of_the_table_is_a_setting_or_a_flag_here() -> None:
         compare.CompareOptions,
         evaluate.EvaluateOptions,
         export.ExportOptions,
+        plan.PlanOptions,
     ):
         known |= set(options.model_fields)
     assert set(neighbours.NEIGHBOURS) <= known

@@ -160,8 +160,11 @@ def _print_error(what: str) -> None:
         "".join(shortened(line, MAX_LINE, MAX_LINE // 4))
         for line in visible(without_tokens(what)).split("\n")
     ]
-    with suppress(OSError):  # Where nobody listens, the exit code still says it.
-        print("phitune: " + "\n".join(lines), file=sys.stderr)
+    try:
+        print("phitune: " + "\n".join(lines), file=sys.stderr, flush=True)
+    except OSError:  # Where nobody listens, the exit code still says it.
+        with suppress(OSError):  # What is left in the buffer would fail at the end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _said_at_once(words: list[str]) -> str:

@@ -12,7 +12,6 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 
 from phitune import __version__
 from phitune.commands.help import Help, shipped_help
@@ -129,7 +128,7 @@ def _system_failed(error: OSError) -> int:
 
 def _output_failed(error: OSError) -> int:
     """The reader of our output left, which is no news to anyone, or its disk is full."""
-    lose_output()
+    lose_output(sys.stdout)
     if not isinstance(error, BrokenPipeError):
         _print_error(f"standard output: {error.strerror or error}")
     return 1
@@ -163,8 +162,7 @@ def _print_error(what: str) -> None:
     try:
         print("phitune: " + "\n".join(lines), file=sys.stderr, flush=True)
     except OSError:  # Where nobody listens, the exit code still says it.
-        with suppress(OSError):  # What is left in the buffer would fail at the end.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        lose_output(sys.stderr)
 
 
 def _said_at_once(words: list[str]) -> str:

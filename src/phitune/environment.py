@@ -9,6 +9,7 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 from phitune.errors import SettingsError
 
@@ -42,14 +43,14 @@ def open_streams() -> None:
     sys.stderr = sys.stderr or open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
 
 
-def lose_output() -> None:
-    """Sends what is printed nowhere, once that its reader or its disk is gone.
+def lose_output(stream: TextIO) -> None:
+    """Sends what is printed to a stream nowhere, once its reader or its disk is gone.
 
     What waits in the buffer would fail once more when Python exits.
     """
     nowhere = os.open(os.devnull, os.O_WRONLY)
     with suppress(OSError, ValueError):  # A stream of Python's own has no number.
-        os.dup2(nowhere, sys.stdout.fileno())
+        os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 
 

@@ -65,7 +65,7 @@ class RunConsole(Console):
         except OSError as error:
             if error.errno not in NO_ROOM:
                 raise
-            lose_output()  # Not worth a step: the numbers are in metrics.jsonl.
+            lose_output(sys.stdout)  # Not worth a step: the numbers are in metrics.jsonl.
             with suppress(OSError):
                 print(
                     f"phitune: standard output: {error.strerror}; the run goes on, and what it"

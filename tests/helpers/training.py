@@ -128,21 +128,18 @@ def bytes_of(adapter: Adapter) -> bytes:
 def assert_same_training(ours: tuple[Recorded, Adapter], theirs: tuple[Recorded, Adapter]) -> None:
     """Two runs in fp64 came to the same adapter by the same losses."""
     assert_equal_in_fp64(
-        *(
-            {**_gradient_norms(recorded), **adapter.tensors()}
-            for recorded, adapter in (ours, theirs)
-        )
+        *({**_curve(recorded), **adapter.tensors()} for recorded, adapter in (ours, theirs))
     )
-    # A loss is summed over its micro-batches in fp32, whatever the model computes in.
-    assert _losses(ours[0]) == pytest.approx(_losses(theirs[0]), rel=1e-6)
+    # A step's loss is summed over its micro-batches in fp32, whatever the model computes in.
+    losses = [[step.loss for step in recorded.steps] for recorded, _ in (ours, theirs)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-def _gradient_norms(recorded: Recorded) -> dict[str, torch.Tensor]:
-    norms = [step.grad_norm for step in recorded.steps]
-    return {"gradient norms": torch.tensor(norms, dtype=torch.float64)} if norms else {}
-
-
-def _losses(recorded: Recorded) -> list[float]:
-    """Those of the steps, then those of the validations."""
-    validations = [each.validation_loss for each, _ in recorded.evaluations if each]
-    return [step.loss for step in recorded.steps] + validations
+def _curve(recorded: Recorded) -> dict[str, torch.Tensor]:
+    values = {
+        "gradient norms": [step.grad_norm for step in recorded.steps],
+        "validation losses": [e.validation_loss for e, _ in recorded.evaluations if e],
+    }
+    return {
+        name: torch.tensor(value, dtype=torch.float64) for name, value in values.items() if value
+    }

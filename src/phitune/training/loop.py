@@ -236,7 +236,8 @@ def validate(
         num_target_tokens = done = 0
         try:
             for batch in batches(rows, state.micro_batch):
-                loss_sum += engine.loss_sum(batch.to(engine.device))
+                # Not in place: a sum in fp64 stays one, however the rows are cut.
+                loss_sum = loss_sum + engine.loss_sum(batch.to(engine.device))
                 num_target_tokens += batch.num_target_tokens
                 done += len(batch.slots)
                 yield Validating(done, len(rows))

@@ -275,7 +275,11 @@ def _reason(refusal: str) -> str:
 
 
 def campaign(cases: int, start: int = 0) -> Counter[str]:
-    """Tries so many templates, of which `start` is the number of the first.
+    """Tries templates, one for each case.
+
+    Args:
+        cases: how many.
+        start: number of the first, which is its seed.
 
     Raises:
         AssertionError: of the first that fails, with the template.

@@ -295,7 +295,7 @@ def _data_facts(plan: Plan) -> dict[str, str]:
 
 
 def _steps_fact(plan: Plan) -> str:
-    """The optimizer steps of the run, and what there is to say of too few of them."""
+    """The optimizer steps of the run, with the remedy where they are too few."""
     at_a_time = plural(plan.settings.micro_batch, "row")
     return f"{plan.steps.line}. A micro-batch has {at_a_time}"
 

@@ -492,8 +492,8 @@ class TokenStore:
         return self._have_bit(_SEVERAL_BIT, indices)
 
     def lengths(self, indices: NDArray[np.uint32]) -> Iterator[NDArray[np.uint32]]:
-        """Tokens of these rows, in pieces of at most _CHUNK; at least so many of those that were
-        not encoded. [rows]"""
+        """Tokens of these rows, in pieces of at most _CHUNK: of a row that was not encoded, a lower
+        bound. [rows]"""
         for rows in self._pieces(indices):
             before = np.where(rows > 0, self._ends[rows - (rows > 0)], 0)
             lengths = (self._ends[rows] - before).astype(np.uint32)

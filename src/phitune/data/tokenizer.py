@@ -60,7 +60,7 @@ class EncodedRow:
     example: Example
     input_ids: list[int]  # [tokens]; none of a row that was not encoded
     spans: list[Span]
-    at_least: int = 0  # of a long row: so many tokens it has at least, by its characters alone
+    at_least: int = 0  # tokens that a long row has at least, by its characters alone
 
     @property
     def is_encoded(self) -> bool:

@@ -85,6 +85,26 @@ def test_exact_and_contains() -> None:
     assert contains("anything", " ") is None
 
 
+@pytest.mark.parametrize(
+    ("answer", "expected", "is_in"),
+    [
+        ("There are 15.", "5", 0),
+        ("There are 51 of them", "5", 0),
+        ("It costs 5.2 euros", "5", 0),
+        ("It costs 1,5 euros", "5", 0),
+        ("There are 5.", "5", 1),
+        ("5, I think", "5", 1),
+        ("1.Paris", "Paris", 1),
+        ("the catalogue", "cat", 0),
+        ("(Cat)", "cat", 1),
+        ("the answer is C++!", "c++", 1),
+        ("\u7b54\u6848\u662f\u5317\u4eac\u3002", "\u5317\u4eac", 1),
+    ],
+)
+def test_what_is_contained_are_whole_words(answer: str, expected: str, is_in: int) -> None:
+    assert contains(answer, expected) == is_in
+
+
 # Computed by rouge-score 0.1.2: RougeScorer(["rougeL"]).score(expected, answer)["rougeL"].fmeasure
 ROUGE = json.loads((Path(__file__).parent / "rouge.json").read_text())
 

@@ -5,6 +5,7 @@ number, no word): such rows are not counted.
 """
 
 import re
+import string
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -58,10 +59,22 @@ def exact(answer: str, expected: str) -> float:
     return float(answer.strip() == expected.strip())
 
 
+_LATIN = frozenset(string.ascii_lowercase + string.digits)
+
+
 def contains(answer: str, expected: str) -> float | None:
-    """The expected text is in the answer, whatever the case of letters and the spaces."""
-    wanted = " ".join(expected.casefold().split())
-    return float(wanted in " ".join(answer.casefold().split())) if wanted else None
+    """The expected text is in the answer as whole words, whatever the case of letters and the
+    spaces: 5 is not in 15 or 5.2, and cat not in catalogue.
+    """
+    wanted, given = (" ".join(text.casefold().split()) for text in (expected, answer))
+    if not wanted:
+        return None
+    before, after = "", ""  # Scripts without spaces have no whole words.
+    if wanted[0] in _LATIN:
+        before = r"(?<![a-z\d])" + (r"(?<!\d[.,])" if wanted[0].isdigit() else "")
+    if wanted[-1] in _LATIN:
+        after = r"(?![a-z\d])" + (r"(?![.,]\d)" if wanted[-1].isdigit() else "")
+    return float(bool(re.search(before + re.escape(wanted) + after, given)))
 
 
 def number(answer: str, expected: str) -> float | None:

@@ -159,6 +159,16 @@ def _check_threads(threads: int | str) -> None:
         )
 
 
+def _sample_answers(
+    prompts: list[str], before: list[Answer], tuned: list[Answer]
+) -> tuple[SampleAnswer, ...]:
+    """The answers to each prompt; none where an interrupted run has none at its end."""
+    return tuple(
+        SampleAnswer(prompt, old.text, new.text)
+        for prompt, old, new in zip(prompts, before, tuned, strict=False)
+    )
+
+
 def _changed(
     prompts: list[str], answers: list[Answer], last_shown: Mapping[str, Answer]
 ) -> dict[str, Answer]:
@@ -348,15 +358,7 @@ class LoRATrainer:
                 state = start_state(
                     engine, model.adapter, rows_per_epoch(data.train_rows), self.settings
                 )
-                hold_reserve()
-                for tried in dry_run(engine, state, data, self.settings):
-                    if isinstance(tried, RanOutOfMemory):
-                        process_limit.renew()
-                        tried = replace(tried, step=self._steps_before)
-                        provenance = self._split_further(tried, provenance)
-                        self._warn(warning_lines(tried, data))
-                    else:
-                        self._say(str(tried))
+                provenance = self._dry_run(provenance, engine, state, data, process_limit)
                 provenance = self._choose_threads(provenance, engine, state, data)
                 release_freed_memory()  # Threads and small things come next.
 
@@ -431,10 +433,7 @@ class LoRATrainer:
                 # Results: answers and evaluation of the best adapter, its card, the summary.
                 before = "start adapter" if self._start_sha256 else "base"
                 tuned = [] if ending.interrupted else self._samples(data)
-                answers = tuple(
-                    SampleAnswer(prompt, old.text, new.text)
-                    for prompt, old, new in zip(prompts, first_samples, tuned, strict=False)
-                )
+                answers = _sample_answers(prompts, first_samples, tuned)
                 evaluation = self._evaluate(ending, run, data)
                 summary = {
                     **asdict(ending),
@@ -650,6 +649,26 @@ class LoRATrainer:
         threads = self._resumption.threads_to_use(now)
         torch.set_num_threads(threads)
         return self._resumption.resumed(now, threads)
+
+    def _dry_run(
+        self,
+        provenance: Provenance,
+        engine: Engine,
+        state: TrainingState,
+        data: PreparedData,
+        process_limit: ProcessMemoryLimit,
+    ) -> Provenance:
+        """Tries what a run needs the most memory for, and splits a step further where it must."""
+        hold_reserve()
+        for tried in dry_run(engine, state, data, self.settings):
+            if isinstance(tried, RanOutOfMemory):
+                process_limit.renew()
+                tried = replace(tried, step=self._steps_before)
+                provenance = self._split_further(tried, provenance)
+                self._warn(warning_lines(tried, data))
+            else:
+                self._say(str(tried))
+        return provenance
 
     def _choose_threads(
         self, provenance: Provenance, engine: Engine, state: TrainingState, data: PreparedData

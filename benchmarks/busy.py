@@ -1,13 +1,14 @@
 """Training beside other processes: phitune and transformers + peft, idle and on a busy machine.
 
     python benchmarks/busy.py [--loads 0 1 2 4] [--cases tiny wide] [--rounds 2] [--demo]
+        [--name busy]
 
 The other processes spin, each as a busy program does. `tiny` is the shipped tiny-phi-2 on short
 rows, `wide` a random Phi-2 of two layers at full width (its config.json and tokenizer are under
 --shared; left out where they are absent). Theirs is a plain loop of transformers + peft with AdamW
 on the same rows, four at a time, with the threads that torch takes by itself. Every run is a
 process of its own, the sides take turns, tokens/s are the median over steps, the first left out.
-With --demo, `phitune demo` is timed as well. Writes results/busy.json and busy.md.
+With --demo, `phitune demo` is timed as well. Writes results/NAME.json and .md.
 """
 
 import argparse
@@ -152,6 +153,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--demo", action="store_true")
+    parser.add_argument("--name", default="busy", help="of the result, e.g. for another processor")
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -208,7 +210,12 @@ def main() -> None:
         for row in found
     ]
     lines += ["", *(f"`phitune demo` beside {row['beside']}: {row['seconds']} s" for row in demo)]
-    save("busy", "Training beside other processes that spin", lines, {"rows": found, "demo": demo})
+    save(
+        options.name,
+        "Training beside other processes that spin",
+        lines,
+        {"rows": found, "demo": demo},
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Which matrix product is the faster one on this CPU? torch's own (MKL) and oneDNN's, in turn.
 
-    python benchmarks/cpu_gemm.py
+    python benchmarks/cpu_gemm.py [--name cpu_gemm]
 
 fp32, the shapes of Phi-2's layers, forward and backward, the weight as it lies in memory and, for
 comparison, reordered beforehand as oneDNN likes it best (which would cost a second copy of the
-weights for each direction). Medians over rounds. Writes results/cpu_gemm.json and .md.
+weights for each direction). Medians over rounds. Writes results/NAME.json and .md.
 """
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -53,6 +54,11 @@ def ways(tokens: int, inputs: int, outputs: int) -> dict[str, Callable[[], Tenso
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Matrix products on this CPU.")
+    parser.add_argument(
+        "--name", default="cpu_gemm", help="of the result, e.g. for another processor"
+    )
+    options = parser.parse_args()
     found: dict[str, Any] = {}
     lines = []
     for shape in SHAPES:
@@ -77,7 +83,7 @@ def main() -> None:
             for name in products
         ]
         lines.append(f"| {label} | {' | '.join(cells)} |")
-    save("cpu_gemm", "Matrix products on this CPU, GFLOP/s", lines, {"shapes": found})
+    save(options.name, "Matrix products on this CPU, GFLOP/s", lines, {"shapes": found})
 
 
 if __name__ == "__main__":

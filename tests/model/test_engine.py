@@ -31,8 +31,17 @@ from phitune.model import fused as gemm_module
 from phitune.model.architecture import known_model_config, resolve_targets
 from phitune.model.attention import Attention, FlashOnCpu, InBlocks
 from phitune.model.decoder import Decoder
-from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
-from phitune.model.fused import ONEDNN, STANDARD, Kernels, choose_gemm, has_onednn, pad
+from phitune.model.engine import Engine, FusedEngine, ReferenceEngine, choose_backend
+from phitune.model.fused import (
+    ONEDNN,
+    ONEDNN_FORWARD,
+    STANDARD,
+    Gemm,
+    Kernels,
+    choose_gemm,
+    has_onednn,
+    pad,
+)
 from phitune.model.fused_layers import Shared
 from phitune.model.lora import Adapter, LoraSpec, attach, load_adapter
 from phitune.plan.memory import saved_bytes_per_token
@@ -352,9 +361,38 @@ def test_a_product_summed_over_slabs_is_the_product(monkeypatch: pytest.MonkeyPa
     assert_as_exact_as({"product": ONEDNN.backward(grad, weight)}, whole, truth, PRODUCT_MARGIN)
 
 
+@pytest.mark.parametrize(
+    ("is_amd", "has_avx512", "expected"),
+    [(False, True, STANDARD), (True, False, ONEDNN_FORWARD), (True, True, ONEDNN)],
+)
+def test_products_follow_the_processor(
+    is_amd: bool, has_avx512: bool, expected: Gemm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_onednn():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(gemm_module, "_is_amd", lambda: is_amd)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: has_avx512)
+    assert choose_gemm(CPU, torch.float32)[0] is expected
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_bf16_is_advised_where_it_is_native_and_warned_of_where_it_is_emulated(
+    native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    in_fp32, in_bf16 = (
+        choose_backend(CPU, dtype, torch_compile=False)[1]["products"]
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert ("--precision bf16" in in_fp32) == native
+    assert ("emulates bf16" in in_bf16) == (not native)
+
+
 def test_products_are_chosen_by_the_processor_and_agree() -> None:
     gemm, why = choose_gemm(CPU, torch.float32)
-    assert gemm in (STANDARD, ONEDNN)
+    assert gemm in (STANDARD, ONEDNN, ONEDNN_FORWARD)
     assert why
     assert choose_gemm(CPU, torch.float64)[0] is STANDARD
     assert choose_gemm(torch.device("cuda"), torch.float32)[0] is STANDARD

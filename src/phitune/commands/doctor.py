@@ -16,14 +16,18 @@ from phitune.commands.options import Options, option, parse, switch
 from phitune.config import Device, Precision
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from rich.console import Console
+    from torch import Tensor
 
     from phitune.model.fused import Gemm
 
 # A product of Phi-2: the tokens of a short micro-batch times its o_proj. Larger ones are no faster
 # per operation, and took most of the command's time.
-TOKENS, INPUTS, OUTPUTS = 512, 2560, 2560
+TOKENS, INPUTS, OUTPUTS = 256, 2560, 2560
+FEW_TOKENS, SLOW = 32, 0.1  # seconds
 REPEATS = 2
 BUSY = 0.5  # load per core from which other programs slow training down
 
@@ -160,19 +164,28 @@ def _gflops(gemm: "Gemm", device: "torch.device", dtype: "torch.dtype") -> tuple
     x = torch.randn(TOKENS, INPUTS, dtype=dtype, device=device)
     weight = torch.randn(OUTPUTS, INPUTS, dtype=dtype, device=device)
     grad = torch.randn(TOKENS, OUTPUTS, dtype=dtype, device=device)
-    best = {"forward": 0.0, "backward": 0.0}
-    for _ in range(REPEATS + 1):
-        for direction in best:
-            started = time.perf_counter()
-            if direction == "forward":
-                gemm.forward(x, weight, None)  # [TOKENS, OUTPUTS]
-            else:
-                gemm.backward(grad, weight)  # [TOKENS, INPUTS]
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            elif device.type == "mps":
-                torch.mps.synchronize()
-            seconds = time.perf_counter() - started
-            rate = 2 * TOKENS * INPUTS * OUTPUTS / seconds / 1e9
-            best[direction] = max(best[direction], rate)
-    return best["forward"], best["backward"]
+    directions: tuple[Callable[[int], Tensor], ...] = (
+        lambda tokens: gemm.forward(x[:tokens], weight, None),  # [tokens, OUTPUTS]
+        lambda tokens: gemm.backward(grad[:tokens], weight),  # [tokens, INPUTS]
+    )
+    forward, backward = (_best_gflops(product, device) for product in directions)
+    return forward, backward
+
+
+def _best_gflops(product: "Callable[[int], Tensor]", device: "torch.device") -> float:
+    """Few tokens at first: where a type is only emulated, all of them take seconds."""
+    import torch
+
+    best = 0.0
+    for tokens in (FEW_TOKENS,) + (TOKENS,) * REPEATS:
+        started = time.perf_counter()
+        product(tokens)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elif device.type == "mps":
+            torch.mps.synchronize()
+        seconds = time.perf_counter() - started
+        best = max(best, 2 * tokens * INPUTS * OUTPUTS / seconds / 1e9)
+        if seconds > SLOW:
+            break
+    return best

@@ -39,6 +39,7 @@ from phitune.model.fused import (
     blocks,
     choose_gemm,
     cross_entropy_,
+    emulates_bf16,
     multiplies_bf16,
     pad,
 )
@@ -135,8 +136,10 @@ def choose_backend(
     if dtype == torch.float32 and multiplies_bf16(device):
         why += (
             "; this processor multiplies bf16 too: --precision bf16 takes half the memory, and on"
+            " wide models less time"
         )
-        why += " wide models less time"
+    if dtype == torch.bfloat16 and emulates_bf16(device):
+        why += "; this processor only emulates bf16, many times slower than fp32"
     attention = choose_attention(device, dtype)
     refusal = compile_refusal(device, torch_compile)
     choices = {

@@ -91,7 +91,8 @@ def pad(batch: Packed, dropout: ops.Dropout | None, device: torch.device) -> Pad
 # The matrix products (GEMM) that the frozen layers run on.
 #
 # torch's fp32 products on x86 come from MKL, which leaves part of AMD's processors unused; oneDNN,
-# in the same torch, does not. benchmarks/cpu_gemm.py measures both.
+# in the same torch, does not where they have AVX-512. With AVX2 alone it is faster forward only.
+# benchmarks/cpu_gemm.py measures both.
 
 
 class Gemm(NamedTuple):
@@ -128,6 +129,7 @@ def _onednn_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 STANDARD = Gemm("torch's products", F.linear, torch.mm)
 ONEDNN = Gemm("oneDNN's products", _onednn_forward, _onednn_backward)
+ONEDNN_FORWARD = Gemm("oneDNN's products forward, torch's backward", _onednn_forward, torch.mm)
 
 
 def choose_gemm(device: torch.device, dtype: torch.dtype) -> tuple[Gemm, str]:
@@ -141,17 +143,25 @@ def choose_gemm(device: torch.device, dtype: torch.dtype) -> tuple[Gemm, str]:
         return STANDARD, "this torch has no oneDNN"
     if not _is_amd():
         return STANDARD, "MKL, or what stands for it, is at home on this processor"
+    if not torch.cpu._is_avx512_supported():
+        return ONEDNN_FORWARD, "the faster of both on AMD processors without AVX-512"
     return ONEDNN, "MKL holds back on AMD processors"
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether a CPU multiplies bf16 natively, about twice as fast as fp32.
+    """Whether a CPU multiplies bf16 natively, about twice as fast as fp32. Only x86 can tell."""
+    return _is_x86(device) and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
 
-    Others only emulate it, many times slower. torch can tell for x86 alone.
-    """
-    if device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
-        return False
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+def emulates_bf16(device: torch.device) -> bool:
+    """Whether a CPU is known to have no such products, so that bf16 is many times slower."""
+    return _is_x86(device) and not multiplies_bf16(device)
+
+
+def _is_x86(device: torch.device) -> bool:
+    return device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
 
 
 def has_onednn() -> bool:

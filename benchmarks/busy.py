@@ -37,6 +37,7 @@ ROWS_PER_STEP = 16
 # Rows of a run, and characters of each text.
 CASES = {"tiny": (256, 60), "wide": (64, 600)}
 TIMEOUT = 240  # seconds; what a run did until then counts
+DEMO_TIMEOUT = 900
 
 
 @contextlib.contextmanager
@@ -51,14 +52,14 @@ def busy(processes: int) -> Iterator[None]:
             other.wait()
 
 
-def run(command: list[str]) -> float:
-    """Seconds of a process; it is asked to stop after `TIMEOUT`."""
+def run(command: list[str], timeout: float = TIMEOUT) -> float:
+    """Seconds of a process; it is asked to stop after `timeout`."""
     started = time.perf_counter()
     process = subprocess.Popen(
         command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     try:
-        _, said = process.communicate(timeout=TIMEOUT)
+        _, said = process.communicate(timeout=timeout)
         if process.returncode:
             raise SystemExit(f"{' '.join(command)}\n{said}")
     except subprocess.TimeoutExpired:
@@ -150,7 +151,7 @@ def make_case(name: str, folder: Path, shared: Path) -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Training beside other processes.")
     parser.add_argument("--loads", type=int, nargs="+", default=[0, 1, 2, 4])
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--demo", action="store_true")
     parser.add_argument("--name", default="busy", help="of the result, e.g. for another processor")
@@ -195,9 +196,8 @@ def main() -> None:
         for load in options.loads if options.demo else []:
             with busy(load):
                 demo_folder = str(folder / f"demo-{load}")
-                seconds = run(
-                    [sys.executable, "-m", "phitune", "demo", "--output_dir", demo_folder]
-                )
+                command = [sys.executable, "-m", "phitune", "demo", "--output_dir", demo_folder]
+                seconds = run(command, DEMO_TIMEOUT)
             demo.append({"beside": load, "seconds": round(seconds, 1)})
             print(demo[-1], flush=True)
     lines = [

@@ -235,8 +235,8 @@ def _flags_of(words: list[str]) -> dict[str, Any]:
         values = [value] if equals else []
         several = name in _LISTS or not (equals or _is_boolean(name))
         while not equals and rest and (several or _is_boolean(name)):
-            # A hyphen alone is a value.
-            is_flag = rest[0].startswith("-") and rest[0] != "-" and " " not in rest[0]
+            # A hyphen alone is a value, and a negative number is.
+            is_flag = re.match(r"-(?!\d+$|\d*\.\d+$)[^ ]+$", rest[0])
             if rest[0].startswith("--") or (name in _LISTS and is_flag):
                 break
             values.append(rest.pop(0))

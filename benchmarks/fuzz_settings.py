@@ -216,7 +216,11 @@ def _texts_of(file: Path) -> dict[str, Any]:
         # PyYAML cannot hold half a surrogate pair; json reads these files as this program does.
         found = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
     else:
-        found = yaml.load(text, yaml.BaseLoader) or {}
+        try:
+            found = yaml.load(text, yaml.BaseLoader) or {}
+        except yaml.constructor.ConstructorError:
+            # A list that holds itself, which was accepted since a flag stood over it.
+            found = yaml.safe_load(text)
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -22,7 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from phitune.model import architecture
+from phitune.model import architecture, ops
 
 
 class Attention(Protocol):
@@ -142,7 +142,7 @@ class FlashOnCuda:
         wanted = tuple(cu_seqlens)
         if wanted != self._offsets_of:
             offsets = torch.tensor(wanted, dtype=torch.int32)
-            self._offsets_of, self._offsets = wanted, offsets.to(device, non_blocking=True)
+            self._offsets_of, self._offsets = wanted, ops.sent(offsets, device)
         return self._offsets, max(stop - start for start, stop in itertools.pairwise(wanted))
 
     def forward(

@@ -24,7 +24,6 @@ from phitune.model.architecture import (
     FAMILIES,
     LM_HEAD,
     LinearSpec,
-    LongRope,
     ModelConfig,
     layer_linears,
 )
@@ -367,6 +366,7 @@ class Decoder(nn.Module):
         self.dtype = dtype
         self.device = device
         self.recompute_layers = 0  # how many layers, from the lowest, autograd recomputes
+        self._frequency_table: Tensor | None = None  # [2 or 1, rotary_dim / 2], on the device
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, device)
         self.layers = nn.ModuleList(
             _LAYERS[config.model_type](config, index, dtype, device)
@@ -471,22 +471,16 @@ class Decoder(nn.Module):
 
     def _inverse_frequencies(self, counts: Sequence[int], lengths: Sequence[int]) -> Tensor:
         """[1, rotary_dim / 2] where all sequences have the same, else [T, rotary_dim / 2]."""
-        config, long_rope = self.config, self.config.long_rope
-        half = config.rotary_dim // 2
-        exponents = torch.arange(0, config.rotary_dim, 2).float() / config.rotary_dim
-        powers = config.rope_theta**exponents
-
-        def scaled(factors: Sequence[float]) -> Tensor:  # [rotary_dim / 2]
-            return (1.0 / (torch.tensor(factors, dtype=torch.float32) * powers)).to(self.device)
-
+        if self._frequency_table is None:
+            self._frequency_table = ops.sent(_frequencies(self.config), self.device)
+        long_rope = self.config.long_rope
         if long_rope is None:
-            return scaled([1.0] * half).unsqueeze(0)
+            return self._frequency_table
         is_long = [length > long_rope.original_max_position_embeddings for length in lengths]
         if len(set(is_long)) == 1:
-            return scaled(_factors(long_rope, is_long[0])).unsqueeze(0)
-        table = torch.stack([scaled(_factors(long_rope, long)) for long in (False, True)])
+            return self._frequency_table[int(is_long[0])].unsqueeze(0)
         choice = torch.tensor(is_long, dtype=torch.long).repeat_interleave(torch.tensor(counts))
-        return table[choice.to(self.device)]
+        return self._frequency_table[ops.sent(choice, self.device)]
 
     def fused_linears(self) -> dict[str, FusedLinear]:
         """Every linear layer, the head included, by the full names of the modules it holds."""
@@ -512,8 +506,14 @@ class Decoder(nn.Module):
         return found
 
 
-def _factors(long_rope: LongRope, is_long: bool) -> tuple[float, ...]:
-    return long_rope.long_factor if is_long else long_rope.short_factor
+def _frequencies(config: ModelConfig) -> Tensor:
+    """[1, rotary_dim / 2]; with longrope [2, rotary_dim / 2], for short and long sequences."""
+    exponents = torch.arange(0, config.rotary_dim, 2).float() / config.rotary_dim
+    powers = config.rope_theta**exponents
+    factors = [(1.0,) * len(powers)]
+    if config.long_rope is not None:
+        factors = [config.long_rope.short_factor, config.long_rope.long_factor]
+    return 1.0 / (torch.tensor(factors, dtype=torch.float32) * powers)
 
 
 def _recomputed(layer: nn.Module, *inputs: Any) -> Tensor:

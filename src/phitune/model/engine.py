@@ -42,6 +42,8 @@ from phitune.model.fused import (
     emulates_bf16,
     multiplies_bf16,
     pad,
+    prepare_gradients,
+    refresh,
 )
 from phitune.model.fused_layers import FUSED_LAYERS, FusedLayer, Saved, Shared
 
@@ -191,6 +193,7 @@ class FusedEngine(Engine):
             self.layers.append(fused_layer(layer, backend, dropout_rate))
         self.final_norm = FusedNorm(decoder.final_norm, backend)
         self.head = WidenedLinear(decoder.lm_head, backend, dropout_rate)
+        self._versions: list[int] = []  # of A and B of every pair, as they are in the products
         adapted = [index for index, layer in enumerate(self.layers) if layer.is_adapted]
         # Below the lowest adapter nothing is kept and nothing goes back.
         self.lowest = min(adapted, default=len(self.layers))
@@ -201,9 +204,12 @@ class FusedEngine(Engine):
         self, batch: Packed, dropout: ops.Dropout | None, weight: float
     ) -> Tensor:  # scalar
         # Before the layers: memory of the last step, the adapter's new numbers, padding.
-        if self.device.type == "cpu" and self._begins_step():
+        begins_step = self._begins_step()
+        if self.device.type == "cpu" and begins_step:
             release_freed_memory()
-        self._refresh(prepare_gradients=True)
+        with torch.no_grad():
+            self._refresh(always=begins_step)
+            prepare_gradients(self._linears())
         embedding = self.decoder.embed_tokens
         padded = pad(batch, dropout, self.device)
 
@@ -235,7 +241,7 @@ class FusedEngine(Engine):
 
     @torch.no_grad()
     def _loss_of(self, batch: Packed) -> Tensor:  # scalar
-        self._refresh(prepare_gradients=False)
+        self._refresh()
         padded = pad(batch, None, self.device)
         shared = self._shared(padded)
         embedded = self.decoder.embed_tokens(padded.input_ids)  # [T, D]
@@ -321,12 +327,18 @@ class FusedEngine(Engine):
             for norm in layer.norms.values():
                 norm.kernels = kernels
 
-    def _refresh(self, *, prepare_gradients: bool) -> None:
-        """Copies the adapters' current numbers into the products."""
-        for linear in self._linears():
-            linear.refresh()
-            if prepare_gradients:
-                linear.prepare_gradients()
+    def _refresh(self, *, always: bool = False) -> None:
+        """Copies the adapters' current numbers into the products, where they may be others."""
+        parameters = [
+            parameter
+            for linear in self._linears()
+            for pair in linear.pairs
+            for parameter in (pair.lora_A, pair.lora_B)
+        ]
+        versions = [parameter._version for parameter in parameters]
+        if always or versions != self._versions:
+            refresh(self._linears())
+            self._versions = versions
 
     def _begins_step(self) -> bool:
         """Whether the gradients were cleared and nothing was added since."""

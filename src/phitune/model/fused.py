@@ -17,7 +17,7 @@ pairs, rounded up).
 """
 
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -218,6 +218,14 @@ class Backend(NamedTuple):
     kernels: Kernels
 
 
+class PairViews(NamedTuple):
+    """What an adapter pair has in the buffers of its linear layer."""
+
+    lora_A: Tensor  # [R, D]
+    lora_B: Tensor  # [O, R]
+    grad_A: Tensor  # [R, D]
+
+
 class WidenedLinear:
     """A frozen linear layer and its adapters, as one product; both directions."""
 
@@ -242,6 +250,19 @@ class WidenedLinear:
         self.lora_A = like.new_zeros(self.extra_columns, self.width)  # [X, D]
         self.grad_A = like.new_zeros(self.extra_columns, self.width, dtype=dtype)  # [X, D]
 
+        # Where each pair's A, B and gradient of A are in these buffers.
+        self.views = [
+            PairViews(
+                self.lora_A[place],
+                self.weight[
+                    pair.columns.start : pair.columns.stop,
+                    self.width + place.start : self.width + place.stop,
+                ],
+                self.grad_A[place],
+            )
+            for pair, place in zip(self.pairs, self.places, strict=True)
+        ]
+
         # Scaling and dropout. What dropout keeps is scaled up for what it drops.
         self.factors = like.new_zeros(self.extra_columns)  # [X], alpha / r
         self.threshold = ops.keep_threshold(dropout_rate)
@@ -255,32 +276,6 @@ class WidenedLinear:
     @property
     def is_adapted(self) -> bool:
         return bool(self.pairs)
-
-    def refresh(self) -> None:
-        """Copies A and B, which an optimizer or a loader may have changed, into the products.
-
-        Always: a fused optimizer does not count up the version of what it changes.
-        """
-        for pair, place in zip(self.pairs, self.places, strict=True):
-            self.lora_A[place] = pair.lora_A.detach()
-            columns = slice(self.width + place.start, self.width + place.stop)
-            rows = slice(pair.columns.start, pair.columns.stop)
-            self.weight[rows, columns] = pair.lora_B.detach()
-
-    def prepare_gradients(self) -> None:
-        """Gradients are added to those that exist; where there are none, they start at zero.
-
-        Those of A are views of one buffer; gradients from elsewhere (a checkpoint) are copied in.
-        """
-        for pair, place in zip(self.pairs, self.places, strict=True):
-            own, grad = self.grad_A[place], pair.lora_A.grad
-            if grad is None:
-                own.zero_()
-            elif grad.data_ptr() != own.data_ptr():
-                own.copy_(grad)
-            pair.lora_A.grad = own
-            if pair.lora_B.grad is None:
-                pair.lora_B.grad = torch.zeros_like(pair.lora_B)
 
     def widen(
         self, count: int, values: Callable[[slice], Tensor], row_keys: Tensor | None
@@ -388,6 +383,47 @@ class WidenedLinear:
     def _factors(self, row_keys: Tensor | None) -> Tensor:
         """[X], with or without dropout's scale."""
         return self.factors if row_keys is None else self.dropped_factors
+
+
+def refresh(linears: Iterable[WidenedLinear]) -> None:
+    """Copies A and B, which an optimizer or a loader may have changed, into the products.
+
+    In lists, which a GPU works off in few launches, or at least in few calls.
+    """
+    linears = list(linears)
+    pairs = [pair for linear in linears for pair in linear.pairs]
+    if not pairs:
+        return
+    views = [view for linear in linears for view in linear.views]
+    torch._foreach_copy_([view.lora_A for view in views], [pair.lora_A for pair in pairs])
+    torch._foreach_copy_([view.lora_B for view in views], [pair.lora_B for pair in pairs])
+
+
+def prepare_gradients(linears: Iterable[WidenedLinear]) -> None:
+    """Gradients are added to those that exist; where there are none, they start at zero.
+
+    Those of A are views of their layers' buffers; gradients from elsewhere (a checkpoint) are
+    copied in. Those of B are views of one buffer, which is gone when the gradients are.
+    """
+    cleared, without = [], []
+    for linear in linears:
+        for pair, view in zip(linear.pairs, linear.views, strict=True):
+            grad = pair.lora_A.grad
+            if grad is None:
+                cleared.append(view.grad_A)
+            elif grad is not view.grad_A:
+                view.grad_A.copy_(grad)
+            pair.lora_A.grad = view.grad_A
+            if pair.lora_B.grad is None:
+                without.append(pair.lora_B)
+    if cleared:
+        torch._foreach_zero_(cleared)
+    if without:
+        # Each begins where a tensor of its own would: at a multiple of 64 bytes.
+        sizes = [-(-len(matrix) * matrix.shape[1] // 16) * 16 for matrix in without]
+        parts = without[0].new_zeros(sum(sizes)).split(sizes)
+        for matrix, part in zip(without, parts, strict=True):
+            matrix.grad = part[: matrix.numel()].view_as(matrix)
 
 
 def dropped_low(

@@ -50,6 +50,18 @@ class LoraOperand(NamedTuple):
     key: Tensor  # scalar int64: which mask is this pair's own; see `module_key`
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of any shape on the CPU, sent to a device.
+
+    On CUDA the host does not wait for what was asked of the GPU before: the copy is made from
+    pinned memory, which the allocator keeps until it is done. Elsewhere it waits, as Apple's GPU
+    may read memory that was freed meanwhile.
+    """
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 # -------------------------------------------------------------------------------------------------
 # Norms and activations.
 
@@ -257,7 +269,7 @@ def row_keys(
     for slot, (start, stop) in zip(slots, itertools.pairwise(cu_seqlens), strict=True):
         base = zlib.crc32(f"{seed}/{step}/{slot}".encode())
         keys.append(_spread(stop - start, torch.tensor(base)))
-    return torch.cat(keys).to(device)  # [T]
+    return sent(torch.cat(keys), device)  # [T]
 
 
 def column_keys(keys: Tensor, width: int) -> Tensor:

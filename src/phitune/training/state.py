@@ -31,6 +31,8 @@ def build_adamw(parameters: Sequence[nn.Parameter], weight_decay: float) -> torc
     """AdamW over fp32 adapter matrices; the learning rate is set at each step.
 
     Its moments are there from the beginning, so that memory cannot run out in the midst of a step.
+    It counts up the versions of what it changes, by which the engine sees that an adapter is
+    another one; torch's fused kernel alone does not.
     """
     optimizer = torch.optim.AdamW(
         parameters, lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=weight_decay, fused=True
@@ -41,6 +43,7 @@ def build_adamw(parameters: Sequence[nn.Parameter], weight_decay: float) -> torc
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }
+    optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(parameters))
     return optimizer
 
 

@@ -449,3 +449,15 @@ def test_every_setting_is_used_somewhere_besides_its_declaration() -> None:
     )
     unused = [name for name in Settings.model_fields if f"settings.{name}" not in code]
     assert unused == []
+
+
+def test_a_value_with_a_tag_is_read_as_the_value_without(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("epochs: !!int 3\nlearning_rate: !!float 1e-3\ntorch_compile: !!bool no\n")
+    settings = resolve({}, file).settings
+    assert (settings.epochs, settings.learning_rate, settings.torch_compile) == (3, 1e-3, False)
+    file.write_text("report_to: !!int 3\nvalidation_path: rows.jsonl\n")
+    with pytest.raises(SettingsError, match="report_to = '3': must be none, or of tensorboard"):
+        resolve({}, file)
+    with pytest.raises(SettingsError, match="report_to = 3: must be none, or of tensorboard"):
+        resolve({"report_to": 3}, origin="argument")

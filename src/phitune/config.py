@@ -194,8 +194,9 @@ def _report_to(value: Any) -> Any:
     """Names as a text with commas between; also from a list, as YAML has it."""
     if isinstance(value, list | tuple):
         value = ",".join(map(str, value))
-    if not isinstance(value, str):
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
         return value
+    value = str(value)  # as pydantic takes a number
     names = [name.strip().lower() for name in value.strip("[] ").split(",")]
     if len(set(names)) < len(names):
         raise ValueError("names a tracker twice; leave out one")
@@ -831,7 +832,9 @@ def _as_texts(text: str, path: Path) -> Any:
         }
         # A value that is written in another way than it is meant has no place in a settings file.
         yaml_constructors = {  # noqa: RUF012
-            tag: build
+            tag: yaml.SafeLoader.construct_yaml_str
+            if str(tag).endswith((":int", ":float", ":bool"))  # `!!int 3` is "3", as 3 is
+            else build
             for tag, build in yaml.SafeLoader.yaml_constructors.items()
             if not str(tag).endswith((":binary", ":timestamp", ":set", ":omap", ":pairs"))
         }

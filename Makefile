@@ -10,7 +10,7 @@ PHI_2_CONFIG ?= config.json
 PHI_2_FOLDER ?= phi-2
 
 .PHONY: setup demo test campaigns lint check format docs models full-size export-memory export-gguf \
-  benchmarks busy peers gpu fuzz torture disk-faults memory-limits kernels clean
+  benchmarks busy peers gpu fuzz torture disk-faults memory-limits kernels gpu-kernels clean
 
 setup: $(INSTALLED)
 
@@ -113,6 +113,10 @@ busy: setup
 # phitune beside its peers, which it installs into output/peers-env; about an hour on an idle machine.
 peers: setup
 	$(BIN)/python benchmarks/cpu_peers.py
+
+# The kernels for NVIDIA GPUs, compiled for five kinds of cards; needs none. Ten minutes.
+gpu-kernels: setup
+	$(BIN)/python benchmarks/gpu_kernels.py
 
 # Everything on an NVIDIA GPU, in eight minutes.
 gpu: setup

@@ -29,6 +29,9 @@ if "ATEN_CPU_CAPABILITY" in os.environ:
         "TORCHINDUCTOR_CACHE_DIR",
         f"{tempfile.gettempdir()}/torchinductor-{os.environ['ATEN_CPU_CAPABILITY']}",
     )
+# Triton's kernels run in its interpreter, which has to be chosen before triton is imported. Nothing
+# else that runs on a CPU starts kernels of Triton's.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 # Nothing a test does may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Nor for the cache of the person who runs the tests.

@@ -201,7 +201,17 @@ def test_an_exception_is_caught_by_its_name_or_the_reason_is_given() -> None:
 
 
 # A kernel takes the tensors that it needs, each with its name.
-KERNELS = {f"model/{name}.py" for name in ("ops", "attention", "fused", "fused_layers")}
+KERNELS = {
+    f"model/{name}.py"
+    for name in (
+        "ops",
+        "attention",
+        "fused",
+        "fused_layers",
+        "triton_kernels",
+        "triton_backend",
+    )
+}
 MOST_PARAMETERS = 6
 
 

@@ -1,0 +1,287 @@
+"""The Triton kernels compiled for GPUs that are not here: what each takes of a card.
+
+    python benchmarks/gpu_kernels.py
+
+Every kernel of the fused engine, at the widths of Phi-2, Phi-3.5 and Phi-4 in bf16, is compiled for
+compute capabilities 8.0 to 12.0 by the compiler and the assembler (ptxas) that Triton brings. That
+tells registers a thread, bytes that do not fit in them and are spilled, shared memory and machine
+instructions. Nothing runs, nothing is timed. Writes results/gpu_kernels.json and .md.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+# The interpreter's kernels cannot be compiled; the tests choose it for all processes.
+os.environ["TRITON_INTERPRET"] = "0"
+import torch
+import triton
+from machine import save
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+from triton.runtime.jit import mangle_type
+
+from phitune.model import ops, triton_backend
+from phitune.model.architecture import (
+    FAMILIES,
+    ModelConfig,
+    extra_columns,
+    known_model_config,
+    layer_linears,
+)
+
+CAPABILITIES = (80, 86, 89, 90, 120)
+RANKS = (8, 64)
+TOKENS = 4096
+ROWS_OF_LOGITS = 1024
+DROPOUT = 0.05
+
+
+def models() -> dict[str, ModelConfig]:
+    """The two models, and Phi-4, the widest of these families."""
+    phi_2 = known_model_config("microsoft/phi-2")
+    phi_35 = known_model_config("microsoft/Phi-3.5-mini-instruct")
+    assert phi_2 is not None
+    assert phi_35 is not None
+    phi_4 = replace(
+        phi_35,
+        vocab_size=100_352,
+        hidden_size=5120,
+        intermediate_size=17_920,
+        num_attention_heads=40,
+        num_key_value_heads=10,
+        head_dim=128,
+        rotary_dim=128,
+    )
+    return {"Phi-2": phi_2, "Phi-3.5": phi_35, "Phi-4": phi_4}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel and what it was started with."""
+
+    what: str
+    kernel: Any
+    grid: tuple[int, ...]
+    values: tuple[object, ...]
+    constants: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a compiled kernel takes. Bytes that are spilled are those stored and loaded again."""
+
+    model: str
+    rank: int
+    kernel: str
+    capability: int
+    programs: int
+    threads: int
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    instructions: int | None  # None where there is no cuobjdump
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def adapters(width: int, ranks: int, pairs: int) -> triton_backend.Adapters:
+    """Pairs of one linear layer, whose ranks add up to `ranks`."""
+    columns = extra_columns(ranks)
+    return triton_backend.Adapters(
+        empty(columns, width),
+        empty(columns),
+        empty(columns, dtype=torch.int32),
+        empty(pairs, width, dtype=torch.int32),
+        ops.keep_threshold(DROPOUT),
+    )
+
+
+def launches_of_model(config: ModelConfig, rank: int) -> list[Launch]:
+    """Every kernel of a layer and of the loss, once."""
+    found: list[Launch] = []
+    what = ""
+
+    def record(kernel: Any, grid: tuple[int, ...], *values: object, **constants: Any) -> None:
+        name = f"{kernel.__name__}, {what}" if what else kernel.__name__
+        if name not in {launch.what for launch in found}:
+            found.append(Launch(name, kernel, grid, values, constants))
+
+    usual, triton_backend.launch = triton_backend.launch, record
+    keys = empty(TOKENS, dtype=torch.int32)
+    has_bias = FAMILIES[config.model_type].norm_bias
+    hidden = config.hidden_size
+    norm = triton_backend.Norm(empty(hidden), empty(hidden) if has_bias else None, 1e-5)
+    activation = "gelu" if config.model_type == "phi" else "swiglu"
+    reads = {"dense": None, "o_proj": None, "fc2": activation, "down_proj": activation}
+    for name, spec in layer_linears(config).items():
+        before = reads.get(name, norm)
+        what = name
+        own = adapters(spec.in_features, rank * len(spec.parts), len(spec.parts))
+        inputs = spec.in_features * (2 if before == "swiglu" else 1)
+        x = empty(TOKENS, inputs)
+        wide, _, stats = triton_backend.widen(x, before, own, keys)
+        out = empty(TOKENS, inputs) if before == activation else wide[:, : spec.in_features]
+        grad_A = empty(own.columns, spec.in_features, dtype=torch.float32)
+        triton_backend.complete(x, before, wide, out, own, grad_A, keys, stats)
+        if stats is not None:
+            what = ""
+            triton_backend.norm_backward(out, x, norm, stats, x, adds=True)
+    what = ""
+    heads = (config.query_size + config.key_value_size) // config.head_dim
+    table = empty(TOKENS, config.rotary_dim)
+    x = empty(TOKENS, heads * config.head_dim)
+    triton_backend.rotate_(x, config.head_dim, ops.Rotary(table, table))
+    logits = empty(ROWS_OF_LOGITS, config.vocab_size)
+    triton_backend.cross_entropy_(logits, empty(ROWS_OF_LOGITS, dtype=torch.int64), 1.0)
+    triton_backend.launch = usual
+    return found
+
+
+def build(launch: Launch, model: str, rank: int, capability: int) -> Built:
+    """Compiles a kernel as Triton would at its first launch: the same alignments are known."""
+    constants = dict(launch.constants)
+    warps = constants.pop("num_warps")
+    runtime = {each.name for each in launch.kernel.params if each.do_not_specialize}
+    signature: dict[str, str] = {}
+    aligned = {}
+    for place, name in enumerate(launch.kernel.arg_names):
+        value = launch.values[place] if place < len(launch.values) else None
+        if value is None:
+            signature[name] = "constexpr"
+            constants.setdefault(name, None)
+        else:
+            signature[name] = mangle_type(value)
+            is_tensor = isinstance(value, Tensor)  # torch aligns what it allocates to 512 bytes
+            if is_tensor or (isinstance(value, int) and value % 16 == 0 and name not in runtime):
+                aligned[(place,)] = [["tt.divisibility", 16]]
+    compiled = triton.compile(
+        ASTSource(launch.kernel, signature, constants, aligned),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": warps},
+    )
+    programs = 1
+    for size in launch.grid:
+        programs *= size
+    registers, spilled = assembled(compiled.asm["ptx"], capability)
+    return Built(
+        model,
+        rank,
+        launch.what,
+        capability,
+        programs,
+        32 * warps,
+        registers,
+        spilled,
+        compiled.metadata.shared,
+        instructions(compiled.asm["cubin"]),
+    )
+
+
+def assembled(ptx: str, capability: int) -> tuple[int, int]:
+    """Registers a thread, and bytes of spill stores and loads, as the assembler reports them."""
+    architecture = f"sm_{capability}" + ("a" if capability >= 90 else "")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        words = [get_ptxas(capability).path, "-v", f"--gpu-name={architecture}", path]
+        done = subprocess.run(
+            [*words, "-o", Path(folder) / "kernel.cubin"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)
+    used = re.search(r"Used (\d+) registers", done.stderr)
+    assert used, done.stderr
+    return int(used[1]), sum(map(int, spills))
+
+
+def instructions(cubin: bytes) -> int | None:
+    """Machine instructions, padding at the end not counted."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.exists():
+        return None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        done = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True)
+    lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(\S.*)", done.stdout, re.MULTILINE)
+    return sum(not line.startswith("NOP") for line in lines)
+
+
+def build_all(capabilities: Sequence[int], ranks: Sequence[int]) -> Iterator[Built]:
+    for model, config in models().items():
+        seen = set()
+        for rank in ranks:
+            for launch in launches_of_model(config, rank):
+                # What does not depend on the rank is built once.
+                if rank != ranks[0] and launch.what in seen and "," not in launch.what:
+                    continue
+                seen.add(launch.what)
+                for capability in capabilities:
+                    yield build(launch, model, rank, capability)
+
+
+def table(built: list[Built]) -> list[str]:
+    """A row for each kernel; what differs between capabilities is given for each."""
+    capabilities = list(dict.fromkeys(each.capability for each in built))
+    heads = [f"{each // 10}.{each % 10}" for each in capabilities]
+    lines = [
+        "Compiled, not run: registers a thread / bytes spilled / KiB of shared memory / machine"
+        f" instructions, for compute capabilities {', '.join(heads)}. bf16, {TOKENS:,} tokens"
+        f" ({ROWS_OF_LOGITS:,} rows of logits), dropout, adapters on all linear layers.",
+        "",
+        f"triton {triton.__version__}",
+        "",
+    ]
+    for model in models():
+        lines += [
+            f"## {model}",
+            "",
+            f"| rank | kernel | programs x threads | {' | '.join(heads)} |",
+        ]
+        lines.append("|---|---|---|" + "---|" * len(heads))
+        rows: dict[tuple[int, str], list[Built]] = {}
+        for each in built:
+            if each.model == model:
+                rows.setdefault((each.rank, each.kernel), []).append(each)
+        for (rank, kernel), row in rows.items():
+            cells = [
+                f"{each.registers} / {each.spilled_bytes} / {each.shared_bytes / 1024:.0f}"
+                f" / {'-' if each.instructions is None else each.instructions}"
+                for each in row
+            ]
+            size = f"{row[0].programs:,} x {row[0].threads}"
+            lines.append(f"| {rank} | {kernel} | {size} | {' | '.join(cells)} |")
+        lines.append("")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--capabilities", type=int, nargs="+", default=list(CAPABILITIES))
+    parser.add_argument("--ranks", type=int, nargs="+", default=list(RANKS))
+    parser.add_argument("--json", action="store_true", help="print, and write nothing")
+    words = parser.parse_args()
+    built = list(build_all(words.capabilities, words.ranks))
+    rows = [asdict(each) for each in built]
+    if words.json:
+        print(json.dumps(rows))
+    else:
+        found = {"triton": triton.__version__, "kernels": rows}
+        save("gpu_kernels", "The kernels for NVIDIA GPUs, compiled", table(built), found)
+
+
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,7 @@ import gc
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 from helpers import runs
-from helpers.models import CONFIGS, phi3_config, phi_config, random_folder
+from helpers.models import CONFIGS, SNAPSHOT, fill_hub, phi3_config, phi_config, random_folder
 from helpers.runs import FORMATS
 
 from phitune.model.files import ASSETS
@@ -42,6 +43,7 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 MEMORY_DISK = Path("/dev/shm")
 _ROOM = 4 * 2**30  # bytes; a run of all tests writes 1.5 GB
+_MANY_MODULES = 100
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -56,10 +58,24 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY_DISK))
 
 
+_looked_through = {"modules": 0}
+
+
 def pytest_collection_finish() -> None:
-    """What the tests import stays for good, and need not be looked through by every collection."""
+    _freeze_modules()
+
+
+def pytest_runtest_setup() -> None:
+    if len(sys.modules) - _looked_through["modules"] > _MANY_MODULES:
+        _freeze_modules()
+
+
+def _freeze_modules() -> None:
+    """What is imported stays for good, and need not be looked through by every collection, of
+    which there is one at the end of each run."""
     gc.collect()
     gc.freeze()
+    _looked_through["modules"] = len(sys.modules)
 
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -113,6 +129,31 @@ def trained_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 def phi_2_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of tiny-phi-2, to be read only."""
     return runs.trained_run(tmp_path_factory, "tiny-phi-2")
+
+
+@pytest.fixture(scope="session")
+def small_hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An HF_HOME with a small "microsoft/phi-2" in its cache, to be read only."""
+    return runs.once(tmp_path_factory, "hub", fill_hub)
+
+
+@pytest.fixture
+def small_phi_2(small_hub: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Has "microsoft/phi-2", the default, be one small layer. Returns: its folder."""
+    runs.use_hub(monkeypatch, small_hub)
+    return small_hub / SNAPSHOT
+
+
+@pytest.fixture
+def short_general_text(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`phitune evaluate` measures forgetting on the beginning of the text that ships; all of it
+    takes the tiny models a second."""
+    text = tmp_path_factory.mktemp("general") / "general.txt"
+    paragraphs = (ASSETS / "general.txt").read_text().split("\n\n")[:3]
+    text.write_text("\n\n".join(paragraphs))
+    monkeypatch.setattr("phitune.inference.evaluate.GENERAL_TEXT", text)
 
 
 @pytest.fixture

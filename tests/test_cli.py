@@ -17,11 +17,9 @@ import pytest
 import torch
 import yaml
 from helpers.command_line import PHITUNE, call, phitune
-from helpers.models import phi_config, random_folder
 from safetensors.torch import load_file, save_file
 
 from phitune import LoRATrainer, Phi2LoRATrainer, load
-from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import SettingsError
 from phitune.inference.loaded import trained_on_conversations
 from phitune.model.files import ASSETS
@@ -30,39 +28,12 @@ MAIN = Path(__file__).parents[1] / "src" / "main.py"
 ROWS = [{"prompt": f"What is {n}?", "response": f"It is {n}, matey."} for n in range(12)]
 
 
-@pytest.fixture(scope="session")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """HF_HOME with "microsoft/phi-2" in its cache: a model of one small layer."""
-    home = tmp_path_factory.mktemp("hf")
-    repository = home / "hub" / "models--microsoft--phi-2"
-    snapshot = repository / "snapshots" / ("0" * 40)
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text("0" * 40)
-    tokenizer = TextTokenizer(ASSETS / "tiny-phi-2")
-    config = phi_config(
-        vocab_size=tokenizer.size,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=2048,
-        partial_rotary_factor=0.5,
-    )
-    random_folder(config, snapshot)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(ASSETS / "tiny-phi-2" / name, snapshot)
-    return home
-
-
 @pytest.fixture
-def place(tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(tmp_path: Path, small_phi_2: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to work in, with ./data/train.jsonl and no network."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HOME", str(hub))
-    # HF_HOME is read once, when the library is imported; this is for the commands run in here.
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub / "hub"))
     monkeypatch.setenv("COLUMNS", "100")
     return tmp_path
 

@@ -28,13 +28,13 @@ from phitune.training.events import Evaluation, Event
 
 ROWS = [{"prompt": f"What is {n}?", "response": f"It is {n}, matey."} for n in range(24)]
 LINE = (
-    "train --dataset_path 'my rows.jsonl' --model_name tiny-phi-2 --batch_size 1"
+    "train --dataset_path 'my rows.jsonl' --batch_size 1"
     " --gradient_accumulation_steps 8 --sample_tokens 0 --output_dir 'my run'"
 )
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(tmp_path: Path, small_phi_2: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     Path("my rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     return tmp_path
@@ -196,6 +196,7 @@ def test_a_run_without_a_checkpoint_says_how_to_start_anew(finished: Path, what:
     assert steps(finished) == 6
 
 
+@pytest.mark.usefixtures("short_general_text")
 def test_a_run_ends_with_what_can_be_done_next(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,7 +213,7 @@ def test_a_run_ends_with_what_can_be_done_next(
     assert len(warnings) == 2  # Before the run and behind it.
     assert "for 21 an epoch, 21 in all" in done.stdout
     # In the words of `check`.
-    flags = "--model_name tiny-phi-2 --batch_size 1 --gradient_accumulation_steps 8 --epochs 1"
+    flags = "--batch_size 1 --gradient_accumulation_steps 8 --epochs 1"
     report = json.loads(phitune(f"check 'my rows.jsonl' {flags} --json").stdout)
     (found,) = [check for check in report["checks"] if check["name"] == "optimizer_steps"]
     assert found["verdict"] == "warning"
@@ -314,7 +315,7 @@ def test_an_export_ends_with_the_command_that_asks_it(
     assert answer.stdout.strip()
     names: dict[str, Any] = {}
     exec(f"import peft, transformers\n{python.removeprefix('in Python: ')}", names)
-    assert names["model"].config.num_hidden_layers == 4
+    assert names["model"].config.num_hidden_layers == 1
 
 
 @pytest.mark.parametrize("format_name", ["gguf", "gguf-lora"])
@@ -336,7 +337,7 @@ def test_the_commands_of_other_programs_name_files_that_are_there(
         assert shlex.split(create)[:4] == ["ollama", "create", "my-model", "-f"]
         files.append(shlex.split(create)[4])
     else:
-        assert last == "  where BASE.gguf is a llama.cpp file of tiny-phi-2"
+        assert last == "  where BASE.gguf is a llama.cpp file of microsoft/phi-2"
     assert len(files) == 2
     assert all(Path(file).is_file() for file in files)
 
@@ -362,7 +363,7 @@ def test_a_run_that_ran_out_of_memory_says_how_to_resume(place: Path) -> None:
 
 
 def test_the_proposal_of_layers_is_a_command_that_trains(place: Path) -> None:
-    survey = phitune("layers tiny-phi-2 --dataset_path 'my rows.jsonl' --batch_size 2 --batches 2")
+    survey = phitune("layers microsoft/phi-2 --dataset_path 'my rows.jsonl' --batch_size 2 --batches 2")
     assert survey.returncode == 0, survey.stderr
     short = ["--epochs", "1", "--sample_tokens", "0", "--output_dir", "my run"]
     done = phitune([*printed(survey.stdout), *short])

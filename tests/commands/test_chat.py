@@ -66,15 +66,16 @@ def piped(
 def test_echo_prints_only_the_answer(name: str, tmp_path: Path) -> None:
     """The whole way, in a process of its own."""
     adapter = random_adapter(ASSETS / name, tmp_path / "run" / "adapter")
+    chat_command = (sys.executable, "-m", "phitune", "chat")
     done = subprocess.run(
-        [sys.executable, "-m", "phitune", "chat", "--adapter_path", str(adapter.parent)],
+        [*chat_command, "--adapter_path", str(adapter.parent), "--max_new_tokens", "16"],
         input=f"{QUESTIONS[0]}\n",
         capture_output=True,
         text=True,
         timeout=SECONDS,
         check=False,
     )
-    chat = Chat(open_model([adapter]), choice=0)
+    chat = Chat(open_model([adapter]), choice=0, limits=Limits(16))
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "".join(chat.ask(QUESTIONS[0])) + "\n"
 
@@ -118,12 +119,12 @@ def test_a_run_is_asked_as_it_was_trained(
     turns = trained_on == "conversations"
     card = f"---\nlibrary_name: peft\nconversations: {str(turns).lower()}\n---\n"
     (tmp_path / "adapter" / "README.md").write_text(card)
-    chat = Chat(open_model([adapter]), choice=0)
+    chat = Chat(open_model([adapter]), choice=0, limits=Limits(16))
     chat.turns = turns
     answers = ["".join(chat.ask(question)) for question in QUESTIONS]
     chat.reset()
     assert ("".join(chat.ask(QUESTIONS[1])) == answers[1]) is not turns
-    flags = ("--adapter_path", str(tmp_path))
+    flags = ("--adapter_path", str(tmp_path), "--max_new_tokens", "16")
     lines = "\n".join(QUESTIONS)
     code, out, err = piped(lines, *flags, monkeypatch=monkeypatch, capsys=capsys)
     assert (code, out) == (0, "".join(f"{answer}\n" for answer in answers))

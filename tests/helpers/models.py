@@ -5,10 +5,14 @@ torch is imported where a model is written, so that a test of text does not wait
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+from phitune.model.files import ASSETS
+
 VOCAB_SIZE = 120
+SNAPSHOT = Path("hub/models--microsoft--phi-2/snapshots") / ("0" * 40)
 
 
 def phi_config(**changes: Any) -> dict[str, Any]:
@@ -118,3 +122,26 @@ def random_folder(
         tensors[name] = torch.randn(weight.shape, generator=generator) * spread + middle
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def fill_hub(home: Path) -> None:
+    """Makes a folder an HF_HOME that has "microsoft/phi-2": one small layer, tiny-phi-2's tokens.
+
+    For a run of which only the files matter, it takes a quarter of the time of tiny-phi-2.
+    """
+    tokens = ASSETS / "tiny-phi-2"
+    config = phi_config(
+        vocab_size=json.loads((tokens / "config.json").read_text())["vocab_size"],
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=2048,
+        partial_rotary_factor=0.5,
+    )
+    random_folder(config, home / SNAPSHOT)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokens / name, home / SNAPSHOT)
+    refs = home / SNAPSHOT.parents[1] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text(SNAPSHOT.name)

@@ -31,6 +31,13 @@ def once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], obj
     return folder
 
 
+def use_hub(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    """Has models come from the cache in `home`, here and in processes of the test's own."""
+    monkeypatch.setenv("HF_HOME", str(home))
+    # It is read once, when the library is imported; this is for the commands run in here.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home / "hub"))
+
+
 def trained_run(factory: pytest.TempPathFactory, model: str) -> Path:
     """A run on 160 rows of the example, far enough that answers differ from the base's."""
 

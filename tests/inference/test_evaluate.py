@@ -62,6 +62,9 @@ def scaled(run: Path, factor: float) -> None:
     save_file({name: tensor * factor for name, tensor in tensors.items()}, path)
 
 
+pytestmark = pytest.mark.usefixtures("short_general_text")
+
+
 # --- the figures ----------------------------------------------------------------------------------
 
 
@@ -344,7 +347,7 @@ def test_windows_predict_every_token_once() -> None:
 
 
 def test_the_general_text_is_ours_and_long_enough() -> None:
-    words = GENERAL_TEXT.read_text().split()
+    words = GENERAL_TEXT.read_text().split()  # As it was imported: the one that ships.
     assert 1500 <= len(words) <= 2500
 
 
@@ -352,7 +355,7 @@ def test_without_a_difference_nothing_is_forgotten(trained_run: Path, tmp_path: 
     copied = Path(shutil.copytree(trained_run, tmp_path / "run"))
     scaled(copied, 0.0)
     loaded = open_model([copied])
-    found = forgetting(loaded, None, 42, silent)
+    found = forgetting(loaded, GENERAL_TEXT, 42, silent)
     # These models have read six hundred short sentences; prose is nothing that they know.
     assert found.verdict == "no verdict"
     assert found.loss.difference == 0
@@ -365,7 +368,7 @@ def known_text(folder: Path) -> Path:
     """Text that the tiny models know: what their base answers with."""
     rows = [json.loads(line) for line in (ASSETS / "captain.jsonl").open()]
     answers = [
-        row["response"].removeprefix("Ahoy! ").replace(", matey.", ".") for row in rows[200:400]
+        row["response"].removeprefix("Ahoy! ").replace(", matey.", ".") for row in rows[200:300]
     ]
     file = folder / "known.txt"
     file.write_text(" ".join(answers))
@@ -466,7 +469,7 @@ def test_a_run_ends_with_a_short_evaluation(trained_run: Path) -> None:
 
 def test_the_short_form_leaves_the_adapter_where_it_was(tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
-    data.write_text("\n".join((ASSETS / "captain.jsonl").read_text().splitlines()[:60]))
+    data.write_text("\n".join((ASSETS / "captain.jsonl").read_text().splitlines()[:20]))
     settings: dict[str, Any] = {"model_name": "tiny-phi-2", "epochs": 1, "dataset_path": data}
     trainer = Phi2LoRATrainer(output_dir=tmp_path / "run", config=settings)
     trainer.train()
@@ -486,9 +489,10 @@ def test_a_large_model_is_looked_at_briefly_and_that_is_said(
     monkeypatch.setattr(evaluate_module, "_FLOPS", {"cpu": 2e9})
     monkeypatch.setattr(evaluate_module, "_SHARE_OF_TRAINING", 0.0)
     data = tmp_path / "data.jsonl"
-    data.write_text("\n".join((ASSETS / "captain.jsonl").read_text().splitlines()[:160]))
+    data.write_text("\n".join((ASSETS / "captain.jsonl").read_text().splitlines()[:40]))
     run = tmp_path / "run"
-    Phi2LoRATrainer(run, data, "tiny-phi-2", {"epochs": 1, "sample_tokens": 0}).train()
+    settings = {"epochs": 1, "sample_tokens": 0, "validation_split": 0.5}
+    Phi2LoRATrainer(run, data, "tiny-phi-2", settings).train()
     said = capsys.readouterr().out
     found = json.loads((run / "evaluation.json").read_text())
     assert 0 < found["rows_evaluated"] < 20

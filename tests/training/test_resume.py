@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.models import fill_hub
 from helpers.rows import open_decoder, random_rows
-from helpers.runs import once
+from helpers.runs import once, use_hub
 from helpers.training import (
     Data,
     Recorded,
@@ -32,7 +33,6 @@ from phitune.config import Settings
 from phitune.data.packing import epoch_steps, micro_batches, next_micro_batch
 from phitune.model.architecture import resolve_targets
 from phitune.model.engine import FusedEngine, ReferenceEngine
-from phitune.model.files import ASSETS
 from phitune.model.lora import Adapter, LoraSpec, attach
 from phitune.training.checkpoint import checkpoints_of
 from phitune.training.events import (
@@ -198,14 +198,14 @@ ROWS = [{"prompt": f"What is {n}?", "response": f"It is {n}, matey."} for n in r
 
 
 LINE = (
-    "train --dataset_path train.jsonl --model_name tiny-phi-2 --epochs 2 --batch_size 1"
+    "train --dataset_path train.jsonl --model_name microsoft/phi-2 --epochs 2 --batch_size 1"
     " --gradient_accumulation_steps 8 --sample_tokens 4 --learning_rate 1e-2"
 )
 LONG_STEPS = LINE.replace("steps 8", "steps 16")
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(tmp_path: Path, small_phi_2: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     Path("train.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     return tmp_path
@@ -217,6 +217,7 @@ def trained(factory: pytest.TempPathFactory, name: str, line: str, killed_at: in
     def build(folder: Path) -> None:
         with pytest.MonkeyPatch.context() as patched:
             patched.chdir(folder)
+            use_hub(patched, once(factory, "hub", fill_hub))
             Path("train.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
             if killed_at:
                 kill_at(patched, killed_at, signal.SIGTERM)
@@ -396,12 +397,15 @@ def test_what_differs_is_refused_with_a_list(
 
 
 def test_another_base_model_is_refused(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: Path,
+    small_phi_2: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from safetensors.torch import load_file, save_file
 
-    shutil.copytree(ASSETS / "tiny-phi-2", "model")
-    line = LINE.replace("tiny-phi-2", "./model")
+    shutil.copytree(small_phi_2, "model")
+    line = LINE.replace("microsoft/phi-2", "./model")
     with monkeypatch.context() as patched:
         kill_at(patched, 9, signal.SIGTERM)
         assert phitune(f"{line} --output_dir run") == 143
@@ -416,7 +420,7 @@ def test_another_base_model_is_refused(
     assert phitune("train --resume run") == 2
     assert "base model: then " in capsys.readouterr().err
     # The same weights in another place are the same.
-    shutil.copytree(ASSETS / "tiny-phi-2", "elsewhere")
+    shutil.copytree(small_phi_2, "elsewhere")
     shutil.rmtree("model")
     assert phitune("train --resume run --resume_with model_name=./elsewhere") == 0
 

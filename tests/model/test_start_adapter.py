@@ -27,7 +27,7 @@ ROWS = [{"prompt": f"Who is {n}?", "response": f"Nobody is {n}, sailor."} for n 
 SHAPE = "--lora_r 4 --lora_alpha 8 --target_modules q_proj fc1"
 LINE = (
     "train --dataset_path new.jsonl --validation_path held_out.jsonl --model_name tiny-phi-2"
-    " --epochs 2 --batch_size 1 --gradient_accumulation_steps 8 --sample_tokens 4"
+    " --epochs 2 --batch_size 4 --gradient_accumulation_steps 2 --sample_tokens 4"
     f" --learning_rate 1e-2 {SHAPE}"
 )
 
@@ -108,7 +108,7 @@ def test_step_0_has_the_loss_of_the_adapter_in_transformers_and_peft(
 
 def test_the_first_step_has_the_loss_of_the_adapter(place: Path, of_peft: Path) -> None:
     """Without dropout, in one step over all rows, against transformers and peft."""
-    line = LINE.replace("steps 8", "steps 32")
+    line = LINE.replace("steps 2", "steps 6")
     end = f"--output_dir run --start_adapter {of_peft} --lora_dropout 0 --epochs 1"
     assert phitune(f"{line.replace('--epochs 2 ', '')} {end}") == 0
     step = next(each for each in metrics(place / "run") if "loss" in each)
@@ -146,6 +146,7 @@ def test_path_and_hash_are_recorded(first_round: Path, of_peft: Path) -> None:
     assert str(of_peft) not in card
 
 
+@pytest.mark.usefixtures("short_general_text")
 def test_an_evaluation_measures_the_base_itself(
     place: Path, first_round: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -175,7 +176,7 @@ def stopped(place: Path, of_peft: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
     def stopping(*args: Any) -> Any:
         for count, event in enumerate(fit(*args)):
-            if count == 60:
+            if count == 18:  # Between the two micro-batches of a step.
                 signal.raise_signal(signal.SIGTERM)
             yield event
 

@@ -363,13 +363,17 @@ def test_a_dry_run_leaves_nothing_behind(phi_folder: Path, engine: str) -> None:
 # --- the whole run --------------------------------------------------------------------------------
 
 LINE = (
-    "train --dataset_path rows.jsonl --model_name tiny-phi-2 --epochs 2 --batch_size 4"
+    "train --dataset_path rows.jsonl --model_name microsoft/phi-2 --epochs 2 --batch_size 4"
     " --gradient_accumulation_steps 2 --sample_tokens 4 --output_dir run --save_every 1"
 )
 
 
+# Whose layers and bytes count.
+OF_FOUR_LAYERS = LINE.replace("microsoft/phi-2", "tiny-phi-2").replace("--epochs 2", "--epochs 1")
+
+
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(tmp_path: Path, small_phi_2: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": f"What is {n}?", "response": f"It is {n}, matey."} for n in range(24)]
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -451,7 +455,7 @@ def test_layers_are_recomputed_in_the_end_even_if_that_was_forbidden(
         return real(self, batch, *args)
 
     monkeypatch.setattr(FusedEngine, "_loss_and_gradients", wrapped)
-    assert main(f"{LINE} --gradient_checkpointing false".split()) == 0
+    assert main(f"{OF_FOUR_LAYERS} --gradient_checkpointing false".split()) == 0
     summary = json.loads(Path("run/summary.json").read_text())
     now = {each["name"]: each["now"] for each in summary["changes"]}
     assert now == {
@@ -460,9 +464,9 @@ def test_layers_are_recomputed_in_the_end_even_if_that_was_forbidden(
         "recompute_layers": 3,
         "gradient_checkpointing": True,
     }
-    line = f"{LINE.partition(' --epochs')[0]} --config run/config.yaml --output_dir again"
+    line = f"{OF_FOUR_LAYERS.partition(' --epochs')[0]} --config run/config.yaml --output_dir again"
     assert main(line.split()) == 0
-    assert main(["train", "--resume", "run", "--resume_with", "epochs=3"]) == 0
+    assert main(["train", "--resume", "run", "--resume_with", "epochs=2"]) == 0
 
 
 def test_where_nothing_fits_the_settings_that_would_are_named(
@@ -486,8 +490,7 @@ def test_a_micro_batch_that_cannot_fit_a_container_is_split_beforehand(
     monkeypatch.setattr(
         "phitune.trainer.ProcessMemoryLimit", lambda device: ProcessMemoryLimit("cuda")
     )
-    line = LINE.replace("--batch_size 4", "--batch_size 8").replace("_steps 2", "_steps 1")
-    line = line.replace("--epochs 2", "--epochs 1")
+    line = OF_FOUR_LAYERS.replace("--batch_size 4", "--batch_size 8").replace("_steps 2", "_steps 1")
     rows = [{"prompt": f"Say {n}.", "response": "word " * 400} for n in range(12)]
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert main(line.split()) == 0

@@ -157,6 +157,16 @@ def short_general_text(
 
 
 @pytest.fixture
+def short_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`phitune export` proves with three prompts of its sixteen, where the proof is not the matter;
+    the prompts are most of its time.
+    """
+    from phitune.export import proof
+
+    monkeypatch.setattr(proof, "PROMPTS", proof.PROMPTS[:3])
+
+
+@pytest.fixture
 def heeds_signals() -> Iterator[None]:
     """Signals do what they do in a terminal, here and in processes of the test's own.
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers.command_line import PHITUNE, call, phitune
+from helpers.command_line import PHITUNE, call, phitune, phitune_train_file
 from safetensors.torch import load_file, save_file
 
 from phitune import LoRATrainer, Phi2LoRATrainer, load
@@ -24,7 +24,10 @@ from phitune.errors import SettingsError
 from phitune.inference.loaded import trained_on_conversations
 from phitune.model.files import ASSETS
 
-MAIN = Path(__file__).parents[1] / "src" / "main.py"
+SHORT = (
+    "train --model_name tiny-phi-2 --dataset_path data/train.jsonl --epochs 1 --sample_tokens 0"
+    " --output_dir run"
+)
 ROWS = [{"prompt": f"What is {n}?", "response": f"It is {n}, matey."} for n in range(12)]
 
 
@@ -54,10 +57,8 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     ],
 )
 def test_the_three_commands_of_the_guide_run_as_written(place: Path, line: str) -> None:
-    # The first as a process of its own, as it stands in the guide.
-    words = line.split()
-    own = "my_model" in line
-    done = call(sys.executable, str(MAIN), *words) if own else phitune(["train", *words])
+    # The first by the file that the guide names.
+    done = phitune_train_file(line) if "my_model" in line else phitune(f"train {line}")
     assert done.returncode == 0, done.stderr
     # At the defaults 15; each setting that is given has a line.
     before = done.stdout.partition("\nstep 1/")[0].splitlines()
@@ -299,8 +300,9 @@ def test_help_names_every_setting_with_its_default_and_no_command_is_a_usage_err
 
 @pytest.mark.usefixtures("heeds_signals")
 def test_ctrl_c_saves_what_there_is_and_says_so(place: Path) -> None:
+    line = SHORT.replace("tiny-phi-2", "microsoft/phi-2").replace("--epochs 1", "--epochs 1000")
     process = subprocess.Popen(
-        [*PHITUNE, "train", "--model_name", "tiny-phi-2", "--output_dir", "run"],
+        [*PHITUNE, *line.split()],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -472,11 +474,6 @@ def test_doctor_says_what_training_would_use_and_trains_nothing(place: Path) -> 
 
 
 # --- what a process may find missing --------------------------------------------------------------
-
-SHORT = (
-    "train --model_name tiny-phi-2 --dataset_path data/train.jsonl --epochs 1 --sample_tokens 0"
-    " --output_dir run"
-)
 
 
 def in_shell(line: str, **variables: str | None) -> "subprocess.CompletedProcess[str]":

@@ -363,7 +363,9 @@ def test_a_run_that_ran_out_of_memory_says_how_to_resume(place: Path) -> None:
 
 
 def test_the_proposal_of_layers_is_a_command_that_trains(place: Path) -> None:
-    survey = phitune("layers microsoft/phi-2 --dataset_path 'my rows.jsonl' --batch_size 2 --batches 2")
+    survey = phitune(
+        "layers microsoft/phi-2 --dataset_path 'my rows.jsonl' --batch_size 2 --batches 2"
+    )
     assert survey.returncode == 0, survey.stderr
     short = ["--epochs", "1", "--sample_tokens", "0", "--output_dir", "my run"]
     done = phitune([*printed(survey.stdout), *short])

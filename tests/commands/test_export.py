@@ -25,6 +25,8 @@ from phitune.export.proof import Proof
 from phitune.model.files import ASSETS
 from phitune.plan.machine import Memory
 
+pytestmark = pytest.mark.usefixtures("short_proof")
+
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -90,7 +90,7 @@ def check_seams(coder: Coder, example: Example) -> None:
 
 @pytest.mark.parametrize(("model", "name"), FORMATS)
 @given(example=examples)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_prompt_ids_are_what_inference_feeds_and_answers_decode_to_themselves(
     model: str, name: FormatName, example: Example
 ) -> None:
@@ -118,7 +118,7 @@ def test_the_same_of_the_real_tokenizers_with_many_conversations(
 
     holds()
     for file in ("oasst_en_100_messages.jsonl", "fastchat_dummy_conversation_sharegpt.json"):
-        for example in read_examples(shared / file):
+        for example in itertools.islice(read_examples(shared / file), count):
             check_seams(coder, example)
 
 
@@ -135,6 +135,7 @@ def test_many_at_once_are_each_as_alone(
     assert together == [coder.encode_example(row, **flags) for row in rows]
 
 
+@pytest.mark.campaign
 def test_gsm8k_is_encoded_as_it_is_described_and_fast(shared: Path) -> None:
     rows = list(read_examples(shared / "gsm8k_train.jsonl"))
     coder = Coder.of(TextTokenizer(shared / "tokenizers" / "phi-2"), "instruct")

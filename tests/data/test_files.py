@@ -137,7 +137,7 @@ json_values = st.recursive(
     ascii_only=st.booleans(),
     chunk=st.integers(1, 40),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_array_is_read_as_json_reads_it(
     tmp_path_factory: pytest.TempPathFactory,
     rows: list[dict[str, Any]],

@@ -231,9 +231,11 @@ def test_errors_in_other_data_stop_a_run_and_a_check(capsys: pytest.CaptureFixtu
 # --- a run ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("small_phi_2", "short_general_text")
 def test_a_run_is_recorded_and_resumed_bit_for_bit(capsys: pytest.CaptureFixture[str]) -> None:
     line = (
-        f"train {LINE} --mix general.jsonl:0.2 --epochs 2 --sample_tokens 4 --batch_size 2"
+        f"train {LINE.replace('tiny-phi-2', 'microsoft/phi-2')} --mix general.jsonl:0.2"
+        " --epochs 2 --sample_tokens 4 --batch_size 2"
         " --gradient_accumulation_steps 4 --save_every 2 --keep_checkpoints 9 --output_dir run"
     )
     assert main(line.split()) == 0

@@ -178,11 +178,12 @@ def test_sample_prompts_are_of_different_texts() -> None:
     assert [prompt.text[:7] for prompt in data.sample_prompts] == ["Story 0", "Story 1"]
 
 
+@pytest.mark.usefixtures("small_phi_2")
 def test_check_plan_and_train_count_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     write([document(number, 10 + 5 * number) for number in range(12)])
     values = Settings(
         dataset_path=DATA,
-        model_name="tiny-phi-2",
+        model_name="microsoft/phi-2",
         max_length=32,
         on_too_long="split",
         validation_split=0.2,
@@ -197,7 +198,8 @@ def test_check_plan_and_train_count_the_same(capsys: pytest.CaptureFixture[str])
     planned = rows_of_file(values, DATA, ASSETS / "tiny-phi-2")
     assert (planned.tokens, planned.trained) == (rows.num_tokens, rows.num_target_tokens)
     assert len(planned.train) == len(rows)
-    line = "--dataset_path texts.jsonl --model_name tiny-phi-2 --max_length 32 --on_too_long split"
+    line = "--dataset_path texts.jsonl --model_name microsoft/phi-2 --max_length 32"
+    line += " --on_too_long split"
     more = "--validation_split 0.2 --epochs 1 --sample_tokens 4 --output_dir run"
     assert main(f"train {line} {more}".split()) == 0
     said = capsys.readouterr().out
@@ -213,11 +215,12 @@ def test_check_plan_and_train_count_the_same(capsys: pytest.CaptureFixture[str])
     assert f"cuts {texts} texts into {pieces} pieces" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.usefixtures("small_phi_2")
 def test_a_run_on_pieces_is_resumed_bit_for_bit(capsys: pytest.CaptureFixture[str]) -> None:
     """At the same max_length; another is another data set."""
     write([document(number, 20) for number in range(6)])
     line = (
-        "train --dataset_path texts.jsonl --model_name tiny-phi-2 --max_length 16 --epochs 2"
+        "train --dataset_path texts.jsonl --model_name microsoft/phi-2 --max_length 16 --epochs 2"
         " --on_too_long split --batch_size 1 --gradient_accumulation_steps 8 --sample_tokens 4"
     )
     assert main(f"{line} --output_dir run".split()) == 0

@@ -334,6 +334,7 @@ def test_each_quantization_of_the_package_is_written_and_bounded(
     assert types["blk.0.attn_norm.weight"] == "F32"
 
 
+@pytest.mark.usefixtures("short_proof")
 def test_rows_that_are_no_whole_blocks_stay_f16_and_it_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -371,6 +372,7 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return make
 
 
+@pytest.mark.usefixtures("short_proof")
 def test_k_quants_are_left_to_llama_cpps_tool(tool: Any, tmp_path: Path) -> None:
     tool("shutil.copyfile(source, destination)")
     adapter = random_adapter(tmp_path / "a", ASSETS / "tiny-phi-2")
@@ -381,6 +383,7 @@ def test_k_quants_are_left_to_llama_cpps_tool(tool: Any, tmp_path: Path) -> None
     assert not [path for path in output.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.usefixtures("short_proof")
 def test_a_tool_that_fails_is_an_error_with_its_words(
     tool: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -393,6 +396,7 @@ def test_a_tool_that_fails_is_an_error_with_its_words(
     nothing_left(tmp_path)
 
 
+@pytest.mark.usefixtures("short_proof")
 def test_without_the_tool_the_command_to_run_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -414,6 +418,7 @@ def test_without_the_tool_the_command_to_run_is_named(
         ["embed_tokens", "lm_head", "fc1"],
     ],
 )
+@pytest.mark.usefixtures("short_proof")
 def test_an_adapter_file_on_the_base_answers_as_the_merged_file(
     targets: list[str], tmp_path: Path
 ) -> None:
@@ -449,6 +454,7 @@ def test_an_adapter_file_on_the_base_answers_as_the_merged_file(
     assert found[1] != found[2]
 
 
+@pytest.mark.usefixtures("short_proof")
 def test_an_adapter_file_of_phi_3(tmp_path: Path) -> None:
     adapter = random_adapter(tmp_path / "a", ASSETS / "tiny-phi-3.5", "chat")
     assert export(adapter, tmp_path / "lora", "--format", "gguf-lora") == 0
@@ -510,6 +516,7 @@ def test_a_quantization_of_another_format_is_refused(
     assert "--quantization has no effect on --format merged" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("short_proof")
 def test_a_full_disk_is_found_before_or_while_writing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -596,6 +603,7 @@ def _wrong_quantiser(monkeypatch: pytest.MonkeyPatch) -> None:
         (_wrong_quantiser, "weights in it are more than"),
     ],
 )
+@pytest.mark.usefixtures("short_proof")
 def test_a_file_that_is_not_the_adapter_is_removed(
     spoil: Any,
     said: str,

@@ -14,6 +14,8 @@ from helpers.runs import once
 
 from phitune.model.files import ASSETS
 
+pytestmark = pytest.mark.usefixtures("short_proof")
+
 NAME = "jane/my-model"
 
 

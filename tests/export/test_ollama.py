@@ -143,6 +143,7 @@ def test_a_template_without_system_turns_has_no_place_for_one() -> None:
     assert go_template(form, "") == "{{ if .Prompt }}<u>{{ .Prompt }}<a>{{ end }}{{ .Response }}<e>"
 
 
+@pytest.mark.usefixtures("short_proof")
 def test_the_modelfile_of_an_export(tmp_path: Path) -> None:
     pytest.importorskip("gguf", reason="needs the extra [gguf]")
     pytest.importorskip("xllamacpp", reason="needs the extra [gguf]")

@@ -35,6 +35,7 @@ from phitune.cli import main
 from phitune.data.conversation import Turn
 from phitune.data.packing import pack
 from phitune.errors import ExportError
+from phitune.export import proof
 from phitune.export.proof import (
     MAX_NEW_TOKENS,
     TIE,
@@ -273,6 +274,7 @@ def test_random_rounding_goes_to_a_neighbour_and_is_right_on_average(
         assert torch.equal(after[name], before)
 
 
+@pytest.mark.usefixtures("short_proof")
 def test_weights_that_are_not_the_merge_are_named(trained_run: Path, tmp_path: Path) -> None:
     folder = exported(trained_run, tmp_path / "out", "--format", "merged", "--dtype", "fp32")
     loaded = open_model([trained_run], device="cpu")
@@ -341,12 +343,13 @@ def test_merged_in_fp32_is_the_adapter(trained_run: Path, tmp_path: Path, count:
 
     assert_transformers_answers(folder, some, answers)
 
-    proof = proof_of(folder)
-    assert proof["passed"] is True
-    assert proof["largest_logit_difference"] < proof["tolerance"] < 1e-3
-    assert proof["tokens_differing"] == 0
+    found = proof_of(folder)
+    assert found["passed"] is True
+    assert found["largest_logit_difference"] < found["tolerance"] < 1e-3
+    assert found["tokens_differing"] == 0
 
 
+@pytest.mark.usefixtures("short_proof")
 def test_merged_in_the_bases_dtype_is_rounded_and_says_how_far(
     trained_run: Path, tmp_path: Path
 ) -> None:
@@ -356,15 +359,16 @@ def test_merged_in_the_bases_dtype_is_rounded_and_says_how_far(
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     assert model.dtype == torch.bfloat16
-    proof = proof_of(folder)
-    assert 0 < proof["largest_logit_difference"] <= proof["tolerance"]
-    by_chance = proof["rounding_at_random_moves_logits_typically_by"]
-    assert proof["typical_tolerance"] == 1.5 * by_chance
+    found = proof_of(folder)
+    assert 0 < found["largest_logit_difference"] <= found["tolerance"]
+    by_chance = found["rounding_at_random_moves_logits_typically_by"]
+    assert found["typical_tolerance"] == 1.5 * by_chance
     # To the nearest is within half a unit, at random within a whole one: 0.7 in theory.
-    assert 0.4 * by_chance < proof["typical_logit_difference"] < by_chance
-    assert by_chance < 0.1 * proof["adapter_moves_logits_typically_by"]
+    assert 0.4 * by_chance < found["typical_logit_difference"] < by_chance
+    assert by_chance < 0.1 * found["adapter_moves_logits_typically_by"]
 
 
+@pytest.mark.usefixtures("short_proof")
 def test_a_merged_folder_holds_what_a_server_needs_and_no_code(
     trained_run: Path, tmp_path: Path
 ) -> None:
@@ -394,6 +398,7 @@ def _umask() -> int:
 @pytest.mark.parametrize(
     "path_of", [lambda trained_run: trained_run, lambda trained_run: trained_run / "adapter"]
 )
+@pytest.mark.usefixtures("short_proof")
 def test_an_exported_adapter_is_the_runs_own(
     trained_run: Path, tmp_path: Path, path_of: Callable[[Path], Path]
 ) -> None:
@@ -404,7 +409,7 @@ def test_an_exported_adapter_is_the_runs_own(
         assert (folder / name).read_bytes() == (trained_run / "adapter" / name).read_bytes(), name
     assert proof_of(folder)["largest_logit_difference"] == 0
     # The sample prompts of the run were among those asked.
-    assert proof_of(folder)["prompts"] == 18
+    assert proof_of(folder)["prompts"] == len(proof.PROMPTS) + 2
     base = AutoModelForCausalLM.from_pretrained(read_base(trained_run), dtype=torch.float32)
     PeftModel.from_pretrained(base, folder)
 
@@ -416,6 +421,7 @@ def read_base(run: Path) -> Path:
     return find_model(raw["base_model_name_or_path"])
 
 
+@pytest.mark.usefixtures("short_proof")
 def test_an_adapter_of_peft_without_a_tokenizer_is_exported_with_that_of_its_base(
     shipped_model: Path, tmp_path: Path
 ) -> None:
@@ -433,6 +439,7 @@ def test_an_adapter_of_peft_without_a_tokenizer_is_exported_with_that_of_its_bas
 
 
 @pytest.mark.parametrize("name", ["merged", "adapter"])
+@pytest.mark.usefixtures("short_proof")
 def test_the_card_says_what_the_run_knows_and_no_path(
     trained_run: Path, tmp_path: Path, name: str
 ) -> None:
@@ -463,6 +470,7 @@ def test_the_card_says_what_the_run_knows_and_no_path(
         assert f"({token})" in text
 
 
+@pytest.mark.usefixtures("short_proof")
 def test_a_card_without_a_run_leaves_out_what_is_not_known(
     trained_run: Path, tmp_path: Path
 ) -> None:

@@ -2,17 +2,21 @@
 
 import contextlib
 import io
+import runpy
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from phitune.cli import main
 
 PHITUNE = (sys.executable, "-m", "phitune")
+MAIN_FILE = Path(__file__).parents[2] / "src" / "main.py"
 
 
 @dataclass(frozen=True)
@@ -27,13 +31,28 @@ class Done:
 def phitune(line: str | Sequence[str]) -> Done:
     """Runs a command in this process, which has torch already."""
     words = shlex.split(line) if isinstance(line, str) else list(line)
+    return _captured(lambda: main(words))
+
+
+def phitune_train_file(line: str) -> Done:
+    """`python src/main.py` with some flags, in this process."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "argv", [str(MAIN_FILE), *shlex.split(line)])
+        return _captured(lambda: runpy.run_path(str(MAIN_FILE), run_name="__main__"))
+
+
+def _captured(work: Callable[[], object]) -> Done:
+    """
+    Args:
+        work: returns the exit code, or leaves with it.
+    """
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            code = main(words)
+            code: Any = work()
         except SystemExit as left:  # --help, and flags that there are not
-            code = int(left.code or 0)
-    return Done(code, out.getvalue(), err.getvalue())
+            code = left.code
+    return Done(int(code or 0), out.getvalue(), err.getvalue())
 
 
 def call(*words: str) -> "subprocess.CompletedProcess[str]":

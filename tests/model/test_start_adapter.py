@@ -176,7 +176,7 @@ def stopped(place: Path, of_peft: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
     def stopping(*args: Any) -> Any:
         for count, event in enumerate(fit(*args)):
-            if count == 18:  # Between the two micro-batches of a step.
+            if count == 17:  # Between the two micro-batches of a step.
                 signal.raise_signal(signal.SIGTERM)
             yield event
 

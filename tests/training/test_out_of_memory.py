@@ -490,7 +490,9 @@ def test_a_micro_batch_that_cannot_fit_a_container_is_split_beforehand(
     monkeypatch.setattr(
         "phitune.trainer.ProcessMemoryLimit", lambda device: ProcessMemoryLimit("cuda")
     )
-    line = OF_FOUR_LAYERS.replace("--batch_size 4", "--batch_size 8").replace("_steps 2", "_steps 1")
+    line = OF_FOUR_LAYERS.replace("--batch_size 4", "--batch_size 8").replace(
+        "_steps 2", "_steps 1"
+    )
     rows = [{"prompt": f"Say {n}.", "response": "word " * 400} for n in range(12)]
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert main(line.split()) == 0

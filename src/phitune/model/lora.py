@@ -184,7 +184,8 @@ def load_adapter(
 
     # What they hold: one pair of matrices for each module that the model knows.
     known = (EMBEDDING_MODULE, *decoder.fused_linears())
-    copies = {name for name in tensors if _weight_of_base(decoder, name)}
+    weights = decoder.named_weights()
+    copies = {name for name in tensors if _weight_of_base(decoder, name) in weights}
     given = {name: tensor for name, tensor in tensors.items() if name not in copies}
     parts = parts_of(decoder.config)
     in_parts = is_in_parts(parts, given)
@@ -246,8 +247,8 @@ def _check_selected(
         )
 
 
-def _weight_of_base(decoder: Decoder, name: str) -> str | None:
-    """The base's weight that a tensor of an adapter's file stands for; None for any other tensor.
+def _weight_of_base(decoder: Decoder, name: str) -> str:
+    """The name of the base's weight that a tensor of an adapter's file stands for, if it is one.
 
     PEFT writes the token table and the head beside the matrices if they are adapted or resized, and
     whatever `modules_to_save` names.
@@ -255,7 +256,7 @@ def _weight_of_base(decoder: Decoder, name: str) -> str | None:
     plain = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
     if plain == f"{LM_HEAD}.weight" and decoder.config.tie_word_embeddings:
         plain = f"{EMBEDDING_MODULE}.weight"
-    return plain if plain in decoder.named_weights() else None
+    return plain
 
 
 def _check_copies(
@@ -266,7 +267,7 @@ def _check_copies(
     saved = config.saved({LM_HEAD, *(name.rpartition(".")[0] for name in weights)})
     problems = [f"modules_to_save = {saved}"] if saved else []
     for name, copy in copies.items():
-        weight = weights[str(_weight_of_base(decoder, name))]
+        weight = weights[_weight_of_base(decoder, name)]
         if weight.shape != copy.shape:
             problems.append(
                 f"{name}: shape {tuple(copy.shape)}, and that of the base is {tuple(weight.shape)}"

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from phitune.inference.step import OneTokenStep, is_worthwhile
+from phitune.model import ops
 from phitune.model.architecture import ModelConfig
 from phitune.model.decoder import Decoder
 from phitune.model.fused import choose_gemm
@@ -52,15 +54,22 @@ class KVCache:
         self.held: list[list[int]] = [[] for _ in range(batch_size)]  # ids, by sequence
         self.keys = [torch.zeros(shape, dtype=decoder.dtype, device=decoder.device) for _ in layers]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
+        self.step: OneTokenStep | None = None  # the last one, for the next token
 
     def clear(self) -> None:
         """Forgets all tokens; the memory is kept."""
         self.held = [[] for _ in self.held]
 
+    def hold(self, sequences: Sequence[Sequence[int]]) -> None:
+        """Notes that the keys and values of all tokens of its B sequences are there."""
+        for held, sequence in zip(self.held, sequences, strict=True):
+            held.extend(sequence[len(held) :])
+
     def keep(self, rows: Sequence[int]) -> None:
         """Gives up all sequences but these."""
         index = torch.tensor(rows, device=self.keys[0].device)
         self.held = [self.held[row] for row in rows]
+        self.step = None
         for layer in range(len(self.keys)):
             self.keys[layer] = self.keys[layer][index]
             self.values[layer] = self.values[layer][index]
@@ -104,13 +113,7 @@ class KVCache:
             if window is not None:
                 seen &= index > positions.unsqueeze(1) - window
             seen = seen[:, None, None, :]  # [B, 1, 1, S]
-        attended = F.scaled_dot_product_attention(
-            query.unsqueeze(2),  # [B, H, 1, E]
-            _repeat_heads(keys[:, :, :longest], query),  # [B, H, S, E]
-            _repeat_heads(values[:, :, :longest], query),
-            attn_mask=seen,
-        )
-        return attended.squeeze(2)
+        return ops.attention_from_one(query, keys[:, :, :longest], values[:, :, :longest], seen)
 
     def extend(
         self,
@@ -369,28 +372,18 @@ def next_logits(
     starts = [len(held) for held in cache.held]
     lengths = [len(sequence) for sequence in sequences]
     counts = [length - start for length, start in zip(lengths, starts, strict=True)]
-    cu_seqlens = [0, *itertools.accumulate(counts)]
-    device = decoder.device
     new = [
         token
         for sequence, start in zip(sequences, starts, strict=True)
         for token in sequence[start:]
     ]
-    input_ids = torch.tensor(new, device=device)  # [T]
     positions = [
         position
         for start, length in zip(starts, lengths, strict=True)
         for position in range(start, length)
     ]
-    position_ids = torch.tensor(positions, device=device)  # [T]
 
-    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        # [T, H, E], [T, G, E] twice -> [T, H, E]
-        if len(new) == len(sequences):
-            return cache.extend_by_one(layer, position_ids, query, key, value)
-        return cache.extend(layer, cu_seqlens, query, key, value)
-
-    # The layers, each token with its own adapter.
+    # Each token has its own adapter.
     if adapters is not None:
         adapters.on_decoder.choose(
             [
@@ -399,14 +392,33 @@ def next_logits(
                 for _ in range(count)
             ]
         )
+    if len(new) == len(sequences) and is_worthwhile(decoder.device):
+        chosen = None if adapters is None else adapters.on_decoder.chosen
+        if cache.step is None or not cache.step.fits(lengths, chosen):
+            cache.step = OneTokenStep(decoder, cache, lengths, chosen)
+        logits = cache.step(new, positions)  # [B, V]
+        cache.hold(sequences)
+        return logits
+
+    # The layers.
+    cu_seqlens = [0, *itertools.accumulate(counts)]
+    input_ids = torch.tensor(new, device=decoder.device)  # [T]
+    position_ids = torch.tensor(positions, device=decoder.device)  # [T]
+
+    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        # [T, H, E], [T, G, E] twice -> [T, H, E]
+        if len(new) == len(sequences):
+            return cache.extend_by_one(layer, position_ids, query, key, value)
+        return cache.extend(layer, cu_seqlens, query, key, value)
+
     rotary = decoder.rotary(position_ids, counts, lengths)
     hidden = decoder.hidden_states(input_ids, rotary, attend)  # [T, D]
-    for held, sequence in zip(cache.held, sequences, strict=True):
-        held.extend(sequence[len(held) :])
+    cache.hold(sequences)
 
     # The head, on the last token of each sequence: T tokens become B.
     if len(hidden) > len(sequences):
-        hidden = hidden[torch.tensor([stop - 1 for stop in cu_seqlens[1:]], device=device)]
+        lasts = torch.tensor([stop - 1 for stop in cu_seqlens[1:]], device=decoder.device)
+        hidden = hidden[lasts]
         if adapters is not None:
             adapters.on_decoder.choose(adapters.choice)  # The head sees one token of each.
     return decoder.logits(hidden)  # [B, V]

@@ -460,17 +460,26 @@ class Decoder(nn.Module):
 
         Returns: cos and sin, [T, rotary_dim] each.
         """
-        config = self.config
-        scale = config.long_rope.attention_factor if config.long_rope else 1.0
-        frequencies = self._inverse_frequencies(counts, lengths)
+        return self.rotary_at(position_ids, self.inverse_frequencies(counts, lengths))
+
+    def rotary_at(self, position_ids: Tensor, frequencies: Tensor) -> ops.Rotary:
+        """`rotary`, of frequencies that are known. position_ids: [T], frequencies: [1 or T, half].
+
+        Returns: cos and sin, [T, rotary_dim] each.
+        """
+        long_rope = self.config.long_rope
+        scale = long_rope.attention_factor if long_rope else 1.0
         angles = position_ids.unsqueeze(1).float() * frequencies  # [T, rotary_dim / 2]
         angles = torch.cat((angles, angles), dim=-1)  # [T, rotary_dim]
         return ops.Rotary(
             (angles.cos() * scale).to(self.dtype), (angles.sin() * scale).to(self.dtype)
         )
 
-    def _inverse_frequencies(self, counts: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        """[1, rotary_dim / 2] where all sequences have the same, else [T, rotary_dim / 2]."""
+    def inverse_frequencies(self, counts: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        """What a position is multiplied by; counts and lengths as of `rotary`.
+
+        Returns: [1, rotary_dim / 2] where all sequences have the same, else [T, rotary_dim / 2].
+        """
         if self._frequency_table is None:
             self._frequency_table = ops.sent(_frequencies(self.config), self.device)
         long_rope = self.config.long_rope

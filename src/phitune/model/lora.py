@@ -466,6 +466,8 @@ class AdapterSet:
     def __init__(self, decoder: Decoder, adapters: Sequence[Adapter]) -> None:
         detach(decoder)
         self.count = len(adapters)
+        # The choice in effect; another object after each change.
+        self.chosen: tuple[int, ...] = ()
         self._device = decoder.device
         self._banks: list[LoraBank] = []
         for linear in {id(found): found for found in decoder.fused_linears().values()}.values():
@@ -502,13 +504,14 @@ class AdapterSet:
         Args:
             choice: [T] numbers of adapters, None for the base model; or one for all tokens.
         """
-        if all(index is None for index in choice):
-            rows = None
-        else:
-            numbers = [self.count if index is None else index for index in choice]
-            if len(set(numbers)) == 1:
-                numbers = numbers[:1]
-            rows = torch.tensor(numbers, device=self._device)
+        numbers = tuple(self.count if index is None else index for index in choice)
+        if len(set(numbers)) == 1:
+            numbers = numbers[:1]
+        if numbers == self.chosen:
+            return
+        self.chosen = numbers
+        is_base = numbers == (self.count,)
+        rows = None if is_base else torch.tensor(numbers, device=self._device)
         for bank in self._banks:
             bank.choose(rows)
 

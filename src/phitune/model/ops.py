@@ -138,6 +138,22 @@ def attention(
     return torch.cat(outputs)
 
 
+def attention_from_one(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None) -> Tensor:
+    """Attention from one token of each of B sequences.
+
+    The heads that share a key are its queries, so that no key is copied for them.
+
+    Args:
+        query: [B, H, E].
+        keys, values: [B, G, S, E].
+        seen: [B, 1, 1, S], True where a token sees a key; None for all.
+
+    Returns: [B, H, E].
+    """
+    groups = query.unflatten(1, (keys.shape[1], -1))  # [B, G, H / G, E]
+    return F.scaled_dot_product_attention(groups, keys, values, attn_mask=seen).flatten(1, 2)
+
+
 def _repeat_heads(x: Tensor, query: Tensor) -> Tensor:
     """x: [T, G, E], query: [T, H, E]. Returns: [T, H, E]."""
     return x.repeat_interleave(query.shape[1] // x.shape[1], dim=1)

@@ -22,6 +22,7 @@ from torch import Tensor
 from phitune.inference.step import OneTokenStep, is_worthwhile
 from phitune.model import ops
 from phitune.model.architecture import ModelConfig
+from phitune.model.attention import choose_attention
 from phitune.model.decoder import Decoder
 from phitune.model.fused import choose_gemm
 from phitune.model.lora import AdapterSet
@@ -42,6 +43,19 @@ def cache_bytes(config: ModelConfig, batch_size: int, positions: int, bytes_per_
     )
 
 
+@dataclass(frozen=True)
+class NewTokens:
+    """Where the tokens of a pass go: T of all B sequences, end to end."""
+
+    cu_seqlens: Sequence[int]  # B + 1: where each sequence's begin and end among all
+    rows: Tensor  # [T], the sequence of each
+    positions: Tensor  # [T], and its place there
+
+    @property
+    def is_one_of_each(self) -> bool:
+        return len(self.rows) == len(self.cu_seqlens) - 1
+
+
 class KVCache:
     """B sequences, right-padded to a common capacity; knows which tokens it holds of each."""
 
@@ -51,6 +65,7 @@ class KVCache:
         layers = range(config.num_hidden_layers)
         self.capacity = capacity
         self.sliding_window = config.sliding_window
+        self._attention = choose_attention(decoder.device, decoder.dtype)
         self.held: list[list[int]] = [[] for _ in range(batch_size)]  # ids, by sequence
         self.keys = [torch.zeros(shape, dtype=decoder.dtype, device=decoder.device) for _ in layers]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
@@ -81,31 +96,43 @@ class KVCache:
             self.keys[layer][:, :, : other.capacity] = other.keys[layer]
             self.values[layer][:, :, : other.capacity] = other.values[layer]
 
-    def extend_by_one(
-        self, layer: int, positions: Tensor, query: Tensor, key: Tensor, value: Tensor
+    def extend(
+        self, layer: int, new: NewTokens, query: Tensor, key: Tensor, value: Tensor
     ) -> Tensor:
-        """Stores one token of every sequence and attends from it.
+        """Stores new tokens of every sequence and attends from them.
 
         Args:
-            positions: [B] where each token goes.
-            query: [B, H, E]; key and value: [B, G, E].
+            query: [T, H, E]; key and value: [T, G, E].
 
-        Returns: [B, H, E].
+        Returns: [T, H, E].
         """
         keys, values = self.keys[layer], self.values[layer]  # [B, G, capacity, E]
-        lengths = [len(held) + 1 for held in self.held]
-        longest = max(lengths)
-
-        # Store.
-        if len(lengths) == 1:
-            keys[0, :, longest - 1] = key[0]
-            values[0, :, longest - 1] = value[0]
+        if len(self.held) == 1:
+            place = slice(len(self.held[0]), len(self.held[0]) + len(key))
+            keys[0, :, place] = key.transpose(0, 1)
+            values[0, :, place] = value.transpose(0, 1)
         else:
-            rows = torch.arange(len(lengths), device=query.device)
-            keys[rows, :, positions] = key
-            values[rows, :, positions] = value
+            keys[new.rows, :, new.positions] = key
+            values[new.rows, :, new.positions] = value
+        if not any(self.held):
+            # Prompts that begin attend to themselves alone, as rows in training do.
+            out = torch.empty_like(query, memory_format=torch.contiguous_format)
+            self._attention.forward(query, key, value, out, new.cu_seqlens, self.sliding_window)
+            return out
+        if new.is_one_of_each:
+            return self._attend_from_one(layer, new.positions, query)
+        outputs = [
+            self._attend_from_sequence(layer, row, query[start:stop])
+            for row, (start, stop) in enumerate(itertools.pairwise(new.cu_seqlens))
+        ]
+        return torch.cat(outputs)
 
-        # Attend, without a mask where every sequence sees all S = longest positions.
+    def _attend_from_one(self, layer: int, positions: Tensor, query: Tensor) -> Tensor:
+        """positions: [B], query: [B, H, E]. Returns: [B, H, E]."""
+        lengths = [len(held) + 1 for held in self.held]
+        longest = max(lengths)  # S
+
+        # Without a mask where every sequence sees all positions.
         seen, window = None, self.sliding_window
         if min(lengths) != longest or (window is not None and longest > window):
             index = torch.arange(longest, device=query.device)
@@ -113,52 +140,26 @@ class KVCache:
             if window is not None:
                 seen &= index > positions.unsqueeze(1) - window
             seen = seen[:, None, None, :]  # [B, 1, 1, S]
+        keys, values = self.keys[layer], self.values[layer]  # [B, G, capacity, E]
         return ops.attention_from_one(query, keys[:, :, :longest], values[:, :, :longest], seen)
 
-    def extend(
-        self,
-        layer: int,
-        cu_seqlens: Sequence[int],
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-    ) -> Tensor:
-        """Stores any number of new tokens of each sequence and attends from them.
-
-        Args:
-            cu_seqlens: where each sequence's new tokens begin and end among all T.
-            query: [T, H, E]; key and value: [T, G, E].
-
-        Returns: [T, H, E].
-        """
-        outputs = []
-        for row, held in enumerate(self.held):
-            # Store the n new tokens behind those held: S = stop.
-            new = slice(cu_seqlens[row], cu_seqlens[row + 1])
-            start, stop = len(held), len(held) + new.stop - new.start
-            keys = self.keys[layer][row, :, :stop]  # [G, S, E]
-            values = self.values[layer][row, :, :stop]
-            keys[:, start:] = key[new].transpose(0, 1)  # [G, n, E]
-            values[:, start:] = value[new].transpose(0, 1)
-
-            # Attend; a prompt that begins is causal, which needs no mask of its own.
-            seen, window = None, self.sliding_window
-            if start or (window is not None and stop > window):
-                ahead = torch.arange(stop, device=query.device) - torch.arange(
-                    start, stop, device=query.device
-                ).unsqueeze(1)  # [n, S]: how far a key lies ahead of a query
-                seen = ahead <= 0
-                if window is not None:
-                    seen &= ahead > -window
-            attended = F.scaled_dot_product_attention(
-                query[new].transpose(0, 1).unsqueeze(0),  # [1, H, n, E]
-                _repeat_heads(keys.unsqueeze(0), query),  # [1, H, S, E]
-                _repeat_heads(values.unsqueeze(0), query),
-                attn_mask=seen,
-                is_causal=seen is None,
-            )
-            outputs.append(attended.squeeze(0).transpose(0, 1))  # [n, H, E]
-        return torch.cat(outputs)
+    def _attend_from_sequence(self, layer: int, row: int, query: Tensor) -> Tensor:
+        """From n new tokens of one sequence. query: [n, H, E]. Returns: [n, H, E]."""
+        start = len(self.held[row])
+        stop = start + len(query)  # S
+        ahead = torch.arange(stop, device=query.device) - torch.arange(
+            start, stop, device=query.device
+        ).unsqueeze(1)  # [n, S]: how far a key lies ahead of a query
+        seen = ahead <= 0
+        if self.sliding_window is not None:
+            seen &= ahead > -self.sliding_window
+        attended = F.scaled_dot_product_attention(
+            query.transpose(0, 1).unsqueeze(0),  # [1, H, n, E]
+            _repeat_heads(self.keys[layer][row : row + 1, :, :stop], query),  # [1, H, S, E]
+            _repeat_heads(self.values[layer][row : row + 1, :, :stop], query),
+            attn_mask=seen,
+        )
+        return attended.squeeze(0).transpose(0, 1)  # [n, H, E]
 
 
 def _repeat_heads(x: Tensor, query: Tensor) -> Tensor:
@@ -401,24 +402,26 @@ def next_logits(
         return logits
 
     # The layers.
-    cu_seqlens = [0, *itertools.accumulate(counts)]
-    input_ids = torch.tensor(new, device=decoder.device)  # [T]
-    position_ids = torch.tensor(positions, device=decoder.device)  # [T]
+    device = decoder.device
+    rows = [row for row, count in enumerate(counts) for _ in range(count)]
+    tokens = NewTokens(
+        [0, *itertools.accumulate(counts)],
+        torch.tensor(rows, device=device),  # [T]
+        torch.tensor(positions, device=device),  # [T]
+    )
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         # [T, H, E], [T, G, E] twice -> [T, H, E]
-        if len(new) == len(sequences):
-            return cache.extend_by_one(layer, position_ids, query, key, value)
-        return cache.extend(layer, cu_seqlens, query, key, value)
+        return cache.extend(layer, tokens, query, key, value)
 
-    rotary = decoder.rotary(position_ids, counts, lengths)
-    hidden = decoder.hidden_states(input_ids, rotary, attend)  # [T, D]
+    rotary = decoder.rotary(tokens.positions, counts, lengths)
+    hidden = decoder.hidden_states(torch.tensor(new, device=device), rotary, attend)  # [T, D]
     cache.hold(sequences)
 
     # The head, on the last token of each sequence: T tokens become B.
-    if len(hidden) > len(sequences):
-        lasts = torch.tensor([stop - 1 for stop in cu_seqlens[1:]], device=decoder.device)
-        hidden = hidden[lasts]
+    if not tokens.is_one_of_each:
+        lasts = [stop - 1 for stop in tokens.cu_seqlens[1:]]
+        hidden = hidden[torch.tensor(lasts, device=device)]
         if adapters is not None:
             adapters.on_decoder.choose(adapters.choice)  # The head sees one token of each.
     return decoder.logits(hidden)  # [B, V]

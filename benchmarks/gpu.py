@@ -5,7 +5,8 @@
 
 Full-size Phi-2 and Phi-3.5 with random bf16 weights, made on the GPU: the rate of its products,
 parity with transformers + peft, saved bytes, the memory of the guide's configurations in 24 GB, the
-planner's error, and tokens/s beside a loop like Trainer's and beside Liger. It needs torch and what
+planner's error, tokens/s beside a loop like Trainer's and beside Liger, and answers beside
+transformers' generate. It needs torch and what
 phitune needs; transformers, peft and liger_kernel are left out where they are missing, and said.
 Where phitune is not installed, PYTHONPATH=src stands in for it.
 
@@ -27,6 +28,7 @@ from typing import Any
 
 import torch
 from gpu_common import Bench, Row, attempt, free_memory, not_installed
+from gpu_decode import decode
 from gpu_memory import planner, presets, saved_bytes
 from gpu_models import read_models
 from gpu_parity import parity
@@ -148,6 +150,7 @@ def run(bench: Bench, options: argparse.Namespace, results: dict[str, Any]) -> N
         "presets": lambda: presets(bench),
         "planner": lambda: planner(bench),
         "speed": lambda: speed(bench, tflops),
+        "decode": lambda: decode(bench),
     }
     for name, piece in pieces.items():
         entry = results["pieces"][name]

@@ -192,6 +192,20 @@ def their_model(
 ) -> nn.Module:
     """transformers + peft with copies of our base weights; the adapter in fp32, as peft has it."""
     from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        r=RANK,
+        lora_alpha=ALPHA,
+        lora_dropout=dropout,
+        target_modules=list(FAMILIES[model.config.model_type].all_linear),
+        task_type="CAUSAL_LM",
+    )
+    found: nn.Module = get_peft_model(their_base(model, decoder, attention), lora)
+    return found.train()
+
+
+def their_base(model: Model, decoder: Decoder, attention: str = "sdpa") -> Any:
+    """transformers' model with copies of our base weights."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     config = CONFIG_MAPPING[model.raw["model_type"]].from_dict(model.raw)
@@ -215,15 +229,7 @@ def their_model(
     if left:
         raise RuntimeError(f"transformers has weights that have no counterpart: {left[:3]}")
     base.config.use_cache = False
-    lora = LoraConfig(
-        r=RANK,
-        lora_alpha=ALPHA,
-        lora_dropout=dropout,
-        target_modules=list(FAMILIES[model.config.model_type].all_linear),
-        task_type="CAUSAL_LM",
-    )
-    found: nn.Module = get_peft_model(base, lora)
-    return found.train()
+    return base.eval()
 
 
 def their_lora(peft_model: nn.Module) -> dict[str, nn.Parameter]:

@@ -23,6 +23,9 @@ PIECES = {
     " does with bf16=True; tokens of padding do not count. First step includes compilation; graphs"
     " are dynamo's in the first and in the second step. GB are the peak beyond all weights. Both"
     " sides' weights are on the GPU.",
+    "decode": "Greedy answers in bf16: prompts of 64 tokens, 128 new ones each; tokens/s of all"
+    " sequences together, each side in turn, median (lowest..highest). The limit of one sequence is"
+    " the weights read once a token, at the rate of a copy's reading and writing together.",
 }
 NOT_YET = """\
 **Not yet measured.** No NVIDIA GPU was at hand when this was written, and nothing here is
@@ -252,6 +255,37 @@ def speed_table(rows: list[Row]) -> list[str]:
     return lines
 
 
+def decode_table(rows: list[Row]) -> list[str]:
+    copied = next((row["gb_per_second"] for row in rows if "gb_per_second" in row), None)
+
+    def of(side: str) -> Cell:
+        return lambda row: spread(side, ",.0f")(row["tokens_per_second"])
+
+    def ratio(row: Row) -> str:
+        found = row["tokens_per_second"]
+        return f"{found['ours']['median'] / found['transformers']['median']:.2f}"
+
+    def share(row: Row) -> str:
+        if copied is None or row["sequences"] > 1:
+            return ""
+        return f"{row['tokens_per_second']['ours']['median'] * row['weight_gb'] / copied:.0%}"
+
+    lines = [] if copied is None else [f"A copy reads and writes {copied:,.0f} GB/s.", ""]
+    answers = [row for row in rows if row["what"] == "answers"]
+    return lines + table(
+        {
+            "model": plain("model"),
+            "sequences": plain("sequences"),
+            "phitune": of("ours"),
+            "not captured": of("ours, not captured"),
+            "transformers": of("transformers"),
+            "times transformers": ratio,
+            "of the limit": share,
+        },
+        answers,
+    )
+
+
 TABLES: dict[str, Callable[[list[Row]], list[str]]] = {
     "gemm": gemm_table,
     "parity": parity_table,
@@ -259,4 +293,5 @@ TABLES: dict[str, Callable[[list[Row]], list[str]]] = {
     "presets": presets_table,
     "planner": planner_table,
     "speed": speed_table,
+    "decode": decode_table,
 }

@@ -5,24 +5,25 @@
 Every kernel of the fused engine, at the widths of Phi-2, Phi-3.5 and Phi-4 in bf16, is compiled for
 compute capabilities 8.0 to 12.0 by the compiler and the assembler (ptxas) that Triton brings. That
 tells registers a thread, bytes that do not fit in them and are spilled, shared memory and machine
-instructions. Nothing runs, nothing is timed. Writes results/gpu_kernels.json and .md.
+instructions. And with them and without, the launches and bytes of a layer are counted on a fake GPU
+(fake_gpu.py). Nothing runs, nothing is timed. Writes results/gpu_kernels.json and .md.
 """
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-# The interpreter's kernels cannot be compiled; the tests choose it for all processes.
-os.environ["TRITON_INTERPRET"] = "0"
 import torch
 import triton
+from fake_gpu import Counts, FakeGpu
+from gpu_trace import Case, Training
 from machine import save
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
@@ -38,6 +39,9 @@ from phitune.model.architecture import (
     known_model_config,
     layer_linears,
 )
+from phitune.model.attention import InBlocks
+from phitune.model.decoder import Norm
+from phitune.model.fused import STANDARD, Backend, Before, FusedNorm, Kernels
 
 CAPABILITIES = (80, 86, 89, 90, 120)
 RANKS = (8, 64)
@@ -122,9 +126,15 @@ def launches_of_model(config: ModelConfig, rank: int) -> list[Launch]:
     keys = empty(TOKENS, dtype=torch.int32)
     has_bias = FAMILIES[config.model_type].norm_bias
     hidden = config.hidden_size
-    norm = triton_backend.Norm(empty(hidden), empty(hidden) if has_bias else None, 1e-5)
-    activation = "gelu" if config.model_type == "phi" else "swiglu"
-    reads = {"dense": None, "o_proj": None, "fc2": activation, "down_proj": activation}
+    frozen = Norm(hidden, 1e-5, bias=has_bias, dtype=torch.bfloat16, device=torch.device("meta"))
+    norm = FusedNorm(frozen, Backend(STANDARD, InBlocks(), Kernels()))
+    activation: Before = "gelu" if config.model_type == "phi" else "swiglu"
+    reads: dict[str, Before] = {
+        "dense": None,
+        "o_proj": None,
+        "fc2": activation,
+        "down_proj": activation,
+    }
     for name, spec in layer_linears(config).items():
         before = reads.get(name, norm)
         what = name
@@ -139,10 +149,10 @@ def launches_of_model(config: ModelConfig, rank: int) -> list[Launch]:
             what = ""
             triton_backend.norm_backward(out, x, norm, stats, x, adds=True)
     what = ""
-    heads = (config.query_size + config.key_value_size) // config.head_dim
+    heads = config.num_attention_heads + config.num_key_value_heads
     table = empty(TOKENS, config.rotary_dim)
-    x = empty(TOKENS, heads * config.head_dim)
-    triton_backend.rotate_(x, config.head_dim, ops.Rotary(table, table))
+    x = empty(TOKENS, heads, config.head_dim)
+    triton_backend.rotate_(x, ops.Rotary(table, table))
     logits = empty(ROWS_OF_LOGITS, config.vocab_size)
     triton_backend.cross_entropy_(logits, empty(ROWS_OF_LOGITS, dtype=torch.int64), 1.0)
     triton_backend.launch = usual
@@ -233,6 +243,87 @@ def build_all(capabilities: Sequence[int], ranks: Sequence[int]) -> Iterator[Bui
                     yield build(launch, model, rank, capability)
 
 
+def count_launch(counts: Counts, kernel: Any, values: Sequence[object]) -> None:
+    """Counts a kernel and the bytes that it reads and writes, each once, as the trace does.
+
+    What is read twice, for a norm's statistics or a loss, comes from a cache the second time.
+    """
+    given = dict(zip(kernel.arg_names, values, strict=False))
+    sizes = {
+        name: value.numel() * value.element_size()
+        for name, value in given.items()
+        if isinstance(value, Tensor)
+    }
+    # What is read and written.
+    twice = {"add_partials": "grad_A", "norm_backward": "out", "cross_entropy": "logits"}
+    total = sum(sizes.values()) + sizes.get(twice.get(kernel.__name__, ""), 0)
+    if kernel.__name__ == "rotate":
+        x, cos = given["x"], given["cos"]
+        assert isinstance(x, Tensor)
+        assert isinstance(cos, Tensor)
+        total += sizes["x"] * (2 * cos.shape[-1] // x.shape[-1] - 1)
+    counts.kernels[f"triton {kernel.__name__}"] += 1
+    counts.other_bytes[f"triton {kernel.__name__}"] += total
+
+
+def counts_of_engine(
+    config: ModelConfig, layers: int, kernels: Kernels, lengths: tuple[int, ...]
+) -> Counts:
+    """Of a micro-batch that is not the first of its step."""
+    usual = triton_backend.launch
+    with FakeGpu() as gpu:
+
+        def count(kernel: Any, grid: tuple[int, ...], *values: object, **_: object) -> None:
+            count_launch(gpu.counts, kernel, values)
+
+        triton_backend.launch = count
+        try:
+            case = Case(lengths=lengths, trained=1.0)
+            training = Training(gpu, replace(config, num_hidden_layers=layers), case)
+            training.engine.use_kernels(kernels)
+            training.micro_batch()
+            return training.micro_batch()
+        finally:
+            triton_backend.launch = usual
+
+
+def layer_counts(config: ModelConfig, kernels: Kernels) -> dict[str, Any]:
+    """A layer's launches, forward and backward, and the model's bytes: three layers less two."""
+    two, three = (
+        counts_of_engine(config, layers, kernels, (TOKENS // 4,) * 4) for layers in (2, 3)
+    )
+    of_layer = three.other_bytes.total() - two.other_bytes.total()
+    layers = config.num_hidden_layers
+    launches = Counter(three.kernels)
+    launches.subtract(two.kernels)
+    return {
+        "kernels": kernels.name,
+        "launches_of_a_layer": three.num_kernels - two.num_kernels,
+        "waits": three.num_waits,
+        "other_gb": (two.other_bytes.total() + (layers - 2) * of_layer) / 1e9,
+        "by_operation": {name: count for name, count in launches.most_common() if count > 0},
+    }
+
+
+def layer_lines(counted: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "## Launches",
+        "",
+        f"Counted on a fake GPU, not measured: a micro-batch of 4 x {TOKENS // 4:,} tokens, rank"
+        f" {RANKS[0]}, dropout, every token trained. Other bytes are those of a whole model but for"
+        " products and attention.",
+        "",
+        "| model | kernels | launches of a layer | waits | other GB |",
+        "|---|---|---|---|---|",
+    ]
+    rows = (
+        f"| {row['model']} | {row['kernels']} | {row['launches_of_a_layer']} |"
+        f" {row['waits']} | {row['other_gb']:.1f} |"
+        for row in counted
+    )
+    return [*lines, *rows, ""]
+
+
 def table(built: list[Built]) -> list[str]:
     """A row for each kernel; what differs between capabilities is given for each."""
     capabilities = list(dict.fromkeys(each.capability for each in built))
@@ -278,9 +369,15 @@ def main() -> None:
     rows = [asdict(each) for each in built]
     if words.json:
         print(json.dumps(rows))
-    else:
-        found = {"triton": triton.__version__, "kernels": rows}
-        save("gpu_kernels", "The kernels for NVIDIA GPUs, compiled", table(built), found)
+        return
+    counted = [
+        {"model": name, **layer_counts(config, kernels)}
+        for name, config in models().items()
+        for kernels in (Kernels(), triton_backend.TritonKernels())
+    ]
+    found = {"triton": triton.__version__, "layers": counted, "kernels": rows}
+    lines = layer_lines(counted) + table(built)
+    save("gpu_kernels", "The kernels for NVIDIA GPUs, compiled and counted", lines, found)
 
 
 if __name__ == "__main__":

@@ -4,16 +4,28 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import gpu_trace
 import pytest
 import torch
 from helpers.interpreter import mend
-from helpers.numerics import BF16_MARGIN, PRODUCT_MARGIN, Tensors, assert_as_exact_as
+from helpers.models import phi3_config, phi_config
+from helpers.numerics import BF16_MARGIN, MARGIN, PRODUCT_MARGIN, Tensors, assert_as_exact_as
+from helpers.rows import random_rows
 from torch import Tensor
 
+from phitune.data.packing import pack
 from phitune.model import fused, ops
+from phitune.model.architecture import parse_model_config, resolve_targets
+from phitune.model.attention import InBlocks
+from phitune.model.decoder import Decoder, Norm
+from phitune.model.engine import FusedEngine
+from phitune.model.fused import STANDARD, Backend, Kernels
+from phitune.model.lora import LoraSpec, attach
+from phitune.model.probe import choose_kernels
 
 triton = pytest.importorskip("triton", reason="Triton is made for Linux, and not installed")
 
+import gpu_kernels  # noqa: E402
 import triton.language as tl  # noqa: E402
 
 from phitune.model import triton_backend, triton_kernels  # noqa: E402
@@ -58,8 +70,15 @@ class Case:
         """f, as triton_backend takes it."""
         if self.kind in ("gelu", "swiglu"):
             return self.kind
-        bias = self.bias if self.kind == "layer_norm" else None
-        return triton_backend.Norm(self.weight, bias, 1e-5) if "norm" in self.kind else None
+        if self.kind == "plain":
+            return None
+        norm = Norm(
+            self.width, 1e-5, bias=self.kind == "layer_norm", dtype=self.x.dtype, device=CPU
+        )
+        norm.weight.copy_(self.weight)
+        if norm.bias is not None:
+            norm.bias.copy_(self.bias)
+        return fused.FusedNorm(norm, Backend(STANDARD, InBlocks(), Kernels()))
 
     def adapters(self) -> triton_backend.Adapters | None:
         if not self.ranks:
@@ -213,7 +232,7 @@ def kernels_backward(case: Case, total: Tensor) -> dict[str, Tensor]:
     adapters = case.adapters()
     if adapters is not None or is_activation:
         triton_backend.complete(x, before, grad, out, adapters, grad_A, case.row_keys, stats)
-    if isinstance(before, triton_backend.Norm):
+    if isinstance(before, fused.FusedNorm):
         assert stats is not None
         total = apart(total)
         triton_backend.norm_backward(out, x, before, stats, total, adds=True)
@@ -343,7 +362,7 @@ def test_heads_are_rotated_where_they_are(
         fused.rotate_(numbers.unflatten(-1, (-1, head_dim)), table, back=back)
         found.append({"x": numbers})
     ours = apart(x)
-    triton_backend.rotate_(ours, head_dim, rotary, back=back)
+    triton_backend.rotate_(ours.unflatten(-1, (-1, head_dim)), rotary, back=back)
     judge({"x": ours}, *found)
     passed = ours.unflatten(-1, (-1, head_dim))[..., rotary_dim:]
     assert torch.equal(passed, x.unflatten(-1, (-1, head_dim))[..., rotary_dim:])
@@ -365,3 +384,111 @@ def test_cross_entropy_and_its_gradient_in_place(size: int, dtype: torch.dtype) 
     loss = triton_backend.cross_entropy_(ours, targets, 0.3)
     assert torch.equal(loss, alone)
     judge({"loss": loss.unsqueeze(0), "logits": ours}, *found)
+
+
+CONFIGS = {"phi": phi_config, "phi3": phi3_config}
+
+
+def make_engine(
+    kind: str, layers: int, dtype: torch.dtype, numbers: torch.dtype | None = None
+) -> FusedEngine:
+    """Random weights, such as `numbers` can say, and adapters on all linear layers and the head."""
+    config = replace(parse_model_config(CONFIGS[kind]()), num_hidden_layers=layers)
+    decoder = Decoder(config, dtype)
+    modules = resolve_targets(config, ["all-linear", "lm_head"], None)
+    adapter = attach(decoder, LoraSpec(3, 6, 0.2, modules), seed=0)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in decoder.named_weights().values():
+            weight.copy_((torch.randn(weight.shape) * 0.1).to(numbers or dtype))
+        for parameter in adapter.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.1)
+    return FusedEngine(decoder, 0.2, recompute_layers=1)
+
+
+def results_of(engine: FusedEngine) -> dict[str, Tensor]:
+    """Losses with dropout and without, and the gradients of two micro-batches."""
+    found: dict[str, Tensor] = {}
+    for number, rows in enumerate((random_rows([9, 1, 14]), random_rows([7], seed=1))):
+        batch = pack(rows)
+        keys = ops.row_keys(5, 1, batch.slots, batch.cu_seqlens, CPU)
+        loss = engine.loss_and_gradients(batch, ops.Dropout(0.2, keys), 0.3)
+        found[f"loss {number}"] = loss.reshape(1)
+        found[f"evaluated {number}"] = engine.loss_sum(batch).reshape(1)
+    for name, module in engine.decoder.fused_linears().items():
+        for pair in module.pairs():
+            assert pair.lora_A.grad is not None
+            assert pair.lora_B.grad is not None
+            columns = f"{name} {pair.columns.start}"
+            found[f"{columns} A"], found[f"{columns} B"] = pair.lora_A.grad, pair.lora_B.grad
+    return found
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", ["phi", "phi3"])
+def test_a_whole_engine_with_triton_kernels_errs_as_the_plain_one_does(
+    kind: str, dtype: torch.dtype
+) -> None:
+    plain = results_of(make_engine(kind, 2, dtype))
+    truth = results_of(make_engine(kind, 2, torch.float64, dtype))
+    engine = make_engine(kind, 2, dtype)
+    engine.use_kernels(triton_backend.TritonKernels())
+    ours = results_of(engine)
+    margin = BF16_MARGIN if dtype == torch.bfloat16 else MARGIN
+    assert_as_exact_as(ours, plain, truth, margin)
+
+
+@pytest.mark.parametrize("kind", ["phi", "phi3"])
+def test_kernels_are_taken_where_they_compute_what_torch_computes(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(kind, 1, torch.bfloat16)
+    parts = (engine.layers[0], engine.head, engine.final_norm)
+    kernels, why = choose_kernels(*parts)
+    assert isinstance(kernels, triton_backend.TritonKernels), why
+    assert not any(linear.grad_A.any() for linear in engine.layers[0].linears.values())
+
+    # One mask that is another's; a kernel that does not compile; ranks that are too many.
+    with monkeypatch.context() as patch:
+        usual = triton_backend.complete
+
+        def wrong(*values: Any) -> None:
+            keys = values[6]
+            usual(*values[:6], None if keys is None else keys.flip(0).contiguous(), values[7])
+
+        patch.setattr(triton_backend, "complete", wrong)
+        kernels, why = choose_kernels(*parts)
+        assert kernels is None
+        assert why.startswith("they differ from torch's operations by")
+    with monkeypatch.context() as patch:
+
+        def broken(*_: object, **__: object) -> None:
+            raise RuntimeError("no driver\nmore of it")
+
+        patch.setattr(triton_backend, "launch", broken)
+        assert choose_kernels(*parts) == (None, "no driver")
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_backend, "MOST_COLUMNS", 15)
+        assert choose_kernels(*parts)[0] is None
+
+
+MOST_LAUNCHES = 60  # of a layer, forward and backward
+FORWARD_AND_BACKWARD = {
+    "phi": {"widen": 3, "complete": 3, "add_partials": 3, "norm_backward": 1, "rotate": 2},
+    "phi3": {"widen": 4, "complete": 4, "add_partials": 4, "norm_backward": 2, "rotate": 2},
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a fake GPU is for machines without one")
+@pytest.mark.parametrize("kind", ["phi", "phi3"])
+def test_a_layer_takes_few_launches_and_nothing_waits(kind: str) -> None:
+    config = gpu_trace.narrow_configs()[kind]
+    counted = gpu_kernels.layer_counts(config, triton_backend.TritonKernels())
+    assert counted["waits"] == 0
+    assert counted["launches_of_a_layer"] <= MOST_LAUNCHES
+    ours = {
+        name.removeprefix("triton "): count
+        for name, count in counted["by_operation"].items()
+        if name.startswith("triton ")
+    }
+    assert ours == FORWARD_AND_BACKWARD[kind]

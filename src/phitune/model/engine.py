@@ -36,9 +36,7 @@ from phitune.model.fused import (
     Packed,
     Padded,
     WidenedLinear,
-    blocks,
     choose_gemm,
-    cross_entropy_,
     emulates_bf16,
     multiplies_bf16,
     pad,
@@ -46,6 +44,7 @@ from phitune.model.fused import (
     refresh,
 )
 from phitune.model.fused_layers import FUSED_LAYERS, FusedLayer, Saved, Shared
+from phitune.model.probe import choose_kernels
 
 
 class Engine(ABC):
@@ -199,6 +198,8 @@ class FusedEngine(Engine):
         self.lowest = min(adapted, default=len(self.layers))
         if decoder.embed_tokens.lora is not None:
             self.lowest = 0
+        if self.device.type == "cuda":
+            self._choose_kernels()
 
     def _loss_and_gradients(
         self, batch: Packed, dropout: ops.Dropout | None, weight: float
@@ -294,16 +295,13 @@ class FusedEngine(Engine):
         self, hidden: Tensor, targets: Tensor, row_keys: Tensor | None, weight: float | None
     ) -> Tensor:
         """As `_loss`, of a few rows: hidden [n, D], row_keys [n]. Returns: scalar."""
-        head, norm = self.head, self.final_norm
+        head, norm, kernels = self.head, self.final_norm, self.head.kernels
 
         # Forward: final norm, head, loss.
-        wide = head.widen(len(hidden), lambda block: norm(hidden[block]), row_keys)  # [n, D + X]
-        low = head.low(wide)  # [n, X]
+        wide, low, stats = kernels.widen(head, hidden, norm, row_keys)  # [n, D + X], [n, X]
         logits = head.forward(wide)  # [n, V], the largest tensor there is
         del wide
-        loss = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
-        for block in blocks(len(targets), logits.shape[1], logits.device):
-            loss += cross_entropy_(logits[block], targets[block], weight)
+        loss = kernels.cross_entropy_(logits[: len(targets)], targets, weight)
         if weight is None:
             return loss
 
@@ -311,11 +309,19 @@ class FusedEngine(Engine):
         logits[len(targets) :] = 0.0  # Padding has none.
         wide = head.backward(logits, low)  # [n, D + X]
         del logits
-        for block in blocks(len(hidden), head.width, hidden.device):
-            normed, stats = norm.forward(hidden[block])
-            part = head.backward_block(wide, block, normed, row_keys)
-            hidden[block] = norm.backward(part, hidden[block], stats)
+        kernels.norm_backward(head, wide, hidden, norm, row_keys, stats, hidden, adds=False)
         return loss * weight
+
+    def _choose_kernels(self) -> None:
+        """Takes Triton's kernels where they run; they leave nothing to compile."""
+        if torch.cuda.is_available():
+            torch.cuda.set_device(self.device)  # Triton starts kernels on the current one.
+        lowest = self.layers[min(self.lowest, len(self.layers) - 1)]
+        kernels, why = choose_kernels(lowest, self.head, self.final_norm)
+        self.choices["kernels"] = f"{(kernels or Kernels).name} ({why})"
+        if kernels is not None:
+            self.use_kernels(kernels)
+            self.choices["torch_compile"] = "not used: Triton's kernels are compiled already"
 
     def use_kernels(self, kernels: Kernels) -> None:
         """Replaces the kernels that were chosen, to compare them."""

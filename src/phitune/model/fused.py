@@ -20,7 +20,7 @@ import platform
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -101,6 +101,7 @@ class Gemm(NamedTuple):
     name: str
     forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # x [T, D], W [O, D], b -> [T, O]
     backward: Callable[[Tensor, Tensor], Tensor]  # grad [T, O], W [O, D] -> [T, D]
+    adds: bool = False  # to what is there, in the product itself, by torch's addmm
 
 
 # oneDNN's backward slows down over very many outputs (a head's); there it is summed over slabs.
@@ -128,6 +129,7 @@ def _onednn_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 STANDARD = Gemm("torch's products", F.linear, torch.mm)
+ADDING = STANDARD._replace(adds=True)
 ONEDNN = Gemm("oneDNN's products", _onednn_forward, _onednn_backward)
 ONEDNN_FORWARD = Gemm("oneDNN's products forward, torch's backward", _onednn_forward, torch.mm)
 
@@ -138,7 +140,8 @@ def choose_gemm(device: torch.device, dtype: torch.dtype) -> tuple[Gemm, str]:
     The rule measures nothing: a resumed run must choose as the first one did.
     """
     if device.type != "cpu" or dtype != torch.float32:
-        return STANDARD, f"the choice for {str(dtype).removeprefix('torch.')} on {device.type}"
+        standard = ADDING if device.type == "cuda" else STANDARD
+        return standard, f"the choice for {str(dtype).removeprefix('torch.')} on {device.type}"
     if not has_onednn():
         return STANDARD, "this torch has no oneDNN"
     if not _is_amd():
@@ -190,7 +193,14 @@ def blocks(count: int, width: int, device: torch.device) -> Iterator[slice]:
 
 
 class Kernels:
-    """The work between the products, as it is or compiled; one set for all layers."""
+    """The work between the products, in torch's operations, as they are or compiled.
+
+    One set for all layers. A linear layer's input is f(x), where f is a norm, an activation or
+    nothing; `widen` computes it with what the adapters need, the others go back through it. Here
+    that is done a block of rows at a time; `triton_backend.TritonKernels` does it at once.
+    """
+
+    name = "torch's operations"
 
     def __init__(self, compile_with: str | None = None) -> None:
         def prepared(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -206,8 +216,118 @@ class Kernels:
         self.dropped_low_backward = prepared(dropped_low_backward)
         self.rms_norm = prepared(rms_norm)
         self.rms_norm_backward = prepared(rms_norm_backward)
-        self.rotate_ = prepared(rotate_)
+        self.rotate_heads = prepared(rotate_)
         self.swiglu_backward = prepared(swiglu_backward)
+
+    def widen(
+        self, linear: "WidenedLinear", x: Tensor, before: "Before", row_keys: Tensor | None
+    ) -> "Widened":
+        """[f(x) | s dropout(f(x)) A^T], the input of the linear layer's product.
+
+        Args:
+            x: [T, D], or [T, 2 D] before SwiGLU.
+            before: f.
+            row_keys: [T] of the dropout, None without.
+        """
+        wide = linear.widen(len(x), lambda block: _apply(before, x[block]), row_keys)
+        return Widened(wide, linear.low(wide))
+
+    def backward(
+        self, linear: "WidenedLinear", grad: Tensor, x: Tensor, row_keys: Tensor | None
+    ) -> Tensor:
+        """Adds A's gradients, where f is nothing.
+
+        Args:
+            grad: [T, D + X], from the linear layer's backward; overwritten.
+            x, row_keys: of `widen`.
+
+        Returns: the gradient of x [T, D], a view of `grad`.
+        """
+        for block in blocks(len(grad), linear.width, grad.device):
+            linear.backward_block(grad, block, x[block], row_keys)
+        return grad[:, : linear.width]
+
+    def activation_backward(
+        self,
+        linear: "WidenedLinear",
+        grad: Tensor,
+        x: Tensor,
+        activation: "Activation",
+        row_keys: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        """The same where f is an activation; writes the gradient of x [T, D or 2 D] to `out`."""
+        for block in blocks(len(grad), linear.width, grad.device):
+            inner = x[block]
+            activated = _apply(activation, inner) if linear.is_adapted else None
+            grad_activated = linear.backward_block(grad, block, activated, row_keys)
+            if activation == "gelu":
+                out[block] = gelu_backward(grad_activated, inner)
+            else:
+                self.swiglu_backward(grad_activated, inner, out[block])
+
+    def norm_backward(
+        self,
+        linear: "WidenedLinear",
+        grad: Tensor,
+        x: Tensor,
+        norm: "FusedNorm",
+        row_keys: Tensor | None,
+        stats: Tensor | None,
+        total: Tensor | None,
+        *,
+        adds: bool = True,
+    ) -> None:
+        """The same where f is a norm.
+
+        Args:
+            stats: of `widen`.
+            total: [T, D], to which the gradient of x is added; None where it is not needed.
+            adds: without it the gradient is written over `total`, which may be x itself.
+        """
+        for block in blocks(len(x), linear.width, x.device):
+            normed, own_stats = norm.forward(x[block])  # [n, D]
+            part = linear.backward_block(grad, block, normed, row_keys)  # [n, D]
+            if total is None:
+                continue
+            found = norm.backward(part, x[block], own_stats)  # [n, D]
+            if adds:
+                total[block] += found
+            else:
+                total[block] = found
+
+    def rotate_(self, x: Tensor, rotary: ops.Rotary, *, back: bool = False) -> None:
+        """`rotate_` of heads that are side by side. x: [T, H, E]."""
+        self.rotate_heads(x, rotary, back=back)
+
+    def cross_entropy_(self, logits: Tensor, targets: Tensor, weight: float | None) -> Tensor:
+        """`cross_entropy_` of any number of rows. logits: [n, V], targets: [n] -> scalar."""
+        loss = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
+        for block in blocks(len(targets), logits.shape[1], logits.device):
+            loss += cross_entropy_(logits[block], targets[block], weight)
+        return loss
+
+
+Activation = Literal["gelu", "swiglu"]
+# What is done to a linear layer's input before the product.
+Before: TypeAlias = "FusedNorm | Activation | None"
+
+
+class Widened(NamedTuple):
+    """The input of a widened product, and what is kept of it."""
+
+    wide: Tensor  # [T, D + X]
+    low: Tensor | None  # [T, X], a copy of the extra columns, for `WidenedLinear.backward`
+    stats: Tensor | None = None  # of a norm, where they are kept
+
+
+def _apply(before: Before, x: Tensor) -> Tensor:
+    """f(x). x: [n, D or 2 D]. Returns: [n, D]."""
+    if before is None:
+        return x
+    if before == "gelu":
+        return ops.gelu(x)
+    return ops.swiglu(x) if before == "swiglu" else before(x)
 
 
 class Backend(NamedTuple):
@@ -233,7 +353,7 @@ class WidenedLinear:
         self.gemm, self.kernels = backend.gemm, backend.kernels
         self.pairs = linear.pairs()
         self.width = linear.in_features  # D
-        self.bias = linear.bias  # [O]
+        self.bias: Tensor | None = linear.bias  # [O]
 
         # The weight, with B of every pair beside it.
         self.places: list[slice] = []  # of each pair among the extra columns
@@ -263,13 +383,19 @@ class WidenedLinear:
             for pair, place in zip(self.pairs, self.places, strict=True)
         ]
 
+        # Which pair a column belongs to; -1 for none.
+        self.pair_of = like.new_full((self.extra_columns,), -1, dtype=torch.int32)  # [X]
+        for index, place in enumerate(self.places):
+            self.pair_of[place] = index
+
         # Scaling and dropout. What dropout keeps is scaled up for what it drops.
         self.factors = like.new_zeros(self.extra_columns)  # [X], alpha / r
         self.threshold = ops.keep_threshold(dropout_rate)
         for pair, place in zip(self.pairs, self.places, strict=True):
             self.factors[place] = pair.scaling
         self.dropped_factors = self.factors / ops.keep_rate(dropout_rate)  # [X]
-        if self.pairs and dropout_rate > 0:
+        self.drops = bool(self.pairs) and dropout_rate > 0
+        if self.drops:
             keys = torch.stack([pair.key for pair in self.pairs])
             self.column_keys = ops.column_keys(keys, self.width)  # [M, D]
 
@@ -311,6 +437,13 @@ class WidenedLinear:
         """wide: [T, D + X]; `rows` chooses among the O outputs. Returns: [T, O]."""
         bias = None if self.bias is None else self.bias[rows]
         return self.gemm.forward(wide, self.weight[rows], bias)
+
+    def forward_onto(self, total: Tensor, wide: Tensor) -> Tensor:
+        """The same added to a total, which may be overwritten. total: [T, O]. Returns: [T, O]."""
+        if self.gemm.adds and self.bias is None:
+            return total.addmm_(wide, self.weight.t())
+        total += self.forward(wide)
+        return total
 
     def low(self, wide: Tensor) -> Tensor | None:
         """What `backward` needs of the input besides the input itself. Returns: [T, X], a copy."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from phitune.model import ops
 from phitune.model.architecture import ModelConfig
 from phitune.model.decoder import DecoderLayer, FusedLinear, Norm
-from phitune.model.fused import Backend, FusedNorm, WidenedLinear, blocks, gelu_backward
+from phitune.model.fused import Activation, Backend, Before, FusedNorm, Widened, WidenedLinear
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,14 @@ class Saved:
     inner: Tensor = field(default_factory=lambda: torch.empty(0))  # [N, F] or [N, 2 F]
     middle: Tensor | None = None  # [N, D] between attention and MLP, phi3 only
     low: dict[str, Tensor | None] = field(default_factory=dict)  # [T or N, X] by linear layer
+    stats: dict[str, Tensor | None] = field(
+        default_factory=dict
+    )  # of norms, where kernels keep them
+
+    def take(self, name: str, widened: Widened) -> Tensor:
+        """Keeps what a linear layer's backward needs of its input. Returns: that input."""
+        self.low[name], self.stats[name] = widened.low, widened.stats
+        return widened.wide
 
     def tensors(self) -> list[Tensor]:
         """All that is kept, in the shapes above, each storage once or more."""
@@ -64,6 +72,8 @@ class Saved:
 
 class FusedLayer:
     """What both families share."""
+
+    activation: Activation
 
     def __init__(self, layer: DecoderLayer, backend: Backend, dropout_rate: float) -> None:
         self.config: ModelConfig = layer.config
@@ -80,6 +90,10 @@ class FusedLayer:
     @property
     def is_adapted(self) -> bool:
         return any(linear.is_adapted for linear in self.linears.values())
+
+    def befores(self) -> dict[str, Before]:
+        """What is done to the input of each linear layer."""
+        raise NotImplementedError
 
     def forward(
         self, x: Tensor, shared: Shared, rows: Tensor | None, *, for_backward_only: bool = False
@@ -109,11 +123,16 @@ class FusedLayer:
         split = (-1, config.head_dim)
         return query.unflatten(-1, split), key.unflatten(-1, split), value.unflatten(-1, split)
 
+    def _rotate(self, projected: Tensor, shared: Shared, *, back: bool = False) -> None:
+        """Rotates queries and keys where they are, side by side. projected: [T, P]."""
+        columns = self.config.query_size + self.config.key_value_size
+        heads = projected[:, :columns].unflatten(-1, (-1, self.config.head_dim))  # [T, H + G, E]
+        self.kernels.rotate_(heads, shared.rotary, back=back)
+
     def _attend(self, saved: Saved, shared: Shared) -> None:
         """Rotates queries and keys where they are, and fills in attention's output."""
+        self._rotate(saved.projected, shared)
         query, key, value = self._heads(saved.projected)
-        self.kernels.rotate_(query, shared.rotary)
-        self.kernels.rotate_(key, shared.rotary)
         saved.attended = saved.x.new_empty(len(saved.x), self.config.query_size)
         saved.lse = self.attention.forward(
             query,
@@ -147,18 +166,13 @@ class FusedLayer:
             shared.cu_seqlens,
             self.config.sliding_window,
         )
-        self.kernels.rotate_(grads[0], shared.rotary, back=True)
-        self.kernels.rotate_(grads[1], shared.rotary, back=True)
+        self._rotate(grad_projected, shared, back=True)
 
     def _attention_output(self, name: str, saved: Saved, shared: Shared) -> Tensor:
         """The input of the linear layer after attention. Returns: [N, H E + X]."""
-        linear = self.linears[name]
         attended = _chosen(saved.attended, saved.rows)  # [N, H E]
-        wide = linear.widen(
-            len(attended), lambda block: attended[block], shared.keys_of(saved.rows)
-        )
-        saved.low[name] = linear.low(wide)
-        return wide
+        keys = shared.keys_of(saved.rows)
+        return saved.take(name, self.kernels.widen(self.linears[name], attended, None, keys))
 
     def _attention_output_backward(
         self, name: str, grad: Tensor, saved: Saved, shared: Shared
@@ -167,9 +181,7 @@ class FusedLayer:
         linear, keys = self.linears[name], shared.keys_of(saved.rows)
         attended = _chosen(saved.attended, saved.rows)  # [N, H E]
         wide = linear.backward(grad, saved.low[name])  # [N, H E + X]
-        for block in blocks(len(grad), linear.width, grad.device):
-            linear.backward_block(wide, block, attended[block], keys)
-        return wide[:, : linear.width]
+        return self.kernels.backward(linear, wide, attended, keys)
 
     def _mlp_backward(
         self, name: str, grad: Tensor, saved: Saved, keys: Tensor | None, grad_inner: Tensor
@@ -185,47 +197,26 @@ class FusedLayer:
         """
         linear = self.linears[name]
         wide = linear.backward(grad, saved.low[name])  # [N, F + X]
-        for block in blocks(len(grad), linear.width, grad.device):
-            inner = saved.inner[block]
-            activated = self._activate(inner) if linear.is_adapted else None
-            grad_activated = linear.backward_block(wide, block, activated, keys)
-            self._activate_backward(grad_activated, inner, grad_inner[block])
-
-    def _activate(self, inner: Tensor) -> Tensor:
-        """The MLP's activation. inner: [n, F] or [n, 2 F]. Returns: [n, F]."""
-        raise NotImplementedError
-
-    def _activate_backward(self, grad: Tensor, inner: Tensor, out: Tensor) -> None:
-        """Its backward. grad: [n, F]; `out` has the shape of `inner`, and is written."""
-        raise NotImplementedError
-
-    def _input_backward(
-        self,
-        names: tuple[str, str],
-        wide: Tensor,
-        x: Tensor,
-        keys: Tensor | None,
-        total: Tensor | None,
-    ) -> None:
-        """The backward of a norm and of the linear layer that reads it.
-
-        Args:
-            names: of the norm and of the linear layer.
-            wide: [T, D + X], from the linear layer's backward.
-            x: [T, D], the norm's input.
-            keys: [T] of the dropout, None without.
-            total: [T, D], to which the gradient of x is added; None where it is not needed.
-        """
-        norm, linear = self.norms[names[0]], self.linears[names[1]]
-        for block in blocks(len(x), linear.width, x.device):
-            normed, stats = norm.forward(x[block])  # [n, D]
-            grad = linear.backward_block(wide, block, normed, keys)  # [n, D]
-            if total is not None:
-                total[block] += norm.backward(grad, x[block], stats)
+        self.kernels.activation_backward(
+            linear, wide, saved.inner, self.activation, keys, grad_inner
+        )
 
 
 class FusedPhiLayer(FusedLayer):
     """Phi-2: q, k, v and fc1 are one product; attention and MLP are both added to the input."""
+
+    activation = "gelu"
+
+    def __init__(self, layer: DecoderLayer, backend: Backend, dropout_rate: float) -> None:
+        super().__init__(layer, backend, dropout_rate)
+        dense, fc2 = self.linears["dense"], self.linears["fc2"]
+        if backend.gemm.adds and dense.bias is not None and fc2.bias is not None:
+            # Both are added to the same sum, here at once.
+            dense.bias, fc2.bias = dense.bias + fc2.bias, None
+
+    def befores(self) -> dict[str, Before]:
+        norm = self.norms["input_layernorm"]
+        return {"qkv_fc1": norm, "dense": None, "fc2": self.activation}
 
     def forward(
         self, x: Tensor, shared: Shared, rows: Tensor | None, *, for_backward_only: bool = False
@@ -235,8 +226,8 @@ class FusedPhiLayer(FusedLayer):
         saved = Saved(x, rows)
 
         # Norm, then q, k, v and fc1 in one product; in the last layer fc1 for some rows only.
-        wide = first.widen(len(x), lambda block: norm(x[block]), shared.row_keys)  # [T, D + X]
-        saved.low["qkv_fc1"] = first.low(wide)
+        widened = self.kernels.widen(first, x, norm, shared.row_keys)
+        wide = saved.take("qkv_fc1", widened)  # [T, D + X]
         attention, mlp = self._parts()
         if rows is None:
             saved.projected = first.forward(wide)
@@ -244,20 +235,18 @@ class FusedPhiLayer(FusedLayer):
         else:
             saved.projected = first.forward(wide, attention)
             saved.inner = first.forward(wide[rows], mlp)
-        del wide
+        del wide, widened
         self._attend(saved, shared)
 
         # The output. The backward reads nothing of it but `low`.
-        fc2, keys, inner = self.linears["fc2"], shared.keys_of(rows), saved.inner
+        fc2, keys = self.linears["fc2"], shared.keys_of(rows)
         attended = self._attention_output("dense", saved, shared)  # [N, H E + X]
         out = x if for_backward_only else self.linears["dense"].forward(attended)  # [N, D]
         del attended
-        activated = fc2.widen(
-            len(inner), lambda block: self._activate(inner[block]), keys
-        )  # [N, F + X]
-        saved.low["fc2"] = fc2.low(activated)
+        widened = self.kernels.widen(fc2, saved.inner, self.activation, keys)
+        activated = saved.take("fc2", widened)  # [N, F + X]
         if not for_backward_only:
-            out += fc2.forward(activated)
+            out = fc2.forward_onto(out, activated)
             out += _chosen(x, rows)
         return out, saved
 
@@ -289,16 +278,9 @@ class FusedPhiLayer(FusedLayer):
 
         # Back through the norm; the residual passes the gradient on as it is.
         total = _scattered(grad, rows, tokens) if needs_input else None  # [T, D]
-        names = ("input_layernorm", "qkv_fc1")
-        self._input_backward(names, wide, saved.x, shared.row_keys, total)
+        norm, stats = self.norms["input_layernorm"], saved.stats["qkv_fc1"]
+        self.kernels.norm_backward(first, wide, saved.x, norm, shared.row_keys, stats, total)
         return total
-
-    def _activate(self, inner: Tensor) -> Tensor:  # [n, F] -> [n, F]
-        return ops.gelu(inner)
-
-    def _activate_backward(self, grad: Tensor, inner: Tensor, out: Tensor) -> None:
-        # grad, inner and out: [n, F]
-        out.copy_(gelu_backward(grad, inner))
 
     def _parts(self) -> tuple[slice, slice]:
         """The outputs of the first product that attention reads, and those of fc1."""
@@ -308,6 +290,16 @@ class FusedPhiLayer(FusedLayer):
 
 class FusedPhi3Layer(FusedLayer):
     """Phi-3: attention, then a gated MLP, each added to what it read."""
+
+    activation = "swiglu"
+
+    def befores(self) -> dict[str, Before]:
+        return {
+            "qkv_proj": self.norms["input_layernorm"],
+            "o_proj": None,
+            "gate_up_proj": self.norms["post_attention_layernorm"],
+            "down_proj": self.activation,
+        }
 
     def forward(
         self, x: Tensor, shared: Shared, rows: Tensor | None, *, for_backward_only: bool = False
@@ -319,10 +311,9 @@ class FusedPhi3Layer(FusedLayer):
         saved = Saved(x, rows)
 
         # Norm, q, k, v and attention, over all rows.
-        wide = qkv.widen(len(x), lambda block: norm(x[block]), shared.row_keys)  # [T, D + X]
-        saved.low["qkv_proj"] = qkv.low(wide)
-        saved.projected = qkv.forward(wide)  # [T, P]
-        del wide
+        widened = self.kernels.widen(qkv, x, norm, shared.row_keys)
+        saved.projected = qkv.forward(saved.take("qkv_proj", widened))  # [T, P]
+        del widened
         self._attend(saved, shared)
 
         # Attention's output and the residual; from here on in the last layer for some rows only.
@@ -332,18 +323,13 @@ class FusedPhi3Layer(FusedLayer):
         middle += _chosen(x, rows)
 
         # Norm, gate and up.
-        wide = gate_up.widen(
-            len(middle), lambda block: second_norm(middle[block]), keys
-        )  # [N, D + X]
-        saved.low["gate_up_proj"] = gate_up.low(wide)
-        inner = saved.inner = gate_up.forward(wide)  # [N, 2 F]
-        del wide
+        widened = self.kernels.widen(gate_up, middle, second_norm, keys)
+        saved.inner = gate_up.forward(saved.take("gate_up_proj", widened))  # [N, 2 F]
+        del widened
 
         # The output. The backward reads nothing of it but `low`.
-        activated = down.widen(
-            len(inner), lambda block: self._activate(inner[block]), keys
-        )  # [N, F + X]
-        saved.low["down_proj"] = down.low(activated)
+        widened = self.kernels.widen(down, saved.inner, self.activation, keys)
+        activated = saved.take("down_proj", widened)  # [N, F + X]
         if for_backward_only:
             return middle, saved
         out = down.forward(activated)  # [N, D]
@@ -363,8 +349,8 @@ class FusedPhi3Layer(FusedLayer):
         self._mlp_backward("down_proj", grad, saved, keys, grad_inner)
         wide = gate_up.backward(grad_inner, saved.low["gate_up_proj"])  # [N, D + X]
         del grad_inner
-        names = ("post_attention_layernorm", "gate_up_proj")
-        self._input_backward(names, wide, middle, keys, total=grad)
+        norm, stats = self.norms["post_attention_layernorm"], saved.stats["gate_up_proj"]
+        self.kernels.norm_backward(gate_up, wide, middle, norm, keys, stats, grad)
         del wide
 
         # Back through attention.
@@ -379,16 +365,9 @@ class FusedPhi3Layer(FusedLayer):
         )  # [T, D + X]
         del grad_projected
         total = _scattered(grad, rows, len(saved.x)) if needs_input else None  # [T, D]
-        names = ("input_layernorm", "qkv_proj")
-        self._input_backward(names, wide, saved.x, shared.row_keys, total)
+        norm, stats = self.norms["input_layernorm"], saved.stats["qkv_proj"]
+        self.kernels.norm_backward(qkv, wide, saved.x, norm, shared.row_keys, stats, total)
         return total
-
-    def _activate(self, inner: Tensor) -> Tensor:  # [n, 2 F] -> [n, F]
-        return ops.swiglu(inner)
-
-    def _activate_backward(self, grad: Tensor, inner: Tensor, out: Tensor) -> None:
-        # grad: [n, F], inner and out: [n, 2 F]
-        self.kernels.swiglu_backward(grad, inner, out)
 
 
 FUSED_LAYERS: dict[str, type[FusedLayer]] = {"phi": FusedPhiLayer, "phi3": FusedPhi3Layer}

@@ -1,18 +1,20 @@
-"""What starts the kernels of triton_kernels.py: shapes of blocks, and a function for each kernel.
+"""The fused layers' kernels in Triton: what starts those of triton_kernels.py.
 
-Imported only where there is Triton. `launch` is the one place where a kernel is started.
+`TritonKernels` takes the place of `fused.Kernels`; below it a function for each kernel, and the
+shapes of blocks. `launch` is the one place where a kernel is started. Imported only where there is
+Triton.
 
 Shapes: T rows, D in, X extra columns, M adapter pairs, H heads, E head_dim, n rows of logits,
 V vocabulary, G groups of rows. All rows may have any pitch.
 """
 
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from phitune.model import ops, triton_kernels
+from phitune.model.fused import Activation, Before, FusedNorm, Kernels, Widened, WidenedLinear
 
 # A norm's backward reads a row at once, and the kernels hold all extra columns in registers.
 MOST_WIDTH = 2**14
@@ -21,20 +23,7 @@ MOST_COLUMNS = 512
 PROGRAMS = 512
 
 
-class Norm(NamedTuple):
-    """A norm's own numbers; LayerNorm has a bias, RMSNorm none."""
-
-    weight: Tensor  # [D]
-    bias: Tensor | None  # [D]
-    eps: float
-
-
-# What is done to the input before the product: a norm, an activation or nothing.
-Before = Norm | Literal["gelu", "swiglu"] | None
-
-
-@dataclass(frozen=True)
-class Adapters:
+class Adapters(NamedTuple):
     """The adapter pairs of one linear layer, as the kernels read them."""
 
     lora_A: Tensor  # [X, D]
@@ -58,13 +47,79 @@ class Blocks(NamedTuple):
     warps: int
 
 
+class TritonKernels(Kernels):
+    """`fused.Kernels` with all rows at once, in one or two launches of a kernel."""
+
+    name = "Triton kernels"
+
+    def widen(
+        self, linear: WidenedLinear, x: Tensor, before: Before, row_keys: Tensor | None
+    ) -> Widened:
+        return widen(x, before, _adapters(linear, row_keys), row_keys)
+
+    def backward(
+        self, linear: WidenedLinear, grad: Tensor, x: Tensor, row_keys: Tensor | None
+    ) -> Tensor:
+        out = grad[:, : linear.width]  # [T, D]
+        if linear.is_adapted:
+            adapters = _adapters(linear, row_keys)
+            complete(x, None, grad, out, adapters, linear.grad_A, row_keys, None)
+        return out
+
+    def activation_backward(
+        self,
+        linear: WidenedLinear,
+        grad: Tensor,
+        x: Tensor,
+        activation: Activation,
+        row_keys: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        adapters = _adapters(linear, row_keys)
+        complete(x, activation, grad, out, adapters, linear.grad_A, row_keys, None)
+
+    def norm_backward(
+        self,
+        linear: WidenedLinear,
+        grad: Tensor,
+        x: Tensor,
+        norm: FusedNorm,
+        row_keys: Tensor | None,
+        stats: Tensor | None,
+        total: Tensor | None,
+        *,
+        adds: bool = True,
+    ) -> None:
+        assert stats is not None
+        completed = grad[:, : linear.width]  # [T, D]
+        if linear.is_adapted:
+            out = None if total is None else completed
+            adapters = _adapters(linear, row_keys)
+            complete(x, norm, grad, out, adapters, linear.grad_A, row_keys, stats)
+        if total is not None:
+            norm_backward(completed, x, norm, stats, total, adds=adds)
+
+    def rotate_(self, x: Tensor, rotary: ops.Rotary, *, back: bool = False) -> None:
+        rotate_(x, rotary, back=back)
+
+    def cross_entropy_(self, logits: Tensor, targets: Tensor, weight: float | None) -> Tensor:
+        return cross_entropy_(logits, targets, weight)
+
+
+def _adapters(linear: WidenedLinear, row_keys: Tensor | None) -> Adapters | None:
+    if not linear.is_adapted:
+        return None
+    if row_keys is None:
+        return Adapters(linear.lora_A, linear.factors, linear.pair_of, None, 0)
+    factors, keys = linear.dropped_factors, linear.column_keys
+    return Adapters(linear.lora_A, factors, linear.pair_of, keys, linear.threshold)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *values: object, **constants: object) -> None:
     kernel[grid](*values, **constants)
 
 
-def widen(
-    x: Tensor, before: Before, adapters: Adapters | None, row_keys: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def widen(x: Tensor, before: Before, adapters: Adapters | None, row_keys: Tensor | None) -> Widened:
     """[f(x) | s dropout(f(x)) A^T], the input of a widened product, in one launch.
 
     Args:
@@ -73,17 +128,17 @@ def widen(
         adapters: None where nothing is adapted.
         row_keys: [T] of the dropout, None without.
 
-    Returns: [T, D + X]; a copy of its extra columns [T, X], where there are some; and a norm's
-    statistics, which `complete` and `norm_backward` want.
+    Returns: [T, D + X], which is x itself where there is nothing to do, and what `complete` and
+    `norm_backward` want.
     """
     tokens, width = len(x), _width(x, before)
     extra = adapters.columns if adapters else 0
     if before is None and adapters is None:
-        return x, None, None
+        return Widened(x, None)
     wide = x.new_empty(tokens, width + extra)
     low = x.new_empty(tokens, extra) if extra else None
     stats = None
-    if isinstance(before, Norm):
+    if isinstance(before, FusedNorm):
         stats = x.new_empty(2, tokens, dtype=torch.float32)
     blocks = widen_blocks(x.dtype, extra)
     launch(
@@ -98,11 +153,11 @@ def widen(
         tokens,
         x.stride(0),
         wide.stride(0),
-        before.eps if isinstance(before, Norm) else 0.0,
+        before.eps if isinstance(before, FusedNorm) else 0.0,
         **_constants(before, width, adapters, row_keys),
         **_shape(blocks),
     )
-    return wide, low, stats
+    return Widened(wide, low, stats)
 
 
 def complete(
@@ -169,7 +224,7 @@ def complete(
 
 
 def norm_backward(
-    grad: Tensor, x: Tensor, norm: Norm, stats: Tensor, out: Tensor, *, adds: bool
+    grad: Tensor, x: Tensor, norm: FusedNorm, stats: Tensor, out: Tensor, *, adds: bool
 ) -> None:
     """A norm's backward. grad, x: [T, D]; out: [T, D], written or added to, may be x."""
     tokens, width = x.shape
@@ -194,10 +249,11 @@ def norm_backward(
     )
 
 
-def rotate_(x: Tensor, head_dim: int, rotary: ops.Rotary, *, back: bool = False) -> None:
-    """`ops.rotate` in place; with `back` its transpose. x: [T, H E], heads side by side."""
-    tokens, width = x.shape
-    heads, half = width // head_dim, rotary.cos.shape[-1] // 2
+def rotate_(x: Tensor, rotary: ops.Rotary, *, back: bool = False) -> None:
+    """`fused.rotate_`, of heads that are side by side. x: [T, H, E]."""
+    tokens, heads, head_dim = x.shape
+    assert x.stride()[1:] == (head_dim, 1)
+    half = rotary.cos.shape[-1] // 2
     lanes = _power(half)
     block = min(_power(heads), max(1, 4096 // lanes))
     launch(
@@ -230,7 +286,7 @@ def cross_entropy_(logits: Tensor, targets: Tensor, weight: float | None) -> Ten
         targets,
         losses,
         logits.stride(0),
-        1.0 if weight is None else weight,
+        1.0 if weight is None else float(weight),
         V=size,
         WANTS_GRADIENT=weight is not None,
         BLOCK=block,
@@ -259,13 +315,13 @@ def _width(x: Tensor, before: Before) -> int:
 
 
 def _kind(before: Before) -> str:
-    if isinstance(before, Norm):
+    if isinstance(before, FusedNorm):
         return "rms_norm" if before.bias is None else "layer_norm"
     return before or "plain"
 
 
 def _weights(before: Before) -> tuple[Tensor | None, Tensor | None]:
-    return (before.weight, before.bias) if isinstance(before, Norm) else (None, None)
+    return (before.weight, before.bias) if isinstance(before, FusedNorm) else (None, None)
 
 
 def _operands(adapters: Adapters | None, row_keys: Tensor | None) -> tuple[Tensor | None, ...]:

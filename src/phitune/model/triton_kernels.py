@@ -289,7 +289,7 @@ def complete(
         tl.store(partials + group.to(tl.int64) * (X * D) + a_places, total, mask=a_inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def add_partials(
     partials,  # [G, X * D] fp32
     grad_A,  # [X * D], added to

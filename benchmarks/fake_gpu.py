@@ -63,6 +63,7 @@ class Counts:
     waits: Counter[str] = field(default_factory=Counter)  # by operation and line of the package
     staged: Counter[str] = field(default_factory=Counter)  # copies from memory that is not pinned
     kernels: Counter[str] = field(default_factory=Counter)  # by operation
+    operations: set[str] = field(default_factory=set)  # with their overload, as add.Tensor
     product_flops: float = 0.0
     narrow_bytes: float = 0.0  # of products with a small dimension
     other_bytes: Counter[str] = field(default_factory=Counter)  # of all other kernels but attention
@@ -119,6 +120,7 @@ class FakeGpu:
         if name in _FREE or _is_view(func):
             return
         counts.kernels[name] += _kernels(name, args)
+        counts.operations.add(str(func).removeprefix("aten."))
         if name in _PRODUCTS:
             shapes = [tensor.shape for tensor in tensors_in(args) if tensor.dim() > 1][-2:]
             rows, inner, columns = shapes[0][-2], shapes[0][-1], shapes[1][-1]

@@ -273,6 +273,9 @@ def _means(name: str, text: Any, value: Any) -> bool:
             return bool(joined.strip(" []") == "all")
         dashes = str.maketrans(DASHES, "-" * len(DASHES))
         return re.findall(r"\d+|-", value) == re.findall(r"\d+|-", joined.translate(dashes))
+    if name == "report_to":
+        joined = ",".join(text) if isinstance(text, list) else str(text)
+        return bool(value == re.sub(r"\s*,\s*", ",", joined.strip("[] ").lower()))
     if name in ("columns", "resume_with") and isinstance(text, dict):
         return bool(value == ",".join(f"{key}={each}" for key, each in text.items()))
     if isinstance(value, bool):

@@ -26,8 +26,9 @@ demo: setup
 	$(BIN)/phitune demo --output_dir $(DEMO_OUTPUT) --overwrite
 
 # On every core, whatever is left of a worker's tests going to one that has none. Without the tests
-# that take long: those are the campaigns, which CI runs too.
-PYTEST := $(BIN)/pytest -n logical --dist worksteal
+# that take long: those are the campaigns, which CI runs too. Byte code is kept, also where containers
+# have set that variable: every worker would compile all tests, and every process all of the package.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n logical --dist worksteal
 
 test: setup
 	$(PYTEST) -m "not campaign"

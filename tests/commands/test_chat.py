@@ -62,7 +62,8 @@ def piped(
     return code, captured.out, captured.err
 
 
-@pytest.mark.parametrize("name", ONE_MODEL)
+@pytest.mark.campaign
+@pytest.mark.parametrize("name", ["tiny-phi-3.5", "tiny-phi-2"])
 def test_echo_prints_only_the_answer(name: str, tmp_path: Path) -> None:
     """The whole way, in a process of its own."""
     adapter = random_adapter(ASSETS / name, tmp_path / "run" / "adapter")

@@ -236,18 +236,15 @@ def _environment(**changes: str) -> dict[str, str]:
 def test_piped_questions_line_by_line(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The whole way, in a process of its own; then as JSON."""
     piped = "What sound does a cat make?\n\n  How much is 8 plus 7?  \n/quit\nnever asked\n"
-    command = [*PHITUNE, "compare", "--adapter_path", "run", "--max_new_tokens", "24"]
-    done = subprocess.run(
-        command, input=piped, capture_output=True, text=True, timeout=SECONDS, env=_environment()
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    words = " ".join(re.sub(r"[\u2500-\u257f]", " ", done.stdout).split())
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(piped.encode())))
+    code, out, err = compare(capsys, "--adapter_path run")
+    assert (code, err) == (0, "")
+    words = " ".join(re.sub(r"[\u2500-\u257f]", " ", out).split())
     assert words.index("A cat meows.") < words.index("8 plus 7 is 15.")
     assert "never asked" not in words
     assert "stopped 2 of 2 (100%)" in words
-    assert "\x1b" not in done.stdout
+    assert "\x1b" not in out
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(piped.encode())))
     document = document_of(capsys, "--adapter_path run")
     assert [question["turns"][0]["content"] for question in document["questions"]] == [

@@ -15,17 +15,20 @@ from helpers.command_line import phitune
 from phitune.commands import demo
 from phitune.config import MINIATURES
 from phitune.errors import ModelError
-from phitune.model.files import find_model
+from phitune.model.files import EXAMPLE_DATASET, find_model
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def short_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory, and the demo with one epoch instead of twenty."""
+    """A working directory, and the demo with one epoch, not twenty, and a fifth of its rows."""
     settings = yaml.safe_load(demo.CONFIG.read_text())
+    rows = tmp_path / "captain.jsonl"
+    rows.write_text("".join(EXAMPLE_DATASET.open().readlines()[:100]))
+    settings |= {"dataset_path": str(rows), "epochs": 1, "sample_tokens": 8, "device": "cpu"}
     short = tmp_path / "short.yaml"
-    short.write_text(yaml.safe_dump({**settings, "epochs": 1, "sample_tokens": 8, "device": "cpu"}))
+    short.write_text(yaml.safe_dump(settings))
     monkeypatch.setattr(demo, "CONFIG", short)
     place = tmp_path / "place"
     place.mkdir()
@@ -33,6 +36,7 @@ def short_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return place
 
 
+@pytest.mark.usefixtures("short_general_text", "short_proof")
 def test_it_ends_with_the_table_and_commands_that_run(
     short_demo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,6 +48,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return once(tmp_path_factory, "json", build)
 
 
+@pytest.mark.usefixtures("short_general_text")
 @pytest.mark.parametrize("name", LINES)
 def test_a_document_is_as_it_is_documented(
     name: str, place: Path, monkeypatch: pytest.MonkeyPatch

@@ -184,7 +184,7 @@ def load_adapter(
 
     # What they hold: one pair of matrices for each module that the model knows.
     known = (EMBEDDING_MODULE, *decoder.fused_linears())
-    weights = decoder.named_weights()
+    weights = set(decoder.named_weights())
     copies = {name for name in tensors if _weight_of_base(decoder, name) in weights}
     given = {name: tensor for name, tensor in tensors.items() if name not in copies}
     parts = parts_of(decoder.config)

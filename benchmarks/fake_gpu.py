@@ -93,6 +93,12 @@ class FakeGpu:
         self._modes.enter_context(
             patch.object(FakeTensor, "tolist", lambda tensor: self._to_list(tensor))
         )
+        # What a program asks torch of a GPU.
+        for module, name, answer in (
+            (torch.cuda, "get_device_capability", (9, 0)),
+            (torch.backends.cuda, "is_flash_attention_available", True),
+        ):
+            self._modes.enter_context(patch.object(module, name, return_value=answer))
         self._modes.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         self._modes.enter_context(_Operations(self))
         self._modes.enter_context(_Functions(self))
@@ -193,10 +199,7 @@ class _Operations(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "aten" and torch._C._dispatch_has_kernel_for_dispatch_key(
-            func.name(), "CompositeImplicitAutograd"
-        ):
-            # In inference mode they come here whole.
+        if _is_composite(func):  # In inference mode they come here whole.
             with self:
                 return func.decompose(*args, **kwargs)
         name = func._schema.name.partition("::")[2]
@@ -253,6 +256,11 @@ class _Functions(TorchFunctionMode):
         if func is F.scaled_dot_product_attention and isinstance(args[0], FakeTensor):
             self.gpu.counts.kernels["scaled_dot_product_attention"] += 1
             return torch.empty_like(args[0])
+        if "silu_backward" in str(func) and isinstance(args[0], FakeTensor):
+            # One kernel on a GPU; a torch without it makes several operations of it.
+            out = torch.empty_like(args[0])
+            self.gpu.note("silu_backward", torch.ops.aten.silu_backward.default, args, kwargs, out)
+            return out
         return func(*args, **kwargs)
 
 
@@ -283,6 +291,16 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
     elif isinstance(value, dict):
         yield from tensors_in(list(value.values()))
+
+
+def _is_composite(func: Any) -> bool:
+    """Whether an operation is made of others on every device."""
+    if func.namespace != "aten":
+        return False
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return has_kernel(func.name(), "CompositeImplicitAutograd") and not has_kernel(
+        func.name(), "CPU"
+    )
 
 
 def _is_view(func: Any) -> bool:

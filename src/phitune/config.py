@@ -599,6 +599,12 @@ class Settings(BaseModel):
         "compile the layers where that is reliable and faster; the run reports the choice",
         group=_MACHINE,
     )
+    deterministic: bool = knob(
+        False,
+        "on an NVIDIA GPU: add up in the same order every time, so that the same run gives the same"
+        " bits",
+        group=_MACHINE,
+    )
 
     sample_prompts: Texts = knob(
         [],

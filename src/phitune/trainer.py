@@ -48,6 +48,7 @@ from phitune.model.device import (
     choose_device,
     choose_precision,
     compile_seconds,
+    deterministic,
     device_name,
     first_line,
     give_back_memory,
@@ -330,6 +331,8 @@ class LoRATrainer:
                 held.enter_context(run_lock(resumption.folder))
                 resumption.check_unchanged()
             self._check_output_dir()
+
+            held.enter_context(deterministic(self.device, wanted=self.settings.deterministic))
 
             # Threads: those that are given; others are measured behind the dry run.
             held.callback(torch.set_num_threads, torch.get_num_threads())

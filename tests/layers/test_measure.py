@@ -11,6 +11,8 @@ from helpers.rows import loss_sum_of, open_decoder, random_rows
 
 from phitune.config import resolve
 from phitune.data.packing import Batch, batches
+from phitune.errors import OutOfMemoryError
+from phitune.layers import measure as measure_module
 from phitune.layers.guide import (
     advice,
     layer_of,
@@ -18,7 +20,7 @@ from phitune.layers.guide import (
     price_of,
     short_name,
 )
-from phitune.layers.measure import Measurement, in_ranges, measure, propose
+from phitune.layers.measure import Measurement, in_ranges, measure, prepare, propose, survey
 from phitune.model.architecture import (
     FAMILIES,
     known_model_config,
@@ -28,8 +30,9 @@ from phitune.model.architecture import (
 )
 from phitune.model.decoder import Decoder
 from phitune.model.engine import FusedEngine
-from phitune.model.files import ASSETS
+from phitune.model.files import ASSETS, EXAMPLE_DATASET
 from phitune.model.lora import LoraSpec, attach
+from phitune.plan.machine import Memory
 
 EVERYTHING = ["all-linear", "embed_tokens", "lm_head"]
 
@@ -204,3 +207,25 @@ def test_ranges_are_as_layers_takes_them() -> None:
     assert in_ranges([5, 0, 1, 2, 9, 8]) == "0-2,5,8-9"
     for chosen in ([0], [0, 2, 4], list(range(32)), [1, 2, 30, 31]):
         assert resolve_layers(config, in_ranges(chosen)) == chosen
+
+
+def test_free_memory_is_asked_for_before_the_weights_take_their_part(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A plan counts the weights too; what is left beside them would be too little for it."""
+    order: list[str] = []
+
+    def asked(_: object) -> Memory:
+        order.append("memory")
+        return Memory(2**30, "free")
+
+    def fetched(*_: object) -> None:
+        order.append("weights")
+        raise OutOfMemoryError("enough is known")
+
+    monkeypatch.setattr(measure_module, "memory_budget", asked)
+    monkeypatch.setattr(measure_module, "fetch_weights", fetched)
+    setup = prepare(resolve({"model_name": "tiny-phi-2", "dataset_path": str(EXAMPLE_DATASET)}), 1)
+    with pytest.raises(OutOfMemoryError):
+        survey(setup)
+    assert order == ["memory", "weights"]

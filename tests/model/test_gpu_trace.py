@@ -6,7 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 from fake_gpu import DEVICE, FakeGpu
-from gpu_trace import Case, Training, narrow_configs
+from gpu_trace import (
+    Case,
+    Training,
+    allocated,
+    counts_of_layers,
+    narrow_configs,
+    real_configs,
+)
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or torch.cuda.is_available(), reason="needs Linux without a GPU"
@@ -79,3 +86,23 @@ def test_adapters_are_copied_into_the_products_once_a_step() -> None:
     copied = copies[0]
     assert copied > 0
     assert copies == [copied, 0, 0, copied, 0, copied]
+
+
+@pytest.mark.parametrize(("name", "most"), [("phi-2", 160), ("phi-3.5", 185)])
+def test_a_layer_is_few_kernels(name: str, most: int) -> None:
+    # Without Triton's kernels; 465 and 462 before blocks were whole micro-batches.
+    assert counts_of_layers(real_configs()[name], (1024,) * 4)["kernels_of_a_layer"] <= most
+
+
+@pytest.mark.parametrize("name", ["phi-2", "phi-3.5"])
+@pytest.mark.parametrize(
+    ("lengths", "recomputed"),
+    [((1024,) * 4, 0), ((2048,) * 8, 2), pytest.param((768,), 4, marks=pytest.mark.campaign)],
+)
+def test_the_plan_is_what_is_allocated(
+    name: str, lengths: tuple[int, ...], recomputed: int
+) -> None:
+    config = replace(real_configs()[name], num_hidden_layers=4)
+    found = allocated(config, lengths, recomputed)
+    # Sums of the same buffers: what is left is the allocator's rounding and a few scalars.
+    assert abs(found["error"]) < 0.005, found

@@ -394,6 +394,8 @@ def survey(
     """
     settings, config, modules = setup.settings, setup.config, setup.modules
     try:
+        # Before the weights are there, which a plan counts too.
+        budget = memory_budget(torch.device(settings.device)).bytes
         fetch_weights(settings.model_name, setup.folder)
         decoder = load_decoder(
             setup.folder, config, DTYPES[settings.precision], torch.device(settings.device)
@@ -406,7 +408,9 @@ def survey(
             settings.use_rslora,
         )
         adapter = attach(decoder, spec, settings.seed)
-        measurement = measure(_engine(setup, decoder), decoder, adapter, setup.batches, batch_done)
+        measurement = measure(
+            _engine(setup, decoder, budget), decoder, adapter, setup.batches, batch_done
+        )
     except (RuntimeError, MemoryError, OutOfMemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -451,7 +455,7 @@ def _draw(data: PreparedData, settings: Settings, batches: int) -> list[Batch]:
     ]
 
 
-def _engine(setup: Setup, decoder: Decoder) -> Engine:
+def _engine(setup: Setup, decoder: Decoder, budget: int) -> Engine:
     """The engine that was asked for, without dropout; it recomputes what training would have to."""
     settings, count = setup.settings, setup.config.num_hidden_layers
     layers = count if settings.recompute_layers == "all" else settings.recompute_layers
@@ -459,11 +463,11 @@ def _engine(setup: Setup, decoder: Decoder) -> Engine:
         layers = 0
     if settings.engine == "reference":
         return ReferenceEngine(decoder, count if layers is None else layers)
-    return FusedEngine(decoder, 0.0, _fewest(setup) if layers is None else layers)
+    return FusedEngine(decoder, 0.0, _fewest(setup, budget) if layers is None else layers)
 
 
-def _fewest(setup: Setup) -> int:
-    """As few recomputed layers as fit the device, with the largest of the batches."""
+def _fewest(setup: Setup, budget: int) -> int:
+    """As few recomputed layers as fit `budget` bytes, with the largest of the batches."""
     settings, device = setup.settings, torch.device(setup.settings.device)
     largest = max(setup.batches, key=lambda batch: batch.num_tokens)
     lengths = tuple(stop - start for start, stop in itertools.pairwise(largest.cu_seqlens))
@@ -472,7 +476,7 @@ def _fewest(setup: Setup) -> int:
         setup.config, setup.modules, settings.lora_r, _base(settings), kinds[device.type]
     )
     shape = Shape(lengths, largest.num_target_tokens)
-    return fewest_recomputed(model, shape, memory_budget(device).bytes).recompute_layers
+    return fewest_recomputed(model, shape, budget).recompute_layers
 
 
 def _base(settings: Settings) -> Base:

@@ -25,15 +25,17 @@ from phitune.untrusted import read_object
 # Sizes of the buffers that the engine works in, shared with the planner.
 
 # Logits of this many bytes, were they in fp32, exist at a time: enough for the product to run at
-# full speed. On a CPU more rows make it no faster; wide accelerators want more.
-LOSS_CHUNK_BYTES = {"cpu": 2**25}
+# full speed. On a CPU more rows make it no faster; wide accelerators want more: 320 rows of Phi-2's
+# head ran at half of an H200's rate, 2,048 at all of it (benchmarks/results/gpu_probe.jsonl).
+LOSS_CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**27}
 LOSS_CHUNK_BYTES_ELSEWHERE = 2**26
 # Products of multiples of this number of rows waste the least.
 LOSS_CHUNK_ROWS = 32
 # A CPU's products are up to a third slower where the number of rows is no multiple of this.
 PRODUCT_ROWS = {"cpu": 4}
-# Elements of a block of rows: on a CPU what fits its caches, elsewhere what keeps buffers small.
-BLOCK_ELEMENTS = {"cpu": 2**18}
+# Elements of a block of rows: on a CPU what fits its caches, elsewhere what keeps buffers small. On
+# CUDA each block costs the host launches, so that 4,096 tokens are one.
+BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
 BLOCK_ELEMENTS_ELSEWHERE = 2**23
 # A widened weight keeps its rows aligned: extra columns come in multiples of this.
 EXTRA_COLUMNS = 16
@@ -62,9 +64,13 @@ def padded_rows(rows: int, device: str) -> int:
     return rows + -rows % PRODUCT_ROWS.get(device, 1)
 
 
-def block_rows(width: int, device: str) -> int:
-    """Rows of `width` elements in a block, on a kind of device (cpu, cuda, mps)."""
-    return max(1, BLOCK_ELEMENTS.get(device, BLOCK_ELEMENTS_ELSEWHERE) // width)
+def block_rows(rows: int, width: int, device: str) -> int:
+    """How many of `rows` rows of `width` elements a block has, on a device (cpu, cuda, mps)."""
+    most = max(1, BLOCK_ELEMENTS.get(device, BLOCK_ELEMENTS_ELSEWHERE) // width)
+    if device == "cpu" or rows <= most:
+        return most
+    # Even ones: a last block of a row would cost as many launches as any.
+    return -(-rows // -(-rows // most))
 
 
 def extra_columns(total_rank: int) -> int:

@@ -60,9 +60,21 @@ def choose_attention(device: torch.device, dtype: torch.dtype) -> Attention:
     """The fastest for this device and precision."""
     if device.type == "cpu":
         return FlashOnCpu()
-    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
-        return FlashOnCuda()
-    return InBlocks()
+    if device.type != "cuda":
+        return InBlocks()
+    why_not = _why_no_flash(device, dtype)
+    return InBlocks(why_not) if why_not else FlashOnCuda()
+
+
+def _why_no_flash(device: torch.device, dtype: torch.dtype) -> str:
+    """What keeps flash attention from running on a GPU; "" where nothing does."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"flash attention has no {str(dtype).removeprefix('torch.')}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "flash attention needs compute capability 8.0"
+    if not torch.backends.cuda.is_flash_attention_available():
+        return "this torch is built without flash attention"
+    return ""
 
 
 class FlashOnCpu:
@@ -213,7 +225,8 @@ class FlashOnCuda:
 class InBlocks:
     """Scores exist for a block of queries at a time, in fp32 at least."""
 
-    name = "attention in blocks of queries"
+    def __init__(self, why: str = "") -> None:
+        self.name = "attention in blocks of queries" + (f" ({why})" if why else "")
 
     def forward(
         self,

@@ -9,6 +9,7 @@ Not here: how much memory there is and what a run may plan with (plan/machine.py
 
 import contextlib
 import ctypes
+import functools
 import gc
 import mmap
 import os
@@ -17,8 +18,8 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable
-from typing import Literal, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -37,6 +38,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _NO_PRODUCT = r"could not (create|execute) a primitive"
 _NO_MEMORY = re.compile(
     rf"can't allocate memory|out of memory|bad_alloc|can't start new thread|{_NO_PRODUCT}"
+    # cuBLAS has no memory for its workspace, or for itself.
+    r"|CUBLAS_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)"
 )
 
 
@@ -203,13 +206,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def choose_device(name: str) -> torch.device:
     """The device asked for; "auto" prefers CUDA, then Apple's GPU, then the CPU.
 
+    On CUDA torch's attention, with which models answer and are evaluated, leaves cuDNN alone from
+    then on: it plans anew for every length, which took 5 ms of the 14 ms of a token.
+
     Raises:
         SettingsError: the machine does not have it.
     """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if name == "auto":
-        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
-    device = torch.device(name)
+    best = "cuda" if cuda else "mps" if mps else "cpu"
+    device = torch.device(best if name == "auto" else name)
     if device.type == "cuda" and not cuda:
         built = "" if torch.version.cuda else "; this torch is built without CUDA"
         raise SettingsError(f"device {name}: no CUDA device found{built}")
@@ -217,6 +222,8 @@ def choose_device(name: str) -> torch.device:
         raise SettingsError(f"device {name}: there are {torch.cuda.device_count()} CUDA devices")
     if device.type == "mps" and not mps:
         raise SettingsError(f"device {name}: no Apple GPU found")
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 
@@ -253,7 +260,19 @@ def compile_refusal(device: torch.device, wanted: bool) -> str | None:
         return "not used: the compiler is not dependable on Apple's GPU"
     if not _has_c_compiler():
         return "not used: it needs a C compiler (gcc or clang), and there is none on PATH"
+    if why_not := _why_not_compiled(device.type):
+        return f"not used: the compiler does not run here ({why_not})"
     return None
+
+
+@functools.cache
+def _why_not_compiled(kind: str) -> str:
+    """Compiles the smallest of programs. Returns: why that failed, "" where it did not."""
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=kind))  # [8]
+    except Exception as error:  # Triton, a C compiler and Python's headers fail in many ways.
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ""
 
 
 def compile_layers(decoder: Decoder) -> None:
@@ -289,6 +308,30 @@ def compile_seconds() -> float:
     from torch._dynamo.utils import calculate_time_spent
 
     return float(calculate_time_spent().get("entire_frame_compile", 0.0))
+
+
+@contextlib.contextmanager
+def deterministic(device: torch.device, *, wanted: bool) -> Iterator[None]:
+    """In it, torch adds in the same order every time; on CUDA alone, as a CPU does anyway.
+
+    To be entered before the first product on the device.
+    """
+    if not wanted or device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    fills: Any = torch.utils.deterministic
+    were, filled = torch.are_deterministic_algorithms_enabled(), fills.fill_uninitialized_memory
+    had_efficient = torch.backends.cuda.mem_efficient_sdp_enabled()
+    torch.use_deterministic_algorithms(True)
+    fills.fill_uninitialized_memory = False  # Nothing here reads what it did not write.
+    torch.backends.cuda.enable_mem_efficient_sdp(False)  # It would be refused.
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(were)
+        fills.fill_uninitialized_memory = filled
+        torch.backends.cuda.enable_mem_efficient_sdp(had_efficient)
 
 
 def _has_c_compiler() -> bool:

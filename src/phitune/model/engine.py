@@ -129,6 +129,11 @@ class ReferenceEngine(Engine):
         return self.decoder.loss_sum(hidden, batch.labels, batch.target_positions, dropout)
 
 
+# To call a compiled function takes the host longer than the launches that it saves; measured in
+# benchmarks/results/gpu.md.
+SLOWER_COMPILED = "not used: compiled, a step took 1.02 to 1.5 times as long on an H200"
+
+
 def choose_backend(
     device: torch.device, dtype: torch.dtype, torch_compile: bool
 ) -> tuple[Backend, dict[str, str]]:
@@ -142,7 +147,9 @@ def choose_backend(
     if dtype == torch.bfloat16 and emulates_bf16(device):
         why += "; this processor only emulates bf16, many times slower than fp32"
     attention = choose_attention(device, dtype)
-    refusal = compile_refusal(device, torch_compile)
+    refusal = compile_refusal(device, torch_compile) if device.type != "cuda" else SLOWER_COMPILED
+    if not torch_compile:
+        refusal = "off, as asked"
     choices = {
         "engine": "fused: one product for the weights that share an input, adapters inside it,"
         " backward by hand",
@@ -162,7 +169,8 @@ class FusedEngine(Engine):
         dropout_rate: of the adapter.
         recompute_layers: how many layers, from the lowest, keep their input only. The lowest come
             last in the backward, when the memory of the others is free again.
-        torch_compile: compile the work between the products, where that is dependable and pays.
+        torch_compile: compile the work between the products, where that is dependable and pays:
+            so far nowhere; `use_kernels` takes compiled ones all the same.
         keep_freed: on a CPU, keep freed buffers for the next of their kind: faster, but fragmented
             memory takes up to a sixth more.
     """
@@ -192,6 +200,8 @@ class FusedEngine(Engine):
             self.layers.append(fused_layer(layer, backend, dropout_rate))
         self.final_norm = FusedNorm(decoder.final_norm, backend)
         self.head = WidenedLinear(decoder.lm_head, backend, dropout_rate)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # Weights were replaced by wider ones, one after the other.
         self._versions: list[int] = []  # of A and B of every pair, as they are in the products
         adapted = [index for index, layer in enumerate(self.layers) if layer.is_adapted]
         # Below the lowest adapter nothing is kept and nothing goes back.

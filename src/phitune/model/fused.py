@@ -186,8 +186,8 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def blocks(count: int, width: int, device: torch.device) -> Iterator[slice]:
-    """`count` rows of `width` elements, a block that fits the cache at a time."""
-    rows = architecture.block_rows(width, device.type)
+    """`count` rows of `width` elements, on a CPU a block that fits the cache at a time."""
+    rows = architecture.block_rows(count, width, device.type)
     for start in range(0, count, rows):
         yield slice(start, min(start + rows, count))
 
@@ -587,16 +587,34 @@ def dropped_low_backward(
 
 
 def keep_bits(row_keys: Tensor, columns: Tensor, threshold: int) -> Tensor:
-    """`ops.keep_mask` as bits: all ones where an element is kept, all zeros where it is not.
+    """`ops.keep_mask` as `drop` takes it on this device.
 
-    row_keys: [n], columns: [D]. Returns: [n, D] int32.
+    row_keys: [n], columns: [D]. Returns: [n, D]; on a CPU int32, all ones where an element is kept
+    and all zeros where it is not, elsewhere booleans.
     """
-    bits = row_keys.unsqueeze(1) * columns
-    return bits.bitwise_right_shift_(1).sub_(threshold).bitwise_right_shift_(31)
+    product = row_keys.unsqueeze(1) * columns
+    if product.device.type == "cpu":
+        return as_bits(product, threshold)
+    return as_booleans(product, threshold)
+
+
+def as_booleans(product: Tensor, threshold: int) -> Tensor:
+    """Where an element is kept, by the product [n, D] of its keys. Returns: [n, D] bool.
+
+    `(product >> 1) < threshold` in one operation, and without an int32 beyond its range.
+    """
+    return product <= 2 * threshold - 1
+
+
+def as_bits(product: Tensor, threshold: int) -> Tensor:
+    """The same as int32 [n, D], all ones or all zeros; in place. Faster on a CPU."""
+    return product.bitwise_right_shift_(1).sub_(threshold).bitwise_right_shift_(31)
 
 
 def drop(x: Tensor, kept: Tensor, *, in_place: bool = False) -> Tensor:
-    """x [n, D] where `kept` [n, D], exactly 0 elsewhere; not scaled. One bitwise `and`."""
+    """x [n, D] where `kept` [n, D], 0 elsewhere; not scaled. One operation."""
+    if kept.dtype == torch.bool:
+        return x.mul_(kept) if in_place else x * kept
     integers = _INTEGERS[x.element_size()]
     bits = kept if integers == kept.dtype else kept.to(integers)
     if in_place:

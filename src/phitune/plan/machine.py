@@ -10,6 +10,8 @@ Not here: what a run needs (memory.py). GiB are 2**30 bytes and GB 10**9, as on 
 in the training guide. torch is loaded only where an accelerator is asked.
 """
 
+import itertools
+import os
 import platform
 import re
 import shutil
@@ -195,7 +197,7 @@ def _free_by_ulimit() -> list[Memory]:
 def device_kind(name: str) -> tuple[Device, str]:
     """The kind of device, and its reason; "auto" is what training would most likely take."""
     if name == "auto":
-        if shutil.which("nvidia-smi"):
+        if shutil.which("nvidia-smi") and _visible(0) is not None:
             return "cuda", "this machine has an NVIDIA driver"
         if is_apple_silicon():
             return "mps", "this is a Mac"
@@ -241,12 +243,25 @@ def _free_by_nvidia_smi(name: str) -> int | None:
     return int(free) * 2**20 if free.isdecimal() else None
 
 
+def _visible(index: int) -> str | None:
+    """What nvidia-smi calls a process's GPU of this number; None if the process sees none."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return str(index)
+    names = [name.strip() for name in visible.split(",")]
+    # CUDA takes those before the first that there cannot be.
+    names = list(itertools.takewhile(lambda name: name and not name.startswith("-"), names))
+    return names[index] if index < len(names) else None
+
+
 def _nvidia_smi(name: str, what: str) -> str:
     """One of the driver's figures of a GPU; "" if it has none."""
     program = shutil.which("nvidia-smi")
     if not program:
         return ""
-    index = name.partition(":")[2] or "0"
+    index = _visible(int(name.partition(":")[2] or "0"))
+    if index is None:
+        return ""
     query = [program, f"--query-gpu={what}", "--format=csv,noheader,nounits", "-i", index]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
@@ -342,10 +357,11 @@ def machine_called(gpu: str) -> tuple[Machine, ...]:
 def memory_budget(device: "torch.device") -> Memory:
     """What a run may plan with now: its share of what is free.
 
-    A plan has a term for the program, which on a CPU is in memory already, at least in part.
+    A plan has a term for the program, which is in memory already: on a CPU at least in part, on
+    CUDA the driver's context, since whoever asks for free memory has one.
     """
     free, kind = _free_on(device), _kind(device)
-    held = psutil.Process().memory_info().rss if kind == "cpu" else 0
+    held = {"cpu": psutil.Process().memory_info().rss, "cuda": PROGRAM_BYTES["cuda"]}.get(kind, 0)
     share = BUDGET_SHARE[kind] * (free.bytes + min(held, PROGRAM_BYTES[kind]))
     return Memory(round(share), free.source)
 

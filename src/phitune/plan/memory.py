@@ -41,8 +41,11 @@ _ADAPTER_COPIES = 4
 _OPTIMIZER_COPIES = 2
 # Integers of a token: ids, labels, positions (int64), the trained positions and the row key.
 _BATCH_BYTES = 3 * 8 + 8 + 4
-# Temporaries of a block of rows that exist at once.
+# Temporaries in fp32 of a block of rows that exist at once, on a CPU.
 _BLOCK_TEMPORARIES = 5
+# Elsewhere, in bytes an element: the product of a dropout mask's keys and the mask. And RMSNorm's
+# backward, which is in fp32 but for the normed rows and their gradient.
+_MASK_BYTES, _RMS_BYTES = 5, 4 * _FP32
 # Python, torch and the driver before the first tensor: measured on CPUs, published for CUDA.
 PROGRAM_BYTES: dict[Device, int] = {
     "cpu": round(0.35 * GIB),
@@ -331,12 +334,16 @@ class _StepMemory:
         hidden, inner, query = config.hidden_size, config.intermediate_size, config.query_size
         projected = query + 2 * config.key_value_size
         scattered = tokens * query if rows < tokens else 0
+        # By then the gradients of the first product's outputs are gone.
+        first = next(iter(extra_columns))
+        norm = rows * hidden + tokens * (hidden + extra_columns[first])
+        norm += tokens * hidden if rows < tokens else 0
         if config.model_type == "phi":
             grads = rows * (hidden + inner) + tokens * projected
             mlp = grads + rows * (inner + extra_columns["fc2"])
             attention = grads + rows * (query + extra_columns["dense"]) + scattered
             back = grads + tokens * (hidden + extra_columns["qkv_fc1"])
-            steps = [mlp, attention, back]
+            steps = [mlp, attention, back, norm]
         else:
             grads = rows * hidden
             mlp = grads + rows * (3 * inner + extra_columns["down_proj"])
@@ -344,12 +351,14 @@ class _StepMemory:
             grads += tokens * projected
             attention = grads + rows * (query + extra_columns["o_proj"]) + scattered
             back = grads + tokens * (hidden + extra_columns["qkv_proj"])
-            steps = [mlp, attention, back, middle]
+            second_norm = rows * (2 * hidden + extra_columns["gate_up_proj"])
+            steps = [mlp, attention, back, max(norm, second_norm), middle]
         extra = [
             self._block(inner),
             max(self._attention_backward(), self._rotation(), self._block(query)),
-            self._block(hidden),
-            self._block(hidden),
+            self._block(hidden) if self.device == "cpu" else 0,
+            self._block(hidden, is_norm=True),
+            self._block(hidden) if self.device == "cpu" else 0,
         ]
         return [step * self.element + more for step, more in zip(steps, extra, strict=False)]
 
@@ -365,7 +374,8 @@ class _StepMemory:
     def _loss_buffers(self) -> int:
         """The logits, and the larger of a block's softmax and the head's backward."""
         rows, vocabulary = self._loss_rows(), self.config.vocab_size
-        block = min(architecture.block_rows(vocabulary, self.device), rows) * vocabulary * _FP32
+        of_block = min(architecture.block_rows(rows, vocabulary, self.device), rows)
+        block = of_block * vocabulary * _FP32
         softmax = block if self.element == _FP32 else 2 * block
         # On a CPU the products of the head's slabs are summed: a second buffer.
         back = rows * self.config.hidden_size * self.element * (2 if self.device == "cpu" else 1)
@@ -391,13 +401,22 @@ class _StepMemory:
         return self.shape.longest * query * 3 * self.element
 
     def _rotation(self) -> int:
-        """Temporaries of rotating the queries in place."""
-        half = self.config.num_attention_heads * self.config.rotary_dim // 2
+        """Temporaries of rotating queries and keys in place."""
+        heads = self.config.num_attention_heads + self.config.num_key_value_heads
+        half = heads * self.config.rotary_dim // 2
         return 3 * self.shape.tokens * half * self.element
 
-    def _block(self, width: int) -> int:
-        rows = min(architecture.block_rows(width, self.device), self.shape.tokens)
-        return _BLOCK_TEMPORARIES * rows * width * _FP32
+    def _block(self, width: int, *, is_norm: bool = False) -> int:
+        """Temporaries of a block of rows; with those of the norm before a linear layer."""
+        tokens = self.shape.tokens
+        rows = min(architecture.block_rows(tokens, width, self.device), tokens)
+        if self.device == "cpu":
+            return _BLOCK_TEMPORARIES * rows * width * _FP32
+        # The input and its mask; or the mask, and the input and its gradient as it keeps them.
+        each = max(self.element + _MASK_BYTES, 3 * self.element + 1)
+        if is_norm and not FAMILIES[self.config.model_type].norm_bias:
+            each = max(each, _RMS_BYTES + self.element)
+        return rows * width * each
 
     def _batch(self) -> int:
         rotary = 2 * self.config.rotary_dim * self.element

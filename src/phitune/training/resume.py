@@ -60,6 +60,7 @@ CHANGEABLE = (
     "gradient_checkpointing",
     "recompute_layers",
     "torch_compile",
+    "deterministic",
     "engine",
     "device",
     "threads",

@@ -107,6 +107,10 @@ class FakeGpu:
     def __exit__(self, *_: object) -> None:
         self._modes.close()
 
+    def replace(self, module: Any, name: str, value: Any) -> None:
+        """Something of a module by something else, until the GPU is left."""
+        self._modes.enter_context(patch.object(module, name, value))
+
     @contextmanager
     def counting(self) -> Iterator[Counts]:
         """What is asked of the GPU from here on."""
@@ -115,6 +119,13 @@ class FakeGpu:
             yield self.counts
         finally:
             self.counts = before
+
+    def launch(self, kernel: Any, _: tuple[int, ...], *values: object, **constants: object) -> None:
+        """A kernel of Triton's, which nobody runs: one launch, and its operands once."""
+        name = str(getattr(kernel, "__name__", kernel))
+        self.counts.kernels[name] += 1
+        sizes = map(_size, tensors_in((values, constants)))
+        self.counts.other_bytes[name] += float(sum(sizes))
 
     # Called by the modes.
 

@@ -10,6 +10,7 @@ Writes results/NAME.json and .md; NAME is gpu_trace.
 """
 
 import argparse
+import importlib.util
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ from phitune.model.architecture import (
 )
 from phitune.model.decoder import Decoder
 from phitune.model.engine import FusedEngine
+from phitune.model.fused import Kernels
 from phitune.model.lora import AdapterSet, LoraSpec, attach
 from phitune.plan.machine import BUDGET_SHARE
 from phitune.plan.memory import AdaptedModel, Shape, plan_memory
@@ -83,11 +85,20 @@ class Case:
     targets: tuple[str, ...] = ("all-linear",)
     lengths: tuple[int, ...] = LENGTHS
     trained: float = 0.6
+    with_triton: bool = False  # its kernels, as where they run
 
     @property
     def name(self) -> str:
         targets = "" if self.targets == ("all-linear",) else f", {' '.join(self.targets)}"
         return f"dropout {self.dropout}, {self.recompute_layers} recomputed{targets}"
+
+
+def triton_kernels(gpu: FakeGpu) -> Kernels:
+    """Kernels that are counted where they would be started."""
+    from phitune.model import triton_backend
+
+    gpu.replace(triton_backend, "launch", gpu.launch)
+    return triton_backend.TritonKernels()
 
 
 class Training:
@@ -104,6 +115,8 @@ class Training:
         ]
         del tensors
         self.engine = FusedEngine(self.decoder, case.dropout, case.recompute_layers)
+        if case.with_triton:
+            self.engine.use_kernels(triton_kernels(gpu))
         self.optimizer = build_adamw(self.adapter.parameters(), weight_decay=0.0)
         self.rows = random_rows(list(case.lengths), config.vocab_size, case.trained)
         self.steps = 0
@@ -161,9 +174,11 @@ def decoding_counts(config: ModelConfig) -> Counts:
     return counts
 
 
-def counts_of_layers(config: ModelConfig, lengths: Sequence[int]) -> dict[str, Any]:
+def counts_of_layers(
+    config: ModelConfig, lengths: Sequence[int], *, with_triton: bool = False
+) -> dict[str, Any]:
     """A layer's kernels and bytes, forward and backward: three layers less two."""
-    case = Case(lengths=tuple(lengths), trained=1.0)
+    case = Case(lengths=tuple(lengths), trained=1.0, with_triton=with_triton)
     found = []
     for layers in (2, 3):
         with FakeGpu() as gpu:
@@ -181,6 +196,7 @@ def counts_of_layers(config: ModelConfig, lengths: Sequence[int]) -> dict[str, A
     kernels.subtract(two.kernels)
     return {
         "rows": f"{len(lengths)} x {lengths[0]}",
+        "with_triton": with_triton,
         "kernels_of_a_layer": three.num_kernels - two.num_kernels,
         "kernels": of_model("kernels"),
         "product_tflop": of_model("flops") / 1e12,
@@ -199,9 +215,20 @@ def amount(counts: Counts, name: str) -> float:
     }[name]
 
 
-def allocated(config: ModelConfig, lengths: Sequence[int], recompute_layers: int) -> dict[str, Any]:
+def allocated(
+    config: ModelConfig,
+    lengths: Sequence[int],
+    recompute_layers: int,
+    *,
+    with_triton: bool = False,
+) -> dict[str, Any]:
     """The peak of two optimizer steps, and the plan for it; every token is trained."""
-    case = Case(lengths=tuple(lengths), trained=1.0, recompute_layers=recompute_layers)
+    case = Case(
+        lengths=tuple(lengths),
+        trained=1.0,
+        recompute_layers=recompute_layers,
+        with_triton=with_triton,
+    )
     model = adapted(config)
     shape = Shape(case.lengths, sum(length - 1 for length in lengths))
     plan = plan_memory(model, shape, recompute_layers)
@@ -285,10 +312,13 @@ def main() -> None:
     waits = all_waits()
 
     # Kernels and bytes.
+    has_triton = importlib.util.find_spec("triton") is not None
     layers_found = []
     for name, config in real_configs().items():
         layers_found += [
-            {"model": name, **counts_of_layers(config, lengths)} for lengths in LAYER_SHAPES
+            {"model": name, **counts_of_layers(config, lengths, with_triton=with_triton)}
+            for lengths in LAYER_SHAPES
+            for with_triton in (False, True)[: 1 + has_triton]
         ]
 
     # Memory.
@@ -298,6 +328,9 @@ def main() -> None:
         share = PLANNED_LAYERS / config.num_hidden_layers
         config = replace(config, num_hidden_layers=PLANNED_LAYERS)
         found = allocated(config, lengths, round(share * count))
+        if has_triton:
+            with_it = allocated(config, lengths, round(share * count), with_triton=True)
+            found |= {f"{key}_with_triton": with_it[key] for key in ("allocated_gb", "error")}
         memory.append({"model": name, "preset": preset, **found})
         print(memory[-1], flush=True)
 
@@ -336,15 +369,17 @@ def report(
         "## Kernels and bytes of a micro-batch",
         "",
         "Forward and backward at full width, dropout 0.05, every token trained. Narrow products are"
-        " those with a dimension of at most 128; other bytes are all but products and attention.",
+        " those with a dimension of at most 128, but for those inside of Triton's kernels; other"
+        " bytes are all but products and attention, of Triton's kernels each operand once.",
         "",
-        "| model | rows | kernels of a layer | kernels | products TFLOP | narrow products GB |"
-        " other GB |",
-        "|---|---|---|---|---|---|---|",
+        "| model | rows | kernels | of a layer | of the model | products TFLOP |"
+        " narrow products GB | other GB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in layers:
         lines.append(
-            f"| {row['model']} | {row['rows']} | {row['kernels_of_a_layer']} |"
+            f"| {row['model']} | {row['rows']} | {'Triton' if row['with_triton'] else 'torch'} |"
+            f" {row['kernels_of_a_layer']} |"
             f" {row['kernels']:,.0f} | {row['product_tflop']:.1f} |"
             f" {row['narrow_product_gb']:.1f} | {row['other_gb']:.1f} |"
         )
@@ -357,14 +392,20 @@ def report(
         " what flash attention's backward sums in fp32 is added, workspaces of the products are"
         " not.",
         "",
-        "| model | preset | rows | recomputed | plan GB | allocated GB | error | peak in the |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | preset | rows | recomputed | plan GB | allocated GB | error | peak in the |"
+        " with Triton GB | error |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in memory:
+        with_triton = "| |"
+        if "error_with_triton" in row:
+            with_triton = (
+                f"{row['allocated_gb_with_triton']:.2f} | {row['error_with_triton']:+.2%} |"
+            )
         lines.append(
             f"| {row['model']} | {row['preset']} | {row['rows']} | {row['recomputed_layers']} |"
             f" {row['plan_gb']:.2f} | {row['allocated_gb']:.2f} | {row['error']:+.2%} |"
-            f" {row['peak_at']} |"
+            f" {row['peak_at']} | {with_triton}"
         )
     return lines
 

@@ -344,7 +344,11 @@ class FusedEngine(Engine):
                 norm.kernels = kernels
 
     def _refresh(self, *, always: bool = False) -> None:
-        """Copies the adapters' current numbers into the products, where they may be others."""
+        """Copies the adapters' current numbers into the products, where they may be others.
+
+        What changes them counts up their versions, a loader as well as `state.build_adamw`'s
+        optimizer; and the first micro-batch of a step copies always.
+        """
         parameters = [
             parameter
             for linear in self._linears()

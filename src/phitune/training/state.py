@@ -43,7 +43,12 @@ def build_adamw(parameters: Sequence[nn.Parameter], weight_decay: float) -> torc
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }
-    optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(parameters))
+
+    def count_up(*_: object) -> None:
+        for parameter in parameters:
+            torch.autograd.graph.increment_version(parameter)
+
+    optimizer.register_step_post_hook(count_up)
     return optimizer
 
 

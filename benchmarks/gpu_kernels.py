@@ -2,11 +2,10 @@
 
     python benchmarks/gpu_kernels.py
 
-Every kernel of the fused engine, at the widths of Phi-2, Phi-3.5 and Phi-4 in bf16, is compiled for
+Every kernel of the fused engine, at the widths of Phi-2 and Phi-3.5 in bf16, is compiled for
 compute capabilities 8.0 to 12.0 by the compiler and the assembler (ptxas) that Triton brings. That
 tells registers a thread, bytes that do not fit in them and are spilled, shared memory and machine
-instructions. And with them and without, the launches and bytes of a layer are counted on a fake GPU
-(fake_gpu.py). Nothing runs, nothing is timed. Writes results/gpu_kernels.json and .md.
+instructions. Nothing runs, nothing is timed. Writes results/gpu_kernels.json and .md.
 """
 
 import argparse
@@ -14,16 +13,13 @@ import json
 import re
 import subprocess
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from fake_gpu import Counts, FakeGpu
-from gpu_trace import Case, Training
 from machine import save
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
@@ -51,22 +47,12 @@ DROPOUT = 0.05
 
 
 def models() -> dict[str, ModelConfig]:
-    """The two models, and Phi-4, the widest of these families."""
-    phi_2 = known_model_config("microsoft/phi-2")
-    phi_35 = known_model_config("microsoft/Phi-3.5-mini-instruct")
-    assert phi_2 is not None
-    assert phi_35 is not None
-    phi_4 = replace(
-        phi_35,
-        vocab_size=100_352,
-        hidden_size=5120,
-        intermediate_size=17_920,
-        num_attention_heads=40,
-        num_key_value_heads=10,
-        head_dim=128,
-        rotary_dim=128,
-    )
-    return {"Phi-2": phi_2, "Phi-3.5": phi_35, "Phi-4": phi_4}
+    found = {}
+    for name, hub in (("Phi-2", "phi-2"), ("Phi-3.5", "Phi-3.5-mini-instruct")):
+        config = known_model_config(f"microsoft/{hub}")
+        assert config is not None
+        found[name] = config
+    return found
 
 
 @dataclass(frozen=True)
@@ -118,7 +104,8 @@ def launches_of_model(config: ModelConfig, rank: int) -> list[Launch]:
     what = ""
 
     def record(kernel: Any, grid: tuple[int, ...], *values: object, **constants: Any) -> None:
-        name = f"{kernel.__name__}, {what}" if what else kernel.__name__
+        of_layer = kernel.__name__ in ("widen", "complete")
+        name = f"{kernel.__name__}, {what}" if of_layer else kernel.__name__
         if name not in {launch.what for launch in found}:
             found.append(Launch(name, kernel, grid, values, constants))
 
@@ -146,9 +133,7 @@ def launches_of_model(config: ModelConfig, rank: int) -> list[Launch]:
         grad_A = empty(own.columns, spec.in_features, dtype=torch.float32)
         triton_backend.complete(x, before, wide, out, own, grad_A, keys, stats)
         if stats is not None:
-            what = ""
             triton_backend.norm_backward(out, x, norm, stats, x, adds=True)
-    what = ""
     heads = config.num_attention_heads + config.num_key_value_heads
     table = empty(TOKENS, config.rotary_dim)
     x = empty(TOKENS, heads, config.head_dim)
@@ -231,97 +216,14 @@ def instructions(cubin: bytes) -> int | None:
 
 
 def build_all(capabilities: Sequence[int], ranks: Sequence[int]) -> Iterator[Built]:
+    """Every kernel at the first rank; at others those that depend on it, where pairs are many."""
     for model, config in models().items():
-        seen = set()
         for rank in ranks:
             for launch in launches_of_model(config, rank):
-                # What does not depend on the rank is built once.
-                if rank != ranks[0] and launch.what in seen and "," not in launch.what:
+                if rank != ranks[0] and (model != "Phi-2" or "," not in launch.what):
                     continue
-                seen.add(launch.what)
                 for capability in capabilities:
                     yield build(launch, model, rank, capability)
-
-
-def count_launch(counts: Counts, kernel: Any, values: Sequence[object]) -> None:
-    """Counts a kernel and the bytes that it reads and writes, each once, as the trace does.
-
-    What is read twice, for a norm's statistics or a loss, comes from a cache the second time.
-    """
-    given = dict(zip(kernel.arg_names, values, strict=False))
-    sizes = {
-        name: value.numel() * value.element_size()
-        for name, value in given.items()
-        if isinstance(value, Tensor)
-    }
-    # What is read and written.
-    twice = {"add_partials": "grad_A", "norm_backward": "out", "cross_entropy": "logits"}
-    total = sum(sizes.values()) + sizes.get(twice.get(kernel.__name__, ""), 0)
-    if kernel.__name__ == "rotate":
-        x, cos = given["x"], given["cos"]
-        assert isinstance(x, Tensor)
-        assert isinstance(cos, Tensor)
-        total += sizes["x"] * (2 * cos.shape[-1] // x.shape[-1] - 1)
-    counts.kernels[f"triton {kernel.__name__}"] += 1
-    counts.other_bytes[f"triton {kernel.__name__}"] += total
-
-
-def counts_of_engine(
-    config: ModelConfig, layers: int, kernels: Kernels, lengths: tuple[int, ...]
-) -> Counts:
-    """Of a micro-batch that is not the first of its step."""
-    usual = triton_backend.launch
-    with FakeGpu() as gpu:
-
-        def count(kernel: Any, grid: tuple[int, ...], *values: object, **_: object) -> None:
-            count_launch(gpu.counts, kernel, values)
-
-        triton_backend.launch = count
-        try:
-            case = Case(lengths=lengths, trained=1.0)
-            training = Training(gpu, replace(config, num_hidden_layers=layers), case)
-            training.engine.use_kernels(kernels)
-            training.micro_batch()
-            return training.micro_batch()
-        finally:
-            triton_backend.launch = usual
-
-
-def layer_counts(config: ModelConfig, kernels: Kernels) -> dict[str, Any]:
-    """A layer's launches, forward and backward, and the model's bytes: three layers less two."""
-    two, three = (
-        counts_of_engine(config, layers, kernels, (TOKENS // 4,) * 4) for layers in (2, 3)
-    )
-    of_layer = three.other_bytes.total() - two.other_bytes.total()
-    layers = config.num_hidden_layers
-    launches = Counter(three.kernels)
-    launches.subtract(two.kernels)
-    return {
-        "kernels": kernels.name,
-        "launches_of_a_layer": three.num_kernels - two.num_kernels,
-        "waits": three.num_waits,
-        "other_gb": (two.other_bytes.total() + (layers - 2) * of_layer) / 1e9,
-        "by_operation": {name: count for name, count in launches.most_common() if count > 0},
-    }
-
-
-def layer_lines(counted: list[dict[str, Any]]) -> list[str]:
-    lines = [
-        "## Launches",
-        "",
-        f"Counted on a fake GPU, not measured: a micro-batch of 4 x {TOKENS // 4:,} tokens, rank"
-        f" {RANKS[0]}, dropout, every token trained. Other bytes are those of a whole model but for"
-        " products and attention.",
-        "",
-        "| model | kernels | launches of a layer | waits | other GB |",
-        "|---|---|---|---|---|",
-    ]
-    rows = (
-        f"| {row['model']} | {row['kernels']} | {row['launches_of_a_layer']} |"
-        f" {row['waits']} | {row['other_gb']:.1f} |"
-        for row in counted
-    )
-    return [*lines, *rows, ""]
 
 
 def table(built: list[Built]) -> list[str]:
@@ -370,14 +272,8 @@ def main() -> None:
     if words.json:
         print(json.dumps(rows))
         return
-    counted = [
-        {"model": name, **layer_counts(config, kernels)}
-        for name, config in models().items()
-        for kernels in (Kernels(), triton_backend.TritonKernels())
-    ]
-    found = {"triton": triton.__version__, "layers": counted, "kernels": rows}
-    lines = layer_lines(counted) + table(built)
-    save("gpu_kernels", "The kernels for NVIDIA GPUs, compiled and counted", lines, found)
+    found = {"triton": triton.__version__, "kernels": rows}
+    save("gpu_kernels", "The kernels for NVIDIA GPUs, compiled", table(built), found)
 
 
 if __name__ == "__main__":

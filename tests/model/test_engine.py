@@ -27,6 +27,7 @@ from peft import PeftModel
 
 from phitune.data.packing import Batch, pack
 from phitune.model import architecture, ops
+from phitune.model import engine as engine_module
 from phitune.model import fused as gemm_module
 from phitune.model.architecture import known_model_config, resolve_targets
 from phitune.model.attention import Attention, FlashOnCpu, InBlocks
@@ -209,6 +210,21 @@ def test_fused_engine_sees_what_an_optimizer_or_a_loader_did(tmp_path: Path) -> 
     after["loaded"] = engine.loss_sum(batch)
     expected["loaded"] = ReferenceEngine(decoder).loss_sum(batch)
     assert_equal_in_fp64(after, expected)
+
+
+def test_sums_in_the_product_are_the_same_sums(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = [pack(random_rows())]
+    found = []
+    for gemm in (STANDARD, ADDING):
+        monkeypatch.setattr(engine_module, "choose_gemm", lambda *_, gemm=gemm: (gemm, "for this"))
+        decoder, adapter = with_adapter(phi_config(), tmp_path)
+        engine = FusedEngine(decoder, 0.0, recompute_layers=1)
+        assert (engine.layers[0].linears["fc2"].bias is None) == gemm.adds
+        loss = {"loss": engine.loss_sum(batches[0])}
+        found.append(loss | gradients_of(engine, adapter, batches))
+    assert_equal_in_fp64(*found)
 
 
 @pytest.mark.parametrize("kind", ["phi", "phi3-longrope"])

@@ -324,10 +324,10 @@ class FusedEngine(Engine):
 
     def _choose_kernels(self) -> None:
         """Takes Triton's kernels where they run; they leave nothing to compile."""
-        if torch.cuda.is_available():
+        if self.device.index is not None and torch.cuda.is_available():
             torch.cuda.set_device(self.device)  # Triton starts kernels on the current one.
-        lowest = self.layers[min(self.lowest, len(self.layers) - 1)]
-        kernels, why = choose_kernels(lowest, self.head, self.final_norm)
+        layer = max(self.layers, key=FusedLayer.extra_columns)
+        kernels, why = choose_kernels(layer, self.head, self.final_norm)
         self.choices["kernels"] = f"{(kernels or Kernels).name} ({why})"
         if kernels is not None:
             self.use_kernels(kernels)

@@ -91,6 +91,10 @@ class FusedLayer:
     def is_adapted(self) -> bool:
         return any(linear.is_adapted for linear in self.linears.values())
 
+    def extra_columns(self) -> int:
+        """X, of all its linear layers."""
+        return sum(linear.extra_columns for linear in self.linears.values())
+
     def befores(self) -> dict[str, Before]:
         """What is done to the input of each linear layer."""
         raise NotImplementedError

@@ -26,7 +26,7 @@ LIMITS = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.03}
 def choose_kernels(
     layer: FusedLayer, head: WidenedLinear, final_norm: FusedNorm
 ) -> tuple[Kernels | None, str]:
-    """Triton's kernels, for the layers that are like this one, or why there are none.
+    """Triton's kernels, for layers of which this one has the most adapters, or why there are none.
 
     Compiles, and waits for the device. The gradients of A that the layers hold are cleared.
     """

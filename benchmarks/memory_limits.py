@@ -78,7 +78,7 @@ def command(model: str, engine: str, batch: int, data: Path, run: Path) -> list[
 
 
 def run_child(flags: list[str]) -> None:
-    """`phitune` in this process; what it held before and at most goes to stderr."""
+    """`phitune` in this process; what it took goes to stderr."""
     mechanism, room, when, *arguments = flags
     import psutil
 
@@ -98,13 +98,19 @@ def run_child(flags: list[str]) -> None:
         next(limit())
     elif mechanism in kinds:
         phitune.trainer.dry_run = limit
-    status = Path("/proc/self/status").read_text().splitlines()
-    anonymous = next(line for line in status if line.startswith("RssAnon"))
+    anonymous = status_bytes("RssAnon")
     code = cli.main(arguments)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    numbers = {"before": held.rss, "peak": peak, "anonymous": 1024 * int(anonymous.split()[1])}
+    taken = {AS: status_bytes("VmPeak") - held.vms, DATA: peak - held.rss, CGROUP: peak - held.rss}
+    numbers = {"taken": taken, "anonymous": anonymous}
     print(json.dumps(numbers), file=sys.stderr)
     sys.exit(code)
+
+
+def status_bytes(name: str) -> int:
+    """A line of what Linux tells of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
 @contextlib.contextmanager
@@ -188,19 +194,20 @@ class Whole:
     """A run without a limit."""
 
     losses: dict[tuple[str, int], float]
-    taken: int  # bytes beyond what the program held before
-    part_taken: int  # by the same with PART rows at once
+    taken: dict[str, int]  # bytes beyond what the program held before, as each limit counts them
+    part_taken: dict[str, int]  # by the same with PART rows at once
     anonymous: int  # what the program held before, without files
 
 
 def without_limit(model: str, engine: str, data: Path, folder: Path) -> Whole:
-    taken, anonymous = {}, 0
+    taken: dict[int, dict[str, int]] = {}
+    anonymous = 0
     for batch in (BATCH, PART):
         run = folder / f"{model}-{engine}-{batch}"
         code, said, errors = train(command(model, engine, batch, data, run))
         assert code == 0, (said, errors)
         numbers = json.loads(errors.splitlines()[-1])
-        taken[batch] = numbers["peak"] - numbers["before"]
+        taken[batch] = numbers["taken"]
         anonymous = numbers["anonymous"]
     losses = losses_of(folder / f"{model}-{engine}-{BATCH}")
     return Whole(losses, taken[BATCH], taken[PART], anonymous)
@@ -219,7 +226,8 @@ def cases(number: int, seed: int, mechanisms: list[str]) -> list[Case]:
 
 
 def run_case(case: Case, whole: Whole, data: Path, run: Path) -> dict[str, Any]:
-    room = round(whole.part_taken + case.place * (whole.taken - whole.part_taken))
+    least, most = whole.part_taken[case.mechanism], whole.taken[case.mechanism]
+    room = round(least + case.place * (most - least))
     arguments = command(case.model, case.engine, BATCH, data, run)
     with contextlib.ExitStack() as held:
         joins = None
@@ -235,7 +243,7 @@ def run_case(case: Case, whole: Whole, data: Path, run: Path) -> dict[str, Any]:
     return {
         **asdict(case),
         "room_mib": room // 2**20,
-        "configured_takes_mib": whole.taken // 2**20,
+        "configured_takes_mib": most // 2**20,
         "batch_size": rows,
         "recompute_layers": settings["recompute_layers"],
         "out_of_memory": said.count("warning: out of memory"),

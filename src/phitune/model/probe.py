@@ -2,7 +2,7 @@
 
 They compile for each card anew, by a compiler that is not ours, and no test of ours has that card.
 So before a run relies on them, every kernel computes a few rows at the model's own widths, which
-compiles what training needs anyway, and torch's operations compute the same.
+compiles what training and validation need anyway, and torch's operations compute the same.
 
 Shapes: n rows, D in, X extra columns, F intermediate, H heads, E head_dim, V vocabulary.
 """
@@ -91,6 +91,8 @@ def _results(
             linear.grad_A.zero_()
         widened = kernels.widen(linear, x, before, keys)
         found.append(widened.wide)
+        if keys is not None:
+            found.append(kernels.widen(linear, x, before, None).wide)  # as in validation
         if before is None:
             found.append(kernels.backward(linear, grad, x, keys))
         elif isinstance(before, FusedNorm):
@@ -109,8 +111,11 @@ def _results(
     config = layer.config
     heads = random(ROWS, config.num_attention_heads + config.num_key_value_heads, config.head_dim)
     angles = random(ROWS, config.rotary_dim // 2).repeat(1, 2)
+    rotated = heads.clone()
+    kernels.rotate_(rotated, ops.Rotary(angles.cos(), angles.sin()))
     kernels.rotate_(heads, ops.Rotary(angles.cos(), angles.sin()), back=True)
     logits = random(ROWS, len(head.weight))  # [n, V]
     targets = torch.arange(ROWS, device=like.device) % len(head.weight)
+    validation_loss = kernels.cross_entropy_(logits, targets, None)
     loss = kernels.cross_entropy_(logits, targets, 1.0)
-    return [*found, heads, loss, logits]
+    return [*found, rotated, heads, validation_loss, loss, logits]

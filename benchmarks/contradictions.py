@@ -355,7 +355,7 @@ def _matrices(rng: Random, folder: Folder) -> list[str]:
         case 6:
             tensors[f"base_model.model.{TABLE}"] = torch.zeros(rng.choice((120, 124)), 40)
     folder[ADAPTER_WEIGHTS] = save(tensors, metadata={"format": "pt"})
-    return ["base_model", "model.layers", "target_modules", "lora_"]
+    return ["base_model", "model.layers", "model.embed_tokens", "target_modules", "lora_"]
 
 
 ADAPTER_WAYS: dict[str, Callable[[Random, Folder], list[str]]] = {

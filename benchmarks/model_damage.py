@@ -395,7 +395,8 @@ def _numbers(rng: Random, folder: Folder, base: Path) -> None:
     for key in rng.sample(sorted(tensors), min(3, len(tensors))):
         if rng.randrange(3) == 0:
             kinds = (torch.float16, torch.float64, torch.int32, torch.bool, torch.complex64)
-            tensors[key] = tensors[key].to(rng.choice(kinds))
+            values = tensors[key]  # complex numbers by an earlier damage
+            tensors[key] = (values.abs() if values.is_complex() else values).to(rng.choice(kinds))
         elif tensors[key].is_floating_point():
             # Halves, which an earlier damage may have made, do not reach as far.
             largest = min(1e38, torch.finfo(tensors[key].dtype).max)

@@ -24,7 +24,7 @@ from phitune.model.device import first_line
 if TYPE_CHECKING:
     from phitune.inference.generate import KVCache
 
-POSITIONS = 256  # The positions that are seen grow by so many.
+POSITIONS = 256  # What a step sees of the cache is a multiple of this.
 STEPS_BEFORE_CAPTURE = 2  # A graph may only be captured of kernels that have run before.
 
 

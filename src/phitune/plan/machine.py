@@ -358,7 +358,7 @@ def memory_budget(device: "torch.device") -> Memory:
     """What a run may plan with now: its share of what is free.
 
     A plan has a term for the program, which is in memory already: on a CPU at least in part, on
-    CUDA the driver's context, since whoever asks for free memory has one.
+    CUDA the driver's context, which asking for its free memory creates.
     """
     free, kind = _free_on(device), _kind(device)
     held = {"cpu": psutil.Process().memory_info().rss, "cuda": PROGRAM_BYTES["cuda"]}.get(kind, 0)

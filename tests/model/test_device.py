@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from phitune.errors import SettingsError
 from phitune.model import device as device_module
 from phitune.model.attention import FlashOnCuda, InBlocks, choose_attention
 from phitune.model.device import (
@@ -116,3 +117,13 @@ def test_deterministic_is_torchs_own_switch_on_cuda_and_put_back(
             assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) is on
         assert not torch.are_deterministic_algorithms_enabled()
         assert torch.backends.cuda.mem_efficient_sdp_enabled()
+
+
+def test_apples_gpu_is_not_said_to_be_deterministic() -> None:
+    with (
+        pytest.raises(SettingsError, match="no such order on Apple's GPU"),
+        deterministic(torch.device("mps"), wanted=True),
+    ):
+        pass
+    with deterministic(torch.device("mps"), wanted=False):
+        assert not torch.are_deterministic_algorithms_enabled()

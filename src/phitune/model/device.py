@@ -312,10 +312,15 @@ def compile_seconds() -> float:
 
 @contextlib.contextmanager
 def deterministic(device: torch.device, *, wanted: bool) -> Iterator[None]:
-    """In it, torch adds in the same order every time; on CUDA alone, as a CPU does anyway.
+    """In it, torch adds in the same order every time on CUDA, as it does on a CPU anyway.
 
     To be entered before the first product on the device.
+
+    Raises:
+        SettingsError: it is wanted on Apple's GPU, for which torch does not promise it.
     """
+    if wanted and device.type == "mps":
+        raise SettingsError("deterministic: torch has no such order on Apple's GPU; leave it out")
     if not wanted or device.type != "cuda":
         yield
         return

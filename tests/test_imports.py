@@ -32,7 +32,9 @@ MAY_IMPORT = {
         *FREE_TO_ALL,
     },
     "layers": {"plan", "model", "data", *FREE_TO_ALL},
+    "apple": {"model", *FREE_TO_ALL},
     "trainer": {
+        "apple",
         "progress",
         "export",
         "inference",
@@ -45,7 +47,7 @@ MAY_IMPORT = {
     },
     "progress": {"inference", "training", "plan", "model", "data", *FREE_TO_ALL},
     "export": {"inference", "training", "plan", "model", "data", *FREE_TO_ALL},
-    "inference": {"training", "plan", "model", "data", *FREE_TO_ALL},
+    "inference": {"apple", "training", "plan", "model", "data", *FREE_TO_ALL},
     "training": {"plan", "model", "data", *FREE_TO_ALL},
     "plan": {"model", "data", *FREE_TO_ALL},
     "check": {"model", "data", *FREE_TO_ALL},
@@ -59,7 +61,17 @@ MAY_IMPORT = {
     "text": set(),
 }
 # What must answer at once starts without these.
-HEAVY = ("torch", "transformers", "peft", "numpy", "huggingface_hub", "duckdb", "pyarrow", "jinja2")
+HEAVY = (
+    "torch",
+    "transformers",
+    "peft",
+    "mlx",
+    "numpy",
+    "huggingface_hub",
+    "duckdb",
+    "pyarrow",
+    "jinja2",
+)
 LIGHT = (
     "phitune.cli",
     *(f"phitune.commands.{name}" for name in COMMANDS),

@@ -1,10 +1,18 @@
 """The fused engine against transformers + peft, and against its plain twin."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.engines import (
+    dropout_of,
+    gradients_in,
+    gradients_of,
+    their_gradients,
+    with_adapter,
+    with_peft,
+)
 from helpers.numerics import (
     BF16_MARGIN,
     PRODUCT_MARGIN,
@@ -19,20 +27,17 @@ from helpers.reference import (
     phi_config,
     random_model,
     save_model,
-    their_loss_sum,
     with_random_lora,
 )
 from helpers.rows import open_decoder, random_rows
-from peft import PeftModel
 
-from phitune.data.packing import Batch, pack
+from phitune.data.packing import pack
 from phitune.model import architecture, ops
 from phitune.model import engine as engine_module
 from phitune.model import fused as gemm_module
 from phitune.model.architecture import known_model_config, resolve_targets
 from phitune.model.attention import Attention, FlashOnCpu, InBlocks
-from phitune.model.decoder import Decoder
-from phitune.model.engine import Engine, FusedEngine, ReferenceEngine, choose_backend
+from phitune.model.engine import FusedEngine, ReferenceEngine, choose_backend
 from phitune.model.fused import (
     ADDING,
     ONEDNN,
@@ -45,77 +50,13 @@ from phitune.model.fused import (
     pad,
 )
 from phitune.model.fused_layers import Shared
-from phitune.model.lora import Adapter, LoraSpec, attach, load_adapter
+from phitune.model.lora import LoraSpec, attach, load_adapter
 from phitune.plan.memory import saved_bytes_per_token
 from phitune.training.state import build_adamw
 
 pytestmark = pytest.mark.numerics
 
 CPU = torch.device("cpu")
-Gradients = dict[str, torch.Tensor]
-
-
-def dropout_of(batch: Batch, p: float) -> ops.Dropout | None:
-    if p == 0:
-        return None
-    return ops.Dropout(p, ops.row_keys(5, 1, batch.slots, batch.cu_seqlens, CPU))
-
-
-def gradients_of(
-    engine: Engine, adapter: Adapter, batches: Sequence[Batch], p: float = 0.0, weight: float = 1.0
-) -> Gradients:
-    for parameter in adapter.parameters():
-        parameter.grad = None
-    for batch in batches:
-        engine.loss_and_gradients(batch, dropout_of(batch, p), weight)
-    return gradients_in(adapter)
-
-
-def gradients_in(adapter: Adapter) -> Gradients:
-    found = {}
-    for module, pair in adapter.pairs.items():
-        for side in ("lora_A", "lora_B"):
-            gradient = getattr(pair, side).grad
-            assert gradient is not None, module
-            found[f"{module}.{side}"] = gradient.clone()
-    return found
-
-
-def their_gradients(model: PeftModel, rows: list) -> Gradients:
-    model.zero_grad()
-    their_loss_sum(model, rows).backward()
-    return {
-        name.removeprefix("base_model.model.").replace(
-            ".default.weight", ""
-        ): parameter.grad.clone()
-        for name, parameter in model.named_parameters()
-        if "lora_" in name and parameter.grad is not None
-    }
-
-
-def with_peft(kind: str, dtype: torch.dtype, folder: Path) -> tuple[PeftModel, Decoder, Adapter]:
-    model = random_model(CONFIGS[kind](), dtype, spread=0.02)
-    decoder = open_decoder(save_model(model, folder / "model"), dtype)
-    peft_model = with_random_lora(model, r=4, lora_alpha=2, target_modules="all-linear")
-    peft_model.save_pretrained(folder / "adapter")
-    return peft_model, decoder, load_adapter(decoder, folder / "adapter")
-
-
-def with_adapter(
-    config: object,
-    folder: Path,
-    targets: Sequence[str] = ("all-linear",),
-    layers: str | None = None,
-) -> tuple[Decoder, Adapter]:
-    """Our side alone, in fp64, the adapter drawn at random."""
-    decoder = open_decoder(save_model(random_model(config, torch.float64), folder), torch.float64)
-    spec = LoraSpec(5, 10, 0.2, resolve_targets(decoder.config, list(targets), layers))
-    adapter = attach(decoder, spec, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return decoder, adapter
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])

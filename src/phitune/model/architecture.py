@@ -64,6 +64,16 @@ def padded_rows(rows: int, device: str) -> int:
     return rows + -rows % PRODUCT_ROWS.get(device, 1)
 
 
+def padded_size(count: int) -> int:
+    """A number of tokens rounded up to one of sixteen sizes between two powers of two.
+
+    For MLX, which finds buffers and programs again by their size: at most a sixteenth is padding,
+    and sizes below 512 are multiples of 32, as its products like them.
+    """
+    step = max(32, 1 << max(0, count.bit_length() - 5))
+    return -(-count // step) * step
+
+
 def block_rows(rows: int, width: int, device: str) -> int:
     """How many of `rows` rows of `width` elements a block has, on a device (cpu, cuda, mps)."""
     most = max(1, BLOCK_ELEMENTS.get(device, BLOCK_ELEMENTS_ELSEWHERE) // width)

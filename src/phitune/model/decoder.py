@@ -77,23 +77,23 @@ class LoraBank:
 
     def __init__(self, lora_A: Tensor, lora_B: Tensor, factors: Tensor) -> None:
         self.lora_A, self.lora_B, self.factors = lora_A, lora_B, factors
-        self._chosen: Tensor | None = None  # [T, X] or [1, X]; None where all is the base model
+        self.chosen: Tensor | None = None  # [T, X] or [1, X]; None where all is the base model
 
     def choose(self, rows: Tensor | None) -> None:
         """rows: [T] rows of the factors, [1] for all tokens; None for the base model."""
-        self._chosen = None if rows is None else self.factors[rows]
+        self.chosen = None if rows is None else self.factors[rows]
 
     def add_to(self, out: Tensor, x: Tensor) -> Tensor:
         """Adds the chosen adapters' part to a linear layer's output. out: [T, O], x: [T, D]."""
-        if self._chosen is None:
+        if self.chosen is None:
             return out
-        return out.addmm_(torch.mm(x, self.lora_A.t()).mul_(self._chosen), self.lora_B.t())
+        return out.addmm_(torch.mm(x, self.lora_A.t()).mul_(self.chosen), self.lora_B.t())
 
     def add_to_rows(self, out: Tensor, input_ids: Tensor) -> Tensor:
         """The same for rows of the embedding. out: [T, D], input_ids: [T]."""
-        if self._chosen is None:
+        if self.chosen is None:
             return out
-        low = nn.functional.embedding(input_ids, self.lora_A.t()).mul_(self._chosen)
+        low = nn.functional.embedding(input_ids, self.lora_A.t()).mul_(self.chosen)
         return out.addmm_(low, self.lora_B.t())
 
 
@@ -513,6 +513,22 @@ class Decoder(nn.Module):
         if not self.config.tie_word_embeddings:
             found |= self.lm_head.named_weights()
         return found
+
+    def rows_of(self, name: str, every: int = 1) -> Tensor:
+        """The numbers of one of `named_weights`, on the CPU: all rows, or one of so many [n, ...].
+
+        Raises:
+            ValueError: there are none, on the meta device.
+        """
+        rows = self.named_weights()[name].detach()[::every]
+        if rows.is_meta:
+            raise ValueError(f"{name}: this decoder has names and shapes, and no numbers")
+        return rows.cpu()
+
+    @property
+    def has_numbers(self) -> bool:
+        """Whether the weights are here; on the meta device there are only names and shapes."""
+        return self.device.type != "meta"
 
 
 def _frequencies(config: ModelConfig) -> Tensor:

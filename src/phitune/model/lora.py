@@ -267,13 +267,14 @@ def _check_copies(
     saved = config.saved({LM_HEAD, *(name.rpartition(".")[0] for name in weights)})
     problems = [f"modules_to_save = {saved}"] if saved else []
     for name, copy in copies.items():
-        weight = weights[_weight_of_base(decoder, name)]
+        at = _weight_of_base(decoder, name)
+        weight = weights[at]
         if weight.shape != copy.shape:
             problems.append(
                 f"{name}: shape {tuple(copy.shape)}, and that of the base is {tuple(weight.shape)}"
             )
         # Without the base's numbers it is too early to tell; it is loaded again with them.
-        elif weight.device.type != "meta" and not _are_equal(weight, copy):
+        elif decoder.has_numbers and not _are_equal(decoder.rows_of(at), copy):
             problems.append(f"{name}: other numbers than the base's")
     if problems:
         raise ModelError(
@@ -481,10 +482,11 @@ class AdapterSet:
             if not pairs:
                 continue
             rank = sum(pair.lora_A.shape[0] for _, pair in pairs)
+            like = torch.empty(0, dtype=linear.weight.dtype, device=self._device)
             bank = LoraBank(
-                linear.weight.new_zeros(rank, width),  # [X, D]
-                linear.weight.new_zeros(outputs, rank),  # [O, X]
-                linear.weight.new_zeros(self.count + 1, rank),  # [K + 1, X]
+                like.new_zeros(rank, width),  # [X, D]
+                like.new_zeros(outputs, rank),  # [O, X]
+                like.new_zeros(self.count + 1, rank),  # [K + 1, X]
             )
             place = 0
             for index, pair in pairs:
@@ -527,7 +529,12 @@ class AdapterSet:
         bank = LoraBank(
             torch.cat([pair.lora_A.detach() for _, pair in pairs]).to(table.dtype),
             torch.cat([pair.lora_B.detach() for _, pair in pairs], dim=1).to(table.dtype),
-            table.new_zeros(self.count + 1, sum(pair.lora_A.shape[0] for _, pair in pairs)),
+            torch.zeros(
+                self.count + 1,
+                sum(pair.lora_A.shape[0] for _, pair in pairs),
+                dtype=table.dtype,
+                device=self._device,
+            ),
         )
         place = 0
         for index, pair in pairs:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from phitune.errors import ModelError, listing
 from phitune.model.adapter_config import CONFIG_FILE as ADAPTER_CONFIG
@@ -162,8 +162,7 @@ def load_weights(
     Raises:
         ModelError: files missing or damaged, or tensors that do not fit the configuration.
     """
-    headers = checked_headers(decoder, folder)
-    _check_tied_head(folder, decoder, headers)
+    headers = checked_weights(decoder, folder)
     destinations = decoder.named_weights()
     for done, (name, destination) in enumerate(destinations.items(), start=1):
         if name == EMBEDDING and _can_stay_in_file(decoder, headers[name]):
@@ -171,14 +170,35 @@ def load_weights(
                 table = file.get_tensor(name)
             decoder.embed_tokens.weight = nn.Parameter(table, requires_grad=False)
             continue
-        rows = max(1, PIECE_BYTES * len(destination) // destination.nbytes)
-        for start in range(0, len(destination), rows):
-            # Opened for each piece: closing the file gives its mapped pages back.
-            with safe_open(headers[name].file, framework="pt") as file, torch.no_grad():
-                piece = file.get_slice(name)[start : start + rows]
-                destination[start : start + rows].copy_(piece)
+        read_weight(name, headers[name], destination)
         if progress:
             progress(done, len(destinations))
+
+
+@torch.no_grad()
+def read_weight(name: str, header: TensorHeader, destination: Tensor) -> None:
+    """Fills a tensor [...] from a file, in pieces, converting to its type.
+
+    Args:
+        header: of `checked_weights`, which has the tensor's shape.
+    """
+    rows = max(1, PIECE_BYTES * len(destination) // destination.nbytes)
+    for start in range(0, len(destination), rows):
+        # Opened for each piece: closing the file gives its mapped pages back.
+        with safe_open(header.file, framework="pt") as file:
+            piece = file.get_slice(name)[start : start + rows]
+            destination[start : start + rows].copy_(piece)
+
+
+def checked_weights(decoder: Decoder, folder: Path) -> dict[str, TensorHeader]:
+    """`checked_headers`, and the numbers of a head that repeats the token table.
+
+    Raises:
+        ModelError: as there, or a head that is not the token table.
+    """
+    headers = checked_headers(decoder, folder)
+    _check_tied_head(folder, decoder, headers)
+    return headers
 
 
 def checked_headers(decoder: Decoder, folder: Path) -> dict[str, TensorHeader]:
@@ -284,7 +304,7 @@ def weights_fingerprint(decoder: Decoder) -> str:
     """
     digest = hashlib.sha256(repr(decoder.config).encode())
     for name, weight in decoder.named_weights().items():
-        rows = weight.detach()[:: max(1, len(weight) // FINGERPRINT_ROWS)].cpu().contiguous()
+        rows = decoder.rows_of(name, max(1, len(weight) // FINGERPRINT_ROWS)).contiguous()
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
         digest.update(rows.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

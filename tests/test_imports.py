@@ -73,6 +73,7 @@ HEAVY = (
     "jinja2",
 )
 LIGHT = (
+    "phitune.apple.choice",
     "phitune.cli",
     *(f"phitune.commands.{name}" for name in COMMANDS),
     "phitune.cli",

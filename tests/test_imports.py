@@ -31,7 +31,7 @@ MAY_IMPORT = {
         "data",
         *FREE_TO_ALL,
     },
-    "layers": {"plan", "model", "data", *FREE_TO_ALL},
+    "layers": {"apple", "plan", "model", "data", *FREE_TO_ALL},
     "apple": {"model", *FREE_TO_ALL},
     "trainer": {
         "apple",
@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "export": {"inference", "training", "plan", "model", "data", *FREE_TO_ALL},
     "inference": {"apple", "training", "plan", "model", "data", *FREE_TO_ALL},
     "training": {"plan", "model", "data", *FREE_TO_ALL},
-    "plan": {"model", "data", *FREE_TO_ALL},
+    "plan": {"apple", "model", "data", *FREE_TO_ALL},
     "check": {"model", "data", *FREE_TO_ALL},
     "model": FREE_TO_ALL,
     "data": FREE_TO_ALL,
@@ -73,7 +73,6 @@ HEAVY = (
     "jinja2",
 )
 LIGHT = (
-    "phitune.apple.choice",
     "phitune.cli",
     *(f"phitune.commands.{name}" for name in COMMANDS),
     "phitune.cli",

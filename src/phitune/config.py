@@ -361,7 +361,7 @@ Pairs = Annotated[str | None, BeforeValidator(_pairs)]
 AutoCount = Annotated[int | Literal["auto"], BeforeValidator(_count_or("auto", 1))]
 LayerCount = Annotated[int | Literal["all"] | None, BeforeValidator(_count_or("all", 0))]
 SaveEvery = Annotated[str, BeforeValidator(_save_every)]
-Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d{1,4})?)$")]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|mlx|cuda(:\d{1,4})?)$")]
 Precision = Annotated[Literal["auto", "fp32", "bf16"], BeforeValidator(_no_fp16)]
 
 # -------------------------------------------------------------------------------------------------
@@ -570,7 +570,11 @@ class Settings(BaseModel):
         pattern=r"^\s*\d{1,6}(\s*-\s*\d{1,6})?(\s*,\s*\d{1,6}(\s*-\s*\d{1,6})?)*\s*$",
     )
 
-    device: Device = knob("auto", "where to train: auto, cpu, cuda, cuda:N or mps", group=_MACHINE)
+    device: Device = knob(
+        "auto",
+        "where to train: auto, cpu, cuda, cuda:N, mlx (Apple's GPU) or mps (by torch, untested)",
+        group=_MACHINE,
+    )
     precision: Precision = knob(
         "auto",
         "precision of the frozen base model; auto: bf16 on CUDA and MPS, fp32 on CPU",
@@ -1011,7 +1015,7 @@ def in_words(detail: ErrorDetails) -> str:
         case "string_pattern_mismatch" | "string_type" if detail["loc"][0] == "resume_with":
             return "must look like learning_rate=1e-4,epochs=30"
         case "string_pattern_mismatch":
-            return "must be auto, cpu, cuda, cuda:N or mps"
+            return "must be auto, cpu, cuda, cuda:N, mlx or mps"
         case "string_type" | "string_sub_type" | "string_unicode":
             return "must be a text"
         case "list_type":

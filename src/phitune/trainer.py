@@ -19,6 +19,12 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
 
+from phitune.apple.choice import (
+    fast_engine,
+    limit_memory,
+    load_decoder_on,
+    reference_engine,
+)
 from phitune.check.report import check_before_training
 from phitune.config import MINIATURES, Resolved, Settings, as_flags, resolve, to_yaml
 from phitune.data.coder import Coder
@@ -56,13 +62,14 @@ from phitune.model.device import (
     hold_reserve,
     is_out_of_memory,
     release_freed_memory,
+    torch_device,
 )
-from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
+from phitune.model.engine import Engine
 from phitune.model.files import EXAMPLE_DATASET, SHIPPED_MODELS, fetch_weights, find_model
 from phitune.model.lora import Adapter, attach, compare_with_memory, save_adapter
 from phitune.model.start_adapter import find_start_adapter, sha256_there, spec_of
-from phitune.model.weights import load_decoder, weights_fingerprint
-from phitune.plan.machine import Memory, ProcessMemoryLimit, memory_budget
+from phitune.model.weights import weights_fingerprint
+from phitune.plan.machine import Memory, ProcessMemoryLimit, device_kind, memory_budget
 from phitune.plan.memory import GIB, MemoryPlan
 from phitune.plan.plan import check_against_model, settle_memory, what_would_fit
 from phitune.progress import (
@@ -269,7 +276,8 @@ class LoRATrainer:
 
     @property
     def device(self) -> torch.device:
-        return torch.device(self.settings.device)
+        """Where torch's tensors are; beside MLX the CPU."""
+        return torch_device(self.settings.device)
 
     def format_instruction(self, prompt: str, response: str) -> str:
         """A row as text, as the model sees it; the end token that follows is not shown."""
@@ -300,11 +308,11 @@ class LoRATrainer:
             settings = self.settings
             torch.manual_seed(settings.seed)
             fetch_weights(settings.model_name, self.model_folder)
-            decoder = load_decoder(
+            decoder = load_decoder_on(
                 self.model_folder,
                 self.model_config,
                 DTYPES[settings.precision],
-                self.device,
+                settings.device,
             )
             self._base_fingerprint = weights_fingerprint(decoder)
             spec = spec_of(settings, self.target_modules)
@@ -345,7 +353,8 @@ class LoRATrainer:
             steps = Steps(rows_per_epoch(data.train_rows), self.settings)
 
             # Memory: what fits, by arithmetic.
-            budget = memory_budget(self.device)
+            budget = memory_budget(self.settings.device)
+            limit_memory(self.settings.device, budget.bytes)
             process_limit = held.enter_context(ProcessMemoryLimit(self.device.type))
             plan = self._plan_memory(data, budget)
             self._show_settings(data, steps)
@@ -510,7 +519,7 @@ class LoRATrainer:
                 settings.model_name, settings.dataset_path or EXAMPLE_DATASET
             )
         if settings.device == "auto":
-            chosen["device"] = str(device)
+            chosen["device"] = device
         if settings.precision == "auto":
             chosen["precision"] = choose_precision(settings.precision, device)
         return chosen
@@ -539,7 +548,7 @@ class LoRATrainer:
 
     def _plan_memory(self, data: PreparedData, budget: Memory) -> MemoryPlan:
         """Settles the batch size and the recomputed layers; returns the plan that follows."""
-        device: Any = self.device.type
+        device, _ = device_kind(self.settings.device)
         settings = self.settings
         chosen, plan = settle_memory(
             settings, self.model_config, self.target_modules, data, budget.bytes, device
@@ -619,8 +628,8 @@ class LoRATrainer:
         layers = settings.recompute_layers
         count = self.model_config.num_hidden_layers if layers == "all" else layers or 0
         if settings.engine == "reference":
-            return ReferenceEngine(decoder, count, torch_compile=settings.torch_compile)
-        return FusedEngine(
+            return reference_engine(decoder, count, torch_compile=settings.torch_compile)
+        return fast_engine(
             decoder,
             settings.lora_dropout,
             count,
@@ -642,7 +651,7 @@ class LoRATrainer:
                 "base model": self._base_fingerprint,
                 **self._start_fingerprint(),
             },
-            surroundings(device_name(self.device), engine.choices),
+            surroundings(device_name(self.settings.device), engine.choices),
             torch.get_num_threads(),
         )
         if self._resumption is None:
@@ -677,7 +686,7 @@ class LoRATrainer:
         self, provenance: Provenance, engine: Engine, state: TrainingState, data: PreparedData
     ) -> Provenance:
         """The threads of a new run that trains on a CPU: by measurement, unless they are given."""
-        if self._resumption or self.settings.threads != "auto" or engine.device.type != "cpu":
+        if self._resumption or self.settings.threads != "auto" or engine.device_name != "cpu":
             return provenance
         if not are_chosen_by_the_user():
             seconds = measure_threads(engine, state, data, self.settings)
@@ -976,7 +985,7 @@ class LoRATrainer:
 
     def _out_of_memory(self, reason: str, data: PreparedData, budget: int) -> OutOfMemoryError:
         """The error that names the settings which would fit, as far as arithmetic can tell."""
-        device: Any = self.device.type
+        device, _ = device_kind(self.settings.device)
         fitting = what_would_fit(
             self.settings, self.model_config, self.target_modules, data, device, budget
         )

@@ -6,9 +6,10 @@ import pytest
 import torch
 from helpers.reference import CONFIGS, random_model, save_model
 
-from phitune.apple.choice import load_decoder_on, torch_device
+from phitune.apple.choice import load_decoder_on
 from phitune.model.architecture import read_model_config
 from phitune.model.decoder import Decoder
+from phitune.model.device import torch_device
 
 
 @pytest.mark.parametrize(

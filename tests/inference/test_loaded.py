@@ -349,7 +349,7 @@ def test_what_does_not_fit_is_one_clear_error(
     damage, expected = BAD[kind]
     damage(copy)
     monkeypatch.setattr(
-        "phitune.inference.loaded.load_decoder", lambda *_: pytest.fail("weights were read")
+        "phitune.inference.loaded.load_decoder_on", lambda *_: pytest.fail("weights were read")
     )
     questions = copy.parent / "q.yaml"
     questions.write_text("questions: [a]")

@@ -1,34 +1,24 @@
-"""Which library computes: torch, on a device of its own, or MLX. Loads neither before it is asked.
+"""A decoder and its engine, computed by torch or by MLX as the device says; loads MLX only then.
 
 "mlx" is the name of a device for the user; torch has none of that name. What MLX takes and gives
 are torch's tensors on the CPU.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
-    from phitune.model.architecture import ModelConfig
-    from phitune.model.decoder import Decoder
-
-MLX = "mlx"
-
-
-def torch_device(name: str) -> "torch.device":
-    """Where torch's tensors are, with a device of this name: "cpu", "mps", "cuda", "cuda:N", "mlx".
-
-    Whether the machine has it is not looked at.
-    """
-    import torch
-
-    return torch.device("cpu" if name == MLX else name)
+from phitune.errors import SettingsError
+from phitune.model.architecture import ModelConfig
+from phitune.model.decoder import Decoder
+from phitune.model.device import MLX, torch_device
+from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
+from phitune.model.weights import load_decoder
 
 
 def load_decoder_on(
-    folder: Path, config: "ModelConfig", dtype: "torch.dtype", device_name: str
-) -> "Decoder":
+    folder: Path, config: ModelConfig, dtype: torch.dtype, device_name: str
+) -> Decoder:
     """Builds the decoder of a model folder on a device; see `weights.load_decoder`.
 
     Returns: for "mlx" an `MlxDecoder`.
@@ -36,10 +26,56 @@ def load_decoder_on(
     Raises:
         ModelError: files missing or damaged, or tensors that do not fit the configuration.
     """
+    if device_name != MLX:
+        return load_decoder(folder, config, dtype, torch_device(device_name))
+    from phitune.apple.decoder import load_mlx_decoder
+
+    return load_mlx_decoder(folder, config, dtype)
+
+
+def reference_engine(
+    decoder: Decoder, recompute_layers: int, *, torch_compile: bool = False
+) -> Engine:
+    """Plain torch under autograd.
+
+    Raises:
+        SettingsError: the decoder is MLX's, whose weights torch does not have.
+    """
+    if decoder.is_mlx:
+        raise SettingsError(
+            "engine reference: it is torch's, and device mlx has the weights in MLX; use --device"
+            " cpu or mps with it, or --engine fused"
+        )
+    return ReferenceEngine(decoder, recompute_layers, torch_compile=torch_compile)
+
+
+def fast_engine(
+    decoder: Decoder,
+    dropout_rate: float,
+    recompute_layers: int,
+    *,
+    torch_compile: bool = False,
+    keep_freed: bool = True,
+) -> Engine:
+    """The engine with a backward by hand: `FusedEngine`, or MLX's for a decoder of MLX."""
+    if not decoder.is_mlx:
+        return FusedEngine(
+            decoder,
+            dropout_rate,
+            recompute_layers,
+            torch_compile=torch_compile,
+            keep_freed=keep_freed,
+        )
+    from phitune.apple.decoder import MlxDecoder
+    from phitune.apple.engine import MlxEngine
+
+    assert isinstance(decoder, MlxDecoder)
+    return MlxEngine(decoder, dropout_rate, recompute_layers)
+
+
+def limit_memory(device_name: str, budget: int) -> None:
+    """Has MLX keep within a number of bytes, where it is what computes."""
     if device_name == MLX:
-        from phitune.apple.decoder import load_mlx_decoder
+        from phitune.apple.memory import set_limits
 
-        return load_mlx_decoder(folder, config, dtype)
-    from phitune.model.weights import load_decoder
-
-    return load_decoder(folder, config, dtype, torch_device(device_name))
+        set_limits(budget)

@@ -30,6 +30,7 @@ class MlxDecoder(Decoder):
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(config, dtype, "meta")
+        self.is_mlx = True
         self.device = torch.device("cpu")  # of adapters, and of what comes in and goes out
         self.dropout_rate = 0.0  # of adapters in training
         self.table: FrozenLinear  # [V, D], of which rows are taken

@@ -47,7 +47,7 @@ class MlxEngine(Engine):
     """
 
     def __init__(self, decoder: MlxDecoder, dropout_rate: float, recompute_layers: int = 0) -> None:
-        self.decoder, self.device = decoder, decoder.device
+        self.decoder, self.device, self.device_name = decoder, decoder.device, "mlx"
         self.num_layers, self.recompute_layers = len(decoder.stack), recompute_layers
         decoder.dropout_rate = dropout_rate
         decoder.take_adapters()

@@ -63,6 +63,11 @@ def begin_watching() -> None:
     mx.reset_peak_memory()
 
 
+def bytes_in_use() -> int:
+    """What arrays hold now, without freed buffers that are kept."""
+    return int(mx.get_active_memory())
+
+
 def peak_bytes() -> int:
     """The most that was in use at a time, since the process began."""
     return max(LIMIT.highest, int(mx.get_peak_memory()))

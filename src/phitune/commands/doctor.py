@@ -43,7 +43,7 @@ class DoctorOptions(Options):
 
     usage = "doctor [--device D] [--precision P] [--json]"
 
-    device: Device = option("auto", "auto, cpu, cuda, cuda:N or mps", group="doctor")
+    device: Device = option("auto", "auto, cpu, cuda, cuda:N, mlx or mps", group="doctor")
     precision: Precision = option("auto", "precision of the frozen base model", group="doctor")
     as_json: bool = switch("the findings as JSON", group="doctor", alias="json")
 
@@ -72,11 +72,12 @@ def examine(options: DoctorOptions) -> Findings:
     """
     import torch
 
-    from phitune.model.device import DTYPES, choose_device, choose_precision
+    from phitune.model.device import DTYPES, choose_device, choose_precision, torch_device
     from phitune.model.engine import choose_backend
 
-    device = choose_device(options.device)
-    precision = choose_precision(options.precision, device)
+    chosen = choose_device(options.device)
+    precision = choose_precision(options.precision, chosen)
+    device = torch_device(chosen)
     _, choices = choose_backend(device, DTYPES[precision], torch_compile=True)
     return {
         "programs": {
@@ -85,9 +86,9 @@ def examine(options: DoctorOptions) -> Findings:
             "torch": torch.__version__,
             "system": f"{platform.system()} {platform.machine()}",
         },
-        "machine": _machine(device),
+        "machine": _machine(chosen),
         "training would use": {
-            "device": f"{device} ({_origin(options.device)})",
+            "device": f"{chosen} ({_origin(options.device)})",
             "precision": f"{precision} ({_origin(options.precision)})",
             **choices,
         },
@@ -113,10 +114,11 @@ def _origin(asked: str) -> str:
     return "chosen" if asked == "auto" else "as asked"
 
 
-def _machine(device: "torch.device") -> dict[str, str]:
+def _machine(device: str) -> dict[str, str]:
     import psutil
     import torch
 
+    from phitune.model.device import torch_device
     from phitune.plan.machine import memory_budget
     from phitune.plan.memory import GIB
 
@@ -127,11 +129,11 @@ def _machine(device: "torch.device") -> dict[str, str]:
         "cores": f"{cores}, torch uses {torch.get_num_threads()}",
         "memory": f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free",
     }
-    if device.type == "cuda":
-        found["GPU"] = torch.cuda.get_device_name(device)
+    if device.startswith("cuda"):
+        found["GPU"] = torch.cuda.get_device_name(torch_device(device))
     budget = memory_budget(device)
     found["for a run"] = (
-        f"{budget.bytes / GIB:.1f} GiB on {device.type}, of what is {budget.source}"
+        f"{budget.bytes / GIB:.1f} GiB on {device.partition(':')[0]}, of what is {budget.source}"
     )
     load = 0.0
     if sys.platform != "win32":

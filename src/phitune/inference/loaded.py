@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 
+from phitune.apple.choice import load_decoder_on
 from phitune.data.coder import Coder, FormatName
 from phitune.data.tokenizer import TextTokenizer, read_chat_template
 from phitune.errors import ModelError, OutOfMemoryError
@@ -33,7 +34,6 @@ from phitune.model.decoder import Decoder
 from phitune.model.device import DTYPES, choose_device, choose_precision, is_out_of_memory
 from phitune.model.files import ASSETS, SHIPPED_MODELS, fetch_weights, find_model, is_hub_id
 from phitune.model.lora import WEIGHTS_FILE, Adapter, AdapterSet, detach, load_adapter
-from phitune.model.weights import load_decoder
 from phitune.untrusted import own_file, read_object
 
 TOKENIZER_FILE, CARD_FILE = "tokenizer.json", "README.md"
@@ -202,10 +202,10 @@ def open_model(
         coders.append(coder)
         warnings += notes
     base_coder = coders[0] if coders else read_coder(folder, folder, config, prompt_format)[0]
-    torch_device = choose_device(device)
-    dtype = DTYPES[choose_precision(precision, torch_device)]
+    chosen = choose_device(device)
+    dtype = DTYPES[choose_precision(precision, chosen)]
     fetch_weights(model_name, folder)
-    decoder = prepare_for_inference(load_decoder(folder, config, dtype, torch_device))
+    decoder = prepare_for_inference(load_decoder_on(folder, config, dtype, chosen))
     adapters = []
     for path, adapter_path, coder in zip(adapter_paths, folders, coders, strict=True):
         adapter = load_adapter(decoder, adapter_path)

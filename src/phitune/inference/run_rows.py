@@ -62,7 +62,9 @@ class Run:
         from phitune.model.device import choose_device  # Takes torch along.
 
         there = self.settings.device.partition(":")[0]
-        return self.settings.precision if choose_device(device).type == there else "auto"
+        return (
+            self.settings.precision if choose_device(device).partition(":")[0] == there else "auto"
+        )
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from phitune.apple.choice import fast_engine, load_decoder_on, reference_engine
 from phitune.config import DEFAULT_BATCH_SIZE, Resolved, Settings
 from phitune.data.coder import Coder
 from phitune.data.packing import Batch, pack
@@ -48,12 +49,11 @@ from phitune.model.architecture import (
 )
 from phitune.model.decoder import Decoder, LoraPair
 from phitune.model.device import DTYPES, choose_device, choose_precision, is_out_of_memory
-from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
+from phitune.model.engine import Engine
 from phitune.model.files import fetch_weights, find_model
 from phitune.model.lora import Adapter, LoraSpec, attach
-from phitune.model.weights import load_decoder
-from phitune.plan.machine import memory_budget
-from phitune.plan.memory import AdaptedModel, Base, Device, Shape
+from phitune.plan.machine import device_kind, memory_budget
+from phitune.plan.memory import AdaptedModel, Base, Shape
 from phitune.plan.micro_batch import fewest_recomputed
 from phitune.plan.plan import check_against_model
 from phitune.plan.rows import Row, Rows
@@ -364,7 +364,7 @@ def prepare(
     asked = resolved.settings
     device = choose_device(asked.device)
     settings = resolved.choose(
-        device=str(device) if asked.device == "auto" else asked.device,
+        device=device,
         precision=choose_precision(asked.precision, device),
         lora_r=MEASURING_RANK,
         lora_alpha=float(MEASURING_RANK),
@@ -395,11 +395,9 @@ def survey(
     settings, config, modules = setup.settings, setup.config, setup.modules
     try:
         # Before the weights are there, which a plan counts too.
-        budget = memory_budget(torch.device(settings.device)).bytes
+        budget = memory_budget(settings.device).bytes
         fetch_weights(settings.model_name, setup.folder)
-        decoder = load_decoder(
-            setup.folder, config, DTYPES[settings.precision], torch.device(settings.device)
-        )
+        decoder = load_decoder_on(setup.folder, config, DTYPES[settings.precision], settings.device)
         spec = LoraSpec(
             settings.lora_r,
             settings.lora_alpha,
@@ -462,19 +460,17 @@ def _engine(setup: Setup, decoder: Decoder, budget: int) -> Engine:
     if not settings.gradient_checkpointing:
         layers = 0
     if settings.engine == "reference":
-        return ReferenceEngine(decoder, count if layers is None else layers)
-    return FusedEngine(decoder, 0.0, _fewest(setup, budget) if layers is None else layers)
+        return reference_engine(decoder, count if layers is None else layers)
+    return fast_engine(decoder, 0.0, _fewest(setup, budget) if layers is None else layers)
 
 
 def _fewest(setup: Setup, budget: int) -> int:
     """As few recomputed layers as fit `budget` bytes, with the largest of the batches."""
-    settings, device = setup.settings, torch.device(setup.settings.device)
+    settings = setup.settings
     largest = max(setup.batches, key=lambda batch: batch.num_tokens)
     lengths = tuple(stop - start for start, stop in itertools.pairwise(largest.cu_seqlens))
-    kinds: dict[str, Device] = {"cpu": "cpu", "cuda": "cuda", "mps": "mps"}
-    model = AdaptedModel(
-        setup.config, setup.modules, settings.lora_r, _base(settings), kinds[device.type]
-    )
+    kind, _ = device_kind(settings.device)
+    model = AdaptedModel(setup.config, setup.modules, settings.lora_r, _base(settings), kind)
     shape = Shape(lengths, largest.num_target_tokens)
     return fewest_recomputed(model, shape, budget).recompute_layers
 

@@ -365,6 +365,7 @@ class Decoder(nn.Module):
         self.config = config
         self.dtype = dtype
         self.device = device
+        self.is_mlx = False  # whether MLX computes it; see apple/decoder.py
         self.recompute_layers = 0  # how many layers, from the lowest, autograd recomputes
         self._frequency_table: Tensor | None = None  # [2 or 1, rotary_dim / 2], on the device
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, device)

@@ -54,7 +54,8 @@ class Engine(ABC):
     in which it did: both end here, in one type of error.
     """
 
-    device: torch.device
+    device: torch.device  # of the adapter, and where a batch is wanted
+    device_name: str  # what computes, as settings name it: cpu, cuda:1, mps, mlx
     choices: dict[str, str]  # what was chosen, and why; for the user
     num_layers: int
     recompute_layers: int  # from the lowest; may be changed between two micro-batches
@@ -95,6 +96,7 @@ class ReferenceEngine(Engine):
         self, decoder: Decoder, recompute_layers: int = 0, *, torch_compile: bool = False
     ) -> None:
         self.decoder, self.device = decoder, decoder.device
+        self.device_name = str(decoder.device)
         self.num_layers, self.recompute_layers = len(decoder.layers), recompute_layers
         self.choices = {"engine": "reference: plain torch under autograd"}
         refusal = compile_refusal(decoder.device, torch_compile)
@@ -191,6 +193,7 @@ class FusedEngine(Engine):
             else:
                 stop_keeping_freed_memory()
         self.decoder, self.device = decoder, decoder.device
+        self.device_name = str(decoder.device)
         self.num_layers, self.recompute_layers = len(decoder.layers), recompute_layers
         backend, self.choices = choose_backend(decoder.device, decoder.dtype, torch_compile)
         self.layers: list[FusedLayer] = []

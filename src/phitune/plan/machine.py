@@ -10,6 +10,7 @@ Not here: what a run needs (memory.py). GiB are 2**30 bytes and GB 10**9, as on 
 in the training guide. torch is loaded only where an accelerator is asked.
 """
 
+import importlib.util
 import itertools
 import os
 import platform
@@ -28,11 +29,11 @@ from phitune.plan.memory import GIB, PROGRAM_BYTES, Base, Device
 from phitune.text import in_bytes
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 
 # A run plans with this share of the free memory; the rest is for other programs and surprises.
-BUDGET_SHARE: dict[Device, float] = {"cpu": 0.9, "cuda": 0.92, "mps": 0.95}
+BUDGET_SHARE: dict[Device, float] = {"cpu": 0.9, "cuda": 0.92, "mps": 0.95, "mlx": 0.95}
 # What macOS recommends its GPU to use, of the memory of a Mac.
 APPLE_SHARE = 2 / 3
 GB = 10**9
@@ -199,10 +200,12 @@ def device_kind(name: str) -> tuple[Device, str]:
     if name == "auto":
         if shutil.which("nvidia-smi") and _visible(0) is not None:
             return "cuda", "this machine has an NVIDIA driver"
+        if is_apple_silicon() and importlib.util.find_spec("mlx"):
+            return "mlx", "this is a Mac, and MLX is installed"
         if is_apple_silicon():
-            return "mps", "this is a Mac"
+            return "mps", "this is a Mac without MLX"
         return "cpu", "this machine has no GPU; --device cuda plans for one"
-    kinds: dict[str, Device] = {"cpu": "cpu", "cuda": "cuda", "mps": "mps"}
+    kinds: dict[str, Device] = {"cpu": "cpu", "cuda": "cuda", "mps": "mps", "mlx": "mlx"}
     return kinds[name.partition(":")[0]], "as asked"
 
 
@@ -217,7 +220,9 @@ def memory_here(name: str, device: Device) -> Memory:
     """
     if device == "cpu":
         return free_memory()
-    if device == "mps" and is_apple_silicon():
+    if device == "mlx" and not is_apple_silicon():
+        return free_memory()
+    if device in ("mps", "mlx") and is_apple_silicon():
         total = psutil.virtual_memory().total
         return Memory(round(total * APPLE_SHARE), "two thirds of this Mac's memory")
     if device == "cuda" and (size := _free_by_nvidia_smi(name)):
@@ -354,61 +359,69 @@ def machine_called(gpu: str) -> tuple[Machine, ...]:
 # The budget of a run on its device, and what is in use.
 
 
-def memory_budget(device: "torch.device") -> Memory:
-    """What a run may plan with now: its share of what is free.
+def memory_budget(device: str) -> Memory:
+    """What a run may plan with now: its share of what is free on a device, such as "cuda:1".
 
     A plan has a term for the program, which is in memory already: on a CPU at least in part, on
     CUDA the driver's context, which asking for its free memory creates.
     """
-    free, kind = _free_on(device), _kind(device)
+    free, kind = _free_on(device), device_kind(device)[0]
     held = {"cpu": psutil.Process().memory_info().rss, "cuda": PROGRAM_BYTES["cuda"]}.get(kind, 0)
     share = BUDGET_SHARE[kind] * (free.bytes + min(held, PROGRAM_BYTES[kind]))
     return Memory(round(share), free.source)
 
 
-def _free_on(device: "torch.device") -> Memory:
+def _free_on(device: str) -> Memory:
     """What is free for this process on a device."""
     import torch
 
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
+    if device.startswith("cuda"):
+        free, total = torch.cuda.mem_get_info(torch.device(device))
         return Memory(free, f"free now, of the card's {total / GIB:.1f} GiB")
-    if device.type == "mps":
-        # Beyond the recommended working set a Mac swaps instead of failing.
+    # Beyond the recommended working set a Mac swaps instead of failing.
+    if device == "mps":
         return Memory(torch.mps.recommended_max_memory(), "macOS recommends to its GPU")
+    if device == "mlx":
+        from phitune.apple.memory import recommended_bytes
+
+        if recommended := recommended_bytes():
+            return Memory(recommended, "macOS recommends to its GPU")
     return free_memory()
 
 
-def memory_in_use(device: "torch.device") -> float:
+def memory_in_use(device: str) -> float:
     """GiB held now: the allocator's on an accelerator, the process's resident memory on a CPU."""
     import torch
 
-    if device.type == "cuda":
-        return torch.cuda.memory_reserved(device) / GIB
-    if device.type == "mps":
+    if device.startswith("cuda"):
+        return torch.cuda.memory_reserved(torch.device(device)) / GIB
+    if device == "mps":
         return torch.mps.driver_allocated_memory() / GIB
+    if device == "mlx":
+        from phitune.apple.memory import bytes_in_use
+
+        return bytes_in_use() / GIB
     return float(psutil.Process().memory_info().rss) / GIB
 
 
-def peak_memory(device: "torch.device") -> float:
+def peak_memory(device: str) -> float:
     """GiB: the most this process has held so far, as `memory_in_use` counts."""
     import torch
 
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) / GIB
-    if device.type == "mps":
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_reserved(torch.device(device)) / GIB
+    if device == "mps":
         return memory_in_use(device)  # Apple's allocator keeps no peak.
+    if device == "mlx":
+        from phitune.apple.memory import peak_bytes
+
+        return peak_bytes() / GIB
     if sys.platform == "win32":
         return float(psutil.Process().memory_info().peak_wset) / GIB
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on a Mac
     return peak * (1 if sys.platform == "darwin" else 1024) / GIB
-
-
-def _kind(device: "torch.device") -> Device:
-    kinds: dict[str, Device] = {"cuda": "cuda", "mps": "mps"}
-    return kinds.get(device.type, "cpu")
 
 
 # -------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from phitune.model.architecture import (
 GIB = 2**30
 
 Base = Literal["fp32", "bf16", "int8", "nf4"]
-Device = Literal["cpu", "cuda", "mps"]
+Device = Literal["cpu", "cuda", "mps", "mlx"]
 
 # Bytes of a weight in the layers; quantised bases add a scale to each block of 64.
 _WEIGHT_BYTES: dict[Base, float] = {"fp32": 4, "bf16": 2, "int8": 1 + 2 / 64, "nf4": 0.5 + 4 / 64}
@@ -51,6 +51,7 @@ PROGRAM_BYTES: dict[Device, int] = {
     "cpu": round(0.35 * GIB),
     "cuda": round(0.5 * GIB),
     "mps": round(0.35 * GIB),
+    "mlx": round(0.35 * GIB),
 }
 
 

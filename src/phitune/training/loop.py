@@ -165,7 +165,7 @@ def fit(
                 grad_norm=grad_norm,
                 tokens=num_tokens,
                 tokens_per_second=num_tokens / (time.perf_counter() - started),
-                memory_gib=memory_in_use(device),
+                memory_gib=memory_in_use(engine.device_name),
                 checkpoint_seconds=round(state.checkpoint_seconds, 4),
             )
             state.checkpoint_seconds = 0.0

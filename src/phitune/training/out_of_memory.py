@@ -89,7 +89,7 @@ def dry_run(
         state.begin_step()
         kept.clear()
         seconds = time.perf_counter() - started
-        peak = peak_memory(engine.device)
+        peak = peak_memory(engine.device_name)
         return DryRunDone(batch.num_tokens, len(batch.slots), peak, seconds)
 
     while True:

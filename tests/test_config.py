@@ -183,7 +183,7 @@ def test_flags_win_over_the_file_and_origins_are_known(tmp_path: Path) -> None:
         ("--precision int3", "must be one of 'auto', 'fp32' or 'bf16'"),
         ("--prompt_format alpaca", "must be one of 'instruct' or 'chat'"),
         ("--layers a-b", "must look like 16-31"),
-        ("--device tpu", "must be auto, cpu, cuda, cuda:N or mps"),
+        ("--device tpu", "must be auto, cpu, cuda, cuda:N, mlx or mps"),
         ("--validation_path a --validation_split 0.2", "only one of them"),
         ("--config nowhere.yaml", "--config nowhere.yaml: there is no such file"),
     ],

@@ -4,12 +4,33 @@ Adapters, tokens and answers are torch's, the frozen model and what is computed 
 both lie in the same memory; what goes across is copied there.
 """
 
+import shutil
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
 import mlx.core as mx
 import numpy as np
 import torch
 from torch import Tensor
 
 DTYPES = {torch.float32: mx.float32, torch.bfloat16: mx.bfloat16}
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def in_one_pass(function: Function, *, any_shape: bool = False) -> Function:
+    """A function of elements as one kernel, which writes down no result between its operations.
+
+    Off a Mac MLX needs a C++ compiler for that; without one they run one after the other.
+
+    Args:
+        function: to one array, of fewer than a dozen operations deep, or MLX makes several kernels.
+        any_shape: looks at it once for all shapes, where there are many; half as deep.
+    """
+    if sys.platform != "darwin" and shutil.which("g++") is None:
+        return function
+    return mx.compile(function, shapeless=any_shape)  # type: ignore[return-value]
 
 
 def to_mlx(tensor: Tensor) -> mx.array:

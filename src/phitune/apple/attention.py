@@ -11,10 +11,12 @@ or the keys that a block sees, n queries of a block.
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
 
+from phitune.apple.arrays import in_one_pass
 from phitune.model import architecture
 
 
@@ -32,20 +34,30 @@ def attend(heads: Heads, cu_seqlens: Sequence[int], sliding_window: int | None) 
     Returns: [T, H, E].
     """
     query, key, value = heads
-    outputs = []
+    outputs: list[mx.array] = []
+    pending = 0  # queries that are not computed yet
     for start, stop in itertools.pairwise(cu_seqlens):
-        mask: mx.array | str = "causal"
-        if sliding_window is not None and stop - start > sliding_window:
-            mask = ~_hidden(slice(start, stop), slice(start, stop), sliding_window)  # [S, S]
-        attended = mx.fast.scaled_dot_product_attention(
-            _as_batch(query[start:stop]),
-            _as_batch(key[start:stop]),
-            _as_batch(value[start:stop]),
-            scale=1 / math.sqrt(query.shape[-1]),
-            mask=mask,
-        )  # [1, H, S, E]
-        outputs.append(attended[0].swapaxes(0, 1))
+        for rows, seen in _blocks(start, stop, sliding_window):
+            attended = mx.fast.scaled_dot_product_attention(
+                _as_batch(query[rows]),
+                _as_batch(key[seen]),
+                _as_batch(value[seen]),
+                scale=1 / math.sqrt(query.shape[-1]),
+                mask=_mask(rows, seen, sliding_window),
+            )  # [1, H, n, E]
+            outputs.append(attended[0].swapaxes(0, 1))
+            pending += _length(rows)
+            if pending >= architecture.QUERIES_PER_BLOCK:
+                mx.eval(outputs)
+                pending = 0
     return _with_padding(outputs, query)
+
+
+def _mask(rows: slice, seen: slice, sliding_window: int | None) -> mx.array | str:
+    """What the kernel is told of a block: [n, S] bool, or that each query sees all before it."""
+    if sliding_window is None or rows.stop - seen.start <= sliding_window:
+        return "causal"
+    return ~_hidden(rows, seen, sliding_window)
 
 
 def attend_backward(
@@ -58,7 +70,10 @@ def attend_backward(
     """Returns: the gradients of the heads."""
     query, key, value = heads
     scale, groups = 1 / math.sqrt(query.shape[-1]), key.shape[1]
-    of_queries, of_keys, of_values = [], [], []
+    of_queries: list[mx.array] = []
+    of_keys: list[mx.array] = []
+    of_values: list[mx.array] = []
+    pending = 0  # queries that are not computed yet
     for start, stop in itertools.pairwise(cu_seqlens):
         keys = key[start:stop].swapaxes(0, 1)  # [G, S, E]
         values = value[start:stop].swapaxes(0, 1)
@@ -70,14 +85,17 @@ def attend_backward(
             outputs = _by_group(out[rows], groups)
 
             # The softmax once more, in fp32.
-            scores = (queries @ keys[:, part].swapaxes(1, 2)).astype(mx.float32) * scale
             hidden = mx.tile(_hidden(rows, seen, sliding_window), (query.shape[1] // groups, 1))
-            weights = mx.softmax(mx.where(hidden, -math.inf, scores), axis=-1)  # [G, r n, S]
+            scores = queries @ keys[:, part].swapaxes(1, 2)  # [G, r n, S]
+            weights = mx.softmax(_seen_alone(scores, hidden[None], scale), axis=-1)
+            del scores
+            mx.eval(weights)
 
             # Its gradient. The subtracted mean is each query's sum(weights * grad_weights).
             mean = (grad * outputs).astype(mx.float32).sum(-1, keepdims=True)  # [G, r n, 1]
-            grad_weights = (grad @ values[:, part].swapaxes(1, 2)).astype(mx.float32)
-            grad_scores = (weights * (grad_weights - mean) * scale).astype(query.dtype)
+            grad_weights = grad @ values[:, part].swapaxes(1, 2)
+            grad_scores = _softmax_backward(weights, grad_weights, mean, scale)
+            del grad_weights
             weights = weights.astype(query.dtype)
 
             # Queries of the block, and what it adds to the keys and values that it sees.
@@ -89,6 +107,10 @@ def attend_backward(
             else:
                 grad_keys = grad_keys.at[:, part].add(more_keys)
                 grad_values = grad_values.at[:, part].add(more_values)
+            pending += _length(rows)
+            if pending >= architecture.QUERIES_PER_BLOCK:
+                mx.eval(of_queries, of_keys, of_values, grad_keys, grad_values)
+                pending = 0
         of_keys.append(grad_keys.swapaxes(0, 1))
         of_values.append(grad_values.swapaxes(0, 1))
     return Heads(
@@ -96,6 +118,24 @@ def attend_backward(
         _with_padding(of_keys, key),
         _with_padding(of_values, value),
     )
+
+
+@partial(in_one_pass, any_shape=True)
+def _seen_alone(scores: mx.array, hidden: mx.array, scale: float) -> mx.array:
+    """What the softmax reads, in fp32. scores: [G, r n, S], hidden: [1, r n, S]."""
+    return mx.where(hidden, -math.inf, scores.astype(mx.float32) * scale)
+
+
+@partial(in_one_pass, any_shape=True)
+def _softmax_backward(
+    weights: mx.array,  # [G, r n, S] in fp32
+    grad_weights: mx.array,  # [G, r n, S]
+    mean: mx.array,  # [G, r n, 1] in fp32
+    scale: float,
+) -> mx.array:
+    """Returns: the gradient of the products of queries and keys, as grad_weights."""
+    grad_scores = weights * (grad_weights.astype(mx.float32) - mean) * scale
+    return grad_scores.astype(grad_weights.dtype)
 
 
 def _length(part: slice) -> int:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from phitune.apple import memory
-from phitune.apple.arrays import to_mlx, to_torch
+from phitune.apple.arrays import in_one_pass, to_mlx, to_torch
 from phitune.apple.decoder import MlxDecoder
 from phitune.apple.layers import Saved, Shared
 from phitune.apple.linear import PairGradients
@@ -98,9 +98,11 @@ class MlxEngine(Engine):
             below, found = layer.backward(grad, saved, shared, needs_input=needs_input)  # [T, D]
             del saved
             grad = below if below is not None else grad
-            mx.eval(grad, [each[1:] for each in found])
+            del below
+            mx.eval(grad)
             memory.check_limit()
             add_gradients(found)
+            del found
         if update is not None:
             torch.autograd.backward(update, to_torch(grad))
         return torch.tensor(loss)
@@ -167,7 +169,7 @@ class MlxEngine(Engine):
             rows = slice(start, min(start + size, len(hidden)))
             of_rows = None if keys is None else keys[rows]
             loss, grad, found = self._loss_of_chunk(hidden[rows], padded, rows, of_rows, weight)
-            mx.eval(loss, grad, [each[1:] for each in found])
+            mx.eval(loss, grad)
             memory.check_limit()
             total += float(to_torch(loss)) * (1.0 if weight is None else weight)
             add_gradients(found)
@@ -190,18 +192,36 @@ class MlxEngine(Engine):
         targets, is_trained = padded.targets[rows], padded.is_trained[rows]  # [n] both
         normed = norm(hidden)
         low = head.low(normed, row_keys)
-        logits = head.forward(normed, low).astype(mx.float32)  # [n, V]
-        picked = mx.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-        loss = ((mx.logsumexp(logits, axis=1) - picked) * is_trained).sum()
+        logits = head.forward(normed, low)  # [n, V]
+        mx.eval(normed, low, logits)
+        picked = mx.take_along_axis(logits, targets[:, None], axis=1)[:, 0].astype(mx.float32)
+        normalizers = mx.logsumexp(logits.astype(mx.float32), axis=1)  # [n]
+        loss = ((normalizers - picked) * is_trained).sum()
+        mx.eval(loss, normalizers)
         if weight is None:
             return loss, hidden, []
 
         # Backward: softmax minus one at the target.
-        hits = mx.arange(logits.shape[1])[None] == targets[:, None]
-        grad = (mx.softmax(logits, axis=1) - hits) * (is_trained * weight)[:, None]  # [n, V]
-        back, found = head.backward(grad.astype(hidden.dtype), normed, low, row_keys)  # [n, D]
-        assert back is not None
-        return loss, norm.backward(back, hidden), found
+        columns = mx.arange(logits.shape[1])[None]
+        weights = (is_trained * weight)[:, None]
+        grad = _grad_of_logits(logits, normalizers[:, None], columns, targets[:, None], weights)
+        del logits
+        mx.eval(grad)  # [n, V]
+        found = head.gradients(grad, normed, low, row_keys)
+        return loss, norm.backward(head.backward(grad, row_keys), hidden), found
+
+
+@in_one_pass
+def _grad_of_logits(
+    logits: mx.array,  # [n, V]
+    normalizers: mx.array,  # [n, 1], logarithms, in fp32
+    columns: mx.array,  # [1, V], each its own number
+    targets: mx.array,  # [n, 1]
+    weights: mx.array,  # [n, 1], of each row's loss, in fp32
+) -> mx.array:
+    """Returns: [n, V]."""
+    softmax = mx.exp(logits.astype(mx.float32) - normalizers)
+    return ((softmax - (columns == targets)) * weights).astype(logits.dtype)
 
 
 @torch.no_grad()

@@ -5,7 +5,8 @@ products that nonlinear functions read, attention's output, and a few numbers a 
 queries and keys, norm outputs, GELU, SwiGLU and dropout masks are computed again. In the last layer
 `rows` are the positions that matter to the loss.
 
-MLX computes nothing until it is asked: these functions describe a layer, the engine evaluates it.
+MLX computes nothing until it is asked, and holds until then all that a result needs. So a layer
+has its parts evaluated where what they held may go; what is returned may wait.
 
 Shapes: T packed tokens, N rows that matter, D hidden, H heads, G key-value heads, E head_dim,
 F intermediate, X extra columns, P outputs of the first product.
@@ -16,6 +17,7 @@ from typing import ClassVar, Literal
 
 import mlx.core as mx
 
+from phitune.apple.arrays import in_one_pass
 from phitune.apple.attention import Heads, attend, attend_backward
 from phitune.apple.linear import AdaptedLinear, FrozenLinear, PairGradients
 from phitune.model.architecture import ModelConfig
@@ -75,53 +77,79 @@ class Norm:
         return grads[0]
 
 
+@in_one_pass
 def gelu(x: mx.array) -> mx.array:
     """The tanh form. x: [T, F]. Returns: [T, F]."""
     wide = x.astype(mx.float32)
-    return (0.5 * wide * (1 + mx.tanh(_inner_of_gelu(wide)))).astype(x.dtype)
+    tanh = mx.tanh(wide * (_GELU + _CUBE * wide * wide))
+    return (0.5 * wide * (1 + tanh)).astype(x.dtype)
 
 
+@in_one_pass
 def gelu_backward(grad: mx.array, x: mx.array) -> mx.array:
     """grad, x: [T, F]. Returns: [T, F]."""
     wide = x.astype(mx.float32)
-    tanh = mx.tanh(_inner_of_gelu(wide))
-    slope = _GELU * (1 + 3 * _CUBE * wide * wide)
-    local = 0.5 * (1 + tanh) + 0.5 * wide * (1 - tanh * tanh) * slope
+    square = wide * wide
+    tanh = mx.tanh(wide * (_GELU + _CUBE * square))
+    rise = wide * (_GELU + 3 * _CUBE * square)
+    # The tanh's own slope is (1 - tanh) (1 + tanh).
+    local = 0.5 * (1 + tanh) * (1 + (1 - tanh) * rise)
     return (grad.astype(mx.float32) * local).astype(x.dtype)
 
 
-_GELU, _CUBE = 0.7978845608028654, 0.044715  # sqrt(2 / pi), and the factor of the cube
-
-
-def _inner_of_gelu(x: mx.array) -> mx.array:
-    """x: [T, F], in fp32. Returns: [T, F]."""
-    return _GELU * (x + _CUBE * x * x * x)
+_GELU = 0.7978845608028654  # sqrt(2 / pi)
+_CUBE = 0.044715 * _GELU
 
 
 def swiglu(gate_up: mx.array) -> mx.array:
     """silu(gate) * up. gate_up: [T, 2 F]. Returns: [T, F]."""
     gate, up = mx.split(gate_up, 2, axis=-1)
+    return _swiglu(gate, up)
+
+
+@in_one_pass
+def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """gate, up: [T, F]. Returns: [T, F]."""
     return gate * mx.sigmoid(gate) * up
 
 
 def swiglu_backward(grad: mx.array, gate_up: mx.array) -> mx.array:
     """grad: [T, F], gate_up: [T, 2 F]. Returns: [T, 2 F]."""
-    gate, up = (part.astype(mx.float32) for part in mx.split(gate_up, 2, axis=-1))
-    grad = grad.astype(mx.float32)
-    share = mx.sigmoid(gate)
-    grad_gate = grad * up * share * (1 + gate * (1 - share))
-    return mx.concatenate([grad_gate, grad * gate * share], axis=-1).astype(gate_up.dtype)
+    gate, up = mx.split(gate_up, 2, axis=-1)
+    return mx.concatenate([_grad_of_gate(grad, gate, up), _grad_of_up(grad, gate)], axis=-1)
+
+
+@in_one_pass
+def _grad_of_gate(grad: mx.array, gate: mx.array, up: mx.array) -> mx.array:
+    """grad, gate, up: [T, F]. Returns: [T, F]."""
+    wide = gate.astype(mx.float32)
+    share = mx.sigmoid(wide)
+    scaled = grad.astype(mx.float32) * up.astype(mx.float32) * share
+    return (scaled * (1 + wide * (1 - share))).astype(gate.dtype)
+
+
+@in_one_pass
+def _grad_of_up(grad: mx.array, gate: mx.array) -> mx.array:
+    """grad, gate: [T, F]. Returns: [T, F]."""
+    wide = gate.astype(mx.float32)
+    return (grad.astype(mx.float32) * wide * mx.sigmoid(wide)).astype(gate.dtype)
 
 
 def rotate(x: mx.array, shared: Shared, *, back: bool = False) -> mx.array:
     """`ops.rotate`; with `back` its transpose, for gradients. x: [T, H, E]. Returns: the same."""
     half = shared.cos.shape[-1]
     cos, sin = shared.cos[:, None], shared.sin[:, None]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     if back:
         sin = -sin
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    parts = [first * cos - second * sin, second * cos + first * sin, rest]
-    return mx.concatenate(parts, axis=-1)
+    turned = [_turned(first, second, cos, -sin), _turned(second, first, cos, sin)]
+    return mx.concatenate([*turned, rest], axis=-1)
+
+
+@in_one_pass
+def _turned(x: mx.array, other: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    """x, other: halves [T, H, rotary_dim / 2]; cos, sin: [T, 1, rotary_dim / 2]. Returns: as x."""
+    return x * cos + other * sin
 
 
 # -------------------------------------------------------------------------------------------------
@@ -178,6 +206,8 @@ class MlxLayer:
         saved = Saved(x, rows)
         heads = self.before_attention(saved, shared)
         attended = attend(heads, shared.cu_seqlens, self.config.sliding_window)
+        del heads
+        mx.eval(attended)
         out = self.after_attention(attended, saved, shared, for_backward_only=for_backward_only)
         return out, saved
 
@@ -195,7 +225,11 @@ class MlxLayer:
     def _rotated_heads(self, projected: mx.array, shared: Shared) -> Heads:
         """[T, P] -> [T, H, E], [T, G, E] twice; query and key rotated."""
         query, key, value = self._heads(projected)
-        return Heads(rotate(query, shared), rotate(key, shared), value)
+        query = rotate(query, shared)
+        mx.eval(query)
+        key = rotate(key, shared)
+        mx.eval(key)
+        return Heads(query, key, value)
 
     def _attention_output(
         self, name: str, attended: mx.array, saved: Saved, shared: Shared
@@ -216,19 +250,31 @@ class MlxLayer:
         assert saved.attended is not None
         assert saved.projected is not None
         keys, tokens = shared.keys_of(saved.rows), len(saved.x)
-        chosen = _chosen(saved.attended, saved.rows)
-        grad_chosen, found = self.linears[name].backward(grad, chosen, saved.low[name], keys)
-        assert grad_chosen is not None
+        chosen, linear = _chosen(saved.attended, saved.rows), self.linears[name]
+        found = linear.gradients(grad, chosen, saved.low[name], keys)
+        del chosen
         shape = (tokens, -1, self.config.head_dim)
+        grad_attended = _scattered(linear.backward(grad, keys), saved.rows, tokens)
+        mx.eval(grad_attended)
         query, key, value = attend_backward(
-            _scattered(grad_chosen, saved.rows, tokens).reshape(shape),
+            grad_attended.reshape(shape),
             self._rotated_heads(saved.projected, shared),
             saved.attended.reshape(shape),
             shared.cu_seqlens,
             self.config.sliding_window,
         )
-        parts = [rotate(query, shared, back=True), rotate(key, shared, back=True), value]
-        return mx.concatenate([part.reshape(tokens, -1) for part in parts], axis=1), found
+        del grad_attended
+        mx.eval(query, key, value)
+        query = rotate(query, shared, back=True)
+        mx.eval(query)
+        key = rotate(key, shared, back=True)
+        mx.eval(key)
+        parts = [part.reshape(tokens, -1) for part in (query, key, value)]
+        del query, key, value
+        grad_qkv = mx.concatenate(parts, axis=1)
+        del parts
+        mx.eval(grad_qkv)
+        return grad_qkv, found
 
     def _mlp_backward(
         self, name: str, grad: mx.array, inner: mx.array, saved: Saved, shared: Shared
@@ -237,14 +283,15 @@ class MlxLayer:
 
         grad: [N, D], inner: [N, F or 2 F]. Returns: as inner, and the gradients of the adapters.
         """
-        is_gelu = self.activation == "gelu"
+        is_gelu, linear = self.activation == "gelu", self.linears[name]
+        keys = shared.keys_of(saved.rows)
         activated = gelu(inner) if is_gelu else swiglu(inner)  # [N, F]
-        grad_activated, found = self.linears[name].backward(
-            grad, activated, saved.low[name], shared.keys_of(saved.rows)
-        )
-        assert grad_activated is not None
+        found = linear.gradients(grad, activated, saved.low[name], keys)
+        del activated
         back = gelu_backward if is_gelu else swiglu_backward
-        return back(grad_activated, inner), found
+        grad_inner = back(linear.backward(grad, keys), inner)
+        mx.eval(grad_inner)
+        return grad_inner, found
 
     def _mlp_output(
         self, name: str, inner: mx.array, saved: Saved, shared: Shared, *, for_backward_only: bool
@@ -272,6 +319,8 @@ class MlxPhiLayer(MlxLayer):
             attention, mlp = self._parts()
             saved.projected = first.forward(normed, low, attention)
             saved.inner = first.forward(normed[rows], _chosen_or_none(low, rows), mlp)
+        del normed
+        mx.eval(saved.arrays())
         return self._rotated_heads(saved.projected, shared)
 
     def after_attention(
@@ -298,32 +347,29 @@ class MlxPhiLayer(MlxLayer):
 
         # Back through the first product.
         normed, low = norm(saved.x), saved.low["qkv_fc1"]
+        attention, mlp = self._parts()
         if rows is None:
             grad_first = mx.concatenate([grad_qkv, grad_inner], axis=1)  # [T, P]
-            grad_normed, more = first.backward(
-                grad_first, normed, low, keys, needs_input=needs_input
-            )
-            found += more
+            del grad_qkv, grad_inner
+            mx.eval(grad_first)
+            found += first.gradients(grad_first, normed, low, keys)
         else:
-            attention, mlp = self._parts()
-            grad_normed, more = first.backward(
-                grad_qkv, normed, low, keys, attention, needs_input=needs_input
-            )
-            of_rows, still_more = first.backward(
-                grad_inner,
-                normed[rows],
-                _chosen_or_none(low, rows),
-                shared.keys_of(rows),
-                mlp,
-                needs_input=needs_input,
-            )
-            found += [*more, *still_more]
-            if grad_normed is not None and of_rows is not None:
-                grad_normed = grad_normed.at[rows].add(of_rows)
+            of_rows, keys_of_rows = _chosen_or_none(low, rows), shared.keys_of(rows)
+            found += first.gradients(grad_qkv, normed, low, keys, attention)
+            found += first.gradients(grad_inner, normed[rows], of_rows, keys_of_rows, mlp)
+        del normed
+        if not needs_input:
+            return None, found
+        if rows is None:
+            grad_normed = first.backward(grad_first, keys)
+            del grad_first
+        else:
+            grad_normed = first.backward(grad_qkv, keys, attention)
+            below = first.backward(grad_inner, keys_of_rows, mlp)  # [N, D]
+            del grad_qkv, grad_inner
+            grad_normed = grad_normed.at[rows].add(below)
 
         # Back through the norm; the residual passes the gradient on as it is.
-        if grad_normed is None:
-            return None, found
         return _scattered(grad, rows, tokens) + norm.backward(grad_normed, saved.x), found
 
     def _parts(self) -> tuple[slice, slice]:
@@ -350,6 +396,8 @@ class MlxPhi3Layer(MlxLayer):
         normed = self.norms["input_layernorm"](saved.x)  # [T, D]
         low = saved.low["qkv_proj"] = qkv.low(normed, shared.row_keys)
         saved.projected = qkv.forward(normed, low)  # [T, P]
+        del normed
+        mx.eval(saved.arrays())
         return self._rotated_heads(saved.projected, shared)
 
     def after_attention(
@@ -362,6 +410,8 @@ class MlxPhi3Layer(MlxLayer):
         normed = norm(middle)
         low = saved.low["gate_up_proj"] = gate_up.low(normed, shared.keys_of(saved.rows))
         saved.inner = gate_up.forward(normed, low)  # [N, 2 F]
+        del normed
+        mx.eval(saved.arrays())
         mlp = self._mlp_output(
             "down_proj", saved.inner, saved, shared, for_backward_only=for_backward_only
         )
@@ -377,29 +427,26 @@ class MlxPhi3Layer(MlxLayer):
 
         # Back through the MLP and its norm.
         grad_inner, found = self._mlp_backward("down_proj", grad, saved.inner, saved, shared)
-        norm = self.norms["post_attention_layernorm"]
-        grad_normed, more = self.linears["gate_up_proj"].backward(
-            grad_inner, norm(saved.middle), saved.low["gate_up_proj"], shared.keys_of(rows)
-        )
-        assert grad_normed is not None
-        found += more
+        norm, linear = self.norms["post_attention_layernorm"], self.linears["gate_up_proj"]
+        keys, low = shared.keys_of(rows), saved.low["gate_up_proj"]
+        found += linear.gradients(grad_inner, norm(saved.middle), low, keys)
+        grad_normed = linear.backward(grad_inner, keys)
+        del grad_inner
         grad = grad + norm.backward(grad_normed, saved.middle)
+        del grad_normed
+        mx.eval(grad)
 
         # Back through attention, q, k, v and the first norm.
         grad_qkv, more = self._attention_backward("o_proj", grad, saved, shared)
         found += more
-        norm = self.norms["input_layernorm"]
-        grad_first, more = self.linears["qkv_proj"].backward(
-            grad_qkv,
-            norm(saved.x),
-            saved.low["qkv_proj"],
-            shared.row_keys,
-            needs_input=needs_input,
-        )
-        found += more
-        if grad_first is None:
+        norm, linear = self.norms["input_layernorm"], self.linears["qkv_proj"]
+        keys, low = shared.row_keys, saved.low["qkv_proj"]
+        found += linear.gradients(grad_qkv, norm(saved.x), low, keys)
+        if not needs_input:
             return None, found
-        return _scattered(grad, rows, len(saved.x)) + norm.backward(grad_first, saved.x), found
+        grad_normed = linear.backward(grad_qkv, keys)
+        del grad_qkv
+        return _scattered(grad, rows, len(saved.x)) + norm.backward(grad_normed, saved.x), found
 
 
 LAYERS: dict[str, type[MlxLayer]] = {"phi": MlxPhiLayer, "phi3": MlxPhi3Layer}

@@ -4,17 +4,20 @@ The weight needs no gradient, so its way back is one product. Adapters are two n
 beside it, which leave it as it is: as MLX's own 4 or 8 bits, too. Dropout masks are those of
 `ops.keep_mask`, bit for bit, computed again instead of kept.
 
+What MLX has been asked for and has not computed yet it holds all at once, every result in between
+included. So what is as large as an input is evaluated pair by pair.
+
 Shapes: T tokens, M adapter pairs of a layer, R rank, X all ranks of a layer, D in, O out,
 K adapters.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 import torch
 
-from phitune.apple.arrays import to_mlx
+from phitune.apple.arrays import in_one_pass, to_mlx
 from phitune.model import ops
 from phitune.model.decoder import LoraBank, LoraPair
 
@@ -141,7 +144,8 @@ class TrainedPairs:
         ]
         self._factors = mx.array(scaling, mx.float32)  # [X]
         self._keep_rate = ops.keep_rate(dropout_rate)
-        self._most = mx.array(2 * ops.keep_threshold(dropout_rate) - 1, mx.int32)
+        most = 2 * ops.keep_threshold(dropout_rate) - 1
+        self._most = mx.array(most + _SIGN, mx.uint32)
         width = pairs[0].lora_A.shape[1]
         keys = torch.stack([pair.key.cpu() for pair in pairs])  # [M]
         self._column_keys = to_mlx(ops.column_keys(keys, width)).view(mx.uint32)  # [M, D]
@@ -176,41 +180,55 @@ class TrainedPairs:
         """s dropout(x) A^T. x: [T, D], row_keys: [T], None without dropout. Returns: [T, X]."""
         if row_keys is None:
             return (x @ self.lora_A.T) * self._scale(row_keys)
-        parts = [
-            self.dropped(x, row_keys, index) @ self.lora_A[place].T
-            for index, place in enumerate(self.places)
-        ]
+        parts = []
+        for index, place in enumerate(self.places):
+            parts.append(self.dropped(x, row_keys, index) @ self.lora_A[place].T)
+            mx.eval(parts[-1])
         return mx.concatenate(parts, axis=1) * self._scale(row_keys)
 
-    def backward(
+    def gradients(
         self,
         grad: mx.array,
         x: mx.array,
         low: mx.array,
         row_keys: mx.array | None,
         outputs: slice,
-    ) -> tuple[mx.array, list[PairGradients]]:
-        """The gradients of the pairs among some outputs, and what they add to that of x.
+    ) -> list[PairGradients]:
+        """The gradients of the pairs among some outputs.
 
         Args:
             grad: [T, O], or as many columns as there are `outputs`.
             x, low, row_keys: of the forward: [T, D], [T, X], [T].
-
-        Returns: [T, D], and of each pair its gradients.
         """
-        first, last = outputs.start or 0, outputs.stop or self.outputs
-        grad_low = (grad @ self.lora_B[outputs]) * self._scale(row_keys)  # [T, X]
-        grad_x, found = None, []
-        for index, (pair, place) in enumerate(zip(self.pairs, self.places, strict=True)):
-            if not first <= pair.columns.start < last:
-                continue
-            columns = slice(pair.columns.start - first, pair.columns.stop - first)
+        grad_low, found = self._grad_low(grad, row_keys, outputs), []
+        for index, columns in self._among(outputs):
+            pair, place = self.pairs[index], self.places[index]
             grad_B = grad[:, columns].T @ low[:, place]  # [O, R]
             grad_A = grad_low[:, place].T @ self.dropped(x, row_keys, index)  # [R, D]
+            mx.eval(grad_A, grad_B)
             found.append(PairGradients(pair, grad_A, grad_B))
-            more = self.dropped(grad_low[:, place] @ self.lora_A[place], row_keys, index)
-            grad_x = more if grad_x is None else grad_x + more
-        return mx.zeros_like(x) if grad_x is None else grad_x, found
+        return found
+
+    def back(self, grad: mx.array, row_keys: mx.array | None, outputs: slice) -> Iterator[mx.array]:
+        """What each of the pairs among some outputs adds to the gradient of x.
+
+        grad: [T, O]. Returns: [T, D] each.
+        """
+        grad_low = self._grad_low(grad, row_keys, outputs)
+        for index, _ in self._among(outputs):
+            place = self.places[index]
+            yield self.dropped(grad_low[:, place] @ self.lora_A[place], row_keys, index)
+
+    def _grad_low(self, grad: mx.array, row_keys: mx.array | None, outputs: slice) -> mx.array:
+        """grad: [T, O]. Returns: [T, X]."""
+        return (grad @ self.lora_B[outputs]) * self._scale(row_keys)
+
+    def _among(self, outputs: slice) -> Iterator[tuple[int, slice]]:
+        """Of each pair among some outputs its index, and its own columns among them."""
+        first, last = outputs.start or 0, outputs.stop or self.outputs
+        for index, pair in enumerate(self.pairs):
+            if first <= pair.columns.start < last:
+                yield index, slice(pair.columns.start - first, pair.columns.stop - first)
 
     def dropped(self, x: mx.array, row_keys: mx.array | None, index: int) -> mx.array:
         """dropout(x) with the mask of a pair, not scaled. x: [T, D]. Returns: [T, D]."""
@@ -224,6 +242,9 @@ class TrainedPairs:
         return scale.astype(self.dtype)
 
 
+_SIGN = 2**31  # added to a signed number, it compares as an unsigned one
+
+
 def _kept(x: mx.array, row_keys: mx.array, column_keys: mx.array, most: mx.array) -> mx.array:
     """x where dropout keeps it, else 0.
 
@@ -232,12 +253,18 @@ def _kept(x: mx.array, row_keys: mx.array, column_keys: mx.array, most: mx.array
     Args:
         x: [T, D].
         row_keys, column_keys: [T] and [D] uint32, whose products are cut off to 32 bits.
-        most: scalar int32.
+        most: scalar uint32, with _SIGN added.
 
     Returns: [T, D].
     """
-    product = row_keys[:, None] * column_keys
-    return mx.where(product.view(mx.int32) <= most, x, mx.zeros((), x.dtype))
+    return _kept_below(x, row_keys[:, None], column_keys[None], most)
+
+
+@in_one_pass
+def _kept_below(x: mx.array, row_keys: mx.array, column_keys: mx.array, most: mx.array) -> mx.array:
+    """x: [T, D], row_keys: [T, 1], column_keys: [1, D], most: scalar. Returns: [T, D]."""
+    product = row_keys * column_keys + mx.array(_SIGN, mx.uint32)
+    return mx.where(product <= most, x, mx.zeros((), x.dtype))
 
 
 class AnsweringAdapters:
@@ -280,19 +307,24 @@ class AdaptedLinear:
             return out
         return mx.addmm(out, low, self.beside.lora_B[outputs].T)
 
-    def backward(
+    def gradients(
         self,
         grad: mx.array,
         x: mx.array,
         low: mx.array | None,
         row_keys: mx.array | None,
         outputs: slice = ALL,
-        *,
-        needs_input: bool = True,
-    ) -> tuple[mx.array | None, list[PairGradients]]:
-        """grad: [T, O]. Returns: the gradient of x [T, D] if needed, and those of the pairs."""
-        grad_x = self.frozen.backward(grad, outputs) if needs_input else None
+    ) -> list[PairGradients]:
+        """Those of the pairs, evaluated. grad: [T, O], x: [T, D], low: [T, X]."""
         if not isinstance(self.beside, TrainedPairs) or low is None:
-            return grad_x, []
-        more, found = self.beside.backward(grad, x, low, row_keys, outputs)
-        return (None if grad_x is None else grad_x + more), found
+            return []
+        return self.beside.gradients(grad, x, low, row_keys, outputs)
+
+    def backward(self, grad: mx.array, row_keys: mx.array | None, outputs: slice = ALL) -> mx.array:
+        """grad: [T, O]. Returns: the gradient of x [T, D]."""
+        grad_x = self.frozen.backward(grad, outputs)
+        if isinstance(self.beside, TrainedPairs):
+            for more in self.beside.back(grad, row_keys, outputs):
+                grad_x = grad_x + more
+                mx.eval(grad_x)
+        return grad_x

@@ -17,7 +17,13 @@ from torch import Tensor
 
 from phitune.apple.arrays import DTYPES, to_mlx, to_torch
 from phitune.apple.layers import LAYERS, MlxLayer, Norm, Shared
-from phitune.apple.linear import AdaptedLinear, AnsweringAdapters, FrozenLinear, TrainedPairs
+from phitune.apple.linear import (
+    AdaptedLinear,
+    AnsweringAdapters,
+    FrozenLinear,
+    QuantizedLinear,
+    TrainedPairs,
+)
 from phitune.model import decoder as plain
 from phitune.model import ops
 from phitune.model.architecture import EMBEDDING_MODULE, FAMILIES, ModelConfig
@@ -26,10 +32,18 @@ from phitune.model.weights import TensorHeader, checked_weights, read_weight
 
 
 class MlxDecoder(Decoder):
-    """`Decoder`, computed by MLX. It has no numbers until `load` has run."""
+    """`Decoder`, computed by MLX. It has no numbers until `load` has run.
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
+    Args:
+        bits: 4 or 8 to hold the layers' weights in so many, by MLX's own `quantize`; None for
+            `dtype`. The token table and the head stay as they are.
+    """
+
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype = torch.float32, bits: int | None = None
+    ) -> None:
         super().__init__(config, dtype, "meta")
+        self.bits = bits
         self.is_mlx = True
         self.device = torch.device("cpu")  # of adapters, and of what comes in and goes out
         self.dropout_rate = 0.0  # of adapters in training
@@ -96,7 +110,11 @@ class MlxDecoder(Decoder):
         weights = {name: part for name, part in named.items() if name.endswith(".weight")}
         biases = {name: part for name, part in named.items() if name.endswith(".bias")}
         bias = self._read(headers, biases) if biases else None
-        frozen = FrozenLinear(self._read(headers, weights), bias)
+        weight = self._read(headers, weights)
+        frozen = FrozenLinear(weight, bias)
+        if self.bits and linear is not self.lm_head:
+            frozen = QuantizedLinear(weight, bias, self.bits)
+            mx.eval(frozen.arrays)  # The weight is gone before the next is read.
         for module, columns in linear.columns.items():
             self._places[module] = (frozen, slice(columns.start, columns.stop))
         return frozen
@@ -234,8 +252,10 @@ class MlxDecoder(Decoder):
         raise TypeError("MLX's decoder attends by itself")
 
 
-def load_mlx_decoder(folder: Path, config: ModelConfig, dtype: torch.dtype) -> MlxDecoder:
-    """Builds the decoder of a model folder; see `weights.load_decoder`."""
-    decoder = MlxDecoder(config, dtype)
+def load_mlx_decoder(
+    folder: Path, config: ModelConfig, dtype: torch.dtype, bits: int | None = None
+) -> MlxDecoder:
+    """Builds the decoder of a model folder; see `weights.load_decoder` and `MlxDecoder`."""
+    decoder = MlxDecoder(config, dtype, bits)
     decoder.load(folder)
     return decoder

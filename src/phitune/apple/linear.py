@@ -18,6 +18,7 @@ import mlx.core as mx
 import torch
 
 from phitune.apple.arrays import in_one_pass, to_mlx
+from phitune.errors import ModelError
 from phitune.model import ops
 from phitune.model.decoder import LoraBank, LoraPair
 
@@ -64,9 +65,17 @@ class QuantizedLinear(FrozenLinear):
     Args:
         weight: [O, D], of which D is a multiple of GROUP_SIZE.
         bits: of each weight, one of BIT_WIDTHS.
+
+    Raises:
+        ModelError: MLX has no such kind.
     """
 
     def __init__(self, weight: mx.array, bias: mx.array | None, bits: int) -> None:
+        if bits not in BIT_WIDTHS or weight.shape[1] % GROUP_SIZE:
+            raise ModelError(
+                f"a weight of {weight.shape[1]} columns cannot be held in {bits} bits: MLX takes"
+                f" multiples of {GROUP_SIZE} columns, in {' or '.join(map(str, BIT_WIDTHS))} bits"
+            )
         packed, self.scales, self.offsets = mx.quantize(weight, GROUP_SIZE, bits)
         super().__init__(packed, bias)
         self.bits = bits

@@ -14,8 +14,8 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def describe() -> dict[str, str]:
-    """For the head of every result."""
+def describe(packages: tuple[str, ...] = ()) -> dict[str, str]:
+    """For the head of every result; `packages` are named beside those that every one names."""
     return {
         "date": datetime.date.today().isoformat(),
         "processor": _processor(),
@@ -24,7 +24,7 @@ def describe() -> dict[str, str]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "system": platform.system(),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "peft", "phitune")},
+        **{name: version(name) for name in ("torch", "transformers", "peft", "phitune", *packages)},
     }
 
 
@@ -37,10 +37,12 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def save(name: str, title: str, lines: list[str], found: dict[str, Any]) -> None:
+def save(
+    name: str, title: str, lines: list[str], found: dict[str, Any], packages: tuple[str, ...] = ()
+) -> None:
     """Writes results/NAME.json and .md, both with the machine they come from."""
     RESULTS.mkdir(exist_ok=True)
-    machine = describe()
+    machine = describe(packages)
     document = {"machine": machine, **found}
     (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n")
     said = ", ".join(f"{key} {value}" for key, value in machine.items())

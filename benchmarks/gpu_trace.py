@@ -23,7 +23,7 @@ from machine import save
 
 from phitune.config import Settings
 from phitune.data.packing import pack
-from phitune.inference.generate import Adapters, Decoding, generate
+from phitune.inference.generate import Decoding, generate
 from phitune.model.architecture import (
     LongRope,
     ModelConfig,
@@ -33,7 +33,7 @@ from phitune.model.architecture import (
 from phitune.model.decoder import Decoder
 from phitune.model.engine import FusedEngine
 from phitune.model.fused import Kernels
-from phitune.model.lora import AdapterSet, LoraSpec, attach
+from phitune.model.lora import Adapters, AdapterSet, LoraSpec, attach
 from phitune.plan.machine import BUDGET_SHARE
 from phitune.plan.memory import AdaptedModel, Shape, plan_memory
 from phitune.plan.micro_batch import fewest_recomputed

@@ -22,7 +22,6 @@ from transformers import (
 )
 
 from phitune.inference.generate import (
-    Adapters,
     Conversation,
     Decoding,
     KVCache,
@@ -30,7 +29,6 @@ from phitune.inference.generate import (
     cache_bytes,
     generate,
     narrowed,
-    next_logits,
     next_tokens,
     penalised,
     prepare_for_inference,
@@ -38,7 +36,7 @@ from phitune.inference.generate import (
 )
 from phitune.model.architecture import parse_model_config
 from phitune.model.fused import ONEDNN, has_onednn
-from phitune.model.lora import AdapterSet, detach, load_adapter
+from phitune.model.lora import Adapters, AdapterSet, detach, load_adapter
 
 pytestmark = pytest.mark.numerics
 
@@ -90,7 +88,7 @@ def test_the_products_of_serving_give_the_same_answers(
     prepare_for_inference(loaded)
     for asked in (prompts(11), prompts(3, 15, 30, 24)):
         ours, theirs, truth = (
-            {"logits": next_logits(decoder, KVCache(decoder, len(asked), 40), asked)}
+            {"logits": KVCache(decoder, len(asked), 40).next_logits(asked)}
             for decoder in (loaded, plain, true)
         )
         assert_as_exact_as(ours, theirs, truth, PRODUCT_MARGIN)

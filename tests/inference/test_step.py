@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 from phitune.inference import generate as generate_module
 from phitune.inference import step as step_module
 from phitune.inference.generate import (
-    Adapters,
     Conversation,
     Decoding,
     Sampling,
@@ -26,7 +25,7 @@ from phitune.inference.generate import (
 from phitune.inference.step import STEPS_BEFORE_CAPTURE
 from phitune.model.architecture import read_model_config
 from phitune.model.decoder import Decoder
-from phitune.model.lora import AdapterSet, detach, load_adapter
+from phitune.model.lora import Adapters, AdapterSet, detach, load_adapter
 from phitune.model.weights import load_decoder
 
 pytestmark = pytest.mark.numerics

@@ -17,11 +17,11 @@ from gpu_trace import Case, Training, narrow_configs
 
 from phitune.inference import generate as generate_module
 from phitune.inference import step as step_module
-from phitune.inference.generate import Adapters, Decoding, Sampling, generate
+from phitune.inference.generate import Decoding, Sampling, generate
 from phitune.model import engine as engine_module
 from phitune.model.attention import InBlocks
 from phitune.model.decoder import Decoder
-from phitune.model.lora import AdapterSet, LoraSpec, attach
+from phitune.model.lora import Adapters, AdapterSet, LoraSpec, attach
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or torch.cuda.is_available(), reason="needs Linux without a GPU"

@@ -5,7 +5,7 @@ scores of all queries; here they exist for a block of queries at a time, compute
 nothing but the output is kept of attention.
 
 Shapes: T packed tokens, H heads, G key-value heads, r = H / G, E head_dim, S tokens of a sequence
-or the keys that a block sees, n queries of a block.
+or the keys that a block sees, n queries of a block, B sequences.
 """
 
 import itertools
@@ -58,6 +58,47 @@ def _mask(rows: slice, seen: slice, sliding_window: int | None) -> mx.array | st
     if sliding_window is None or rows.stop - seen.start <= sliding_window:
         return "causal"
     return ~_hidden(rows, seen, sliding_window)
+
+
+def attend_from_one(
+    query: mx.array,  # [B, H, E]
+    keys: mx.array,  # [B, G, S, E]
+    values: mx.array,  # [B, G, S, E]
+    seen: mx.array,  # [B, S] bool
+) -> mx.array:
+    """Attention from one token of each of B sequences to what is held of them.
+
+    Returns: [B, H, E].
+    """
+    attended = mx.fast.scaled_dot_product_attention(
+        query[:, :, None],  # [B, H, 1, E]
+        keys,
+        values,
+        scale=1 / math.sqrt(query.shape[-1]),
+        mask=seen[:, None, None],  # [B, 1, 1, S]
+    )
+    return attended[:, :, 0]
+
+
+def attend_from_sequence(
+    query: mx.array,  # [n, H, E]
+    keys: mx.array,  # [G, S, E]
+    values: mx.array,  # [G, S, E]
+    sliding_window: int | None,
+) -> mx.array:
+    """Attention from the last n tokens of a sequence to all that is held of it, themselves too.
+
+    Returns: [n, H, E].
+    """
+    stop = keys.shape[1]
+    attended = mx.fast.scaled_dot_product_attention(
+        _as_batch(query),
+        keys[None],
+        values[None],
+        scale=1 / math.sqrt(query.shape[-1]),
+        mask=_mask(slice(stop - len(query), stop), slice(0, stop), sliding_window),
+    )  # [1, H, n, E]
+    return attended[0].swapaxes(0, 1)
 
 
 def attend_backward(

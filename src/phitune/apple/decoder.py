@@ -149,9 +149,7 @@ class MlxDecoder(Decoder):
         for computed, linear in self.adapted():
             beside = computed.beside
             if linear.bank is not None:
-                if linear.bank.chosen is None:
-                    computed.beside = None
-                elif not (isinstance(beside, AnsweringAdapters) and beside.bank is linear.bank):
+                if not (isinstance(beside, AnsweringAdapters) and beside.bank is linear.bank):
                     computed.beside = AnsweringAdapters(linear.bank)
             elif not linear.lora:
                 computed.beside = None
@@ -169,6 +167,12 @@ class MlxDecoder(Decoder):
     def embed(self, input_ids: Tensor) -> mx.array:
         """Rows of the token table, without what an adapter adds. input_ids: [T]. Returns: [T, D]"""
         return self.table.weight[to_mlx(input_ids)]
+
+    def embed_adapted(self, input_ids: Tensor) -> mx.array:
+        """Rows of the token table, with it. input_ids: [T]. Returns: [T, D]."""
+        x = self.embed(input_ids)
+        update = self.embedding_update(input_ids)
+        return x if update is None else x + to_mlx(update)
 
     def embedding_update(self, input_ids: Tensor) -> Tensor | None:
         """What the adapter on the token table adds, by torch. input_ids: [T]. Returns: [T, D]."""
@@ -219,9 +223,7 @@ class MlxDecoder(Decoder):
         assert dropout is None
         self.take_adapters()
         shared = self.shared(position_ids, cu_seqlens)
-        x = self.embed(input_ids)
-        if (update := self.embedding_update(input_ids)) is not None:
-            x = x + to_mlx(update)
+        x = self.embed_adapted(input_ids)
         for layer in self.stack:
             x, _ = layer.forward(x, shared)
             mx.eval(x)

@@ -31,6 +31,14 @@ class Shared:
     sin: mx.array  # [T, rotary_dim / 2]
     cu_seqlens: tuple[int, ...]
     row_keys: mx.array | None = None  # [T] uint32, see `ops.Dropout`
+    # Whether all layers are evaluated together, by the caller: for a few tokens, of which little is
+    # held, and each evaluation of its own is a wait for the GPU.
+    at_once: bool = False
+
+    def settle(self, *arrays: mx.array) -> None:
+        """Evaluates parts of a layer, of any shape, so that what they were made of may go."""
+        if not self.at_once:
+            mx.eval(arrays)
 
     def keys_of(self, rows: mx.array | None) -> mx.array | None:
         """rows: [N] positions, None for all. Returns: their keys [N], None without dropout."""
@@ -226,9 +234,9 @@ class MlxLayer:
         """[T, P] -> [T, H, E], [T, G, E] twice; query and key rotated."""
         query, key, value = self._heads(projected)
         query = rotate(query, shared)
-        mx.eval(query)
+        shared.settle(query)
         key = rotate(key, shared)
-        mx.eval(key)
+        shared.settle(key)
         return Heads(query, key, value)
 
     def _attention_output(
@@ -320,7 +328,7 @@ class MlxPhiLayer(MlxLayer):
             saved.projected = first.forward(normed, low, attention)
             saved.inner = first.forward(normed[rows], _chosen_or_none(low, rows), mlp)
         del normed
-        mx.eval(saved.arrays())
+        shared.settle(*saved.arrays())
         return self._rotated_heads(saved.projected, shared)
 
     def after_attention(
@@ -397,7 +405,7 @@ class MlxPhi3Layer(MlxLayer):
         low = saved.low["qkv_proj"] = qkv.low(normed, shared.row_keys)
         saved.projected = qkv.forward(normed, low)  # [T, P]
         del normed
-        mx.eval(saved.arrays())
+        shared.settle(*saved.arrays())
         return self._rotated_heads(saved.projected, shared)
 
     def after_attention(
@@ -411,7 +419,7 @@ class MlxPhi3Layer(MlxLayer):
         low = saved.low["gate_up_proj"] = gate_up.low(normed, shared.keys_of(saved.rows))
         saved.inner = gate_up.forward(normed, low)  # [N, 2 F]
         del normed
-        mx.eval(saved.arrays())
+        shared.settle(*saved.arrays())
         mlp = self._mlp_output(
             "down_proj", saved.inner, saved, shared, for_backward_only=for_backward_only
         )

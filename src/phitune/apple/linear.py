@@ -117,10 +117,13 @@ class QuantizedLinear(FrozenLinear):
 class Beside(Protocol):
     """Adapters of one linear layer."""
 
+    lora_A: mx.array  # [X, D]
     lora_B: mx.array  # [O, X]
 
-    def low(self, x: mx.array, row_keys: mx.array | None) -> mx.array:
-        """What B is multiplied with. x: [T, D], row_keys: [T] of the dropout. Returns: [T, X]."""
+    def low(self, x: mx.array, row_keys: mx.array | None) -> mx.array | None:
+        """What B is multiplied with. x: [T, D], row_keys: [T] of the dropout. Returns: [T, X];
+        None where nothing is added.
+        """
         ...
 
 
@@ -285,12 +288,15 @@ class AnsweringAdapters:
         self._rows: torch.Tensor | None = None
         self._factors: mx.array | None = None  # [T, X] or [1, X]
 
-    def low(self, x: mx.array, row_keys: mx.array | None) -> mx.array:
-        """x: [T, D]. Returns: [T, X], of which those of other tokens' adapters are zero."""
+    def low(self, x: mx.array, row_keys: mx.array | None) -> mx.array | None:
+        """x: [T, D]. Returns: [T, X], of which those of other tokens' adapters are zero; None where
+        all is the base model.
+        """
         assert row_keys is None
+        if self.bank.chosen is None:
+            return None
         if self._rows is not self.bank.chosen or self._factors is None:
             self._rows = self.bank.chosen
-            assert self._rows is not None
             self._factors = to_mlx(self._rows)
         return (x @ self.lora_A.T) * self._factors
 

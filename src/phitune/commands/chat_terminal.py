@@ -160,7 +160,7 @@ def first_line(chat: Chat) -> str:
     form = model.coder(chat.choice).format_name
     idle = chat.without_effect
     return (
-        f"{model.model_name}, {adapter}, {form} format, {model.precision} on {decoder.device};"
+        f"{model.model_name}, {adapter}, {form} format, {model.precision} on {decoder.runs_on};"
         f" cache: {size(chat.cache_bytes(1))} a token,"
         f" {size(chat.cache_bytes(chat.context_length))} at all {chat.context_length:,} positions"
         + (f"\n{idle}" if idle else "")

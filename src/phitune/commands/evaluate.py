@@ -265,7 +265,7 @@ def _subject(options: EvaluateOptions, loaded: "LoadedModel") -> "Subject":
     return Subject(
         adapter=str(options.adapter_path[0]),
         base_model=loaded.model_name,
-        device=str(loaded.decoder.device),
+        device=loaded.decoder.runs_on,
         dtype=str(loaded.decoder.dtype).removeprefix("torch."),
     )
 

@@ -26,7 +26,6 @@ from phitune.environment import find_folders
 from phitune.errors import ModelError, OutOfMemoryError, SettingsError
 from phitune.inference.generate import (
     GREEDY,
-    Adapters,
     Conversation,
     Decoding,
     Sampling,
@@ -36,6 +35,7 @@ from phitune.inference.generate import (
 from phitune.inference.loaded import Answer, LoadedModel, open_model
 from phitune.model.device import is_out_of_memory
 from phitune.model.files import SHIPPED_MODELS
+from phitune.model.lora import Adapters
 
 # Of the positions, what stays in use where a conversation has to be shortened.
 KEPT_SHARE = 0.75
@@ -373,7 +373,7 @@ class Chat:
                 raise
             self._cache.forget()
             raise OutOfMemoryError(
-                f"out of memory on {model.decoder.device} at {len(prompt_ids) + len(ids):,}"
+                f"out of memory on {model.decoder.runs_on} at {len(prompt_ids) + len(ids):,}"
                 f" positions: {str(error).splitlines()[0]}; start again, or with a smaller"
                 " context_length"
             ) from None

@@ -621,7 +621,7 @@ ROWS = 20
 _READ_AT_MOST = 50_000  # rows of the data set, to find the texts of those that are answered
 MOST_NEW_TOKENS = 128
 # Some seconds of forward passes of one kind of device; a token takes two a weight.
-_FLOPS = {"cpu": 2e11}
+_FLOPS = {"cpu": 2e11, "mlx": 4e12}
 _FLOPS_ELSEWHERE = 2e13
 # A longer training may be followed by a longer look at it: so much of the tokens it went through.
 _SHARE_OF_TRAINING = 0.002
@@ -707,7 +707,7 @@ def evaluate_at_end(
 def bound_of(decoder: Decoder, trained_tokens: int) -> int:
     """Tokens that may be computed."""
     weights = sum(linear.weight.numel() for linear in set(decoder.fused_linears().values()))
-    flops = _FLOPS.get(decoder.device.type, _FLOPS_ELSEWHERE)
+    flops = _FLOPS.get(decoder.runs_on, _FLOPS_ELSEWHERE)
     return int(max(flops / (2 * weights), _SHARE_OF_TRAINING * trained_tokens))
 
 

@@ -23,9 +23,10 @@ from phitune.inference.step import OneTokenStep, is_worthwhile
 from phitune.model import ops
 from phitune.model.architecture import ModelConfig
 from phitune.model.attention import choose_attention
+from phitune.model.cache import Cache, NewTokens
 from phitune.model.decoder import Decoder
 from phitune.model.fused import choose_gemm
-from phitune.model.lora import AdapterSet
+from phitune.model.lora import Adapters
 
 # --- keys and values of sequences that are being generated --------------------------------------
 
@@ -43,60 +44,60 @@ def cache_bytes(config: ModelConfig, batch_size: int, positions: int, bytes_per_
     )
 
 
-@dataclass(frozen=True)
-class NewTokens:
-    """Where the tokens of a pass go: T of all B sequences, end to end."""
-
-    cu_seqlens: Sequence[int]  # B + 1: where each sequence's begin and end among all
-    rows: Tensor  # [T], the sequence of each
-    positions: Tensor  # [T], and its place there
-
-    @property
-    def is_one_of_each(self) -> bool:
-        return len(self.rows) == len(self.cu_seqlens) - 1
-
-
-class KVCache:
-    """B sequences, right-padded to a common capacity; knows which tokens it holds of each."""
+class KVCache(Cache):
+    """A cache in torch's tensors, on the decoder's device."""
 
     def __init__(self, decoder: Decoder, batch_size: int, capacity: int) -> None:
+        super().__init__(batch_size, capacity, decoder.device)
         config = decoder.config
         shape = (batch_size, config.num_key_value_heads, capacity, config.head_dim)
         layers = range(config.num_hidden_layers)
-        self.capacity = capacity
         self.sliding_window = config.sliding_window
+        self._decoder = decoder
         self._attention = choose_attention(decoder.device, decoder.dtype)
-        self.held: list[list[int]] = [[] for _ in range(batch_size)]  # ids, by sequence
         self.keys = [torch.zeros(shape, dtype=decoder.dtype, device=decoder.device) for _ in layers]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
-        self.step: OneTokenStep | None = None  # the last one, for the next token
-
-    def clear(self) -> None:
-        """Forgets all tokens; the memory is kept."""
-        self.held = [[] for _ in self.held]
-
-    def hold(self, sequences: Sequence[Sequence[int]]) -> None:
-        """Notes that the keys and values of all tokens of its B sequences are there."""
-        for held, sequence in zip(self.held, sequences, strict=True):
-            held.extend(sequence[len(held) :])
+        self._step: OneTokenStep | None = None  # the last one, for the next token
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Gives up all sequences but these."""
         index = torch.tensor(rows, device=self.keys[0].device)
         self.held = [self.held[row] for row in rows]
-        self.step = None
+        self._step = None
         for layer in range(len(self.keys)):
             self.keys[layer] = self.keys[layer][index]
             self.values[layer] = self.values[layer][index]
 
-    def take_over(self, other: "KVCache") -> None:
-        """Copies what a smaller cache of as many sequences holds."""
-        self.held = [list(held) for held in other.held]
+    def grown(self, capacity: int) -> "KVCache":
+        larger = KVCache(self._decoder, len(self.held), capacity)
+        larger.held = [list(held) for held in self.held]
         for layer in range(len(self.keys)):
-            self.keys[layer][:, :, : other.capacity] = other.keys[layer]
-            self.values[layer][:, :, : other.capacity] = other.values[layer]
+            larger.keys[layer][:, :, : self.capacity] = self.keys[layer]
+            larger.values[layer][:, :, : self.capacity] = self.values[layer]
+        return larger
 
-    def extend(
+    def _compute(self, new: NewTokens, adapters: Adapters | None) -> Tensor:
+        decoder = self._decoder
+        if new.is_one_of_each and is_worthwhile(decoder.device):
+            chosen = None if adapters is None else adapters.on_decoder.chosen
+            if self._step is None or not self._step.fits(new.lengths, chosen):
+                self._step = OneTokenStep(decoder, self, new.lengths, chosen)
+            return self._step(new.ids, new.places)
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            # [T, H, E], [T, G, E] twice -> [T, H, E]
+            return self._extend(layer, new, query, key, value)
+
+        rotary = decoder.rotary(new.positions, new.counts, new.lengths)
+        hidden = decoder.hidden_states(new.input_ids, rotary, attend)  # [T, D]
+
+        # The head, on the last token of each sequence: T tokens become B.
+        if not new.is_one_of_each:
+            hidden = hidden[torch.tensor(new.lasts, device=decoder.device)]
+            if adapters is not None:
+                adapters.choose()
+        return decoder.logits(hidden)
+
+    def _extend(
         self, layer: int, new: NewTokens, query: Tensor, key: Tensor, value: Tensor
     ) -> Tensor:
         """Stores new tokens of every sequence and attends from them.
@@ -160,6 +161,15 @@ class KVCache:
             attn_mask=seen,
         )
         return attended.squeeze(0).transpose(0, 1)  # [n, H, E]
+
+
+def new_cache(decoder: Decoder, batch_size: int, capacity: int) -> Cache:
+    """An empty cache of the library that the decoder computes with."""
+    if decoder.is_mlx:
+        from phitune.apple.cache import MlxCache
+
+        return MlxCache(decoder, batch_size, capacity)
+    return KVCache(decoder, batch_size, capacity)
 
 
 def _repeat_heads(x: Tensor, query: Tensor) -> Tensor:
@@ -254,16 +264,13 @@ class Decoding:
     seeds: Sequence[int] | None = None  # [B]; by default `sampling.seed` + the prompt's place
 
 
-@dataclass(frozen=True)
-class Adapters:
-    """Adapters on the decoder, and which of them answers each of B prompts (None: the base)."""
-
-    on_decoder: AdapterSet
-    choice: Sequence[int | None]
-
-
 def prepare_for_inference(decoder: Decoder) -> Decoder:
-    """Gives a decoder that is only to answer, without gradients, this device's fastest products."""
+    """Gives a decoder that is only to answer, without gradients, this device's fastest products.
+
+    MLX has one kind only.
+    """
+    if decoder.is_mlx:
+        return decoder
     gemm, _ = choose_gemm(decoder.device, decoder.dtype)
     for linear in decoder.fused_linears().values():
         linear.product = gemm.forward
@@ -319,7 +326,7 @@ def stream(
     longest = max(len(sequences[row]) for row in active)
     capacity = min(longest + max_new_tokens, limit)
     if conversation is None:
-        cache = KVCache(decoder, len(active), capacity)
+        cache = new_cache(decoder, len(active), capacity)
     else:
         cache = conversation.cache_for(decoder, sequences[active[0]], capacity)
     generators = sampling.generators(len(prompts), decoding.seeds)
@@ -329,7 +336,7 @@ def stream(
         of_active = None
         if adapters is not None:
             of_active = Adapters(adapters.on_decoder, [adapters.choice[row] for row in active])
-        logits = next_logits(decoder, cache, [sequences[row] for row in active], of_active)
+        logits = cache.next_logits([sequences[row] for row in active], of_active)
         chosen = next_tokens(
             logits,
             sampling,
@@ -358,75 +365,6 @@ def stream(
             cache.clear()
 
 
-@torch.inference_mode()
-def next_logits(
-    decoder: Decoder,
-    cache: KVCache,
-    sequences: Sequence[Sequence[int]],
-    adapters: Adapters | None = None,
-) -> Tensor:
-    """Computes what the cache lacks of B sequences, and keeps it there.
-
-    Returns: [B, V], the logits after each sequence's last token.
-    """
-    # The new tokens of all sequences, end to end.
-    starts = [len(held) for held in cache.held]
-    lengths = [len(sequence) for sequence in sequences]
-    counts = [length - start for length, start in zip(lengths, starts, strict=True)]
-    new = [
-        token
-        for sequence, start in zip(sequences, starts, strict=True)
-        for token in sequence[start:]
-    ]
-    positions = [
-        position
-        for start, length in zip(starts, lengths, strict=True)
-        for position in range(start, length)
-    ]
-
-    # Each token has its own adapter.
-    if adapters is not None:
-        adapters.on_decoder.choose(
-            [
-                choice
-                for choice, count in zip(adapters.choice, counts, strict=True)
-                for _ in range(count)
-            ]
-        )
-    if len(new) == len(sequences) and is_worthwhile(decoder.device):
-        chosen = None if adapters is None else adapters.on_decoder.chosen
-        if cache.step is None or not cache.step.fits(lengths, chosen):
-            cache.step = OneTokenStep(decoder, cache, lengths, chosen)
-        logits = cache.step(new, positions)  # [B, V]
-        cache.hold(sequences)
-        return logits
-
-    # The layers.
-    device = decoder.device
-    rows = [row for row, count in enumerate(counts) for _ in range(count)]
-    tokens = NewTokens(
-        [0, *itertools.accumulate(counts)],
-        torch.tensor(rows, device=device),  # [T]
-        torch.tensor(positions, device=device),  # [T]
-    )
-
-    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        # [T, H, E], [T, G, E] twice -> [T, H, E]
-        return cache.extend(layer, tokens, query, key, value)
-
-    rotary = decoder.rotary(tokens.positions, counts, lengths)
-    hidden = decoder.hidden_states(torch.tensor(new, device=device), rotary, attend)  # [T, D]
-    cache.hold(sequences)
-
-    # The head, on the last token of each sequence: T tokens become B.
-    if not tokens.is_one_of_each:
-        lasts = [stop - 1 for stop in tokens.cu_seqlens[1:]]
-        hidden = hidden[torch.tensor(lasts, device=device)]
-        if adapters is not None:
-            adapters.on_decoder.choose(adapters.choice)  # The head sees one token of each.
-    return decoder.logits(hidden)  # [B, V]
-
-
 class Conversation:
     """The cache of one sequence, kept from answer to answer.
 
@@ -436,22 +374,21 @@ class Conversation:
 
     def __init__(self, most: int | None = None) -> None:
         self._most = most
-        self._cache: KVCache | None = None
+        self._cache: Cache | None = None
 
     def forget(self) -> None:
         """For another adapter, whose keys are other ones."""
         self._cache = None
 
-    def cache_for(self, decoder: Decoder, prompt: Sequence[int], capacity: int) -> KVCache:
+    def cache_for(self, decoder: Decoder, prompt: Sequence[int], capacity: int) -> Cache:
         """A cache of this capacity at least that holds what it can of the prompt's beginning."""
         cache = self._cache
         if cache is None or cache.capacity < capacity:
             # Twice what is needed, so that a growing conversation is rarely copied.
             doubled = min(2 * capacity, self._most or decoder.config.max_position_embeddings)
-            grown = KVCache(decoder, 1, max(doubled, capacity))
-            if cache is not None:
-                grown.take_over(cache)
-            cache = self._cache = grown
+            capacity = max(doubled, capacity)
+            cache = new_cache(decoder, 1, capacity) if cache is None else cache.grown(capacity)
+            self._cache = cache
         held = cache.held[0]
         pairs = zip(held, prompt[:-1], strict=False)
         same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -28,7 +28,7 @@ from phitune.data.prompt import Segment
 from phitune.data.tokenizer import IGNORE_INDEX, TokenizedExample
 from phitune.errors import DataError, ModelError, SettingsError, listing
 from phitune.inference.evaluate import Better, Measure
-from phitune.inference.generate import Adapters, Decoding, Sampling, stream
+from phitune.inference.generate import Decoding, Sampling, stream
 from phitune.inference.loaded import LoadedModel
 from phitune.inference.scores import (
     BASE,
@@ -39,6 +39,7 @@ from phitune.inference.scores import (
     paired_difference,
     token_losses,
 )
+from phitune.model.lora import Adapters
 
 try:
     from lm_eval.api.model import TemplateLM

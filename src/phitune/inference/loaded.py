@@ -22,7 +22,6 @@ from phitune.data.tokenizer import TextTokenizer, read_chat_template
 from phitune.errors import ModelError, OutOfMemoryError
 from phitune.inference.generate import (
     GREEDY,
-    Adapters,
     Decoding,
     Sampling,
     generate,
@@ -33,7 +32,7 @@ from phitune.model.architecture import ModelConfig, read_model_config
 from phitune.model.decoder import Decoder
 from phitune.model.device import DTYPES, choose_device, choose_precision, is_out_of_memory
 from phitune.model.files import ASSETS, SHIPPED_MODELS, fetch_weights, find_model, is_hub_id
-from phitune.model.lora import WEIGHTS_FILE, Adapter, AdapterSet, detach, load_adapter
+from phitune.model.lora import WEIGHTS_FILE, Adapter, Adapters, AdapterSet, detach, load_adapter
 from phitune.untrusted import own_file, read_object
 
 TOKENIZER_FILE, CARD_FILE = "tokenizer.json", "README.md"

@@ -383,6 +383,11 @@ class Decoder(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
+    @property
+    def runs_on(self) -> str:
+        """The device, as the user names it."""
+        return "mlx" if self.is_mlx else str(self.device)
+
     def forward(
         self,
         input_ids: Tensor,  # [T]

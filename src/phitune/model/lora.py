@@ -543,3 +543,23 @@ class AdapterSet:
             place = part.stop
         decoder.embed_tokens.bank = bank
         self._banks.append(bank)
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Adapters on the decoder, and which of them answers each of B prompts (None: the base)."""
+
+    on_decoder: AdapterSet
+    choice: Sequence[int | None]
+
+    def choose(self, counts: Sequence[int] | None = None) -> None:
+        """For the forward passes that follow: of so many tokens of each prompt, or one of each."""
+        self.on_decoder.choose(
+            self.choice
+            if counts is None
+            else [
+                choice
+                for choice, count in zip(self.choice, counts, strict=True)
+                for _ in range(count)
+            ]
+        )

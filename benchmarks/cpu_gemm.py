@@ -17,7 +17,7 @@ import torch
 from machine import save
 from torch import Tensor
 
-from phitune.model.fused import ONEDNN, STANDARD, has_onednn
+from phitune.model.gemm import ONEDNN, STANDARD, has_onednn
 
 ROUNDS = 5
 SHAPES = (  # tokens, in, out

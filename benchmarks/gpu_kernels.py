@@ -37,7 +37,9 @@ from phitune.model.architecture import (
 )
 from phitune.model.attention import InBlocks
 from phitune.model.decoder import Norm
-from phitune.model.fused import STANDARD, Backend, Before, FusedNorm, Kernels
+from phitune.model.fused import Backend, Before, FusedNorm, Kernels
+from phitune.model.gemm import STANDARD
+from phitune.model.products import Scratch
 
 CAPABILITIES = (80, 86, 89, 90, 120)
 RANKS = (8, 64)
@@ -114,7 +116,7 @@ def launches_of_model(config: ModelConfig, rank: int) -> list[Launch]:
     has_bias = FAMILIES[config.model_type].norm_bias
     hidden = config.hidden_size
     frozen = Norm(hidden, 1e-5, bias=has_bias, dtype=torch.bfloat16, device=torch.device("meta"))
-    norm = FusedNorm(frozen, Backend(STANDARD, InBlocks(), Kernels()))
+    norm = FusedNorm(frozen, Backend(STANDARD, InBlocks(), Kernels(), Scratch()))
     activation: Before = "gelu" if config.model_type == "phi" else "swiglu"
     reads: dict[str, Before] = {
         "dense": None,

@@ -35,7 +35,7 @@ from phitune.inference.generate import (
     stream,
 )
 from phitune.model.architecture import parse_model_config
-from phitune.model.fused import ONEDNN, has_onednn
+from phitune.model.gemm import ONEDNN, has_onednn
 from phitune.model.lora import Adapters, AdapterSet, detach, load_adapter
 
 pytestmark = pytest.mark.numerics

@@ -34,22 +34,21 @@ from helpers.rows import open_decoder, random_rows
 from phitune.data.packing import pack
 from phitune.model import architecture, ops
 from phitune.model import engine as engine_module
-from phitune.model import fused as gemm_module
+from phitune.model import gemm as gemm_module
 from phitune.model.architecture import known_model_config, resolve_targets
 from phitune.model.attention import Attention, FlashOnCpu, InBlocks
 from phitune.model.engine import FusedEngine, ReferenceEngine, choose_backend
-from phitune.model.fused import (
+from phitune.model.fused import Kernels, pad
+from phitune.model.fused_layers import Shared
+from phitune.model.gemm import (
     ADDING,
     ONEDNN,
     ONEDNN_FORWARD,
     STANDARD,
     Gemm,
-    Kernels,
     choose_gemm,
     has_onednn,
-    pad,
 )
-from phitune.model.fused_layers import Shared
 from phitune.model.lora import LoraSpec, attach, load_adapter
 from phitune.plan.memory import saved_bytes_per_token
 from phitune.training.state import build_adamw

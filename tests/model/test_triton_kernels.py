@@ -18,9 +18,11 @@ from phitune.model.architecture import parse_model_config, resolve_targets
 from phitune.model.attention import InBlocks
 from phitune.model.decoder import Decoder, Norm
 from phitune.model.engine import FusedEngine
-from phitune.model.fused import STANDARD, Backend, Kernels
+from phitune.model.fused import Backend, Kernels
+from phitune.model.gemm import STANDARD
 from phitune.model.lora import LoraSpec, attach
 from phitune.model.probe import choose_kernels
+from phitune.model.products import Scratch
 
 triton = pytest.importorskip("triton", reason="Triton is made for Linux, and not installed")
 
@@ -76,7 +78,7 @@ class Case:
         norm.weight.copy_(self.weight)
         if norm.bias is not None:
             norm.bias.copy_(self.bias)
-        return fused.FusedNorm(norm, Backend(STANDARD, InBlocks(), Kernels()))
+        return fused.FusedNorm(norm, Backend(STANDARD, InBlocks(), Kernels(), Scratch()))
 
     def adapters(self) -> triton_backend.Adapters | None:
         if not self.ranks:

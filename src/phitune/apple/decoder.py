@@ -28,7 +28,7 @@ from phitune.model import decoder as plain
 from phitune.model import ops
 from phitune.model.architecture import EMBEDDING_MODULE, FAMILIES, ModelConfig
 from phitune.model.decoder import Attend, Decoder, DecoderLayer, FusedLinear
-from phitune.model.weights import TensorHeader, checked_weights, read_weight
+from phitune.model.weights import TensorHeader, checked_weights, pieces_of
 
 
 class MlxDecoder(Decoder):
@@ -89,7 +89,8 @@ class MlxDecoder(Decoder):
         whole = torch.empty((rows, *shape), dtype=self.dtype)
         start = 0
         for name, part in parts.items():
-            read_weight(name, headers[name], whole[start : start + len(part)])
+            for first, piece in pieces_of(name, headers[name], part):
+                whole[start + first : start + first + len(piece)].copy_(piece)
             start += len(part)
         array = to_mlx(whole)
         mx.eval(array)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
 
-    from phitune.model.fused import Gemm
+    from phitune.model.gemm import Gemm
 
 # A product of Phi-2: the tokens of a short micro-batch times its o_proj. Larger ones are no faster
 # per operation, and took most of the command's time.
@@ -149,7 +149,7 @@ def _rates(device: "torch.device", dtype: "torch.dtype") -> dict[str, str]:
     """Products in both directions, in GFLOP/s, with every implementation there is."""
     import torch
 
-    from phitune.model.fused import ONEDNN, STANDARD, has_onednn
+    from phitune.model.gemm import ONEDNN, STANDARD, has_onednn
 
     gemms = [STANDARD]
     if device.type == "cpu" and dtype == torch.float32 and has_onednn():

@@ -25,7 +25,7 @@ from phitune.model.architecture import ModelConfig
 from phitune.model.attention import choose_attention
 from phitune.model.cache import Cache, NewTokens
 from phitune.model.decoder import Decoder
-from phitune.model.fused import choose_gemm
+from phitune.model.gemm import choose_gemm
 from phitune.model.lora import Adapters
 
 # --- keys and values of sequences that are being generated --------------------------------------

@@ -27,6 +27,9 @@ from phitune.model.architecture import (
     ModelConfig,
     layer_linears,
 )
+from phitune.model.stores import Store
+
+META = torch.device("meta")
 
 # -------------------------------------------------------------------------------------------------
 # Frozen layers that carry weights: linear layers and the embedding, with adapters on them.
@@ -104,7 +107,7 @@ class FusedLinear(nn.Module):
         self, prefix: str, spec: LinearSpec, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__()
-        self.in_features = spec.in_features
+        self.in_features, self.device = spec.in_features, device
         self.columns: dict[str, range] = {}  # by full module name
         stop = 0
         for name, out_features in spec.parts:
@@ -112,6 +115,8 @@ class FusedLinear(nn.Module):
             stop += out_features
         self.weight = _frozen(stop, spec.in_features, dtype=dtype, device=device)
         self.bias = _frozen(stop, dtype=dtype, device=device) if spec.bias else None
+        # The weight in fewer bits; `weight` then has a shape and a type, and no numbers.
+        self.store: Store | None = None
         self.lora = nn.ModuleList()  # of LoraPair, in the order of the columns
         self.bank: LoraBank | None = None  # in their place, for inference
         # (x [T, D], W [O, D], b) -> [T, O], where no pair is attached; see `fused.Gemm`.
@@ -119,10 +124,11 @@ class FusedLinear(nn.Module):
 
     def forward(self, x: Tensor, dropout: ops.Dropout | None = None) -> Tensor:
         """x: [T, D]. Returns: [T, O]."""
+        weight = self.dense()
         if self.lora:
             loras = [pair.operand() for pair in self.pairs()]
-            return ops.lora_linear(x, self.weight, self.bias, loras, dropout)
-        out = self.product(x, self.weight, self.bias)
+            return ops.lora_linear(x, weight, self.bias, loras, dropout)
+        out = self.product(x, weight, self.bias)
         return out if self.bank is None else self.bank.add_to(out, x)
 
     def pairs(self) -> list[LoraPair]:
@@ -133,6 +139,16 @@ class FusedLinear(nn.Module):
         pairs = [*self.pairs(), pair]
         pairs.sort(key=lambda pair: pair.columns.start)
         self.lora = nn.ModuleList(pairs)
+
+    def dense(self, rows: slice = slice(None)) -> Tensor:
+        """Rows of the weight as they take part; of a store a copy. Returns: [n, D]."""
+        weight = self.weight.detach()
+        return weight[rows] if self.store is None else self.store.dense(weight.dtype, rows)
+
+    def hold_in(self, store: Store) -> None:
+        """Holds the weight in a store from now on, which takes what is loaded from then on."""
+        self.store = store
+        self.weight = _frozen(*self.weight.shape, dtype=self.weight.dtype, device=META)
 
     def widen(self, extra_columns: int) -> Tensor:
         """Puts X extra columns of zeros beside the weight, which becomes a view of the result.
@@ -526,7 +542,13 @@ class Decoder(nn.Module):
         Raises:
             ValueError: there are none, on the meta device.
         """
-        rows = self.named_weights()[name].detach()[::every]
+        module, _, kind = name.rpartition(".")
+        linear = self.fused_linears().get(module)
+        if linear is not None and linear.store is not None and kind == "weight":
+            columns = linear.columns[module]
+            rows = linear.dense(slice(columns.start, columns.stop))[::every]
+        else:
+            rows = self.named_weights()[name].detach()[::every]
         if rows.is_meta:
             raise ValueError(f"{name}: this decoder has names and shapes, and no numbers")
         return rows.cpu()

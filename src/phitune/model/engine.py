@@ -36,15 +36,14 @@ from phitune.model.fused import (
     Packed,
     Padded,
     WidenedLinear,
-    choose_gemm,
-    emulates_bf16,
-    multiplies_bf16,
     pad,
     prepare_gradients,
     refresh,
 )
 from phitune.model.fused_layers import FUSED_LAYERS, FusedLayer, Saved, Shared
+from phitune.model.gemm import choose_gemm, emulates_bf16, multiplies_bf16
 from phitune.model.probe import choose_kernels
+from phitune.model.products import Scratch
 
 
 class Engine(ABC):
@@ -160,7 +159,8 @@ def choose_backend(
         "torch_compile": refusal
         or "the work between the products, once for all layers, during the first step",
     }
-    return Backend(gemm, attention, Kernels(None if refusal else "inductor")), choices
+    kernels = Kernels(None if refusal else "inductor")
+    return Backend(gemm, attention, kernels, Scratch()), choices
 
 
 class FusedEngine(Engine):

@@ -16,10 +16,8 @@ of a layer, R rank, D in, O out, V vocabulary, X extra columns of a widened laye
 pairs, rounded up).
 """
 
-import platform
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -29,6 +27,9 @@ from torch import Tensor
 from phitune.model import architecture, ops
 from phitune.model.attention import Attention
 from phitune.model.decoder import FusedLinear, Norm
+from phitune.model.gemm import Gemm
+from phitune.model.products import EightBit, Expanded, Plain, Products, Scratch
+from phitune.model.stores import Int8Rows
 
 # -------------------------------------------------------------------------------------------------
 # Padding tokens, where a CPU's products of odd sizes are slow.
@@ -85,97 +86,6 @@ def pad(batch: Packed, dropout: ops.Dropout | None, device: torch.device) -> Pad
         targets,
         None if keys is None else F.pad(keys, (0, count), value=1),
     )
-
-
-# -------------------------------------------------------------------------------------------------
-# The matrix products (GEMM) that the frozen layers run on.
-#
-# torch's fp32 products on x86 come from MKL, which leaves part of AMD's processors unused; oneDNN,
-# in the same torch, does not where they have AVX-512. With AVX2 alone it is faster forward only.
-# benchmarks/cpu_gemm.py measures both.
-
-
-class Gemm(NamedTuple):
-    """The two products of a frozen layer."""
-
-    name: str
-    forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # x [T, D], W [O, D], b -> [T, O]
-    backward: Callable[[Tensor, Tensor], Tensor]  # grad [T, O], W [O, D] -> [T, D]
-    adds: bool = False  # to what is there, in the product itself, by torch's addmm
-
-
-# oneDNN's backward slows down over very many outputs (a head's); there it is summed over slabs.
-MOST_OUTPUTS = 20_000
-OUTPUTS_OF_A_SLAB = 640
-
-
-def _onednn_backward(grad: Tensor, weight: Tensor) -> Tensor:
-    """grad: [T, O], weight: [O, D]. Returns: [T, D]."""
-    outputs = len(weight)
-    if outputs <= MOST_OUTPUTS:
-        return _onednn_forward(grad, weight.t(), None)
-    total = _onednn_forward(grad[:, :OUTPUTS_OF_A_SLAB], weight[:OUTPUTS_OF_A_SLAB].t(), None)
-    for start in range(OUTPUTS_OF_A_SLAB, outputs, OUTPUTS_OF_A_SLAB):
-        slab = slice(start, start + OUTPUTS_OF_A_SLAB)
-        total += _onednn_forward(grad[:, slab], weight[slab].t(), None)
-    return total
-
-
-def _onednn_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x: [T, D], weight: [O, D], bias: [O]. Returns: [T, O]."""
-    # The weight must not be a slice of columns: the kernel takes its rows for adjacent.
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return result
-
-
-STANDARD = Gemm("torch's products", F.linear, torch.mm)
-ADDING = STANDARD._replace(adds=True)
-ONEDNN = Gemm("oneDNN's products", _onednn_forward, _onednn_backward)
-ONEDNN_FORWARD = Gemm("oneDNN's products forward, torch's backward", _onednn_forward, torch.mm)
-
-
-def choose_gemm(device: torch.device, dtype: torch.dtype) -> tuple[Gemm, str]:
-    """The products for this device, and why.
-
-    The rule measures nothing: a resumed run must choose as the first one did.
-    """
-    if device.type != "cpu" or dtype != torch.float32:
-        standard = ADDING if device.type == "cuda" else STANDARD
-        return standard, f"the choice for {str(dtype).removeprefix('torch.')} on {device.type}"
-    if not has_onednn():
-        return STANDARD, "this torch has no oneDNN"
-    if not _is_amd():
-        return STANDARD, "MKL, or what stands for it, is at home on this processor"
-    if not torch.cpu._is_avx512_supported():
-        return ONEDNN_FORWARD, "the faster of both on AMD processors without AVX-512"
-    return ONEDNN, "MKL holds back on AMD processors"
-
-
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether a CPU multiplies bf16 natively, about twice as fast as fp32. Only x86 can tell."""
-    return _is_x86(device) and (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
-
-
-def emulates_bf16(device: torch.device) -> bool:
-    """Whether a CPU is known to have no such products, so that bf16 is many times slower."""
-    return _is_x86(device) and not multiplies_bf16(device)
-
-
-def _is_x86(device: torch.device) -> bool:
-    return device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
-
-
-def has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def _is_amd() -> bool:
-    try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return "AMD" in platform.processor()
 
 
 # -------------------------------------------------------------------------------------------------
@@ -336,6 +246,19 @@ class Backend(NamedTuple):
     gemm: Gemm
     attention: Attention
     kernels: Kernels
+    scratch: Scratch  # of weights that are expanded; one for all layers
+    low: bool = False  # whether int8 weights are multiplied as they are
+
+    def products_of(self, linear: FusedLinear, extra_columns: int) -> Products:
+        """How a linear layer is multiplied, with X further columns for its adapters."""
+        store = linear.store
+        if store is None:
+            return Plain(linear.widen(extra_columns), linear.in_features, self.gemm)
+        if self.low and isinstance(store, Int8Rows):
+            return EightBit(store, extra_columns)
+        like = torch.empty(0, dtype=linear.weight.dtype, device=linear.device)
+        lora_B = like.new_zeros(store.shape[0], extra_columns)  # [O, X]
+        return Expanded(store, lora_B, self.gemm, self.scratch)
 
 
 class PairViews(NamedTuple):
@@ -350,22 +273,23 @@ class WidenedLinear:
     """A frozen linear layer and its adapters, as one product; both directions."""
 
     def __init__(self, linear: FusedLinear, backend: Backend, dropout_rate: float) -> None:
-        self.gemm, self.kernels = backend.gemm, backend.kernels
+        self.kernels = backend.kernels
         self.pairs = linear.pairs()
         self.width = linear.in_features  # D
         self.bias: Tensor | None = linear.bias  # [O]
 
-        # The weight, with B of every pair beside it.
+        # The weight, with what holds B of every pair.
         self.places: list[slice] = []  # of each pair among the extra columns
         position = 0
         for pair in self.pairs:
             self.places.append(slice(position, position + pair.lora_A.shape[0]))
             position = self.places[-1].stop
         self.extra_columns = architecture.extra_columns(position)  # X
-        self.weight = linear.widen(self.extra_columns)  # [O, D + X]
+        self.products = backend.products_of(linear, self.extra_columns)
+        self.outputs = len(self.products.lora_B)  # O
 
         # A of every pair below each other: in the precision of the products, and its gradient.
-        like = self.weight
+        like = self.products.lora_B
         dtype = torch.promote_types(like.dtype, torch.float32)
         self.lora_A = like.new_zeros(self.extra_columns, self.width)  # [X, D]
         self.grad_A = like.new_zeros(self.extra_columns, self.width, dtype=dtype)  # [X, D]
@@ -374,10 +298,7 @@ class WidenedLinear:
         self.views = [
             PairViews(
                 self.lora_A[place],
-                self.weight[
-                    pair.columns.start : pair.columns.stop,
-                    self.width + place.start : self.width + place.stop,
-                ],
+                self.products.lora_B[pair.columns.start : pair.columns.stop, place],
                 self.grad_A[place],
             )
             for pair, place in zip(self.pairs, self.places, strict=True)
@@ -415,7 +336,7 @@ class WidenedLinear:
 
         Returns: [T, D + X].
         """
-        wide = self.weight.new_empty(count, self.width + self.extra_columns)
+        wide = self.lora_A.new_empty(count, self.width + self.extra_columns)
         for block in blocks(count, self.width, wide.device):
             x = wide[block, : self.width]  # [n, D]
             x.copy_(values(block))
@@ -436,14 +357,11 @@ class WidenedLinear:
     def forward(self, wide: Tensor, rows: slice = slice(None)) -> Tensor:
         """wide: [T, D + X]; `rows` chooses among the O outputs. Returns: [T, O]."""
         bias = None if self.bias is None else self.bias[rows]
-        return self.gemm.forward(wide, self.weight[rows], bias)
+        return self.products.forward(wide, bias, rows)
 
     def forward_onto(self, total: Tensor, wide: Tensor) -> Tensor:
         """The same added to a total, which may be overwritten. total: [T, O]. Returns: [T, O]."""
-        if self.gemm.adds and self.bias is None:
-            return total.addmm_(wide, self.weight.t())
-        total += self.forward(wide)
-        return total
+        return self.products.forward_onto(total, wide, self.bias)
 
     def low(self, wide: Tensor) -> Tensor | None:
         """What `backward` needs of the input besides the input itself. Returns: [T, X], a copy."""
@@ -465,11 +383,10 @@ class WidenedLinear:
         """
         if low is not None:
             self._add_gradients_of_b(grad_out, low, rows)
-        weight = self.weight[rows]
         if needs_input:
-            return self.gemm.backward(grad_out, weight)
-        wide = weight.new_empty(len(grad_out), self.width + self.extra_columns)
-        wide[:, self.width :] = torch.mm(grad_out, weight[:, self.width :])
+            return self.products.backward(grad_out, rows)
+        wide = grad_out.new_empty(len(grad_out), self.width + self.extra_columns)
+        wide[:, self.width :] = torch.mm(grad_out, self.products.lora_B[rows])
         return wide
 
     def backward_block(

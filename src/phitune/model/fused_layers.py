@@ -22,7 +22,14 @@ from torch import Tensor
 from phitune.model import ops
 from phitune.model.architecture import ModelConfig
 from phitune.model.decoder import DecoderLayer, FusedLinear, Norm
-from phitune.model.fused import Activation, Backend, Before, FusedNorm, Widened, WidenedLinear
+from phitune.model.fused import (
+    Activation,
+    Backend,
+    Before,
+    FusedNorm,
+    Widened,
+    WidenedLinear,
+)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def choose_kernels(
 
     Compiles, and waits for the device. The gradients of A that the layers hold are cleared.
     """
-    device, dtype = head.weight.device, head.weight.dtype
+    device, dtype = head.lora_A.device, head.lora_A.dtype
     if importlib.util.find_spec("triton") is None:
         return None, "there is no Triton"
     if device.type == "cuda" and os.environ.get("TRITON_INTERPRET") == "1":
@@ -73,7 +73,7 @@ def _results(
 ) -> list[Tensor]:
     """What every kernel makes of the same random numbers."""
     generator = torch.Generator().manual_seed(0)
-    like = head.weight
+    like = head.lora_A
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(like)
@@ -114,8 +114,8 @@ def _results(
     rotated = heads.clone()
     kernels.rotate_(rotated, ops.Rotary(angles.cos(), angles.sin()))
     kernels.rotate_(heads, ops.Rotary(angles.cos(), angles.sin()), back=True)
-    logits = random(ROWS, len(head.weight))  # [n, V]
-    targets = torch.arange(ROWS, device=like.device) % len(head.weight)
+    logits = random(ROWS, head.outputs)  # [n, V]
+    targets = torch.arange(ROWS, device=like.device) % head.outputs
     validation_loss = kernels.cross_entropy_(logits, targets, None)
     loss = kernels.cross_entropy_(logits, targets, 1.0)
     return [*found, rotated, heads, validation_loss, loss, logits]

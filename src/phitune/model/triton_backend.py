@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from phitune.model import ops, triton_kernels
-from phitune.model.fused import Activation, Before, FusedNorm, Kernels, Widened, WidenedLinear
+from phitune.model.fused import (
+    Activation,
+    Before,
+    FusedNorm,
+    Kernels,
+    Widened,
+    WidenedLinear,
+)
 
 # A norm's backward reads a row at once, and the kernels hold all extra columns in registers.
 MOST_WIDTH = 2**14

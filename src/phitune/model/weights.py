@@ -6,7 +6,7 @@ taken; every mismatch is in one error. Pickled weights are refused: loading them
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,6 +149,7 @@ def load_decoder(
     return decoder
 
 
+@torch.no_grad()
 def load_weights(
     decoder: Decoder, folder: Path, progress: Callable[[int, int], None] | None = None
 ) -> None:
@@ -163,31 +164,39 @@ def load_weights(
         ModelError: files missing or damaged, or tensors that do not fit the configuration.
     """
     headers = checked_weights(decoder, folder)
-    destinations = decoder.named_weights()
+    destinations, linears = decoder.named_weights(), decoder.fused_linears()
     for done, (name, destination) in enumerate(destinations.items(), start=1):
         if name == EMBEDDING and _can_stay_in_file(decoder, headers[name]):
             with safe_open(headers[name].file, framework="pt") as file:
                 table = file.get_tensor(name)
             decoder.embed_tokens.weight = nn.Parameter(table, requires_grad=False)
             continue
-        read_weight(name, headers[name], destination)
+        module, _, kind = name.rpartition(".")
+        linear = linears.get(module)
+        store = linear.store if linear is not None and kind == "weight" else None
+        for start, piece in pieces_of(name, headers[name], destination):
+            if linear is not None and store is not None:
+                store.put(linear.columns[module].start + start, piece)
+            else:
+                destination[start : start + len(piece)].copy_(piece)
         if progress:
             progress(done, len(destinations))
 
 
-@torch.no_grad()
-def read_weight(name: str, header: TensorHeader, destination: Tensor) -> None:
-    """Fills a tensor [...] from a file, in pieces, converting to its type.
+def pieces_of(
+    name: str, header: TensorHeader, like: Tensor
+) -> Iterator[tuple[int, Tensor]]:  # [n, ...], some rows
+    """A weight of a file, a few rows at a time, each with the number of its first row.
 
     Args:
-        header: of `checked_weights`, which has the tensor's shape.
+        header: of `checked_weights`.
+        like: a tensor of that shape, which may be without numbers; its type decides how many rows.
     """
-    rows = max(1, PIECE_BYTES * len(destination) // destination.nbytes)
-    for start in range(0, len(destination), rows):
+    rows = max(1, PIECE_BYTES * len(like) // like.nbytes)
+    for start in range(0, len(like), rows):
         # Opened for each piece: closing the file gives its mapped pages back.
         with safe_open(header.file, framework="pt") as file:
-            piece = file.get_slice(name)[start : start + rows]
-            destination[start : start + rows].copy_(piece)
+            yield start, file.get_slice(name)[start : start + rows]
 
 
 def checked_weights(decoder: Decoder, folder: Path) -> dict[str, TensorHeader]:

@@ -1,17 +1,25 @@
 """Answers on MLX against those of torch's decoder, which are held against transformers'."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.adapters import random_adapter
 from helpers.models import VOCAB_SIZE
 from helpers.numerics import error
 from helpers.reference import CONFIGS, random_model, save_model
 from helpers.rows import logits_after, open_decoder, random_rows
 
 from phitune.apple.choice import load_decoder_on
+from phitune.cli import main
+from phitune.commands.chat_terminal import first_line
+from phitune.data.conversation import Turn
 from phitune.data.packing import pack
+from phitune.errors import OutOfMemoryError
+from phitune.inference.answers import compare, sample_answers
+from phitune.inference.chat import Chat, Limits
 from phitune.inference.generate import (
     Conversation,
     Decoding,
@@ -21,17 +29,18 @@ from phitune.inference.generate import (
     new_cache,
     stream,
 )
+from phitune.inference.loaded import LoadedModel, open_model
+from phitune.inference.questions import Question
 from phitune.inference.scores import target_losses
 from phitune.model.architecture import LM_HEAD, read_model_config, resolve_targets
 from phitune.model.decoder import Decoder
-from phitune.model.lora import Adapter, Adapters, AdapterSet, LoraSpec, attach, detach
+from phitune.model.lora import Adapter, Adapters, AdapterSet, LoraSpec, attach, detach, put_on
 
 mx = pytest.importorskip("mlx.core", reason="MLX is not installed (the extra apple)")
 
 from phitune.apple import memory  # noqa: E402
 from phitune.apple.cache import MlxCache  # noqa: E402
 from phitune.apple.decoder import MlxDecoder  # noqa: E402
-from phitune.errors import OutOfMemoryError  # noqa: E402
 
 pytestmark = pytest.mark.numerics
 
@@ -52,7 +61,7 @@ def both(kind: str, folder: Path, layers: int = 3) -> tuple[Decoder, Decoder]:
     return ours, theirs
 
 
-def random_adapter(decoder: Decoder, targets: Sequence[str], rank: int, seed: int) -> Adapter:
+def adapter_of(decoder: Decoder, targets: Sequence[str], rank: int, seed: int) -> Adapter:
     """Attached to the decoder."""
     modules = resolve_targets(decoder.config, list(targets), None)
     adapter = attach(decoder, LoraSpec(rank, 2 * rank, 0.0, modules), seed)
@@ -68,7 +77,7 @@ def three_adapters(decoder: Decoder) -> AdapterSet:
     adapters = []
     targets = (["attention"], ["all-linear", LM_HEAD], ["mlp", "embed_tokens"])
     for number, of_one in enumerate(targets):
-        adapters.append(random_adapter(decoder, of_one, 3 + number, seed=number + 1))
+        adapters.append(adapter_of(decoder, of_one, 3 + number, seed=number + 1))
         detach(decoder)
     return AdapterSet(decoder, adapters)
 
@@ -168,7 +177,7 @@ def test_an_adapter_that_is_trained_answers_with_its_numbers_of_now(tmp_path: Pa
     ours, theirs = both("phi", tmp_path)
     asked = prompts(4, 9)
     answers = []
-    pairs = [random_adapter(each, ["all-linear"], 4, seed=1) for each in (ours, theirs)]
+    pairs = [adapter_of(each, ["all-linear"], 4, seed=1) for each in (ours, theirs)]
     for factor in (1.0, -3.0):
         with torch.no_grad():
             for adapter in pairs:
@@ -195,7 +204,7 @@ def test_adapters_are_copied_once_not_for_every_token(tmp_path: Path) -> None:
     assert before
     assert all(one is other for one, other in zip(before, copies(), strict=True))
 
-    random_adapter(ours, ["all-linear"], 4, seed=1)
+    adapter_of(ours, ["all-linear"], 4, seed=1)
     generate(ours, prompts(4, 9), Decoding(1))
     trained = copies()
     generate(ours, prompts(4, 9), Decoding(5))
@@ -265,3 +274,102 @@ def test_more_than_the_limit_is_out_of_memory(
     with pytest.raises(OutOfMemoryError, match=r"MLX used .* bytes, of .* that it may"):
         generate(ours, prompts(*[400] * 4), Decoding(3))
     assert generate(ours, prompts(5), Decoding(3)) == expected
+
+
+# --- what a user calls --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def opened(
+    shipped_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[LoadedModel, LoadedModel]:
+    """A shipped model with an adapter, on MLX and on torch."""
+    run = tmp_path_factory.mktemp("run")
+    random_adapter(shipped_model, run / "adapter")
+    ours, theirs = (open_model([run], device=name) for name in ("mlx", "cpu"))
+    assert (ours.decoder.runs_on, theirs.decoder.runs_on) == ("mlx", "cpu")
+    return ours, theirs
+
+
+def test_compare_answers_and_scores_as_on_torch(opened: tuple[LoadedModel, LoadedModel]) -> None:
+    questions = [
+        Question((Turn("user", "What is the capital of Portugal?"),), "Lisbon, of course."),
+        Question((Turn("user", "What is a saw for?"),), "Wood."),
+    ]
+    ours, theirs = (list(compare(model, questions, 16)) for model in opened)
+    assert [row.answers for row in ours] == [row.answers for row in theirs]
+    assert ours[0].answers[0] != ours[0].answers[1]
+    for row, other in zip(ours, theirs, strict=True):
+        for one, expected in zip(row.likelihoods, other.likelihoods, strict=True):
+            assert one
+            assert expected
+            assert one.nll == pytest.approx(expected.nll, rel=1e-5)
+
+
+def test_a_chat_says_what_it_says_on_torch(opened: tuple[LoadedModel, LoadedModel]) -> None:
+    told = []
+    for model in opened:
+        chat = Chat(model, limits=Limits(24))
+        for question in ("What is the capital of Portugal?", "And how much is 8 plus 7?"):
+            "".join(chat.ask(question))
+        chat.choice = None
+        "".join(chat.ask("What is a saw for?"))
+        assert f"on {model.decoder.runs_on};" in first_line(chat)
+        told.append([exchange.answer for exchange in chat.exchanges])
+    assert told[0] == told[1]
+    assert all(answer.tokens for answer in told[0])
+
+
+def test_samples_of_a_training_are_those_of_torch(opened: tuple[LoadedModel, LoadedModel]) -> None:
+    found = []
+    for model in opened:
+        coder = model.coder(0)
+        prompts = [coder.encode((Turn("user", text),)) for text in ("Hello", "What is rain?")]
+        put_on(model.decoder, model.adapters[0].adapter)
+        found.append(sample_answers(model.decoder, coder, prompts, 12))
+        model.__post_init__()  # As it was, for the other tests.
+    assert found[0] == found[1]
+
+
+def test_evaluate_measures_what_it_measures_on_torch(
+    phi_2_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        '{"prompt": "What is red?", "response": "A rose."}\n{"prompt": "2?", "response": "3"}\n'
+    )
+    text.write_text("The cat sat by the fire, and the rain fell on the roof all night. " * 3)
+    figures = []
+    for device in ("mlx", "cpu"):
+        capsys.readouterr()
+        flags = f"--dataset_path {rows} --max_new_tokens 8 --general_text {text} --json"
+        flags += f" --device {device}"
+        assert main(["evaluate", "--adapter_path", str(phi_2_run), *flags.split()]) == 0
+        document = json.loads(capsys.readouterr().out)
+        assert document["device"] == device
+        measured = document["measures"].items()
+        figures.append({name: (one["base"], one["tuned"]) for name, one in measured})
+    assert figures[0].keys() == figures[1].keys()
+    for name, pair in figures[0].items():
+        assert pair == pytest.approx(figures[1][name], rel=1e-5), name
+
+
+@pytest.mark.usefixtures("short_proof")
+@pytest.mark.parametrize("format_name", ["merged", "adapter"])
+def test_an_export_is_proven_on_the_cpu_and_says_so(
+    format_name: str, phi_2_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["export", "--adapter_path", str(phi_2_run), "--output_dir", str(tmp_path / "out")]
+    assert main([*words, "--format", format_name, "--device", "mlx"]) == 0
+    assert "the proof computes on the CPU, by torch, not by MLX" in capsys.readouterr().out
+
+
+def test_bf16_is_what_a_model_on_mlx_may_be_in(opened: tuple[LoadedModel, LoadedModel]) -> None:
+    folder = opened[0].folder
+    model = open_model([], model_name=str(folder), device="mlx", precision="bf16")
+    assert model.precision == "bf16"
+    (answer,) = model.answers(
+        [model.base_coder.encode((Turn("user", "Hello"),))], [None], max_new_tokens=4
+    )
+    assert answer.tokens

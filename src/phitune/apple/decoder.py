@@ -15,6 +15,7 @@ import mlx.core as mx
 import torch
 from torch import Tensor
 
+from phitune.apple import memory
 from phitune.apple.arrays import DTYPES, to_mlx, to_torch
 from phitune.apple.layers import LAYERS, MlxLayer, Norm, Shared
 from phitune.apple.linear import (
@@ -220,21 +221,29 @@ class MlxDecoder(Decoder):
         """Hidden states of packed sequences, before the final norm. Returns: [T, D].
 
         For answers and their losses: what is trained goes through the engine.
+
+        Raises:
+            OutOfMemoryError: it took more than MLX may.
         """
         assert dropout is None
+        memory.begin_watching()
         self.take_adapters()
         shared = self.shared(position_ids, cu_seqlens)
         x = self.embed_adapted(input_ids)
         for layer in self.stack:
             x, _ = layer.forward(x, shared)
             mx.eval(x)
+            memory.check_limit()
         return to_torch(x)
 
     def logits(self, hidden: Tensor, dropout: ops.Dropout | None = None) -> Tensor:
         """Final norm and head. hidden: [N, D]. Returns: [N, V]."""
         assert dropout is None
         self.take_adapters()
-        return to_torch(self.head_of(to_mlx(hidden)))
+        memory.begin_watching()
+        logits = to_torch(self.head_of(to_mlx(hidden)))
+        memory.check_limit()
+        return logits
 
     def head_of(self, hidden: mx.array) -> mx.array:
         """hidden: [N, D]. Returns: logits [N, V]."""

@@ -206,7 +206,7 @@ class ModelOptions(Options):
         group="model",
     )
     device: Device = option(
-        "auto", "where the model runs: auto, cpu, cuda, cuda:N or mps", group="model"
+        "auto", "where the model runs: auto, cpu, cuda, cuda:N, mlx or mps", group="model"
     )
     precision: Precision = option("auto", "precision of the base model", group="model")
 

@@ -21,7 +21,7 @@ from phitune.export.source import Source
 from phitune.inference.loaded import memory_errors
 from phitune.model.architecture import ModelConfig
 from phitune.model.decoder import Decoder
-from phitune.model.device import choose_device, limit_product_caches
+from phitune.model.device import MLX, choose_device, limit_product_caches
 from phitune.model.files import fetch_weights
 from phitune.plan.machine import memory_budget
 from phitune.plan.memory import GIB
@@ -38,6 +38,9 @@ def export(
 ) -> Proof:
     """Writes an export and proves it.
 
+    With MLX as the device the proof computes on the CPU: it compares the weights one by one, and
+    rounds them at random, in torch's tensors, which MLX's decoder has none of.
+
     Args:
         output: the folder to be; made as the last step.
         progress: called with (bytes written, bytes in all) as tensors are written.
@@ -52,6 +55,9 @@ def export(
     fetch_weights(source.model_name, source.model_folder)
     limit_product_caches()
     notes = source.notes
+    if choose_device(settings.device) == MLX:
+        settings = replace(settings, device="cpu")
+        notes = (*notes, "note: the proof computes on the CPU, by torch, not by MLX")
     if settings.precision == "auto":
         needed, free = proof_bytes(source.config), memory_budget(choose_device(settings.device))
         settings = replace(settings, precision="fp32" if needed <= free.bytes else "bf16")

@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from phitune.apple.choice import load_decoder_on
+from phitune.apple.choice import limit_memory, load_decoder_on
 from phitune.data.coder import Coder, FormatName
 from phitune.data.tokenizer import TextTokenizer, read_chat_template
 from phitune.errors import ModelError, OutOfMemoryError
@@ -33,6 +33,7 @@ from phitune.model.decoder import Decoder
 from phitune.model.device import DTYPES, choose_device, choose_precision, is_out_of_memory
 from phitune.model.files import ASSETS, SHIPPED_MODELS, fetch_weights, find_model, is_hub_id
 from phitune.model.lora import WEIGHTS_FILE, Adapter, Adapters, AdapterSet, detach, load_adapter
+from phitune.plan.machine import memory_budget
 from phitune.untrusted import own_file, read_object
 
 TOKENIZER_FILE, CARD_FILE = "tokenizer.json", "README.md"
@@ -204,6 +205,7 @@ def open_model(
     chosen = choose_device(device)
     dtype = DTYPES[choose_precision(precision, chosen)]
     fetch_weights(model_name, folder)
+    limit_memory(chosen, memory_budget(chosen).bytes)
     decoder = prepare_for_inference(load_decoder_on(folder, config, dtype, chosen))
     adapters = []
     for path, adapter_path, coder in zip(adapter_paths, folders, coders, strict=True):

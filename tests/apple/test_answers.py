@@ -271,7 +271,7 @@ def test_more_than_the_limit_is_out_of_memory(
     ours, _ = both("phi", tmp_path)
     expected = generate(ours, prompts(5), Decoding(3))
     monkeypatch.setattr(memory.LIMIT, "bytes", mx.get_active_memory() + 2**21)
-    with pytest.raises(OutOfMemoryError, match=r"MLX used .* bytes, of .* that it may"):
+    with pytest.raises(MemoryError, match=r"MLX used .* bytes, of .* that it may"):
         generate(ours, prompts(*[400] * 4), Decoding(3))
     assert generate(ours, prompts(5), Decoding(3)) == expected
 
@@ -318,6 +318,17 @@ def test_a_chat_says_what_it_says_on_torch(opened: tuple[LoadedModel, LoadedMode
         told.append([exchange.answer for exchange in chat.exchanges])
     assert told[0] == told[1]
     assert all(answer.tokens for answer in told[0])
+
+
+def test_a_chat_that_passes_the_limit_can_go_on(
+    opened: tuple[LoadedModel, LoadedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = Chat(opened[0], limits=Limits(4))
+    with monkeypatch.context() as limited:
+        limited.setattr(memory.LIMIT, "bytes", 1)
+        with pytest.raises(OutOfMemoryError, match=r"out of memory on mlx at .* MLX used"):
+            "".join(chat.ask("Hello"))
+    assert "".join(chat.ask("Hello"))
 
 
 def test_samples_of_a_training_are_those_of_torch(opened: tuple[LoadedModel, LoadedModel]) -> None:

@@ -73,7 +73,7 @@ class MlxCache(Cache):
     def _compute(self, new: NewTokens, adapters: Adapters | None) -> torch.Tensor:
         """
         Raises:
-            OutOfMemoryError: the pass took more than MLX may.
+            MemoryError: the pass took more than MLX may.
         """
         memory.begin_watching()
         decoder = self._decoder

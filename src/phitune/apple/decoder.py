@@ -223,7 +223,7 @@ class MlxDecoder(Decoder):
         For answers and their losses: what is trained goes through the engine.
 
         Raises:
-            OutOfMemoryError: it took more than MLX may.
+            MemoryError: it took more than MLX may.
         """
         assert dropout is None
         memory.begin_watching()

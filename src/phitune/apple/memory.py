@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from phitune.errors import OutOfMemoryError
-
 # Freed buffers that are kept, as a share of the limit: the buffers of a layer, many times over.
 CACHE_SHARE = 0.1
 
@@ -51,10 +49,11 @@ def recommended_bytes() -> int | None:
 def check_limit() -> None:
     """
     Raises:
-        OutOfMemoryError: more was in use than the limit, since the last `begin_watching`.
+        MemoryError: more was in use than the limit, since the last `begin_watching`; as where an
+            allocation fails, so that whoever computes meets it as on any other device.
     """
     if LIMIT.bytes is not None and (used := mx.get_peak_memory()) > LIMIT.bytes:
-        raise OutOfMemoryError(f"MLX used {used:,} bytes, of {LIMIT.bytes:,} that it may")
+        raise MemoryError(f"MLX used {used:,} bytes, of {LIMIT.bytes:,} that it may")
 
 
 def begin_watching() -> None:

@@ -355,7 +355,7 @@ class LoRATrainer:
             # Memory: what fits, by arithmetic.
             budget = memory_budget(self.settings.device)
             limit_memory(self.settings.device, budget.bytes)
-            process_limit = held.enter_context(ProcessMemoryLimit(self.device.type))
+            process_limit = held.enter_context(ProcessMemoryLimit(self.settings.device))
             plan = self._plan_memory(data, budget)
             self._show_settings(data, steps)
             try:

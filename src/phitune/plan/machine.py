@@ -437,7 +437,8 @@ class ProcessMemoryLimit:
     def __init__(self, device: str) -> None:
         """
         Args:
-            device: its kind. An accelerator's memory has an allocator that fails by itself.
+            device: its name. An accelerator's memory has an allocator that fails by itself, and MLX
+                does not survive one that fails.
         """
         self._is_used = device == "cpu" and sys.platform == "linux"
         self._before = (0, 0)

@@ -580,6 +580,18 @@ class Settings(BaseModel):
         "precision of the frozen base model; auto: bf16 on CUDA and MPS, fp32 on CPU",
         group=_MACHINE,
     )
+    quantization: Literal["none", "int8", "nf4", "int4"] = knob(
+        "none",
+        "how the frozen layers are held: none (in the precision), int8, nf4 (4 bits, as"
+        " bitsandbytes has them), int4 (MLX's own)",
+        group=_MACHINE,
+    )
+    products: Literal["auto", "exact", "low"] = knob(
+        "auto",
+        "what quantised layers are multiplied in: exact (expanded for each product), low (as they"
+        " are, by 8-bit activations), auto: low for int8 where this machine does it exactly",
+        group=_MACHINE,
+    )
     threads: AutoCount = knob(
         "auto",
         "threads of the CPU, or auto: as many as train fastest, measured before the first step",

@@ -30,6 +30,7 @@ from phitune.config import MINIATURES, Resolved, Settings, as_flags, resolve, to
 from phitune.data.coder import Coder
 from phitune.data.conversation import Turn
 from phitune.data.mix import rows_per_epoch
+from phitune.data.packing import Batch, pack
 from phitune.data.prepare import PreparedData, facts_of, prepare_data
 from phitune.data.sources import check_is_here
 from phitune.data.steps import OF_A_STEP, Steps
@@ -67,6 +68,13 @@ from phitune.model.device import (
 from phitune.model.engine import Engine
 from phitune.model.files import EXAMPLE_DATASET, SHIPPED_MODELS, fetch_weights, find_model
 from phitune.model.lora import Adapter, attach, compare_with_memory, save_adapter
+from phitune.model.quantization import (
+    CALIBRATION_TOKENS,
+    QUANTIZATION_FILE,
+    Quantization,
+    choose_quantization,
+    quantization_from_json,
+)
 from phitune.model.start_adapter import find_start_adapter, sha256_there, spec_of
 from phitune.model.weights import weights_fingerprint
 from phitune.plan.machine import Memory, ProcessMemoryLimit, device_kind, memory_budget
@@ -120,6 +128,7 @@ from phitune.training.saver import Moment, Saver, moment_of
 from phitune.training.state import TrainingState, copy_of, restore
 from phitune.training.threads import are_chosen_by_the_user, measure_threads
 from phitune.training.trackers import Trackers, check_trackers, tracker_names
+from phitune.untrusted import write_object
 
 # Freed memory is kept for speed where this share of the plan fits: what is kept is fragmented.
 _PLENTY = 1.25
@@ -187,6 +196,17 @@ def _changed(
         for prompt, answer in first.items()
         if prompt not in last_shown or last_shown[prompt].text != answer.text
     }
+
+
+def first_rows(data: PreparedData, tokens: int) -> Batch:
+    """The first training rows that make so many tokens together, or all there are."""
+    rows, count = [], 0
+    for row in data.train_rows:
+        rows.append(row)
+        count += len(row.input_ids)
+        if count >= tokens:
+            break
+    return pack(rows)
 
 
 def _remedy(error: OSError) -> str:
@@ -302,8 +322,12 @@ class LoRATrainer:
             self._say(f"warning: {warning}")
         return data
 
-    def prepare_model(self) -> PreparedModel:
-        """Loads the base, once, and attaches the adapter to it."""
+    def prepare_model(self, rows: Batch | None = None) -> PreparedModel:
+        """Loads the base, once, and attaches the adapter to it.
+
+        Args:
+            rows: of the data, that pass through while a base is quantised.
+        """
         if self._model is None:
             settings = self.settings
             torch.manual_seed(settings.seed)
@@ -313,6 +337,8 @@ class LoRATrainer:
                 self.model_config,
                 DTYPES[settings.precision],
                 settings.device,
+                self._quantization(),
+                None if self._resumption else rows,
             )
             self._base_fingerprint = weights_fingerprint(decoder)
             spec = spec_of(settings, self.target_modules)
@@ -322,6 +348,20 @@ class LoRATrainer:
                 adapter = attach(decoder, spec, settings.seed)
             self._model = PreparedModel(decoder, adapter)
         return self._model
+
+    def _quantization(self) -> Quantization | None:
+        """How the base is held: as the settings say, or as the run that is resumed found it."""
+        kind = self.settings.quantization
+        if kind == "none":
+            return None
+        if self._resumption and (found := self._resumption.saved.quantization):
+            return quantization_from_json(found)
+        chosen, why = choose_quantization(kind, self.settings.products, self.settings.device)
+        if self.verbose:
+            self._say(
+                f"quantization: {chosen.kind}, products {'low' if chosen.low else 'exact'} ({why})"
+            )
+        return chosen
 
     def train(self) -> Outcome:
         """The whole job: from the data file to the run directory.
@@ -360,7 +400,7 @@ class LoRATrainer:
             self._show_settings(data, steps)
             try:
                 # The model, and the engine that computes on it.
-                model, engine = self._load(plan, budget)
+                model, engine = self._load(plan, budget, first_rows(data, CALIBRATION_TOKENS))
                 provenance = self._provenance(data, engine)
                 if not resumption:
                     held.enter_context(run_lock(self._output_dir))
@@ -609,11 +649,13 @@ class LoRATrainer:
         name = path.parent.name if path.name == ADAPTER else path.name
         return {"start_adapter": {"name": name, "path": str(path), "sha256": self._start_sha256}}
 
-    def _load(self, plan: MemoryPlan, budget: Memory) -> tuple[PreparedModel, Engine]:
+    def _load(self, plan: MemoryPlan, budget: Memory, rows: Batch) -> tuple[PreparedModel, Engine]:
         started = time.perf_counter()
-        model = self.prepare_model()
+        model = self.prepare_model(rows)
         seconds = time.perf_counter() - started
         self._say(model_line(model.decoder, model.adapter, self.settings, seconds))
+        if found := model.decoder.quantization:
+            self._say(f"quantization: {found.in_words}")
         # The plan follows the fused engine's buffers and knows nothing of autograd's.
         if self.settings.engine == "fused":
             self._say(memory_line(plan, budget))
@@ -653,6 +695,7 @@ class LoRATrainer:
             },
             surroundings(device_name(self.settings.device), engine.choices),
             torch.get_num_threads(),
+            found.as_json() if (found := self.prepare_model().decoder.quantization) else None,
         )
         if self._resumption is None:
             return now
@@ -810,6 +853,8 @@ class LoRATrainer:
             base = with_absolute_paths(self.resolved).settings.model_name
             save_adapter(adapter, folder, base)
             self.coder.save(folder)
+            if found := self.prepare_model().decoder.quantization:
+                write_object(folder / QUANTIZATION_FILE, found.as_json())
 
         run.replace_adapter(write)
 

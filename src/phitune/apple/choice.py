@@ -13,24 +13,41 @@ from phitune.model.architecture import ModelConfig
 from phitune.model.decoder import Decoder
 from phitune.model.device import MLX, torch_device
 from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
+from phitune.model.fused import Packed
+from phitune.model.quantization import Quantization, load_quantized
 from phitune.model.weights import load_decoder
 
 
 def load_decoder_on(
-    folder: Path, config: ModelConfig, dtype: torch.dtype, device_name: str
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device_name: str,
+    quantization: Quantization | None = None,
+    rows: Packed | None = None,
 ) -> Decoder:
     """Builds the decoder of a model folder on a device; see `weights.load_decoder`.
+
+    Args:
+        quantization: how its layers are held; None for full precision.
+        rows: of the data, see `quantization.load_quantized`.
 
     Returns: for "mlx" an `MlxDecoder`.
 
     Raises:
         ModelError: files missing or damaged, or tensors that do not fit the configuration.
     """
-    if device_name != MLX:
-        return load_decoder(folder, config, dtype, torch_device(device_name))
+    device = torch_device(device_name)
+    if device_name != MLX and quantization is None:
+        return load_decoder(folder, config, dtype, device)
+    if device_name != MLX and quantization:
+        return load_quantized(folder, config, dtype, device, quantization, rows)
     from phitune.apple.decoder import load_mlx_decoder
 
-    return load_mlx_decoder(folder, config, dtype)
+    bits = {"int8": 8, "int4": 4}[quantization.kind] if quantization else None
+    decoder = load_mlx_decoder(folder, config, dtype, bits)
+    decoder.quantization = quantization
+    return decoder
 
 
 def reference_engine(

@@ -13,7 +13,7 @@ E head_dim, N trained positions, V vocabulary, R rank, X all ranks on a layer, K
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from phitune.model.architecture import (
     layer_linears,
 )
 from phitune.model.stores import Store
+
+if TYPE_CHECKING:
+    from phitune.model.quantization import Quantization
 
 META = torch.device("meta")
 
@@ -104,7 +107,13 @@ class FusedLinear(nn.Module):
     """One or more linear modules that share their input; frozen."""
 
     def __init__(
-        self, prefix: str, spec: LinearSpec, dtype: torch.dtype, device: torch.device
+        self,
+        prefix: str,
+        spec: LinearSpec,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        is_quantized: bool = False,
     ) -> None:
         super().__init__()
         self.in_features, self.device = spec.in_features, device
@@ -113,10 +122,12 @@ class FusedLinear(nn.Module):
         for name, out_features in spec.parts:
             self.columns[prefix + name] = range(stop, stop + out_features)
             stop += out_features
-        self.weight = _frozen(stop, spec.in_features, dtype=dtype, device=device)
+        place = META if is_quantized else device
+        self.weight = _frozen(stop, spec.in_features, dtype=dtype, device=place)
         self.bias = _frozen(stop, dtype=dtype, device=device) if spec.bias else None
         # The weight in fewer bits; `weight` then has a shape and a type, and no numbers.
         self.store: Store | None = None
+        self.low_bits: int | None = None  # of its numbers, where they are multiplied as they are
         self.lora = nn.ModuleList()  # of LoraPair, in the order of the columns
         self.bank: LoraBank | None = None  # in their place, for inference
         # (x [T, D], W [O, D], b) -> [T, O], where no pair is attached; see `fused.Gemm`.
@@ -238,7 +249,13 @@ class DecoderLayer(nn.Module):
     """What both families share: norms, fused linear layers, and the two halves of a layer."""
 
     def __init__(
-        self, config: ModelConfig, index: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        index: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        is_quantized: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
@@ -259,7 +276,7 @@ class DecoderLayer(nn.Module):
         )
         self.linears = nn.ModuleDict(
             {
-                name: FusedLinear(self.prefix, spec, dtype, device)
+                name: FusedLinear(self.prefix, spec, dtype, device, is_quantized=is_quantized)
                 for name, spec in layer_linears(config).items()
             }
         )
@@ -367,16 +384,23 @@ _LAYERS = {"phi": PhiLayer, "phi3": Phi3Layer}
 
 
 class Decoder(nn.Module):
-    """A frozen Phi model. Its weights are not initialized until `weights.load_weights` has run."""
+    """A frozen Phi model. Its weights are not initialized until `weights.load_weights` has run.
+
+    Args:
+        is_quantized: the layers' weights get stores; see quantization.py.
+    """
 
     def __init__(
         self,
         config: ModelConfig,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        *,
+        is_quantized: bool = False,
     ) -> None:
         super().__init__()
         device = torch.device(device)
+        self.quantization: Quantization | None = None  # how the layers' weights are held
         family = FAMILIES[config.model_type]
         self.config = config
         self.dtype = dtype
@@ -386,7 +410,7 @@ class Decoder(nn.Module):
         self._frequency_table: Tensor | None = None  # [2 or 1, rotary_dim / 2], on the device
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, device)
         self.layers = nn.ModuleList(
-            _LAYERS[config.model_type](config, index, dtype, device)
+            _LAYERS[config.model_type](config, index, dtype, device, is_quantized=is_quantized)
             for index in range(config.num_hidden_layers)
         )
         self.final_norm = Norm(

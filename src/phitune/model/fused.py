@@ -29,7 +29,6 @@ from phitune.model.attention import Attention
 from phitune.model.decoder import FusedLinear, Norm
 from phitune.model.gemm import Gemm
 from phitune.model.products import EightBit, Expanded, Plain, Products, Scratch
-from phitune.model.stores import Int8Rows
 
 # -------------------------------------------------------------------------------------------------
 # Padding tokens, where a CPU's products of odd sizes are slow.
@@ -247,15 +246,14 @@ class Backend(NamedTuple):
     attention: Attention
     kernels: Kernels
     scratch: Scratch  # of weights that are expanded; one for all layers
-    low: bool = False  # whether int8 weights are multiplied as they are
 
     def products_of(self, linear: FusedLinear, extra_columns: int) -> Products:
         """How a linear layer is multiplied, with X further columns for its adapters."""
         store = linear.store
         if store is None:
             return Plain(linear.widen(extra_columns), linear.in_features, self.gemm)
-        if self.low and isinstance(store, Int8Rows):
-            return EightBit(store, extra_columns)
+        if linear.low_bits is not None:
+            return EightBit(store, extra_columns, linear.low_bits)
         like = torch.empty(0, dtype=linear.weight.dtype, device=linear.device)
         lora_B = like.new_zeros(store.shape[0], extra_columns)  # [O, X]
         return Expanded(store, lora_B, self.gemm, self.scratch)

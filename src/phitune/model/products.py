@@ -228,20 +228,24 @@ def rounded(x: Tensor, without: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
 
 class EightBit(Products):
-    """An int8 store times activations of 8 bits; the columns that it keeps, in full precision.
+    """Whole numbers times activations of 8 bits; the columns that a store keeps, in full precision.
 
-    They ride with the adapters: x's columns beside low, their weights beside B.
+    They ride with the adapters: x's columns beside low, their weights beside B. Numbers of NF4 are
+    rounded to whole ones for each product, which adds nothing to its error that could be seen.
 
     Args:
         extra_columns: X.
+        bits: of the whole numbers.
     """
 
-    def __init__(self, store: Int8Rows, extra_columns: int) -> None:
-        self.name = f"int8, {store.bits}-bit weights times 8-bit activations"
-        self.store, self.width = store, store.shape[1]
-        self.columns = store.columns if len(store.columns) else None
-        self.further = torch.zeros(store.shape[0], extra_columns + len(store.columns))
-        self.further[:, extra_columns:] = store.kept
+    def __init__(self, store: Store, extra_columns: int, bits: int) -> None:
+        self.name = f"{bits}-bit weights times 8-bit activations"
+        self.store, self.width, self.bits = store, store.shape[1], bits
+        self.columns: Tensor | None = None  # [k]
+        kept = torch.zeros(store.shape[0], 0)  # [O, k]
+        if isinstance(store, Int8Rows) and len(store.columns):
+            self.columns, kept = store.columns, store.kept
+        self.further = torch.cat([torch.zeros(store.shape[0], extra_columns), kept], dim=1)
         self.lora_B = self.further[:, :extra_columns]
 
     def forward(self, wide: Tensor, bias: Tensor | None, rows: slice = ALL) -> Tensor:
@@ -250,8 +254,9 @@ class EightBit(Products):
         beside = wide[:, self.width :]  # [T, X + k]
         if self.columns is not None:
             beside = torch.cat([beside, wide[:, self.columns]], dim=1)
-        packed, further = _prepacked(self.store.numbers[rows], len(x)), self.further[rows]
-        out = _multiplied(x, packed, self.store.scale[rows])  # [T, O]
+        numbers, of_rows = self.store.whole(rows, self.bits)
+        further = self.further[rows]
+        out = _multiplied(x, _prepacked(numbers, len(x)), of_rows)  # [T, O]
         block_rows = architecture.block_rows(len(out), out.shape[1], "cpu")
         for start in range(0, len(out), block_rows):
             block = slice(start, start + block_rows)
@@ -265,9 +270,10 @@ class EightBit(Products):
     def backward(self, grad_out: Tensor, rows: slice = ALL) -> Tensor:
         """grad_out: [T, O]. Returns: [T, D + X]."""
         extra = self.lora_B.shape[1]
-        grad, scale = rounded(grad_out * self.store.scale[rows])
+        numbers, of_rows = self.store.whole(rows, self.bits)
+        grad, scale = rounded(grad_out * of_rows)
         wide = grad_out.new_empty(len(grad), self.width + extra)
-        back = _multiplied_back(grad, self.store.numbers[rows])  # [T, D]
+        back = _multiplied_back(grad, numbers)  # [T, D]
         torch.mul(back, scale, out=wide[:, : self.width])
         beside = torch.mm(grad_out, self.further[rows])  # [T, X + k]
         wide[:, self.width :] = beside[:, :extra]

@@ -19,6 +19,7 @@ from phitune.errors import ModelError
 
 StoreKind = Literal["int8", "nf4"]
 ALL = slice(None)
+CPU = torch.device("cpu")
 
 
 class Store(ABC):
@@ -38,6 +39,12 @@ class Store(ABC):
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """What it holds, by name; of any shape."""
+
+    def whole(self, rows: slice, bits: int) -> tuple[Tensor, Tensor]:
+        """Rows as whole numbers of so many bits [n, D] int8, and what each is scaled by [n]."""
+        rounded = Int8Rows((len(range(*rows.indices(self.shape[0]))), self.shape[1]), CPU, bits)
+        rounded.put(0, self.dense(torch.float32, rows))
+        return rounded.numbers, rounded.scale
 
     @property
     def nbytes(self) -> int:
@@ -146,10 +153,10 @@ def _pairs_of_levels(device: torch.device) -> Tensor:
 
 
 class Nf4(Store):
-    """bitsandbytes' NF4 in blocks of 64, 0.5625 bytes a weight.
+    """bitsandbytes' NF4 in blocks of 64 numbers, row after row; 0.5625 bytes a weight.
 
     Args:
-        shape: (O, D), of which D is a multiple of 64.
+        shape: (O, D), of which the product is a multiple of 64.
 
     Raises:
         ModelError: it is not.
@@ -159,39 +166,51 @@ class Nf4(Store):
 
     def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
         rows, width = self.shape = shape
-        if width % NF4_BLOCK:
-            raise ModelError(
-                f"a linear layer of {width} inputs cannot be held in nf4, which takes multiples of"
-                f" {NF4_BLOCK}; use --quantization int8 or none"
-            )
-        self.codes = torch.empty(rows, width // 2, dtype=torch.uint8, device=device)
-        self.absmax = torch.empty(rows, width // NF4_BLOCK, device=device)
+        self._check(rows, "held in nf4")
+        self.codes = torch.empty(rows * width // 2, dtype=torch.uint8, device=device)
+        self.absmax = torch.empty(rows * width // NF4_BLOCK, device=device)
         self._pairs = _pairs_of_levels(device) if device.type != "meta" else None
 
     def put(self, start: int, piece: Tensor) -> None:
         """piece: [n, D]."""
+        self._check(start, "put together")
+        first, count = start * self.shape[1], piece.numel()
         codes, absmax = quantize_nf4(piece.to(self.codes.device))
-        rows = slice(start, start + len(piece))
-        self.codes[rows] = codes.view(len(piece), -1)
-        self.absmax[rows] = absmax.view(len(piece), -1)
+        self.codes[first // 2 : (first + count) // 2] = codes
+        self.absmax[first // NF4_BLOCK : (first + count) // NF4_BLOCK] = absmax
 
     def expand(self, rows: slice, out: Tensor) -> Tensor:
         """out: [n, D]."""
         assert self._pairs is not None
+        width = self.shape[1]
+        self._check(rows.indices(self.shape[0])[0], "taken apart")
         for ours, theirs in _row_blocks(rows, self.shape[0]):
-            pairs = self._pairs.index_select(0, self.codes[ours].view(-1).int())
-            levels = pairs.view(torch.float32).view(-1, self.shape[1] // NF4_BLOCK, NF4_BLOCK)
-            scale = self.absmax[ours].unsqueeze(2)  # [n, D / 64, 1]
-            place = out[theirs].unflatten(1, (-1, NF4_BLOCK))
-            if out.dtype == torch.float32:
-                torch.mul(levels, scale, out=place)
+            first, last = ours.start * width, ours.stop * width
+            pairs = self._pairs.index_select(0, self.codes[first // 2 : last // 2].int())
+            levels = pairs.view(torch.float32).view(-1, NF4_BLOCK)
+            scale = self.absmax[first // NF4_BLOCK : last // NF4_BLOCK].unsqueeze(1)
+            place = out[theirs]  # [n, D]
+            if out.dtype == torch.float32 and width % NF4_BLOCK == 0:
+                blocks = (-1, width // NF4_BLOCK, NF4_BLOCK)
+                torch.mul(
+                    levels.view(blocks),
+                    scale.view(-1, blocks[1], 1),
+                    out=place.unflatten(1, blocks[1:]),
+                )
             else:
-                place.copy_(levels.mul_(scale))
+                place.copy_(levels.mul_(scale).view(place.shape))
         return out
 
     def tensors(self) -> dict[str, Tensor]:
-        """Codes [O, D / 2], absmax [O, D / 64]."""
+        """Codes [O D / 2], absmax [O D / 64]."""
         return {"codes": self.codes, "absmax": self.absmax}
+
+    def _check(self, row: int, what: str) -> None:
+        if row * self.shape[1] % NF4_BLOCK:
+            raise ModelError(
+                f"a linear layer of {self.shape[1]} inputs cannot be {what} at row {row}, which is"
+                f" not a multiple of {NF4_BLOCK} numbers; use --quantization int8 or none"
+            )
 
 
 # -------------------------------------------------------------------------------------------------
@@ -246,6 +265,11 @@ class Int8Rows(Store):
                 place.copy_(self.numbers[ours].float().mul_(scale))
             place[:, self.columns] = self.kept[ours].to(out.dtype)
         return out
+
+    def whole(self, rows: slice, bits: int) -> tuple[Tensor, Tensor]:
+        """As they are: [n, D] int8, [n]."""
+        assert bits >= self.bits
+        return self.numbers[rows], self.scale[rows]
 
     def tensors(self) -> dict[str, Tensor]:
         """Numbers [O, D], scale [O], columns [k] and the weights that are kept of them [O, k]."""

@@ -151,13 +151,18 @@ def load_decoder(
 
 @torch.no_grad()
 def load_weights(
-    decoder: Decoder, folder: Path, progress: Callable[[int, int], None] | None = None
+    decoder: Decoder,
+    folder: Path,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    without_layers: bool = False,
 ) -> None:
     """Fills a decoder from a folder's safetensors files, converting to its dtype.
 
     Peak memory is that of the decoder plus one piece.
 
     Args:
+        without_layers: leaves the weights of linear layers out, but for the head's.
         progress: told (tensors done, tensors in all) after each.
 
     Raises:
@@ -173,6 +178,8 @@ def load_weights(
             continue
         module, _, kind = name.rpartition(".")
         linear = linears.get(module)
+        if without_layers and linear not in (None, decoder.lm_head) and kind == "weight":
+            continue
         store = linear.store if linear is not None and kind == "weight" else None
         for start, piece in pieces_of(name, headers[name], destination):
             if linear is not None and store is not None:

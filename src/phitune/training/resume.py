@@ -96,6 +96,8 @@ WHY_NOT = {
     "target_modules": _SHAPE,
     "layers": _SHAPE,
     "precision": "the frozen weights would be other numbers",
+    "quantization": "the frozen weights would be other numbers",
+    "products": "the frozen layers would compute other numbers",
     "output_dir": "a run stays in its folder; move the folder and name it with --resume",
     "overwrite": "a resumed run replaces nothing",
     "resume": "it says which run this is",
@@ -142,6 +144,7 @@ class Provenance:
     fingerprints: dict[str, str]  # must not change
     surroundings: dict[str, str]  # changes are reported
     threads: int  # of torch; sums are split among them
+    quantization: dict[str, Any] | None = None  # what was found of the base while it was loaded
     changes: list[dict[str, Any]] = field(default_factory=list)  # of settings, with the reason
 
     def as_json(self) -> dict[str, Any]:
@@ -174,6 +177,7 @@ class Provenance:
             content["fingerprints"],
             content["surroundings"],
             content["threads"],
+            content.get("quantization"),
             content["changes"],
         )
 

@@ -1,0 +1,287 @@
+"""A base held in fewer bits: how it is loaded, and held against full precision meanwhile.
+
+int8 weights are multiplied as they are, by activations of 8 bits. An input that is many times as
+large as the others would leave nothing of them when a token is rounded. So while the weights are
+read, layer after layer, rows of the user's own data pass through in full precision: inputs that
+stick out are kept, their weights too (`Int8Rows.columns`), and each linear layer's product and its
+way back are compared. One that is further off than `MOST_OFF` is multiplied exactly instead.
+
+What was found belongs to the run: the same columns make the same numbers again.
+
+Shapes: T tokens, D in, O out, n rows.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from phitune.errors import ModelError, SettingsError
+from phitune.model import ops
+from phitune.model.architecture import ModelConfig
+from phitune.model.decoder import META, Decoder, DecoderLayer, FusedLinear
+from phitune.model.device import MLX, torch_device
+from phitune.model.fused import Packed
+from phitune.model.products import EightBit, whole_products
+from phitune.model.stores import Store, new_store
+from phitune.model.weights import (
+    TensorHeader,
+    checked_headers,
+    checked_weights,
+    load_weights,
+    pieces_of,
+)
+
+Kind = Literal["int8", "nf4", "int4"]
+Products = Literal["auto", "exact", "low"]
+QUANTIZATION_FILE = "quantization.json"  # beside an adapter: the base that it was trained on
+
+# Kept at most of a linear layer's inputs: those whose largest number is so many times the median.
+MOST_COLUMNS, TIMES = 16, 8.0
+# A product may be off by this share of its length; whole numbers of 7 bits make 1.7 to 3.6 %.
+MOST_OFF = 0.05
+CALIBRATION_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the frozen layers are held and multiplied."""
+
+    kind: Kind
+    low: bool  # whether numbers of few bits are multiplied, in place of full ones
+    bits: int = 8  # of int8's numbers
+    columns: Mapping[str, Sequence[int]] = field(default_factory=dict)  # kept, by linear layer
+    exact: Sequence[str] = ()  # linear layers that are multiplied exactly all the same
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def in_words(self) -> str:
+        """For the user."""
+        how = f"{self.kind}"
+        if self.kind == "int8" and self.bits != 8:
+            how += f" ({self.bits} of 8 bits are used)"
+        if not self.low:
+            return f"{how}, expanded for each product"
+        kept = sum(len(columns) for columns in self.columns.values())
+        how += ", multiplied by activations of 8 bits"
+        how += f"; {kept} input columns kept in full" if kept else ""
+        if self.exact:
+            how += f"; multiplied exactly, as they were off: {', '.join(self.exact)}"
+        return how
+
+
+def quantization_from_json(content: Mapping[str, Any]) -> Quantization:
+    """What `Quantization.as_json` wrote.
+
+    Raises:
+        ModelError: it is not that.
+    """
+    try:
+        columns = {str(name): [int(c) for c in found] for name, found in content["columns"].items()}
+        kind, bits = content["kind"], int(content["bits"])
+        if kind not in ("int8", "nf4", "int4") or bits not in (7, 8):
+            raise ValueError(f"kind {kind!r} with {bits} bits")
+        exact = [str(name) for name in content["exact"]]
+        return Quantization(kind, bool(content["low"]), bits, columns, exact)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"not the record of a quantised base: {error}") from None
+
+
+def choose_quantization(
+    kind: Kind, products: Products, device_name: str
+) -> tuple[Quantization, str]:
+    """How a base is held on a device, before its weights are looked at; and why.
+
+    Raises:
+        SettingsError: the device has no such weights or products.
+    """
+    if device_name == MLX:
+        if kind == "nf4":
+            raise SettingsError(
+                "quantization nf4: MLX has none; use --quantization int4 or int8, its own kinds"
+            )
+        if products == "low":
+            raise SettingsError("products low: MLX has none; leave --products out")
+        return Quantization(kind, low=False), "MLX multiplies what it holds, in groups of 64"
+    if kind == "int4":
+        raise SettingsError(
+            "quantization int4: it is MLX's; use --quantization nf4, which is as small and closer"
+        )
+    device = torch_device(device_name)
+    if products == "exact" or (products == "auto" and kind == "nf4"):
+        why = "as asked" if products == "exact" else "nf4's own error is larger than any other"
+        return Quantization(kind, low=False), why
+    refusal = f"there are none on {device.type} yet"
+    if device.type == "cpu":
+        found, refusal = whole_products()
+        if found:
+            return Quantization(kind, low=True, bits=found.bits), refusal
+    if products == "low":
+        raise SettingsError(f"products low: {refusal}; use --products exact")
+    return Quantization(kind, low=False), refusal
+
+
+def load_quantized(
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization,
+    rows: Packed | None = None,
+) -> Decoder:
+    """The decoder of a model folder, its layers held in fewer bits.
+
+    At its peak loading holds the decoder and a piece of a weight; with `rows` a layer in full.
+
+    Args:
+        quantization: of `choose_quantization`, or of a run, whose columns are kept again.
+        rows: looked for columns to keep; None where they are known, or none is wanted.
+
+    Returns: the decoder, whose `quantization` says what was found.
+
+    Raises:
+        ModelError: files missing or damaged, or layers that cannot be held so.
+    """
+    checked_headers(Decoder(config, dtype, META), folder)
+    decoder = Decoder(config, dtype, device, is_quantized=True)
+    if rows is not None and quantization.low and quantization.kind == "int8":
+        quantization = _load_calibrated(decoder, folder, quantization, rows)
+    else:
+        for name, linear in _linears(decoder):
+            linear.hold_in(_store(quantization, name, linear))
+        load_weights(decoder, folder)
+    for name, linear in _linears(decoder):
+        linear.low_bits = quantization.bits if quantization.low else None
+        if name in quantization.exact:
+            linear.low_bits = None
+    decoder.quantization = quantization
+    return decoder
+
+
+def _linears(decoder: Decoder) -> list[tuple[str, FusedLinear]]:
+    """The linear layers of all decoder layers, by names such as model.layers.0.qkv_fc1."""
+    found = []
+    for layer in decoder.layers:
+        assert isinstance(layer, DecoderLayer)
+        found += _linears_of(layer)
+    return found
+
+
+def _linears_of(layer: DecoderLayer) -> list[tuple[str, FusedLinear]]:
+    return [
+        (layer.prefix + name, linear)
+        for name, linear in layer.linears.items()
+        if isinstance(linear, FusedLinear)
+    ]
+
+
+def _store(quantization: Quantization, name: str, linear: FusedLinear) -> Store:
+    assert quantization.kind != "int4"  # Which is MLX's.
+    rows, width = linear.weight.shape
+    columns = quantization.columns.get(name, ())
+    try:
+        return new_store(
+            quantization.kind, (rows, width), linear.device, quantization.bits, columns
+        )
+    except ModelError as error:
+        raise ModelError(f"{name}: {error}") from None
+
+
+# -------------------------------------------------------------------------------------------------
+# Rows of data that pass through while the weights are read.
+
+
+class _Recorder:
+    """The product of a linear layer in full precision, which remembers its input."""
+
+    def __init__(self) -> None:
+        self.x = torch.empty(0)  # [T, D]
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x: [T, D], weight: [O, D], bias: [O]. Returns: [T, O]."""
+        self.x = x
+        return F.linear(x, weight, bias)
+
+
+@torch.no_grad()
+def _load_calibrated(
+    decoder: Decoder, folder: Path, quantization: Quantization, rows: Packed
+) -> Quantization:
+    """Loads a decoder whose layers are without weights; see `load_quantized`."""
+    headers = checked_weights(decoder, folder)
+    load_weights(decoder, folder, without_layers=True)
+    lengths = [stop - start for start, stop in itertools.pairwise(rows.cu_seqlens)]
+    rotary = decoder.rotary(rows.position_ids, lengths, lengths)
+    window = decoder.config.sliding_window
+
+    def attend(_: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        # [T, H, E], [T, G, E] twice -> [T, H, E]
+        return ops.attention(query, key, value, rows.cu_seqlens, window)
+
+    columns: dict[str, Sequence[int]] = {}
+    exact = []
+    x = decoder.embed_tokens(rows.input_ids)  # [T, D]
+    for layer in decoder.layers:
+        assert isinstance(layer, DecoderLayer)
+        recorders = {}
+        for name, linear in _linears_of(layer):
+            whole = _read(headers, linear)
+            linear.weight = nn.Parameter(whole, requires_grad=False)
+            linear.product = recorders[name] = _Recorder()
+        x = layer(x, rotary, attend, None)
+        for name, linear in _linears_of(layer):
+            seen = recorders[name].x
+            if found := outlier_columns(seen):
+                columns[name] = found
+            of_layer = Quantization(quantization.kind, True, quantization.bits, columns)
+            store = _store(of_layer, name, linear)
+            store.put(0, linear.weight)
+            if how_far_off(EightBit(store, 0, quantization.bits), seen, linear.weight) > MOST_OFF:
+                exact.append(name)
+            linear.hold_in(store)
+            linear.product = F.linear
+    return Quantization(quantization.kind, True, quantization.bits, columns, exact)
+
+
+def _read(headers: Mapping[str, TensorHeader], linear: FusedLinear) -> Tensor:
+    """A linear layer's weight from its files. Returns: [O, D]."""
+    whole = torch.empty(linear.weight.shape, dtype=linear.weight.dtype, device=linear.device)
+    for module, part in linear.columns.items():
+        name = f"{module}.weight"
+        place = whole[part.start : part.stop]
+        for start, piece in pieces_of(name, headers[name], place):
+            place[start : start + len(piece)].copy_(piece)
+    return whole
+
+
+def outlier_columns(x: Tensor) -> list[int]:
+    """The inputs whose largest number sticks out among those of all inputs. x: [T, D]."""
+    largest = x.abs().amax(0).float()  # [D]
+    above = largest > TIMES * largest.median()
+    number = min(int(above.sum()), MOST_COLUMNS)
+    return sorted(largest.topk(number).indices.tolist())
+
+
+def how_far_off(products: EightBit, x: Tensor, weight: Tensor) -> float:
+    """The larger error of a product and of its way back, as shares of their lengths.
+
+    Args:
+        x: [T, D], what the linear layer reads.
+        weight: [O, D], in full precision.
+    """
+    generator = torch.Generator().manual_seed(0)
+    grad = torch.randn(len(x), len(weight), generator=generator)  # [T, O]
+    errors = []
+    for ours, theirs in (
+        (products.forward(x, None), F.linear(x, weight)),
+        (products.backward(grad), torch.mm(grad, weight)),
+    ):
+        errors.append(float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30)))
+    return max(errors)

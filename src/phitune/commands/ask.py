@@ -12,6 +12,7 @@ from pydantic import model_validator
 
 from phitune.commands.options import (
     ModelOptions,
+    QuantizationOptions,
     SamplingOptions,
     has_adapter,
     option,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 STDIN = "-"
 
 
-class AskOptions(SamplingOptions, ModelOptions):
+class AskOptions(SamplingOptions, QuantizationOptions, ModelOptions):
     """Ask a model one question. At a terminal the answer is shown while it comes; through a pipe
     it is all that is printed."""
 
@@ -169,7 +170,7 @@ def _question(words: list[str]) -> str:
 
 
 def _open(options: AskOptions) -> "Chat":
-    model = options.open_model()
+    model = options.open_model(options.quantization)
 
     from phitune.inference.chat import Chat, Limits
 

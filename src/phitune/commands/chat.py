@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from phitune.commands.options import (
     Count,
+    QuantizationOptions,
     RunOptions,
     SamplingOptions,
     option,
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from phitune.inference.chat import Chat
 
 
-class ChatOptions(SamplingOptions, RunOptions):
+class ChatOptions(SamplingOptions, QuantizationOptions, RunOptions):
     """Chat with a model. Answers are shown token by token; /help lists the commands of the chat.
     Piped input is answered line by line, and only the answers are printed."""
 
@@ -135,7 +136,7 @@ def _at_a_terminal(options: ChatOptions) -> int:
 
 
 def _open(options: ChatOptions) -> "Chat":
-    model = options.open_model()
+    model = options.open_model(options.quantization)
 
     from phitune.inference.chat import Chat, Limits
 

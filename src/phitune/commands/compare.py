@@ -27,6 +27,7 @@ from phitune import __version__
 from phitune.commands.options import (
     Count,
     OutputFile,
+    QuantizationOptions,
     RunOptions,
     SamplingOptions,
     option,
@@ -57,7 +58,7 @@ _LESS_MEMORY = (
 )
 
 
-class CompareOptions(SamplingOptions, RunOptions):
+class CompareOptions(SamplingOptions, QuantizationOptions, RunOptions):
     """Ask the base model and adapters the same questions and show the answers side by side. The
     base model is in memory once, and one batch answers a question with all of them."""
 
@@ -129,7 +130,7 @@ def run(argv: list[str]) -> int:
 
     with memory_errors(_LESS_MEMORY):
         with _status("loading the model"):
-            model = options.open_model()
+            model = options.open_model(options.quantization)
         asked = Asked(
             model.model_name,
             source,

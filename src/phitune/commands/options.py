@@ -55,6 +55,7 @@ from phitune.text import quoted, visible
 if TYPE_CHECKING:
     from phitune.inference.generate import Sampling
     from phitune.inference.loaded import LoadedModel
+    from phitune.model.quantization import AskedQuantization
 
 # -------------------------------------------------------------------------------------------------
 # How a command declares its options.
@@ -220,7 +221,7 @@ class ModelOptions(Options):
             )
         return self
 
-    def open_model(self) -> "LoadedModel":
+    def open_model(self, quantization: "AskedQuantization" = "trained") -> "LoadedModel":
         """The model; without adapter and name the default base model. Its warnings are printed."""
         from phitune.inference.loaded import open_model
 
@@ -233,10 +234,22 @@ class ModelOptions(Options):
             prompt_format=self.prompt_format,
             device=self.device,
             precision=self.precision,
+            quantization=quantization,
         )
         for warning in model.warnings:
             print(f"warning: {visible(warning)}", file=sys.stderr)
         return model
+
+
+class QuantizationOptions(Options):
+    """How the base is held of a model that answers."""
+
+    quantization: Literal["trained", "none", "int8", "nf4", "int4"] = option(
+        "trained",
+        "how the base is held: trained (as the adapter was trained on it), none (in full), int8,"
+        " nf4 or int4 (MLX's)",
+        group="model",
+    )
 
 
 class RunOptions(ModelOptions):

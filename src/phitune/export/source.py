@@ -46,6 +46,7 @@ class Source(TrainedAdapter):
             prompt_format=self.format_name,
             device=device,
             precision=precision,
+            quantization="none",
         )
 
 

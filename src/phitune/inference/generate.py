@@ -27,6 +27,7 @@ from phitune.model.cache import Cache, NewTokens
 from phitune.model.decoder import Decoder
 from phitune.model.gemm import choose_gemm
 from phitune.model.lora import Adapters
+from phitune.model.products import EightBit, Expanded, Scratch
 
 # --- keys and values of sequences that are being generated --------------------------------------
 
@@ -272,8 +273,17 @@ def prepare_for_inference(decoder: Decoder) -> Decoder:
     if decoder.is_mlx:
         return decoder
     gemm, _ = choose_gemm(decoder.device, decoder.dtype)
-    for linear in decoder.fused_linears().values():
+    scratch = Scratch()
+    for linear in set(decoder.fused_linears().values()):
         linear.product = gemm.forward
+        if (store := linear.store) is None:
+            continue
+        if linear.low_bits is None:
+            none = torch.empty(store.shape[0], 0, dtype=decoder.dtype, device=decoder.device)
+            linear.answering = Expanded(store, none, gemm, scratch)
+        else:
+            linear.answering = products = EightBit(store, 0, linear.low_bits)
+            products.pack()
     return decoder
 
 

@@ -33,6 +33,14 @@ from phitune.model.decoder import Decoder
 from phitune.model.device import DTYPES, choose_device, choose_precision, is_out_of_memory
 from phitune.model.files import ASSETS, SHIPPED_MODELS, fetch_weights, find_model, is_hub_id
 from phitune.model.lora import WEIGHTS_FILE, Adapter, Adapters, AdapterSet, detach, load_adapter
+from phitune.model.quantization import (
+    QUANTIZATION_FILE,
+    AskedQuantization,
+    Quantization,
+    as_held_on,
+    choose_quantization,
+    quantization_from_json,
+)
 from phitune.plan.machine import memory_budget
 from phitune.untrusted import own_file, read_object
 
@@ -162,6 +170,7 @@ def open_model(
     prompt_format: FormatName | None = None,
     device: str = "auto",
     precision: Literal["auto", "fp32", "bf16"] = "auto",
+    quantization: AskedQuantization = "trained",
 ) -> LoadedModel:
     """Loads a base model once, and adapters beside it.
 
@@ -170,6 +179,7 @@ def open_model(
         model_name: of the base; by default the one the adapters name.
         prompt_format: by default the one the adapter was trained in, as its chat template tells;
             without an adapter, or where it has none, the base model's own; else instruct.
+        quantization: how the base is held; "trained": as the adapters were trained on it.
 
     Raises:
         ModelError: files missing, damaged or of another base.
@@ -204,9 +214,16 @@ def open_model(
     base_coder = coders[0] if coders else read_coder(folder, folder, config, prompt_format)[0]
     chosen = choose_device(device)
     dtype = DTYPES[choose_precision(precision, chosen)]
+    if quantization == "trained":
+        held, notes = held_as_trained(folders, chosen)
+        warnings += notes
+    elif quantization == "none":
+        held = None
+    else:
+        held, _ = choose_quantization(quantization, "auto", chosen)
     fetch_weights(model_name, folder)
     limit_memory(chosen, memory_budget(chosen).bytes)
-    decoder = prepare_for_inference(load_decoder_on(folder, config, dtype, chosen))
+    decoder = prepare_for_inference(load_decoder_on(folder, config, dtype, chosen, held))
     adapters = []
     for path, adapter_path, coder in zip(adapter_paths, folders, coders, strict=True):
         adapter = load_adapter(decoder, adapter_path)
@@ -214,6 +231,40 @@ def open_model(
         detach(decoder)
     conversations = trained_on_conversations(folders[0] if folders else folder)
     return LoadedModel(model_name, folder, decoder, base_coder, adapters, warnings, conversations)
+
+
+def held_as_trained(
+    folders: Sequence[Path], device_name: str
+) -> tuple[Quantization | None, list[str]]:
+    """How the base was held that adapters were trained on, as far as this device can hold it so.
+
+    Returns: None for full precision; and what to tell the user.
+    """
+    held = [trained_quantization(folder) for folder in folders]
+    if not any(held):
+        return None, []
+    if any(each != held[0] for each in held):
+        return None, [
+            "the adapters were trained on bases held in different ways; the base is in full"
+            " precision (--quantization changes that)"
+        ]
+    assert held[0]
+    return as_held_on(held[0], device_name)
+
+
+def trained_quantization(folder: Path) -> Quantization | None:
+    """How the base was held that an adapter was trained on; None for full precision.
+
+    Raises:
+        ModelError: the file that says so is damaged.
+    """
+    path = own_file(folder / QUANTIZATION_FILE)
+    if path is None:
+        return None
+    try:
+        return quantization_from_json(read_object(path, ""))
+    except ModelError as error:
+        raise ModelError(f"{folder / QUANTIZATION_FILE}: {error}") from None
 
 
 def trained_on_conversations(folder: Path) -> bool | None:

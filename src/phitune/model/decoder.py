@@ -27,6 +27,7 @@ from phitune.model.architecture import (
     ModelConfig,
     layer_linears,
 )
+from phitune.model.products import Products
 from phitune.model.stores import Store
 
 if TYPE_CHECKING:
@@ -128,6 +129,7 @@ class FusedLinear(nn.Module):
         # The weight in fewer bits; `weight` then has a shape and a type, and no numbers.
         self.store: Store | None = None
         self.low_bits: int | None = None  # of its numbers, where they are multiplied as they are
+        self.answering: Products | None = None  # of the store, without gradients
         self.lora = nn.ModuleList()  # of LoraPair, in the order of the columns
         self.bank: LoraBank | None = None  # in their place, for inference
         # (x [T, D], W [O, D], b) -> [T, O], where no pair is attached; see `fused.Gemm`.
@@ -135,6 +137,9 @@ class FusedLinear(nn.Module):
 
     def forward(self, x: Tensor, dropout: ops.Dropout | None = None) -> Tensor:
         """x: [T, D]. Returns: [T, O]."""
+        if self.answering is not None and not self.lora:
+            out = self.answering.forward(x, self.bias)
+            return out if self.bank is None else self.bank.add_to(out, x)
         weight = self.dense()
         if self.lora:
             loras = [pair.operand() for pair in self.pairs()]

@@ -247,6 +247,14 @@ class EightBit(Products):
             self.columns, kept = store.columns, store.kept
         self.further = torch.cat([torch.zeros(store.shape[0], extra_columns), kept], dim=1)
         self.lora_B = self.further[:, :extra_columns]
+        self.packed: tuple[Tensor, Tensor] | None = None  # [D, O], and the scale [O]
+
+    def pack(self) -> None:
+        """Packs the weight once, for many products forward and none back."""
+        numbers, scale = self.store.whole(ALL, self.bits)
+        self.packed = _prepacked(numbers, 1), scale
+        if isinstance(self.store, Int8Rows):
+            self.store.hold_packed(self.packed[0])
 
     def forward(self, wide: Tensor, bias: Tensor | None, rows: slice = ALL) -> Tensor:
         """wide: [T, D + X], bias: [O]. Returns: [T, O]."""
@@ -254,9 +262,13 @@ class EightBit(Products):
         beside = wide[:, self.width :]  # [T, X + k]
         if self.columns is not None:
             beside = torch.cat([beside, wide[:, self.columns]], dim=1)
-        numbers, of_rows = self.store.whole(rows, self.bits)
         further = self.further[rows]
-        out = _multiplied(x, _prepacked(numbers, len(x)), of_rows)  # [T, O]
+        if self.packed is not None and rows == ALL:
+            packed, of_rows = self.packed
+        else:
+            numbers, of_rows = self.store.whole(rows, self.bits)
+            packed = _prepacked(numbers, len(x))
+        out = _multiplied(x, packed, of_rows)  # [T, O]
         block_rows = architecture.block_rows(len(out), out.shape[1], "cpu")
         for start in range(0, len(out), block_rows):
             block = slice(start, start + block_rows)

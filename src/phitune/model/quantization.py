@@ -13,7 +13,7 @@ Shapes: T tokens, D in, O out, n rows.
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +38,7 @@ from phitune.model.weights import (
 )
 
 Kind = Literal["int8", "nf4", "int4"]
+AskedQuantization = Literal["trained", "none", "int8", "nf4", "int4"]
 Products = Literal["auto", "exact", "low"]
 QUANTIZATION_FILE = "quantization.json"  # beside an adapter: the base that it was trained on
 
@@ -126,6 +127,27 @@ def choose_quantization(
     if products == "low":
         raise SettingsError(f"products low: {refusal}; use --products exact")
     return Quantization(kind, low=False), refusal
+
+
+def as_held_on(
+    quantization: Quantization, device_name: str
+) -> tuple[Quantization | None, list[str]]:
+    """How a base that was held so in training is held on this device.
+
+    Returns: None for full precision; and a warning where the numbers are others.
+    """
+    kind = quantization.kind
+    if (kind == "int4") != (device_name == MLX) and kind != "int8":
+        return None, [f"the base was trained in {kind}, which {device_name} has not; it is in full"]
+    try:
+        here, why = choose_quantization(kind, "low" if quantization.low else "exact", device_name)
+    except SettingsError:
+        exact = replace(quantization, low=False)
+        return exact, [f"products are exact here, in training they were not ({kind})"]
+    if quantization.low and here.bits < quantization.bits:
+        exact = replace(quantization, low=False)
+        return exact, [f"products are exact here, in training they were not ({why})"]
+    return quantization, []
 
 
 def load_quantized(

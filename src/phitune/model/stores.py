@@ -242,6 +242,7 @@ class Int8Rows(Store):
         self.kept = torch.empty(shape[0], len(columns), device=device)  # [O, k]
         self.levels = 2 ** (bits - 1) - 1
         self.numbers = torch.empty(shape, dtype=torch.int8, device=device)
+        self.packed: Tensor | None = None  # in their place, as a kernel wants them; [D, O]
         self.scale = torch.empty(shape[0], device=device)
 
     def put(self, start: int, piece: Tensor) -> None:
@@ -257,19 +258,28 @@ class Int8Rows(Store):
 
     def expand(self, rows: slice, out: Tensor) -> Tensor:
         """out: [n, D]."""
+        numbers = self._unpacked()
         for ours, theirs in _row_blocks(rows, self.shape[0]):
             place, scale = out[theirs], self.scale[ours].unsqueeze(1)
             if out.dtype == torch.float32:
-                place.copy_(self.numbers[ours]).mul_(scale)
+                place.copy_(numbers[ours]).mul_(scale)
             else:
-                place.copy_(self.numbers[ours].float().mul_(scale))
+                place.copy_(numbers[ours].float().mul_(scale))
             place[:, self.columns] = self.kept[ours].to(out.dtype)
         return out
 
     def whole(self, rows: slice, bits: int) -> tuple[Tensor, Tensor]:
         """As they are: [n, D] int8, [n]."""
         assert bits >= self.bits
-        return self.numbers[rows], self.scale[rows]
+        return self._unpacked()[rows], self.scale[rows]
+
+    def hold_packed(self, packed: Tensor) -> None:
+        """Gives up the numbers for what a kernel made of them. packed: [D, O]."""
+        self.packed, self.numbers = packed, self.numbers.new_empty(0)
+
+    def _unpacked(self) -> Tensor:
+        """Returns: [O, D]."""
+        return self.numbers if self.packed is None else self.packed.to_dense().t()
 
     def tensors(self) -> dict[str, Tensor]:
         """Numbers [O, D], scale [O], columns [k] and the weights that are kept of them [O, k]."""

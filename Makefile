@@ -10,7 +10,7 @@ PHI_2_CONFIG ?= config.json
 PHI_2_FOLDER ?= phi-2
 
 .PHONY: setup demo test campaigns lint check format docs models full-size export-memory export-gguf \
-  benchmarks busy peers gpu fuzz torture disk-faults memory-limits kernels gpu-kernels clean
+  benchmarks busy peers mlx-peers mac gpu fuzz torture disk-faults memory-limits kernels gpu-kernels clean
 
 setup: $(INSTALLED)
 
@@ -114,6 +114,15 @@ busy: setup
 # phitune beside its peers, which it installs into output/peers-env; about an hour on an idle machine.
 peers: setup
 	$(BIN)/python benchmarks/cpu_peers.py
+
+# phitune on MLX beside mlx-lm, which it installs into output/mlx-peers-env; small models on a CPU.
+mlx-peers: setup
+	$(BIN)/python benchmarks/mlx_pieces.py
+	$(BIN)/python benchmarks/mlx_peers.py
+
+# Everything on a Mac with Apple Silicon, in 15 minutes.
+mac: setup
+	$(BIN)/python benchmarks/mac.py
 
 # The kernels for NVIDIA GPUs, compiled for five kinds of cards; needs none. Ten minutes.
 gpu-kernels: setup

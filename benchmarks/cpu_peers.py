@@ -131,19 +131,24 @@ CASES = (
 )
 
 
-def build_environment(folder: Path) -> dict[str, str]:
+def build_environment(
+    folder: Path,
+    wanted_packages: tuple[tuple[str, list[str]], ...] = PACKAGES,
+    proofs: dict[str, str] = PROOF,
+) -> dict[str, str]:
     """Makes the peers' environment where it is not there yet. Returns: why each that is missing."""
     python = folder / "bin" / "python"
     mark = folder / "installed.json"
-    wanted = json.dumps([packages for _, packages in PACKAGES])
+    wanted = json.dumps([packages for _, packages in wanted_packages])
     if not mark.exists() or mark.read_text() != wanted:
         print(f"building the peers' environment in {folder}", flush=True)
         if not python.exists():
             venv.create(folder, with_pip=True)
         pip = [str(python), "-m", "pip", "install", "-q"]
         # As in the Makefile: a wheel of torch that is on this machine is taken as it is.
-        subprocess.run([*pip, "--no-index", "--no-deps", "torch"], capture_output=True)
-        for project, packages in PACKAGES:
+        if any("torch" in packages for _, packages in wanted_packages):
+            subprocess.run([*pip, "--no-index", "--no-deps", "torch"], capture_output=True)
+        for project, packages in wanted_packages:
             done = subprocess.run(
                 [*pip, "-c", ROOT / "constraints.txt", *packages], capture_output=True, text=True
             )
@@ -151,7 +156,7 @@ def build_environment(folder: Path) -> dict[str, str]:
                 print(f"{project}: pip failed:\n{done.stderr.strip()}", flush=True)
         mark.write_text(wanted)
     missing = {}
-    for project, proof in PROOF.items():
+    for project, proof in proofs.items():
         done = subprocess.run([python, "-c", proof], capture_output=True, text=True)
         if done.returncode:
             missing[project] = done.stderr.strip().splitlines()[-1]
@@ -178,6 +183,11 @@ def make_rows(model: Path, shared: Path, loss: str, pool: int, steps: int) -> di
         itertools.islice(examples, pool + GROUPING_POOL), train_on_prompt=loss == "all"
     )
     rows = [{"input_ids": row.input_ids, "labels": row.tokenized().labels} for row in encoded]
+    return in_loop_order(rows, pool, steps)
+
+
+def in_loop_order(rows: list[dict[str, list[int]]], pool: int, steps: int) -> dict[str, Any]:
+    """The first `pool` rows in the order in which phitune's loop takes them, the others apart."""
     ordered: list[dict[str, list[int]]] = []
     epochs = -(-steps * ROWS_PER_STEP // pool)
     for epoch in range(1, epochs + 1):
@@ -389,7 +399,7 @@ Made by `python benchmarks/cpu_peers.py`. How to read it:
 - What is added with --resume may have been measured on an earlier day: a section's date is that of
   its newest run.
 - Left out: Liger and Unsloth, which need a GPU; Axolotl and LLaMA-Factory, which run Trainer or
-  TRL; mlx-lm, which needs a Mac; torchtune, which is no longer developed.
+  TRL; mlx-lm, which has a table of its own (mlx_peers.md); torchtune, which is no longer developed.
 """
 
 

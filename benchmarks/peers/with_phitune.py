@@ -4,16 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from report import Report, read_job
 
+from phitune.apple.choice import fast_engine, load_decoder_on
 from phitune.config import Settings
 from phitune.data.tokenizer import TokenizedExample
 from phitune.model.architecture import read_model_config, resolve_targets
-from phitune.model.device import DTYPES
-from phitune.model.engine import FusedEngine
+from phitune.model.device import DTYPES, MLX
 from phitune.model.lora import LoraSpec, attach
-from phitune.model.weights import load_decoder
 from phitune.training.events import StepDone
 from phitune.training.loop import fit, start_state
 
@@ -42,12 +40,19 @@ def run_phitune(job: dict[str, Any], report: Report) -> None:
     )
     config = read_model_config(folder)
     dtype = DTYPES[setting.get("precision", "fp32")]
-    decoder = load_decoder(folder, config, dtype, torch.device("cpu"))
+    device = setting.get("device", "cpu")
+    decoder = load_decoder_on(folder, config, dtype, device)
     report.model_loaded()
+    if device == MLX:
+        from phitune.apple.memory import recommended_bytes, set_limits
+
+        if recommended := recommended_bytes():  # as a run does, and mlx-lm's trainer
+            set_limits(recommended)
     modules = resolve_targets(config, settings.target_modules, None)
     spec = LoraSpec(settings.lora_r, settings.lora_alpha, settings.lora_dropout, modules)
     adapter = attach(decoder, spec, settings.seed)
-    engine = FusedEngine(decoder, settings.lora_dropout)  # all stored, nothing compiled
+    recompute = config.num_hidden_layers if setting["recompute"] else 0
+    engine = fast_engine(decoder, settings.lora_dropout, recompute)  # nothing compiled
     # The loop shuffles by itself; cpu_peers.py gives the peers the order that comes of it.
     rows = [TokenizedExample(row["input_ids"], row["labels"]) for row in job["pool"]]
     report.training_starts()
@@ -58,6 +63,10 @@ def run_phitune(job: dict[str, Any], report: Report) -> None:
             report.losses.append(event.metrics.loss)
         if len(report.seconds) == job["steps"]:
             break
+    if device == MLX:
+        from phitune.apple.memory import peak_bytes
+
+        report.more["mlx_peak_gib"] = peak_bytes() / 2**30
 
 
 def main() -> None:

@@ -132,7 +132,7 @@ LEVELS = 127
 _LEAST = 1e-30  # the largest magnitude of a token of zeros, to divide by
 
 
-def _prepacked(numbers: Tensor, tokens: int) -> Tensor:
+def prepacked(numbers: Tensor, tokens: int) -> Tensor:
     """int8 [O, D] as the kernel wants it for x [T, D]. Of a view it would read the wrong bytes."""
     packed: Tensor = torch.ops.onednn.qlinear_prepack(
         numbers.contiguous(), [tokens, numbers.shape[1]]
@@ -140,7 +140,7 @@ def _prepacked(numbers: Tensor, tokens: int) -> Tensor:
     return packed
 
 
-def _multiplied(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+def multiplied(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     """x: [T, D] uint8, packed: of int8 [O, D], scale: [O]. Returns: [T, O] in fp32.
 
     Never in bf16, for which processors without AVX-512 have a reference kernel alone.
@@ -152,13 +152,13 @@ def _multiplied(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     return result
 
 
-def _multiplied_back(grad: Tensor, numbers: Tensor) -> Tensor:
+def multiplied_back(grad: Tensor, numbers: Tensor) -> Tensor:
     """grad: [T, O] uint8, numbers: int8 [O, D]. Returns: [T, D] in fp32."""
     if torch.cpu._is_vnni_supported():
-        packed = _prepacked(numbers.t(), len(grad))
+        packed = prepacked(numbers.t(), len(grad))
     else:
         packed = numbers.to_mkldnn()  # As it lies; a dense tensor would end the process.
-    return _multiplied(grad, packed, torch.ones(numbers.shape[1]))
+    return multiplied(grad, packed, torch.ones(numbers.shape[1]))
 
 
 @functools.cache
@@ -172,7 +172,7 @@ def whole_products() -> tuple[WholeProducts | None, str]:
         return None, "this torch has no products of whole numbers"
     try:
         for bits in (8, 7):
-            if _is_exact(2 ** (bits - 1) - 1):
+            if is_exact(2 ** (bits - 1) - 1):
                 why = "tried on the largest numbers there are, and no sum is off"
                 return WholeProducts(bits), why
     except RuntimeError as error:
@@ -180,7 +180,7 @@ def whole_products() -> tuple[WholeProducts | None, str]:
     return None, "oneDNN's products of whole numbers are wrong on this processor"
 
 
-def _is_exact(largest: int) -> bool:
+def is_exact(largest: int) -> bool:
     """Whether both directions are right with weights up to `largest`, extremes among them."""
     generator = torch.Generator().manual_seed(0)
     tokens, width, outputs = 33, 96, 80
@@ -192,8 +192,8 @@ def _is_exact(largest: int) -> bool:
     numbers[:16], numbers[16:32] = largest, -largest
     numbers[32:48, ::2], numbers[32:48, 1::2] = largest, -largest
     weight = numbers.to(torch.int8)
-    forward = _multiplied(x, _prepacked(weight, tokens), torch.ones(outputs))
-    back = _multiplied_back(grad, weight)
+    forward = multiplied(x, prepacked(weight, tokens), torch.ones(outputs))
+    back = multiplied_back(grad, weight)
     return torch.equal(forward.long(), (x.long() - ZERO) @ numbers.t()) and torch.equal(
         back.long(), (grad.long() - ZERO) @ numbers
     )
@@ -252,7 +252,7 @@ class EightBit(Products):
     def pack(self) -> None:
         """Packs the weight once, for many products forward and none back."""
         numbers, scale = self.store.whole(ALL, self.bits)
-        self.packed = _prepacked(numbers, 1), scale
+        self.packed = prepacked(numbers, 1), scale
         if isinstance(self.store, Int8Rows):
             self.store.hold_packed(self.packed[0])
 
@@ -267,8 +267,8 @@ class EightBit(Products):
             packed, of_rows = self.packed
         else:
             numbers, of_rows = self.store.whole(rows, self.bits)
-            packed = _prepacked(numbers, len(x))
-        out = _multiplied(x, packed, of_rows)  # [T, O]
+            packed = prepacked(numbers, len(x))
+        out = multiplied(x, packed, of_rows)  # [T, O]
         block_rows = architecture.block_rows(len(out), out.shape[1], "cpu")
         for start in range(0, len(out), block_rows):
             block = slice(start, start + block_rows)
@@ -285,7 +285,7 @@ class EightBit(Products):
         numbers, of_rows = self.store.whole(rows, self.bits)
         grad, scale = rounded(grad_out * of_rows)
         wide = grad_out.new_empty(len(grad), self.width + extra)
-        back = _multiplied_back(grad, numbers)  # [T, D]
+        back = multiplied_back(grad, numbers)  # [T, D]
         torch.mul(back, scale, out=wide[:, : self.width])
         beside = torch.mm(grad_out, self.further[rows])  # [T, X + k]
         wide[:, self.width :] = beside[:, :extra]

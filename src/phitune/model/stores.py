@@ -85,7 +85,7 @@ NF4_LEVELS = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 # Where one level ends and the next begins, as bitsandbytes has them.
-_NF4_BOUNDS = (
+NF4_BOUNDS = (
     -0.8480964004993439, -0.6106329262256622, -0.4599952697753906, -0.33967943489551544,
     -0.23460740596055984, -0.13791173324584961, -0.045525018125772476, 0.03979014977812767,
     0.1202552504837513, 0.2035212516784668, 0.2920137718319893, 0.3893125355243683,
@@ -117,7 +117,7 @@ _CELLS = 4096  # between -1 and 1, none of which has two bounds
 @functools.cache
 def _cells(device: torch.device) -> tuple[Tensor, Tensor]:
     """For each cell the level at its beginning [4096] uint8, and where the next begins [4096]."""
-    bounds = torch.tensor(_NF4_BOUNDS, dtype=torch.float64)
+    bounds = torch.tensor(NF4_BOUNDS, dtype=torch.float64)
     edges = torch.arange(_CELLS, dtype=torch.float64) * (2 / _CELLS) - 1
     levels = torch.bucketize(edges, bounds)
     following = torch.cat([bounds, bounds.new_tensor([2.0])])[levels]

@@ -184,6 +184,7 @@ Made by `python benchmarks/mlx_peers.py`. How to read it:
   warms up: the median over the rounds, and the lowest and highest. In a round every setting runs
   once, in a process of its own, in turn. **By processor s** are those tokens by the time of the
   processor that they took, on all cores together: other processes of a busy machine are not in it.
+  The figures of 2026-11-27 are of a busy one, with a load of five on two cores.
 - **MLX peak** is `mx.get_peak_memory` of the process, loading included, **resident** its highest
   resident memory; ours has torch in it, mlx-lm has no torch installed. **first step** is the time
   from the start of the process to the end of its first optimizer step.

@@ -41,18 +41,22 @@ LORA = {"r": 8, "alpha": 32, "dropout": 0.05}
 LEARNING_RATE = 2e-4
 SAME_LOSS = 2e-5  # fp32 agrees to 3e-6; rotary tables of another kind make 1e-4
 OURS, OURS_LEAN, OURS_BF16 = "phitune", "phitune-1x16", "phitune-bf16"
+OURS_INT8, OURS_NF4, TRAINER_NF4 = "phitune-int8", "phitune-nf4", "trainer-nf4"
+ROUNDED = (OURS_BF16, OURS_INT8, OURS_NF4, TRAINER_NF4)  # whose first loss is another
 
 # What pip is asked for, in order, and which workers need it. LitGPT without its dependencies: it
 # asks for a huggingface_hub older than transformers 5 can use, and what is run here needs none.
 PACKAGES = (
     ("Trainer + peft", ["torch", "numpy", "psutil", "transformers==5.23.*", "peft==0.21.*"]),
     ("TRL", ["trl==1.16.*"]),
+    ("bitsandbytes", ["bitsandbytes==0.50.*"]),
     ("LitGPT", ["lightning==2.6.*"]),
     ("LitGPT", ["--no-deps", "litgpt"]),
 )
 PROOF = {
     "Trainer + peft": "import transformers, peft, psutil",
     "TRL": "import trl, datasets",
+    "bitsandbytes": "import bitsandbytes, transformers, peft",
     "LitGPT": "import lightning, litgpt.lora, litgpt.scripts.convert_hf_checkpoint",
 }
 
@@ -81,11 +85,16 @@ def _runner(
 
 
 FOUR, ONE = (4, 4), (1, 16)
-TRAINER = "Trainer + peft"
+TRAINER, BITSANDBYTES = "Trainer + peft", "bitsandbytes"
 RUNNERS = (
     _runner(OURS, OURS, "4 x 4", FOUR, strong=True),
     _runner(OURS_LEAN, OURS, "1 x 16", ONE, strong=True),
     _runner(OURS_BF16, OURS, "4 x 4, base in bf16", FOUR, strong=True, precision="bf16"),
+    _runner(OURS_INT8, OURS, "4 x 4, base in int8", FOUR, strong=True, quantization="int8"),
+    _runner(OURS_NF4, OURS, "4 x 4, base in nf4", FOUR, strong=True, quantization="nf4"),
+    _runner(
+        TRAINER_NF4, BITSANDBYTES, "4 x 4, by length, base in nf4", FOUR, grouped=True, nf4=True
+    ),
     _runner("trainer-padded", TRAINER, "4 x 4, padded to 1024", FOUR, pad_to=1024, most_steps=1),
     _runner("trainer-longest", TRAINER, "4 x 4, padded to the longest", FOUR),
     _runner("trainer-grouped", TRAINER, "4 x 4, by length", FOUR, strong=True, grouped=True),
@@ -273,7 +282,7 @@ def summarise(entry: dict[str, Any]) -> None:
     for name, one in shown.items():
         one["loss_agrees"] = None
         same_rows = one["first_tokens"] == entry["first_tokens"]
-        if truth is not None and same_rows and name != OURS_BF16:
+        if truth is not None and same_rows and name not in ROUNDED:
             one["loss_agrees"] = abs(one["first_loss"] - truth) <= SAME_LOSS
     entry["limit_tokens_per_second"] = limit
     entry["summary"] = shown
@@ -391,6 +400,9 @@ Made by `python benchmarks/cpu_peers.py`. How to read it:
 - Trainer by length: its own order of {GROUPING_POOL} rows, of which micro-batches evenly spaced are
   run, since the front of that order is the longest rows. TRL's packs are filled from the same
   {GROUPING_POOL} rows, as many a step as the first {ROWS_PER_STEP} rows fill.
+- "base in int8" and "base in nf4" are `--quantization int8` (weights and activations multiplied as
+  whole numbers where the processor does that exactly) and `nf4` (expanded for each product), beside
+  Trainer + peft on a base that bitsandbytes holds in nf4: other numbers, so other losses.
 - "base in bf16" is `--precision bf16` on a processor that multiplies it natively: half the weights,
   other rounding, so it stands beside the fp32 runs and is left out of the comparison.
 - TRL would train in bf16 by default; here it is fp32. LitGPT knows no longrope; it is given

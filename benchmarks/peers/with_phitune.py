@@ -8,10 +8,12 @@ from report import Report, read_job
 
 from phitune.apple.choice import fast_engine, load_decoder_on
 from phitune.config import Settings
+from phitune.data.packing import pack
 from phitune.data.tokenizer import TokenizedExample
 from phitune.model.architecture import read_model_config, resolve_targets
 from phitune.model.device import DTYPES, MLX
 from phitune.model.lora import LoraSpec, attach
+from phitune.model.quantization import choose_quantization
 from phitune.training.events import StepDone
 from phitune.training.loop import fit, start_state
 
@@ -41,7 +43,11 @@ def run_phitune(job: dict[str, Any], report: Report) -> None:
     config = read_model_config(folder)
     dtype = DTYPES[setting.get("precision", "fp32")]
     device = setting.get("device", "cpu")
-    decoder = load_decoder_on(folder, config, dtype, device)
+    rows = [TokenizedExample(row["input_ids"], row["labels"]) for row in job["pool"]]
+    held = None
+    if kind := setting.get("quantization"):
+        held, _ = choose_quantization(kind, "auto", device)
+    decoder = load_decoder_on(folder, config, dtype, device, held, pack(rows[:4]))
     report.model_loaded()
     if device == MLX:
         from phitune.apple.memory import recommended_bytes, set_limits
@@ -54,7 +60,6 @@ def run_phitune(job: dict[str, Any], report: Report) -> None:
     recompute = config.num_hidden_layers if setting["recompute"] else 0
     engine = fast_engine(decoder, settings.lora_dropout, recompute)  # nothing compiled
     # The loop shuffles by itself; cpu_peers.py gives the peers the order that comes of it.
-    rows = [TokenizedExample(row["input_ids"], row["labels"]) for row in job["pool"]]
     report.training_starts()
     state = start_state(engine, adapter, len(rows), settings)
     for event in fit(engine, state, Data(rows), settings):

@@ -7,7 +7,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from report import IGNORE_INDEX, Report, read_job
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    Trainer,
+    TrainerCallback,
+)
 from transformers import TrainingArguments as Arguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
@@ -158,7 +164,12 @@ def main() -> None:
     job = read_job()
     report = Report(job["started"])
     torch.manual_seed(job["seed"])
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    told: dict[str, Any] = {}
+    if job["setting"].get("nf4"):
+        told["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        )
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32, **told)
     report.model_loaded()
     lora = LoraConfig(
         r=job["lora"]["r"],

@@ -46,6 +46,7 @@ from phitune.errors import (
 )
 from phitune.export.card import write_adapter_card
 from phitune.inference.answers import sample_answers
+from phitune.inference.bases import BaseLosses, base_losses
 from phitune.inference.evaluate import evaluate_at_end
 from phitune.inference.loaded import TOKENIZER_FILE, Answer, LoadedAdapter, LoadedModel
 from phitune.model.architecture import read_model_config, resolve_targets
@@ -487,6 +488,7 @@ class LoRATrainer:
                 tuned = [] if ending.interrupted else self._samples(data)
                 answers = _sample_answers(prompts, first_samples, tuned)
                 evaluation = self._evaluate(ending, run, data)
+                bases = self._base_losses(ending, engine, data)
                 summary = {
                     **asdict(ending),
                     "seconds": round(saver.training_seconds, 3),
@@ -499,12 +501,15 @@ class LoRATrainer:
                         for each in answers
                     ],
                     "answers_stopped_by_themselves": sum(answer.stopped for answer in tuned),
+                    **({"losses_by_base": bases.as_json()} if bases else {}),
                 }
                 write_adapter_card(run.path, summary)
                 run.write_summary(summary)  # Last: a run that has one is finished.
                 if tuned and first_samples:
                     self.console.print()
                     self.console.print(answers_table(prompts, first_samples, tuned, before))
+                if bases:
+                    evaluation += bases.lines(self.settings.quantization)
                 self._show_results(ending, run, tuned, evaluation, saver.training_seconds)
                 if not ending.interrupted:
                     self._show_what_next(steps, run, prompts, len(data.validation_rows))
@@ -940,6 +945,22 @@ class LoRATrainer:
             [LoadedAdapter(str(run.path), run.adapter, model.adapter, self.coder)],
         )
         return evaluate_at_end(self.settings, trained, data, ending, run)
+
+    def _base_losses(self, ending: Ending, engine: Engine, data: PreparedData) -> BaseLosses | None:
+        """What the adapter loses on other bases than the quantised one that it was trained on."""
+        model = self.prepare_model()
+        if ending.interrupted or model.decoder.quantization is None:
+            return None
+        try:
+            return guard_memory(
+                lambda: base_losses(
+                    engine, model.decoder, model.adapter, self.model_folder, data.validation_rows
+                ),
+                self.device,
+            )
+        except OutOfMemoryError:
+            self._warn(["there is no memory for the losses on the original base; skipped"])
+            return None
 
     def _show_results(
         self,

@@ -79,12 +79,18 @@ def token_losses(
 
 
 @torch.inference_mode()
-def target_losses(decoder: Decoder, batch: Batch) -> tuple[Tensor, Tensor]:
+def target_losses(
+    decoder: Decoder, batch: Batch, hidden: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Losses [N] float64, and whether each target was the most probable token [N]; on the CPU.
 
     The head runs on trained positions only, and their logits never exist all together.
+
+    Args:
+        hidden: [T, D], of the layers; computed where they are not given.
     """
-    hidden = decoder(batch.input_ids, batch.position_ids, batch.cu_seqlens)  # [T, D]
+    if hidden is None:
+        hidden = decoder(batch.input_ids, batch.position_ids, batch.cu_seqlens)  # [T, D]
     hidden = hidden[batch.target_positions]  # [N, D]
     targets = batch.labels[batch.target_positions + 1]  # [N]
     rows = architecture.loss_chunk_rows(decoder.config.vocab_size, decoder.device.type)

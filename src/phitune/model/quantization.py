@@ -30,11 +30,10 @@ from phitune.model.fused import Packed
 from phitune.model.products import EightBit, whole_products
 from phitune.model.stores import Store, new_store
 from phitune.model.weights import (
-    TensorHeader,
     checked_headers,
     checked_weights,
     load_weights,
-    pieces_of,
+    read_linear,
 )
 
 Kind = Literal["int8", "nf4", "int4"]
@@ -254,7 +253,7 @@ def _load_calibrated(
         assert isinstance(layer, DecoderLayer)
         recorders = {}
         for name, linear in _linears_of(layer):
-            whole = _read(headers, linear)
+            whole = read_linear(headers, linear)
             linear.weight = nn.Parameter(whole, requires_grad=False)
             linear.product = recorders[name] = _Recorder()
         x = layer(x, rotary, attend, None)
@@ -270,17 +269,6 @@ def _load_calibrated(
             linear.hold_in(store)
             linear.product = F.linear
     return Quantization(quantization.kind, True, quantization.bits, columns, exact)
-
-
-def _read(headers: Mapping[str, TensorHeader], linear: FusedLinear) -> Tensor:
-    """A linear layer's weight from its files. Returns: [O, D]."""
-    whole = torch.empty(linear.weight.shape, dtype=linear.weight.dtype, device=linear.device)
-    for module, part in linear.columns.items():
-        name = f"{module}.weight"
-        place = whole[part.start : part.stop]
-        for start, piece in pieces_of(name, headers[name], place):
-            place[start : start + len(piece)].copy_(piece)
-    return whole
 
 
 def outlier_columns(x: Tensor) -> list[int]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from phitune.errors import ModelError, listing
 from phitune.model.adapter_config import CONFIG_FILE as ADAPTER_CONFIG
 from phitune.model.architecture import LM_HEAD, ModelConfig
-from phitune.model.decoder import Decoder
+from phitune.model.decoder import Decoder, FusedLinear
 from phitune.untrusted import HEAD_BYTES, instead_of_file, own_file, read_object
 
 # -------------------------------------------------------------------------------------------------
@@ -204,6 +204,21 @@ def pieces_of(
         # Opened for each piece: closing the file gives its mapped pages back.
         with safe_open(header.file, framework="pt") as file:
             yield start, file.get_slice(name)[start : start + rows]
+
+
+def read_linear(headers: Mapping[str, TensorHeader], linear: FusedLinear) -> Tensor:
+    """The weight of a linear layer that has none yet, from its files. Returns: [O, D].
+
+    Args:
+        headers: of `checked_weights`.
+    """
+    whole = torch.empty(linear.weight.shape, dtype=linear.weight.dtype, device=linear.device)
+    for module, part in linear.columns.items():
+        name = f"{module}.weight"
+        place = whole[part.start : part.stop]
+        for start, piece in pieces_of(name, headers[name], place):
+            place[start : start + len(piece)].copy_(piece)
+    return whole
 
 
 def checked_weights(decoder: Decoder, folder: Path) -> dict[str, TensorHeader]:

@@ -70,7 +70,8 @@ NEIGHBOURS = {
     "temperature": "temp",
     "repetition_penalty": "repeat_penalty",
     "format": "outtype export_format",
-    "quantization": "quant quantize quantization_type",
+    "quantization": "quant quantize quantization_type load_in_4bit load_in_8bit use_qlora"
+    " quantization_bit qlora",
     "system": "system_prompt system_message",
     "metric": "metrics",
     "limit": "max_samples num_samples",
@@ -105,17 +106,16 @@ _OTHER_VALUES = {
     "lora_scale": "lora_r times this",
     "save_steps": "a number of steps, minutes such as 10m, epoch or auto",
     "save_strategy": "a number of steps, minutes such as 10m, epoch or auto",
+    **dict.fromkeys(
+        ("load_in_4bit", "load_in_8bit", "use_qlora", "qlora", "quantization_bit"),
+        "none, int8 or nf4",
+    ),
     "bf16": "auto, fp32 or bf16",
     "bfloat16": "auto, fp32 or bf16",
     "fp16": "auto, fp32 or bf16",
     "half": "auto, fp32 or bf16",
     "mixed_precision": "auto, fp32 or bf16",
 }
-_NOT_QUANTIZED = (
-    "the base is kept in bf16 or fp32, never quantized; memory is saved by recomputed layers, which"
-    " are chosen by what is free, by --batch_size auto, and by a smaller --max_length; phitune plan"
-    " shows what fits"
-)
 _PUSHED = "phitune export RUN --format FORMAT --push OWNER/NAME uploads a run"
 _NOT_HERE = {
     "push": _PUSHED,
@@ -140,10 +140,6 @@ _NOT_HERE = {
     "steps": "runs are counted in epochs",
     "global_batch_size": "a step has batch_size x gradient_accumulation_steps rows",
     "total_batch_size": "a step has batch_size x gradient_accumulation_steps rows",
-    "load_in_4bit": _NOT_QUANTIZED,
-    "load_in_8bit": _NOT_QUANTIZED,
-    "quantization_bit": _NOT_QUANTIZED,
-    "use_qlora": _NOT_QUANTIZED,
     "optim": "the optimizer is AdamW",
     "optimizer": "the optimizer is AdamW",
     "logging_steps": "every step is in metrics.jsonl",
@@ -177,6 +173,9 @@ def _each(names: str, values: dict[str, str]) -> dict[str, dict[str, str]]:
 
 
 VALUES: dict[str, dict[str, str]] = {
+    **_each("load_in_4bit use_qlora qlora", dict.fromkeys(_YES, "nf4")),
+    "load_in_8bit": dict.fromkeys(_YES, "int8"),
+    "quantization_bit": {"4": "nf4", "8": "int8"},
     **_each("bf16 bfloat16 fp16 half", dict.fromkeys(_YES, "bf16")),
     **_each(
         "dtype torch_dtype mixed_precision",
@@ -211,8 +210,7 @@ VALUES: dict[str, dict[str, str]] = {
     **_each("num_layers lora_layers lora_scale", {}),
     # Nothing here, and no value there: what follows them is a word of its own.
     **_each(
-        "load_in_4bit load_in_8bit use_qlora packing sample_packing do_train do_eval train test"
-        " peft use_peft early_stopping",
+        "packing sample_packing do_train do_eval train test peft use_peft early_stopping",
         {"": ""},
     ),
 }

@@ -97,6 +97,10 @@ GUESSES = {
     "chat --adapter_path tiny-phi-2": "chat --model_name tiny-phi-2",
     "train output/stopped": "train --resume output/stopped",
     "train --dataset_path output/done": "train --start_adapter output/done",
+    "train data.jsonl --load_in_4bit --lr 1e-4": (
+        "train data.jsonl --quantization nf4 --learning_rate 1e-4"
+    ),
+    "train data.jsonl --quantization_bit 8": "train data.jsonl --quantization int8",
     "train peft --epochs 3": "train --start_adapter peft --epochs 3",
     "check output/done": "check --config output/done/config.yaml",
     "compare output/done --html output": "compare output/done --html output/compare.html",
@@ -104,10 +108,6 @@ GUESSES = {
 }
 # What has no counterpart is left out, and said to be.
 LEFT_OUT = {
-    "train data.jsonl --load_in_4bit --lr 1e-4": (
-        "train data.jsonl --learning_rate 1e-4",
-        "--load_in_4bit",
-    ),
     "train --max_steps 60 --epochs 3": ("train --epochs 3", "--max_steps 60"),
     "train --warmup_steps 100 data.jsonl": ("train data.jsonl", "--warmup_steps 100"),
     "chat output/done --dataset_path data.jsonl": ("chat output/done", "--dataset_path data.jsonl"),
@@ -132,7 +132,7 @@ def test_a_wrong_line_is_answered_with_the_right_one(line: str, place: Path) -> 
     [
         ("train data.jsonl --lr 1 --bf16", "--lr; phitune calls it --learning_rate"),
         ("train data.jsonl --lr 1 --bf16", "--bf16; phitune calls it --precision"),
-        ("train --load_in_4bit", "never quantized; memory is saved by recomputed layers"),
+        ("train --load_in_4bit", "phitune calls it --quantization (none, int8 or nf4)"),
         ("serve output/done", "there is no such command: a run is asked with phitune chat"),
         ("chat output/done --dataset_path a", "is no flag of this command, but of phitune train"),
         ("evaluate data.jsonl", "Instead: phitune evaluate output/"),

@@ -70,6 +70,7 @@ export-gguf: setup
 # What is claimed of memory and numerics, measured again; about half an hour.
 benchmarks: setup
 	$(BIN)/python benchmarks/memory_plan.py
+	$(BIN)/python benchmarks/mlx_memory.py
 	$(BIN)/python benchmarks/saved_bytes.py
 	$(BIN)/python benchmarks/loss_curve.py
 	$(BIN)/python benchmarks/small_files.py

@@ -391,10 +391,10 @@ def test_the_configurations_are_the_guides(name: str) -> None:
         "a10g-high": (8, 4, 2048, "cuda"),
         "a10g-balanced": (4, 8, 1024, "cuda"),
         "a10g-low": (2, 16, 768, "cuda"),
-        "m3-high": (3, 8, 1024, "mps"),
-        "m3-balanced": (2, 16, 1024, "mps"),
-        "m3-low": (2, 16, 768, "mps"),
-        "m3-safe": (1, 32, 768, "mps"),
+        "m3-high": (3, 8, 1024, "mlx"),
+        "m3-balanced": (2, 16, 1024, "mlx"),
+        "m3-low": (2, 16, 768, "mlx"),
+        "m3-safe": (1, 32, 768, "mlx"),
     }[name]
     path = ROOT / "examples" / f"{name}.yaml"
     keys = ("batch_size", "gradient_accumulation_steps", "max_length", "device")

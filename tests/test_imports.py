@@ -19,6 +19,7 @@ FREE_TO_ALL = {"config", "environment", "errors", "neighbours", "text", "untrust
 MAY_IMPORT = {
     "cli": {"commands", *FREE_TO_ALL},
     "commands": {
+        "apple",
         "layers",
         "trainer",
         "progress",

@@ -55,5 +55,5 @@ def test_a_machine_whose_gpus_are_hidden_has_none(monkeypatch: pytest.MonkeyPatc
 def test_the_context_that_is_there_is_not_planned_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     free = 20 * 10**9
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 24 * 10**9))
-    found = memory_budget(torch.device("cuda"))
+    found = memory_budget("cuda")
     assert found.bytes == round(BUDGET_SHARE["cuda"] * (free + PROGRAM_BYTES["cuda"]))

@@ -5,9 +5,13 @@ from dataclasses import replace
 import pytest
 from memory_plan import Setting, measured, narrow_config, predicted
 
+from phitune.config import Settings
 from phitune.model.architecture import known_model_config, resolve_targets
+from phitune.plan.machine import GB
 from phitune.plan.memory import GIB, AdaptedModel, MemoryPlan, Shape, Term, plan_memory
-from phitune.plan.micro_batch import fewest_recomputed, largest_batch
+from phitune.plan.micro_batch import Run, fewest_recomputed, largest_batch
+from phitune.plan.plan import preset_options
+from phitune.plan.rows import assumed_rows
 
 SHAPE = Shape((1024,) * 4, 4 * 600)
 
@@ -85,3 +89,15 @@ def test_largest_batch_does_not_buy_size_with_recomputation() -> None:
     assert largest_batch(plans, budget=50) == 4
     assert largest_batch({size: plans[size] for size in (1, 2, 4)}, budget=1000) == 4
     assert largest_batch(plans, budget=5) == 1  # nothing fits: the one that takes the least
+
+
+@pytest.mark.parametrize("rank", [8, 16, 32])
+@pytest.mark.parametrize("name", ["microsoft/phi-2", "microsoft/Phi-3.5-mini-instruct"])
+def test_on_mlx_no_configuration_of_the_guide_takes_more_than_it_says(name: str, rank: int) -> None:
+    model = replace(adapted(name), rank=rank, device="mlx")
+    run = Run(model.config, tuple(model.modules), rank, assumed_rows(1024, 8), 32, None)
+    found = {option.name: option for option in preset_options(run, Settings(), None)}
+    of_mac = {name: option for name, option in found.items() if option.preset.device == "mlx"}
+    assert len(of_mac) == 4
+    for option in of_mac.values():
+        assert option.bytes <= option.preset.guide_gb * GB

@@ -121,9 +121,13 @@ def test_a_preset_brings_its_settings_and_its_memory(planned: Json) -> None:
     (same,) = (option for option in plan["presets"] if option["name"] == "a10g-high")
     assert same["bytes"] == plan["total_bytes"]
     assert same["least_bytes"] <= same["bytes"]
-    mac = planned("--preset", "m3-safe")
-    assert mac["device"] == "mps"
+    mac = planned("--preset", "m3-high")
+    assert mac["device"] == "mlx"
     assert mac["memory"]["bytes"] == pytest.approx(12.9e9, rel=0.01)
+    assert planned("--preset", "m3-safe")["memory"]["bytes"] == 10 * 10**9  # the guide's figure
+    by_torch = planned("--preset", "m3-high", "--device", "mps")
+    assert by_torch["device"] == "mps"
+    assert by_torch["memory"] == mac["memory"]
 
 
 @pytest.mark.parametrize("device", BUDGET_SHARE)
@@ -595,7 +599,7 @@ def test_a_preset_is_shown_against_the_guide(capsys: pytest.CaptureFixture[str])
         text = capsys.readouterr().out
         assert "GB recommended by macOS" in " ".join(text.split())
         assert re.search(r"^preset +planned +training guide$", text, re.MULTILINE)
-        assert re.search(r"^m3-high +11\.1 GB +16 GB$", text, re.MULTILINE)
+        assert re.search(r"^m3-high +11\.3 GB +16 GB$", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -605,6 +609,7 @@ def test_a_preset_is_shown_against_the_guide(capsys: pytest.CaptureFixture[str])
         (["balanced", "--memory", "24GiB"], "a10g-balanced"),
         (["low", "--memory", "12.9GB"], "m3-low"),
         (["high", "--device", "mps"], "m3-high"),
+        (["high", "--device", "mlx"], "m3-high"),
         (["high", "--device", "cuda:1", "--memory", "12.9GB"], "a10g-high"),
         (["safe"], "m3-safe"),
     ],
@@ -651,7 +656,7 @@ def settings_of(command: str) -> Settings:
         "--memory 6GB --device cpu",
         "--memory 16GB --device cuda",
         "--memory 24GiB --device cuda",
-        "--memory 12.9GB --device mps",
+        "--memory 12.9GB --device mlx",
         "--preset a10g-high --memory 9GB --device cuda --recompute_layers 0",
         "--preset m3-safe",
         "--device cpu",

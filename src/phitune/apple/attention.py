@@ -50,6 +50,7 @@ def attend(heads: Heads, cu_seqlens: Sequence[int], sliding_window: int | None) 
             if pending >= architecture.QUERIES_PER_BLOCK:
                 mx.eval(outputs)
                 pending = 0
+    mx.eval(outputs)
     return _with_padding(outputs, query)
 
 
@@ -154,6 +155,8 @@ def attend_backward(
                 pending = 0
         of_keys.append(grad_keys.swapaxes(0, 1))
         of_values.append(grad_values.swapaxes(0, 1))
+        del grad_keys, grad_values
+    mx.eval(of_queries, of_keys, of_values)
     return Heads(
         _with_padding(of_queries, query),
         _with_padding(of_keys, key),

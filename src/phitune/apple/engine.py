@@ -37,6 +37,17 @@ class Padded:
     shared: Shared
 
 
+def mlx_choices() -> dict[str, str]:
+    """What computes here, in words."""
+    where = "Apple's GPU" if mx.metal.is_available() else "the CPU"
+    return {
+        "engine": f"MLX {version('mlx')} on {where}: adapters beside the weights, backward by hand",
+        "products": "MLX's",
+        "attention": "MLX's forward, in blocks of queries, as on the way back",
+        "torch_compile": "not used: it compiles for torch",
+    }
+
+
 class MlxEngine(Engine):
     """Layers with a backward by hand, on MLX.
 
@@ -51,14 +62,7 @@ class MlxEngine(Engine):
         self.num_layers, self.recompute_layers = len(decoder.stack), recompute_layers
         decoder.dropout_rate = dropout_rate
         decoder.take_adapters()
-        where = "Apple's GPU" if mx.metal.is_available() else "the CPU"
-        self.choices = {
-            "engine": f"MLX {version('mlx')} on {where}: adapters beside the weights, backward by"
-            " hand",
-            "products": "MLX's",
-            "attention": "MLX's forward, sequence by sequence; blocks of queries on the way back",
-            "torch_compile": "not used: it compiles for torch",
-        }
+        self.choices = mlx_choices()
         adapted = [
             index
             for index, layer in enumerate(decoder.stack)
@@ -93,7 +97,7 @@ class MlxEngine(Engine):
         for index in reversed(range(self.lowest, self.num_layers)):
             layer, saved = self.decoder.stack[index], kept.pop()
             if index < self.recompute_layers:
-                _, saved = layer.forward(saved.x, shared, saved.rows, for_backward_only=True)
+                saved = layer.forward(saved.x, shared, saved.rows, for_backward_only=True)[1]
             needs_input = index > self.lowest or update is not None
             below, found = layer.backward(grad, saved, shared, needs_input=needs_input)  # [T, D]
             del saved

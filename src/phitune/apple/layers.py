@@ -80,9 +80,54 @@ class Norm:
         return self.weight
 
     def backward(self, grad: mx.array, x: mx.array) -> mx.array:
-        """grad, x: [T, D]. Returns: [T, D]."""
-        _, grads = mx.vjp(self, [x], [grad])
-        return grads[0]
+        """grad, x: [T, D]. Returns: [T, D]. Of x's size at most two results are in fp32 at a time.
+
+        With n = (x - mean) / deviation and g = grad * weight it is
+        (g - mean(g) - n * mean(g * n)) / deviation; RMSNorm takes off no means.
+        """
+        mean = shift = mx.zeros((len(x), 1))
+        if self.bias is not None:
+            mean = x.astype(mx.float32).mean(-1, keepdims=True)  # [T, 1]
+            mx.eval(mean)
+            shift = _weighted(grad, self.weight).mean(-1, keepdims=True)
+        inverse = mx.rsqrt(_square(x, mean).mean(-1, keepdims=True) + self.eps)
+        mx.eval(inverse, shift)
+        slope = _weighted_by(grad, self.weight, x, mean).mean(-1, keepdims=True) * inverse * inverse
+        mx.eval(slope)
+        return _norm_backward(_weighted(grad, self.weight), x, mean, inverse, shift, slope)
+
+
+@in_one_pass
+def _weighted(grad: mx.array, weight: mx.array) -> mx.array:
+    """grad: [T, D], weight: [D]. Returns: [T, D] in fp32."""
+    return grad.astype(mx.float32) * weight
+
+
+@in_one_pass
+def _square(x: mx.array, mean: mx.array) -> mx.array:
+    """x: [T, D], mean: [T, 1]. Returns: [T, D] in fp32."""
+    centred = x.astype(mx.float32) - mean
+    return centred * centred
+
+
+@in_one_pass
+def _weighted_by(grad: mx.array, weight: mx.array, x: mx.array, mean: mx.array) -> mx.array:
+    """grad, x: [T, D], weight: [D], mean: [T, 1]. Returns: [T, D] in fp32."""
+    return grad.astype(mx.float32) * weight * (x.astype(mx.float32) - mean)
+
+
+@in_one_pass
+def _norm_backward(
+    grad: mx.array,  # [T, D] in fp32
+    x: mx.array,  # [T, D]
+    mean: mx.array,  # [T, 1] as all below
+    inverse: mx.array,  # of the deviation
+    shift: mx.array,
+    slope: mx.array,
+) -> mx.array:
+    """Returns: the gradient of x [T, D]."""
+    centred = x.astype(mx.float32) - mean
+    return ((grad - shift - centred * slope) * inverse).astype(x.dtype)
 
 
 @in_one_pass
@@ -346,39 +391,34 @@ class MlxPhiLayer(MlxLayer):
     ) -> tuple[mx.array | None, list[PairGradients]]:
         """grad: [N, D]. Returns: [T, D] if needed, and the gradients of the adapters."""
         first, norm = self.linears["qkv_fc1"], self.norms["input_layernorm"]
-        rows, keys, tokens = saved.rows, shared.row_keys, len(saved.x)
+        rows, keys, low = saved.rows, shared.row_keys, saved.low["qkv_fc1"]
+        attention, mlp = self._parts()
 
-        # Back through the MLP's second half and attention, into the first product's outputs.
+        # Back through the MLP, to the norm: the gradient of its wide part is gone by then.
+        keys_of_rows = shared.keys_of(rows)
         grad_inner, found = self._mlp_backward("fc2", grad, self._inner(saved), saved, shared)
+        chosen = _chosen(norm(saved.x), rows)  # [N, D]
+        found += first.gradients(grad_inner, chosen, _chosen_or_none(low, rows), keys_of_rows, mlp)
+        del chosen
+        below = first.backward(grad_inner, keys_of_rows, mlp) if needs_input else None  # [N, D]
+        del grad_inner
+        mx.eval(below)
+
+        # Back through attention, to the norm.
         grad_qkv, more = self._attention_backward("dense", grad, saved, shared)
         found += more
-
-        # Back through the first product.
-        normed, low = norm(saved.x), saved.low["qkv_fc1"]
-        attention, mlp = self._parts()
-        if rows is None:
-            grad_first = mx.concatenate([grad_qkv, grad_inner], axis=1)  # [T, P]
-            del grad_qkv, grad_inner
-            mx.eval(grad_first)
-            found += first.gradients(grad_first, normed, low, keys)
-        else:
-            of_rows, keys_of_rows = _chosen_or_none(low, rows), shared.keys_of(rows)
-            found += first.gradients(grad_qkv, normed, low, keys, attention)
-            found += first.gradients(grad_inner, normed[rows], of_rows, keys_of_rows, mlp)
-        del normed
-        if not needs_input:
+        found += first.gradients(grad_qkv, norm(saved.x), low, keys, attention)
+        if below is None:
             return None, found
-        if rows is None:
-            grad_normed = first.backward(grad_first, keys)
-            del grad_first
-        else:
-            grad_normed = first.backward(grad_qkv, keys, attention)
-            below = first.backward(grad_inner, keys_of_rows, mlp)  # [N, D]
-            del grad_qkv, grad_inner
-            grad_normed = grad_normed.at[rows].add(below)
+        grad_normed = first.backward(grad_qkv, keys, attention)
+        del grad_qkv
+        grad_normed = grad_normed + below if rows is None else grad_normed.at[rows].add(below)
+        del below
 
         # Back through the norm; the residual passes the gradient on as it is.
-        return _scattered(grad, rows, tokens) + norm.backward(grad_normed, saved.x), found
+        back = norm.backward(grad_normed, saved.x)
+        del grad_normed
+        return _scattered(grad, rows, len(saved.x)) + back, found
 
     def _parts(self) -> tuple[slice, slice]:
         """The outputs of the first product that attention reads, and those of fc1."""
@@ -465,9 +505,9 @@ def _chosen(x: mx.array, rows: mx.array | None) -> mx.array:
     return x if rows is None else x[rows]
 
 
-def _chosen_or_none(x: mx.array | None, rows: mx.array) -> mx.array | None:
-    """x: [T, X], rows: [N]. Returns: [N, X]."""
-    return None if x is None else x[rows]
+def _chosen_or_none(x: mx.array | None, rows: mx.array | None) -> mx.array | None:
+    """x: [T, X], rows: [N] or None for all. Returns: [N, X]."""
+    return None if x is None else _chosen(x, rows)
 
 
 def _scattered(x: mx.array, rows: mx.array | None, count: int) -> mx.array:

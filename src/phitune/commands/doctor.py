@@ -72,27 +72,26 @@ def examine(options: DoctorOptions) -> Findings:
     """
     import torch
 
-    from phitune.model.device import DTYPES, choose_device, choose_precision, torch_device
-    from phitune.model.engine import choose_backend
+    from phitune.model.device import MLX, choose_device, choose_precision
 
     chosen = choose_device(options.device)
     precision = choose_precision(options.precision, chosen)
-    device = torch_device(chosen)
-    _, choices = choose_backend(device, DTYPES[precision], torch_compile=True)
+    rates = _mlx_rates(precision) if chosen == MLX else _rates(chosen, precision)
     return {
         "programs": {
             "phitune": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
+            **_mlx(),
             "system": f"{platform.system()} {platform.machine()}",
         },
         "machine": _machine(chosen),
         "training would use": {
-            "device": f"{chosen} ({_origin(options.device)})",
+            "device": f"{chosen} ({_why(options.device, chosen)})",
             "precision": f"{precision} ({_origin(options.precision)})",
-            **choices,
+            **_choices(chosen, precision),
         },
-        "measured now": _rates(device, DTYPES[precision]),
+        "measured now": rates,
     }
 
 
@@ -112,6 +111,49 @@ def show(findings: Findings, console: "Console") -> None:
 
 def _origin(asked: str) -> str:
     return "chosen" if asked == "auto" else "as asked"
+
+
+def _why(asked: str, chosen: str) -> str:
+    """Why this device, where that is a question: on a Mac."""
+    from phitune.model.device import MLX, mlx_refusal
+
+    why = _origin(asked)
+    if asked == "auto" and chosen == MLX:
+        return f"{why}: Apple's GPU, through MLX"
+    if chosen == "mps":
+        why = f"{why}: Apple's GPU through torch, untested"
+        return f"{why}, as {mlx_refusal()}" if asked == "auto" else why
+    return why
+
+
+def _mlx() -> dict[str, str]:
+    """What there is of MLX, on a Mac and wherever it is installed."""
+    from importlib.util import find_spec
+
+    from phitune.model.device import mlx_refusal
+
+    if sys.platform != "darwin" and not find_spec("mlx"):
+        return {}
+    if refusal := mlx_refusal():
+        return {"mlx": refusal}
+    from importlib.metadata import version
+
+    import mlx.core as mx
+
+    metal = "with Metal" if mx.metal.is_available() else "without Metal, on the CPU alone: slow"
+    return {"mlx": f"{version('mlx')} {metal}"}
+
+
+def _choices(device: str, precision: str) -> dict[str, str]:
+    """What computes, and how."""
+    from phitune.model.device import DTYPES, MLX, torch_device
+    from phitune.model.engine import choose_backend
+
+    if device == MLX:
+        from phitune.apple.engine import mlx_choices
+
+        return mlx_choices()
+    return choose_backend(torch_device(device), DTYPES[precision], torch_compile=True)[1]
 
 
 def _machine(device: str) -> dict[str, str]:
@@ -145,20 +187,46 @@ def _machine(device: str) -> dict[str, str]:
     return found
 
 
-def _rates(device: "torch.device", dtype: "torch.dtype") -> dict[str, str]:
+def _rates(device_name: str, precision: str) -> dict[str, str]:
     """Products in both directions, in GFLOP/s, with every implementation there is."""
     import torch
 
+    from phitune.model.device import DTYPES, torch_device
     from phitune.model.gemm import ONEDNN, STANDARD, has_onednn
 
+    device, dtype = torch_device(device_name), DTYPES[precision]
     gemms = [STANDARD]
     if device.type == "cpu" and dtype == torch.float32 and has_onednn():
         gemms.append(ONEDNN)
     found = {}
     for gemm in gemms:
         forward, backward = _gflops(gemm, device, dtype)
-        found[gemm.name] = f"{forward:,.0f} GFLOP/s forward, {backward:,.0f} backward"
+        found[gemm.name] = _in_words(forward, backward)
     return found
+
+
+def _mlx_rates(precision: str) -> dict[str, str]:
+    """As `_rates`, by MLX."""
+    import mlx.core as mx
+    import torch
+
+    from phitune.apple.arrays import DTYPES as MLX_DTYPES
+    from phitune.apple.linear import FrozenLinear
+    from phitune.model.device import DTYPES
+
+    dtype = MLX_DTYPES[DTYPES[precision]]
+    linear = FrozenLinear(mx.random.normal((OUTPUTS, INPUTS)).astype(dtype), None)
+    x = mx.random.normal((GPU_TOKENS, INPUTS)).astype(dtype)
+    grad = mx.random.normal((GPU_TOKENS, OUTPUTS)).astype(dtype)
+    mx.eval(linear.weight, x, grad)
+    device = torch.device("mps" if mx.metal.is_available() else "cpu")  # Waited for either way.
+    forward = _best_gflops(lambda tokens: mx.eval(linear.forward(x[:tokens])), device)
+    backward = _best_gflops(lambda tokens: mx.eval(linear.backward(grad[:tokens])), device)
+    return {"MLX": _in_words(forward, backward)}
+
+
+def _in_words(forward: float, backward: float) -> str:
+    return f"{forward:,.0f} GFLOP/s forward, {backward:,.0f} backward"
 
 
 def _gflops(gemm: "Gemm", device: "torch.device", dtype: "torch.dtype") -> tuple[float, float]:
@@ -177,7 +245,7 @@ def _gflops(gemm: "Gemm", device: "torch.device", dtype: "torch.dtype") -> tuple
     return forward, backward
 
 
-def _best_gflops(product: "Callable[[int], Tensor]", device: "torch.device") -> float:
+def _best_gflops(product: "Callable[[int], Tensor | None]", device: "torch.device") -> float:
     """Few tokens at first: where a type is only emulated, all of them take seconds."""
     import torch
 

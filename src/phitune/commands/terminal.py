@@ -158,9 +158,14 @@ def gigabytes(size: int) -> str:
 def shares() -> str:
     """The part of a memory that a run takes, by kind of device."""
     from phitune.plan.machine import BUDGET_SHARE
+    from phitune.plan.memory import Device
 
-    names = {"cpu": "the free RAM", "cuda": "a GPU's memory", "mps": "what a Mac lets its GPU use"}
-    return ", ".join(f"{share:.0%} of {names[device]}" for device, share in BUDGET_SHARE.items())
+    names: dict[Device, str] = {
+        "cpu": "the free RAM",
+        "cuda": "a GPU's memory",
+        "mlx": "what a Mac lets its GPU use",
+    }
+    return ", ".join(f"{BUDGET_SHARE[device]:.0%} of {name}" for device, name in names.items())
 
 
 # -------------------------------------------------------------------------------------------------

@@ -218,9 +218,7 @@ def memory_here(name: str, device: Device) -> Memory:
     Raises:
         SettingsError: it cannot be seen, so `--memory` has to say it.
     """
-    if device == "cpu":
-        return free_memory()
-    if device == "mlx" and not is_apple_silicon():
+    if device == "cpu" or (device == "mlx" and not is_apple_silicon()):
         return free_memory()
     if device in ("mps", "mlx") and is_apple_silicon():
         total = psutil.virtual_memory().total
@@ -313,7 +311,7 @@ MACHINES = (
     Machine("H100", "cuda", 80, 989, 67, 0.4, "NVIDIA H100 SXM datasheet, half of the sparse one"),
     Machine(
         "M3 Pro 18 GB",
-        "mps",
+        "mlx",
         18 * GIB * APPLE_SHARE / GB,
         _APPLE_CORES,
         _APPLE_CORES,
@@ -338,7 +336,8 @@ def machines_like(device: Device, memory: Memory) -> tuple[Machine, ...]:
 
     A CPU's memory says nothing of its speed: there are all of the table.
     """
-    kind = [machine for machine in MACHINES if machine.device == device]
+    by = "mlx" if device == "mps" else device  # The same machines, by torch.
+    kind = [machine for machine in MACHINES if machine.device == by]
     if device == "cpu":
         return tuple(kind)
     close = [each for each in kind if abs(memory.bytes / each.memory.bytes - 1) < _ABOUT]

@@ -2,7 +2,8 @@
 
 The arithmetic follows the fused engine (model/fused_layers.py) buffer by buffer, moment by moment,
 and takes the worst moment of a step; sizes of blocks come from the same functions that the engine
-calls. benchmarks/memory_plan.py compares the sum with an allocator that counts.
+calls. benchmarks/memory_plan.py compares the sum with an allocator that counts. What MLX's engine
+holds instead is in mlx.py.
 
 It does not know the reference engine, whose buffers are autograd's, and it does not ask how much
 memory there is (machine.py) or what fits into it (micro_batch.py). Nothing here loads torch.
@@ -117,13 +118,21 @@ def plan_memory(model: AdaptedModel, shape: Shape, recompute_layers: int) -> Mem
         shape: of the largest micro-batch.
         recompute_layers: how many layers, from the lowest, keep their input only.
     """
-    return _StepMemory(model, shape).plan(recompute_layers)
+    return _step_memory(model, shape).plan(recompute_layers)
 
 
 def memory_plans(model: AdaptedModel, shape: Shape) -> Iterator[MemoryPlan]:
     """As `plan_memory`, with no layer recomputed, with one, and so on to all of them."""
-    step = _StepMemory(model, shape)
+    step = _step_memory(model, shape)
     return map(step.plan, range(model.config.num_hidden_layers + 1))
+
+
+def _step_memory(model: AdaptedModel, shape: Shape) -> "StepMemory":
+    if model.device != "mlx":
+        return FusedStep(model, shape)
+    from phitune.plan.mlx import MlxStep
+
+    return MlxStep(model, shape)
 
 
 def saved_bytes_per_token(
@@ -134,7 +143,7 @@ def saved_bytes_per_token(
     return _saved_bytes_per_token(config, extra_columns, element_bytes)
 
 
-class _Moment(NamedTuple):
+class Moment(NamedTuple):
     """Bytes held at one moment of a step; moments compare by their total."""
 
     total: int
@@ -144,35 +153,50 @@ class _Moment(NamedTuple):
     name: str
 
 
-def _moment(name: str, stored: int, working: int, recomputed: int = 0) -> _Moment:
-    return _Moment(stored + recomputed + working, stored, recomputed, working, name)
+def moment_of(name: str, stored: int, working: int, recomputed: int = 0) -> Moment:
+    return Moment(stored + recomputed + working, stored, recomputed, working, name)
 
 
-class _StepMemory:
-    """The buffers of one optimizer step. Sizes are in bytes, of a whole micro-batch."""
+class StepMemory:
+    """The buffers of one optimizer step. Sizes are in bytes, of a whole micro-batch.
 
-    def __init__(self, model: AdaptedModel, shape: Shape) -> None:
+    An engine says what it holds: `fixed_terms`, `saved`, `moments`, `logits` and `last_terms`.
+    """
+
+    program = "torch and the driver's context"  # what is in memory before the first tensor
+
+    def __init__(self, model: AdaptedModel, asked: Shape, padded: Shape) -> None:
+        """
+        Args:
+            padded: the same with the padding that the engine adds.
+        """
         self.config, self.modules, self.rank = model.config, set(model.modules), model.rank
         self.base, self.device = model.base, model.device
-        self.asked, self.shape = shape, _padded(shape, model.device)
+        self.asked, self.shape = asked, padded
         self.element = 4 if model.base == "fp32" else 2
         self.linears = layer_linears(model.config)
         self.layers = range(model.config.num_hidden_layers)
-        self.extra_columns = {
-            layer: _extra_columns(f"model.layers.{layer}.", self.linears, self.modules, self.rank)
+        self.ranks = {
+            layer: {
+                name: sum(
+                    model.rank
+                    for part, _ in spec.parts
+                    if f"model.layers.{layer}.{part}" in self.modules
+                )
+                for name, spec in self.linears.items()
+            }
             for layer in self.layers
         }
-        self.head_columns = architecture.extra_columns(self.rank) if LM_HEAD in self.modules else 0
-        adapted = [layer for layer in self.layers if any(self.extra_columns[layer].values())]
         self.adapts_embedding = any(name.endswith(EMBED_TOKENS) for name in self.modules)
+        adapted = [layer for layer in self.layers if any(self.ranks[layer].values())]
         # The first layer with a backward: below the lowest adapter no gradient is needed.
         self.lowest = 0 if self.adapts_embedding else min(adapted, default=len(self.layers))
 
     def plan(self, recompute_layers: int) -> MemoryPlan:
         """As `plan_memory`."""
-        kept = [self._kept(layer, recompute_layers) for layer in self.layers]
-        peak = max(self._moments(kept, recompute_layers))
-        loss = self._logits() if peak.name == "loss" else 0
+        kept = [self.kept(layer, recompute_layers) for layer in self.layers]
+        peak = max(self.moments(kept, recompute_layers))
+        loss = self.logits() if peak.name == "loss" else 0
         terms = [
             *self.fixed_terms,
             Term("activations, stored", peak.stored, self._stored_note(kept, recompute_layers)),
@@ -184,30 +208,120 @@ class _StepMemory:
             Term(
                 "loss chunk",
                 loss,
-                f"{self._loss_rows()} rows of logits, which become their gradient",
+                f"{self.loss_rows()} rows of logits, which become their gradient",
             ),
             Term("working buffers", peak.working - loss, f"the peak is in the {peak.name}"),
-            Term("micro-batch", self._batch(), "ids, labels, rotary tables"),
-            Term(
-                "program",
-                PROGRAM_BYTES[self.device],
-                "Python and torch" if self.device == "cpu" else "torch and the driver's context",
-            ),
+            *self.last_terms(),
+            Term("program", PROGRAM_BYTES[self.device], self.program),
         ]
         return MemoryPlan(tuple(terms), recompute_layers, len(self.layers), peak.name)
+
+    @property
+    def fixed_terms(self) -> list[Term]:
+        """Held during the whole step."""
+        raise NotImplementedError
+
+    @property
+    def saved(self) -> list[int]:
+        """By each layer that is not recomputed, from its forward to its backward."""
+        raise NotImplementedError
+
+    def kept(self, layer: int, recompute_layers: int) -> int:
+        """By a layer from its forward to its backward."""
+        raise NotImplementedError
+
+    def moments(self, kept: Sequence[int], recompute_layers: int) -> Iterator[Moment]:
+        """Every moment that may be the peak.
+
+        Args:
+            kept: by layer, see `kept`.
+        """
+        raise NotImplementedError
+
+    def logits(self) -> int:
+        """The rows of logits that exist at a time."""
+        raise NotImplementedError
+
+    def last_terms(self) -> list[Term]:
+        """What comes with each micro-batch."""
+        raise NotImplementedError
+
+    # What every engine holds.
+
+    @cached_property
+    def parameters_in_layers(self) -> int:
+        """Of the linear layers' weights."""
+        of_layer = sum(
+            sum(out for _, out in spec.parts) * spec.in_features for spec in self.linears.values()
+        )
+        return of_layer * len(self.layers)
+
+    @cached_property
+    def other_parameters(self) -> int:
+        """Token tables, biases and norms, which no precision quantizes."""
+        config, family = self.config, FAMILIES[self.config.model_type]
+        tables = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+        each_norm = config.hidden_size * (2 if family.norm_bias else 1)
+        biases = sum(out for spec in self.linears.values() if spec.bias for _, out in spec.parts)
+        in_layer = biases + len(family.norms) * each_norm
+        head = config.vocab_size if family.lm_head_bias else 0
+        return tables + in_layer * len(self.layers) + each_norm + head
+
+    @cached_property
+    def trained_parameters(self) -> int:
+        """Of the adapter."""
+        sizes = sum(
+            spec.in_features + out
+            for layer in self.layers
+            for spec in self.linears.values()
+            for part, out in spec.parts
+            if f"model.layers.{layer}.{part}" in self.modules
+        )
+        tables = (LM_HEAD in self.modules) + self.adapts_embedding
+        return self.rank * (sizes + tables * (self.config.hidden_size + self.config.vocab_size))
+
+    @property
+    def model_note(self) -> str:
+        billions = (self.parameters_in_layers + self.other_parameters) / 1e9
+        return f"{billions:.2f} B parameters in {self.base}"
+
+    def loss_rows(self) -> int:
+        """Of logits that exist at a time."""
+        rows = architecture.loss_chunk_rows(self.config.vocab_size, self.device)
+        return min(self.shape.target_tokens, rows)
+
+    def _stored_note(self, kept: Sequence[int], recompute_layers: int) -> str:
+        stored = max(len(self.layers) - max(recompute_layers, self.lowest), 0)
+        tokens = f"{self.asked.tokens:,} tokens"
+        if not stored:
+            return f"the inputs of {len(self.layers)} layers x {tokens}"
+        each = kept[-2] if len(kept) > 1 else kept[-1]
+        note = f"{stored} of {len(self.layers)} layers x {tokens}"
+        note += f" x {each / self.shape.tokens / 1024:.1f} KiB"
+        return note if stored == len(self.layers) else f"{note}, inputs of the others"
+
+
+class FusedStep(StepMemory):
+    """Of the fused engine, on a CPU, on CUDA and on Apple's GPU through torch."""
+
+    def __init__(self, model: AdaptedModel, shape: Shape) -> None:
+        super().__init__(model, shape, _padded(shape, model.device))
+        if model.device == "cpu":
+            self.program = "Python and torch"
+        self.extra_columns = {
+            layer: {name: architecture.extra_columns(total) for name, total in ranks.items()}
+            for layer, ranks in self.ranks.items()
+        }
+        self.head_columns = architecture.extra_columns(self.rank) if LM_HEAD in self.modules else 0
 
     # Held during the whole step.
 
     @cached_property
     def fixed_terms(self) -> list[Term]:
         config, rank = self.config, self.rank
-        in_layers = sum(
-            sum(out for _, out in spec.parts) * spec.in_features for spec in self.linears.values()
-        ) * len(self.layers)
-        tables = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
-        small = self._biases_and_norms()
-        weights = round(in_layers * _WEIGHT_BYTES[self.base]) + (tables + small) * self.element
-        widening = working_A = grad_A = parameters = keys = 0
+        weights = round(self.parameters_in_layers * _WEIGHT_BYTES[self.base])
+        weights += self.other_parameters * self.element
+        widening = working_A = grad_A = keys = 0
         for layer in self.layers:
             for name, spec in self.linears.items():
                 columns = self.extra_columns[layer][name]
@@ -215,9 +329,8 @@ class _StepMemory:
                 widening += outputs * columns * self.element
                 working_A += columns * spec.in_features * self.element
                 grad_A += columns * spec.in_features * _FP32
-                for part, out in spec.parts:
+                for part, _ in spec.parts:
                     if f"model.layers.{layer}.{part}" in self.modules:
-                        parameters += rank * (spec.in_features + out)
                         grad_A -= rank * spec.in_features * _FP32
                         keys += spec.in_features * _FP32
         hidden, vocabulary = config.hidden_size, config.vocab_size
@@ -228,12 +341,9 @@ class _StepMemory:
             working_A += self.head_columns * hidden * self.element
             grad_A += (self.head_columns - rank) * hidden * _FP32
             keys += hidden * _FP32
-            parameters += rank * (hidden + vocabulary)
-        if self.adapts_embedding:
-            parameters += rank * (hidden + vocabulary)
-        billions = (in_layers + tables + small) / 1e9
+        parameters = self.trained_parameters
         return [
-            Term("weights", weights + widening, f"{billions:.2f} B parameters in {self.base}"),
+            Term("weights", weights + widening, self.model_note),
             Term(
                 "adapter",
                 parameters * _FP32 * _ADAPTER_COPIES + working_A + grad_A + keys,
@@ -242,17 +352,9 @@ class _StepMemory:
             Term("optimizer", parameters * _FP32 * _OPTIMIZER_COPIES, "AdamW's two moments"),
         ]
 
-    def _biases_and_norms(self) -> int:
-        config, family = self.config, FAMILIES[self.config.model_type]
-        each_norm = config.hidden_size * (2 if family.norm_bias else 1)
-        biases = sum(out for spec in self.linears.values() if spec.bias for _, out in spec.parts)
-        in_layer = biases + len(family.norms) * each_norm
-        head = config.vocab_size if family.lm_head_bias else 0
-        return in_layer * len(self.layers) + each_norm + head
-
     # Held by a layer from its forward to its backward.
 
-    def _kept(self, layer: int, recompute_layers: int) -> int:
+    def kept(self, layer: int, recompute_layers: int) -> int:
         if layer < self.lowest:
             # Without a backward its input is kept only where it is the engine's own: the embedding.
             return self.shape.tokens * self.config.hidden_size * self.element if not layer else 0
@@ -287,22 +389,22 @@ class _StepMemory:
 
     # Moments of a step.
 
-    def _moments(self, kept: Sequence[int], recompute_layers: int) -> Iterator[_Moment]:
+    def moments(self, kept: Sequence[int], recompute_layers: int) -> Iterator[Moment]:
         """Every moment that may be the peak.
 
         Args:
-            kept: by layer, see `_kept`.
+            kept: by layer, see `kept`.
         """
         hidden = self.shape.target_tokens * self.config.hidden_size * self.element
-        yield _moment("loss", sum(kept), self._loss_buffers() + hidden)
+        yield moment_of("loss", sum(kept), self._loss_buffers() + hidden)
         for layer, held in enumerate(accumulate(kept)):
             is_kept = layer >= self.lowest and layer >= recompute_layers
             # A layer that is not kept holds the same tensors while it runs.
             recomputed = 0 if is_kept else self.saved[layer] - kept[layer]
             forward, backward = self.buffers[layer]
-            yield _moment("forward", held, forward, recomputed)
+            yield moment_of("forward", held, forward, recomputed)
             if layer >= self.lowest:
-                yield _moment("backward", held, backward, recomputed)
+                yield moment_of("backward", held, backward, recomputed)
 
     @cached_property
     def buffers(self) -> list[tuple[int, int]]:
@@ -365,22 +467,18 @@ class _StepMemory:
 
     # Single buffers.
 
-    def _loss_rows(self) -> int:
-        rows = architecture.loss_chunk_rows(self.config.vocab_size, self.device)
-        return min(self.shape.target_tokens, rows)
-
-    def _logits(self) -> int:
-        return self._loss_rows() * self.config.vocab_size * self.element
+    def logits(self) -> int:
+        return self.loss_rows() * self.config.vocab_size * self.element
 
     def _loss_buffers(self) -> int:
         """The logits, and the larger of a block's softmax and the head's backward."""
-        rows, vocabulary = self._loss_rows(), self.config.vocab_size
+        rows, vocabulary = self.loss_rows(), self.config.vocab_size
         of_block = min(architecture.block_rows(rows, vocabulary, self.device), rows)
         block = of_block * vocabulary * _FP32
         softmax = block if self.element == _FP32 else 2 * block
         # On a CPU the products of the head's slabs are summed: a second buffer.
         back = rows * self.config.hidden_size * self.element * (2 if self.device == "cpu" else 1)
-        return self._logits() + max(softmax, back)
+        return self.logits() + max(softmax, back)
 
     def _attention_forward(self) -> int:
         query = self.config.query_size
@@ -419,19 +517,10 @@ class _StepMemory:
             each = max(each, _RMS_BYTES + self.element)
         return rows * width * each
 
-    def _batch(self) -> int:
+    def last_terms(self) -> list[Term]:
         rotary = 2 * self.config.rotary_dim * self.element
-        return self.shape.tokens * (_BATCH_BYTES + rotary)
-
-    def _stored_note(self, kept: Sequence[int], recompute_layers: int) -> str:
-        stored = max(len(self.layers) - max(recompute_layers, self.lowest), 0)
-        tokens = f"{self.asked.tokens:,} tokens"
-        if not stored:
-            return f"the inputs of {len(self.layers)} layers x {tokens}"
-        each = kept[-2] if len(kept) > 1 else kept[-1]
-        note = f"{stored} of {len(self.layers)} layers x {tokens}"
-        note += f" x {each / self.shape.tokens / 1024:.1f} KiB"
-        return note if stored == len(self.layers) else f"{note}, inputs of the others"
+        batch = self.shape.tokens * (_BATCH_BYTES + rotary)
+        return [Term("micro-batch", batch, "ids, labels, rotary tables")]
 
 
 # -------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from phitune.plan.machine import (
     Memory,
     device_kind,
     gpu_name,
+    is_apple_silicon,
     machine_called,
     machines_like,
     memory_here,
@@ -562,10 +563,10 @@ def make_plan(resolved: Resolved, memory: str | None = None, preset: str | None 
 
     # Where it runs.
     device, device_source = device_kind(settings.device)
-    if preset and device == PRESETS[preset].device:
+    if preset and settings.device == PRESETS[preset].device:
         device_source = "the preset's"
     there = given or (PRESETS[preset].memory if preset else memory_here(settings.device, device))
-    machines = machines_like(device, there)
+    machines = machines_like(device, PRESETS[preset].machine if preset and not given else there)
     if device == "cuda" and not given and not preset:
         machines = machine_called(gpu_name(settings.device))
     place = Placement(base_precision(settings, device), device, there.budget(device))
@@ -614,11 +615,15 @@ def _in_words(device: Device, given: Memory | None, preset: str | None) -> str:
     if given:
         size = given.bytes / GIB if given.bytes % GIB == 0 else given.bytes / GB
         amount = f"{size:.3g} {'GiB' if given.bytes % GIB == 0 else 'GB'}"
-        names = {"cuda": "{} GPU", "mps": "Mac with {} for its GPU", "cpu": "CPU with {} of RAM"}
+        of_mac = "Mac with {} for its GPU"
+        names = {"cuda": "{} GPU", "mps": of_mac, "mlx": of_mac, "cpu": "CPU with {} of RAM"}
         return with_article(names[device].format(amount))
-    if preset and device == PRESETS[preset].device:
+    if preset and PRESETS[preset].is_for(device):
         return "an A10G of 24 GB" if device == "cuda" else "a Mac of 18 GB"
-    return {"cuda": "this machine's GPU", "mps": "this Mac", "cpu": "this machine's CPU"}[device]
+    if device == "mlx" and not is_apple_silicon():
+        return "this machine's CPU through MLX"
+    here = {"cuda": "GPU", "mlx": "GPU", "mps": "GPU", "cpu": "CPU"}[device]
+    return f"this Mac's {here}" if device in ("mlx", "mps") else f"this machine's {here}"
 
 
 def _model_and_rows(settings: Settings) -> tuple[ModelConfig, str, Rows]:

@@ -24,12 +24,24 @@ class Preset:
     device: Device  # the kind of device that it is for
 
     @property
-    def memory(self) -> Memory:
+    def machine(self) -> Memory:
         """Of the machine that the guide names it for."""
         if self.device == "cuda":
             return Memory(24 * GB, "24 GB of an A10G")
         # 12.9 GB of 18 GiB is what macOS recommends its GPU to use.
         return Memory(round(18 * GIB * APPLE_SHARE), "12.9 GB recommended by macOS on an 18 GB Mac")
+
+    @property
+    def memory(self) -> Memory:
+        """What it is planned with: the machine's; on a Mac, whose memory is not the run's alone, at
+        most what the guide gives it."""
+        if self.device == "cuda" or self.machine.bytes <= self.guide_gb * GB:
+            return self.machine
+        return Memory(self.guide_gb * GB, f"the guide's {self.guide_gb} GB of an 18 GB Mac")
+
+    def is_for(self, device: Device) -> bool:
+        """Whether its machine has such a device; on a Mac torch's is one, too."""
+        return device == self.device or (device == "mps" and self.device == "mlx")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -45,10 +57,10 @@ PRESETS = {
     "a10g-high": Preset(8, 4, 2048, 20, "cuda"),
     "a10g-balanced": Preset(4, 8, 1024, 16, "cuda"),
     "a10g-low": Preset(2, 16, 768, 12, "cuda"),
-    "m3-high": Preset(3, 8, 1024, 16, "mps"),
-    "m3-balanced": Preset(2, 16, 1024, 14, "mps"),
-    "m3-low": Preset(2, 16, 768, 12, "mps"),
-    "m3-safe": Preset(1, 32, 768, 10, "mps"),
+    "m3-high": Preset(3, 8, 1024, 16, "mlx"),
+    "m3-balanced": Preset(2, 16, 1024, 14, "mlx"),
+    "m3-low": Preset(2, 16, 768, 12, "mlx"),
+    "m3-safe": Preset(1, 32, 768, 10, "mlx"),
 }
 
 
@@ -70,17 +82,21 @@ def preset_named(name: str, device: str, memory: int | None) -> str:
     if name in PRESETS or not found:
         return name
     kind = device.partition(":")[0]
-    meant = [full for full, preset in found.items() if preset.device == kind]
     if kind == "auto" and memory is not None:
         meant = [
-            full for full, preset in found.items() if abs(memory / preset.memory.bytes - 1) < _ABOUT
+            full
+            for full, preset in found.items()
+            if abs(memory / preset.machine.bytes - 1) < _ABOUT
         ]
     elif kind == "auto":
         meant = list(found)
+    else:
+        kinds: dict[str, Device] = {"cuda": "cuda", "mlx": "mlx", "mps": "mps"}
+        meant = [full for full, preset in found.items() if preset.is_for(kinds.get(kind, "cpu"))]
     if len(meant) != 1:
         raise SettingsError(
             f"--preset {name}: there {'are' if len(found) > 1 else 'is'} {' and '.join(found)};"
-            " name the one that you mean, or its device with --device cuda or --device mps"
+            " name the one that you mean, or its device with --device cuda or --device mlx"
         )
     return meant[0]
 

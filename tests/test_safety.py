@@ -31,7 +31,8 @@ from phitune.model.adapter_config import CONFIG_FILE
 from phitune.model.architecture import read_model_config
 from phitune.model.files import ASSETS, find_model
 from phitune.model.lora import WEIGHTS_FILE, load_adapter
-from phitune.model.weights import load_decoder, read_header
+from phitune.model.tensors import read_header
+from phitune.model.weights import load_decoder
 from phitune.untrusted import read_object
 
 TOKEN = "hf_" + "aB3dE6gH9jK2mN5pQ8sT1vW4"

@@ -16,7 +16,7 @@ from phitune.errors import ModelError
 from phitune.model.architecture import read_model_config
 from phitune.model.files import ASSETS
 from phitune.model.lora import load_adapter
-from phitune.model.weights import read_header
+from phitune.model.tensors import read_header
 from phitune.untrusted import read_object
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 9\n"

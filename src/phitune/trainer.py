@@ -49,7 +49,7 @@ from phitune.inference.answers import sample_answers
 from phitune.inference.bases import BaseLosses, base_losses
 from phitune.inference.evaluate import evaluate_at_end
 from phitune.inference.loaded import TOKENIZER_FILE, Answer, LoadedAdapter, LoadedModel
-from phitune.model.architecture import read_model_config, resolve_targets
+from phitune.model.architecture import notes_on_config, read_model_config, resolve_targets
 from phitune.model.decoder import Decoder
 from phitune.model.device import (
     DTYPES,
@@ -73,9 +73,10 @@ from phitune.model.quantization import (
     CALIBRATION_TOKENS,
     QUANTIZATION_FILE,
     Quantization,
-    choose_quantization,
+    choose_for_folder,
     quantization_from_json,
 )
+from phitune.model.scheme import read_scheme
 from phitune.model.start_adapter import find_start_adapter, sha256_there, spec_of
 from phitune.model.weights import weights_fingerprint
 from phitune.plan.machine import Memory, ProcessMemoryLimit, device_kind, memory_budget
@@ -275,6 +276,7 @@ class LoRATrainer:
             check_is_here(path)
         self.model_folder = find_model(self.settings.model_name)
         self.model_config = read_model_config(self.model_folder)
+        self._scheme = read_scheme(self.model_folder)
         self.tokenizer = TextTokenizer(self.model_folder)
         self.coder = Coder.of(self.tokenizer, self.settings.prompt_format)
         self.prompt_format = self.coder.prompt_format
@@ -351,14 +353,16 @@ class LoRATrainer:
         return self._model
 
     def _quantization(self) -> Quantization | None:
-        """How the base is held: as the settings say, or as the run that is resumed found it."""
-        kind = self.settings.quantization
-        if kind == "none":
-            return None
+        """How the base is held: as the settings or its files say, or as a resumed run found it."""
         if self._resumption and (found := self._resumption.saved.quantization):
             return quantization_from_json(found)
-        chosen, why = choose_quantization(kind, self.settings.products, self.settings.device)
-        if self.verbose:
+        settings, scheme = self.settings, self._scheme
+        chosen, why = choose_for_folder(
+            scheme, settings.quantization, settings.products, settings.device
+        )
+        if chosen is None and scheme:
+            self._say(f"quantization: none; {why}")
+        elif chosen and (self.verbose or scheme):
             self._say(
                 f"quantization: {chosen.kind}, products {'low' if chosen.low else 'exact'} ({why})"
             )
@@ -659,6 +663,8 @@ class LoRATrainer:
         model = self.prepare_model(rows)
         seconds = time.perf_counter() - started
         self._say(model_line(model.decoder, model.adapter, self.settings, seconds))
+        for note in notes_on_config(self.model_folder):
+            self._say(f"warning: {note}")
         if found := model.decoder.quantization:
             self._say(f"quantization: {found.in_words}")
         # The plan follows the fused engine's buffers and knows nothing of autograd's.
@@ -698,7 +704,10 @@ class LoRATrainer:
                 "base model": self._base_fingerprint,
                 **self._start_fingerprint(),
             },
-            surroundings(device_name(self.settings.device), engine.choices),
+            {
+                **surroundings(device_name(self.settings.device), engine.choices),
+                **({"base model's files": self._scheme.name} if self._scheme else {}),
+            },
             torch.get_num_threads(),
             found.as_json() if (found := self.prepare_model().decoder.quantization) else None,
         )
@@ -949,7 +958,8 @@ class LoRATrainer:
     def _base_losses(self, ending: Ending, engine: Engine, data: PreparedData) -> BaseLosses | None:
         """What the adapter loses on other bases than the quantised one that it was trained on."""
         model = self.prepare_model()
-        if ending.interrupted or model.decoder.quantization is None:
+        # Files that are quantised already are no original.
+        if ending.interrupted or model.decoder.quantization is None or self._scheme:
             return None
         try:
             return guard_memory(

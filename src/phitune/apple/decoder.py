@@ -29,7 +29,8 @@ from phitune.model import decoder as plain
 from phitune.model import ops
 from phitune.model.architecture import EMBEDDING_MODULE, FAMILIES, ModelConfig
 from phitune.model.decoder import Attend, Decoder, DecoderLayer, FusedLinear
-from phitune.model.weights import TensorHeader, checked_weights, pieces_of
+from phitune.model.tensors import Weight
+from phitune.model.weights import checked_weights, pieces_of
 
 
 class MlxDecoder(Decoder):
@@ -61,58 +62,56 @@ class MlxDecoder(Decoder):
         Raises:
             ModelError: files missing or damaged, or tensors that do not fit the configuration.
         """
-        headers = checked_weights(self, folder)
+        weights = checked_weights(self, folder)
         family, config = FAMILIES[self.config.model_type], self.config
         rows = {f"{EMBEDDING_MODULE}.weight": self.embed_tokens.weight}
-        self.table = FrozenLinear(self._read(headers, rows), None)
+        self.table = FrozenLinear(self._read(weights, rows), None)
         self._places[EMBEDDING_MODULE] = (self.table, slice(None))
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer)
             norms = {
-                name: self._read_norm(headers, layer.prefix + name, norm)
+                name: self._read_norm(weights, layer.prefix + name, norm)
                 for name, norm in layer.norms.items()
                 if isinstance(norm, plain.Norm)
             }
             linears = {
-                name: self._read_linear(headers, linear)
+                name: self._read_linear(weights, linear)
                 for name, linear in layer.linears.items()
                 if isinstance(linear, FusedLinear)
             }
             self.stack.append(LAYERS[config.model_type](config, norms, linears))
-        self.norm = self._read_norm(headers, family.final_norm, self.final_norm)
+        self.norm = self._read_norm(weights, family.final_norm, self.final_norm)
         tied = config.tie_word_embeddings
-        self.head = AdaptedLinear(self.table if tied else self._read_linear(headers, self.lm_head))
+        self.head = AdaptedLinear(self.table if tied else self._read_linear(weights, self.lm_head))
 
-    def _read(self, headers: Mapping[str, TensorHeader], parts: Mapping[str, Tensor]) -> mx.array:
+    def _read(self, weights: Mapping[str, Weight], parts: Mapping[str, Tensor]) -> mx.array:
         """Tensors [n, ...] below each other, those of one fused layer. Returns: [O, ...]."""
         rows = sum(len(part) for part in parts.values())
         shape = next(iter(parts.values())).shape[1:]
         whole = torch.empty((rows, *shape), dtype=self.dtype)
         start = 0
         for name, part in parts.items():
-            for first, piece in pieces_of(name, headers[name], part):
+            for first, piece in pieces_of(weights[name], part):
                 whole[start + first : start + first + len(piece)].copy_(piece)
             start += len(part)
         array = to_mlx(whole)
         mx.eval(array)
         return array
 
-    def _read_norm(self, headers: Mapping[str, TensorHeader], name: str, norm: plain.Norm) -> Norm:
+    def _read_norm(self, weights: Mapping[str, Weight], name: str, norm: plain.Norm) -> Norm:
         arrays = [
-            self._read(headers, {key: part}) for key, part in norm.named_weights(name).items()
+            self._read(weights, {key: part}) for key, part in norm.named_weights(name).items()
         ]
         read = Norm(arrays[0], arrays[1] if len(arrays) > 1 else None, norm.eps)
         self._places[name] = (read, slice(None))
         return read
 
-    def _read_linear(
-        self, headers: Mapping[str, TensorHeader], linear: FusedLinear
-    ) -> FrozenLinear:
+    def _read_linear(self, weights: Mapping[str, Weight], linear: FusedLinear) -> FrozenLinear:
         named = linear.named_weights()
-        weights = {name: part for name, part in named.items() if name.endswith(".weight")}
+        parts = {name: part for name, part in named.items() if name.endswith(".weight")}
         biases = {name: part for name, part in named.items() if name.endswith(".bias")}
-        bias = self._read(headers, biases) if biases else None
-        weight = self._read(headers, weights)
+        bias = self._read(weights, biases) if biases else None
+        weight = self._read(weights, parts)
         frozen = FrozenLinear(weight, bias)
         if self.bits and linear is not self.lm_head:
             frozen = QuantizedLinear(weight, bias, self.bits)

@@ -38,13 +38,13 @@ from phitune.model.architecture import EMBEDDING_MODULE, LM_HEAD, ModelConfig, r
 from phitune.model.decoder import Decoder, LoraPair
 from phitune.model.device import DTYPES
 from phitune.model.lora import Adapter, AdapterSet, detach, load_adapter, save_adapter
+from phitune.model.tensors import PIECE_BYTES
 from phitune.model.weights import (
     EMBEDDING,
     INDEX_FILE,
-    PIECE_BYTES,
     SINGLE_FILE,
-    checked_headers,
     load_decoder,
+    plain_weights_in,
     torch_type,
 )
 from phitune.untrusted import write_object
@@ -221,7 +221,7 @@ def plan_tensors(
     decoder = Decoder(config, torch.float32, "meta")
     names = decoder.named_weights()
     pairs = {f"{module}.weight": pair for module, pair in adapter.pairs.items()} if adapter else {}
-    headers = checked_headers(decoder, folder)
+    headers = plain_weights_in(folder, decoder)
     # An untied head starts from the token table too. Not in `names`: a tied head and rotary tables,
     # which repeat what is known.
     sources = [(name, name) for name in headers if name in names]
@@ -395,7 +395,7 @@ def check_weights(decoder: Decoder, adapter: Adapter, folder: Path, config: Mode
     """
     ours = _weights(decoder)
     problems = []
-    for name, header in checked_headers(Decoder(config, torch.float32, "meta"), folder).items():
+    for name, header in plain_weights_in(folder, Decoder(config, torch.float32, "meta")).items():
         pair = adapter.pairs.get(name.removesuffix(".weight"))
         limits = torch.finfo(torch_type(header))
         outside = 0

@@ -147,7 +147,7 @@ def _original_losses(
     """
     device = torch.device("cpu") if like.is_mlx else like.device
     decoder = Decoder(like.config, like.dtype, device, is_quantized=True)
-    headers = checked_weights(decoder, folder)
+    weights = checked_weights(decoder, folder)
     load_weights(decoder, folder, without_layers=True)
     put_on(decoder, adapter)
     batches = [batch.to(device) for batch in batches]
@@ -160,9 +160,9 @@ def _original_losses(
         assert isinstance(layer, DecoderLayer)
         for linear in layer.linears.values():
             assert isinstance(linear, FusedLinear)
-            weight = read_linear(headers, linear)
+            weight = read_linear(weights, linear)
             if merge:
-                rounded = torch_type(headers[f"{next(iter(linear.columns))}.weight"])
+                rounded = torch_type(weights[f"{next(iter(linear.columns))}.weight"])
                 _merge(weight, linear, rounded)
             linear.weight = nn.Parameter(weight, requires_grad=False)
         for place, batch in enumerate(batches):

@@ -28,7 +28,7 @@ from phitune.inference.generate import (
     prepare_for_inference,
 )
 from phitune.model.adapter_config import CONFIG_FILE
-from phitune.model.architecture import ModelConfig, read_model_config
+from phitune.model.architecture import ModelConfig, notes_on_config, read_model_config
 from phitune.model.decoder import Decoder
 from phitune.model.device import DTYPES, choose_device, choose_precision, is_out_of_memory
 from phitune.model.files import ASSETS, SHIPPED_MODELS, fetch_weights, find_model, is_hub_id
@@ -38,9 +38,10 @@ from phitune.model.quantization import (
     AskedQuantization,
     Quantization,
     as_held_on,
-    choose_quantization,
+    choose_for_folder,
     quantization_from_json,
 )
+from phitune.model.scheme import read_scheme
 from phitune.plan.machine import memory_budget
 from phitune.untrusted import own_file, read_object
 
@@ -179,7 +180,8 @@ def open_model(
         model_name: of the base; by default the one the adapters name.
         prompt_format: by default the one the adapter was trained in, as its chat template tells;
             without an adapter, or where it has none, the base model's own; else instruct.
-        quantization: how the base is held; "trained": as the adapters were trained on it.
+        quantization: how the base is held; "trained": as the adapters were trained on it; "none":
+            in full, or as its files have it that are quantised already.
 
     Raises:
         ModelError: files missing, damaged or of another base.
@@ -214,13 +216,14 @@ def open_model(
     base_coder = coders[0] if coders else read_coder(folder, folder, config, prompt_format)[0]
     chosen = choose_device(device)
     dtype = DTYPES[choose_precision(precision, chosen)]
+    warnings += notes_on_config(folder)
+    held = None
     if quantization == "trained":
         held, notes = held_as_trained(folders, chosen)
         warnings += notes
-    elif quantization == "none":
-        held = None
-    else:
-        held, _ = choose_quantization(quantization, "auto", chosen)
+    if held is None:  # Files that are quantised already are held as they are.
+        asked = "none" if quantization == "trained" else quantization
+        held, _ = choose_for_folder(read_scheme(folder), asked, "auto", chosen)
     fetch_weights(model_name, folder)
     limit_memory(chosen, memory_budget(chosen).bytes)
     decoder = prepare_for_inference(load_decoder_on(folder, config, dtype, chosen, held))

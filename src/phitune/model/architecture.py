@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import ErrorDetails
 
 from phitune.errors import ModelError, SettingsError, listing
+from phitune.model.scheme import parse_scheme
 from phitune.untrusted import read_object
 
 # -------------------------------------------------------------------------------------------------
@@ -288,6 +289,33 @@ _KNOWN_MODELS = {
 }
 
 
+@dataclass(frozen=True)
+class InLlamaLayout:
+    """A Phi-3 that others save as a Llama or Mistral model, by its sizes, and how it rotates."""
+
+    names: str
+    rope_theta: float
+    plain_positions: int  # max_position_embeddings without rotary scaling
+    scaled_positions: int | None  # and with longrope
+
+
+SIZES_IN_LLAMA_LAYOUT = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+IN_LLAMA_LAYOUT: dict[tuple[int, ...], InLlamaLayout] = {
+    (3072, 8192, 32, 32, 32, 32_064): InLlamaLayout(
+        "Phi-3-mini and Phi-3.5-mini", 10_000.0, 4096, 131_072
+    ),
+    (5120, 17_920, 40, 40, 10, 32_064): InLlamaLayout("Phi-3-medium", 10_000.0, 4096, 131_072),
+    (5120, 17_920, 40, 40, 10, 100_352): InLlamaLayout("Phi-4", 250_000.0, 16_384, None),
+}
+
+
 def known_model_config(name: str) -> ModelConfig | None:
     """The sizes of a well-known hub model, for a plan without its files; None for any other.
 
@@ -312,8 +340,65 @@ def read_model_config(folder: Path) -> ModelConfig:
         raise ModelError(f"{path}: {error}") from None
 
 
+def notes_on_config(folder: Path) -> list[str]:
+    """What in a folder's config.json is not taken as it stands there, for the user."""
+    raw = read_object(folder / "config.json", f"is {folder} a model folder?")
+    return _as_phi3(raw)[1]
+
+
+def _as_phi3(raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
+    """A Phi-3 in Llama's layout as Phi-3's own, and notes; anything else as it is.
+
+    Rotary settings of such copies may be wrong, or missing, and every answer would be. What a file
+    has to say follows from its sizes; longrope's factors, which do not, have to be in it.
+
+    Raises:
+        ModelError: it has a known Phi's sizes, and rotary settings that are not that Phi's.
+    """
+    sizes = [raw.get(name) for name in SIZES_IN_LLAMA_LAYOUT]
+    known = IN_LLAMA_LAYOUT.get(tuple(size for size in sizes if isinstance(size, int)))
+    if raw.get("model_type") not in ("llama", "mistral") or known is None:
+        return raw, []
+    if raw.get("mlp_bias"):
+        raise ModelError("uses features that are not supported:\n  mlp_bias")
+    _refuse_contradictions(raw)
+    rope = _rope_settings(raw)
+    instead = (
+        f"The sizes are those of {known.names}; copy rope_theta, rope_scaling and"
+        " max_position_embeddings from config.json of the model that it was made from"
+    )
+    longest, theta = raw.get("max_position_embeddings"), rope.get("rope_theta", 10_000.0)
+    is_scaled = _rope_kind(rope.get("rope_type") or rope.get("type") or "default") != "default"
+    if theta != known.rope_theta:
+        raise ModelError(f"rope_theta is {_shown(theta)}, expected {known.rope_theta:g}. {instead}")
+    if not isinstance(longest, int) or longest not in (
+        known.plain_positions,
+        known.scaled_positions,
+    ):
+        raise ModelError(f"max_position_embeddings is {_shown(longest)}. {instead}")
+    if is_scaled != (longest == known.scaled_positions):
+        wrong = "has rotary scaling" if is_scaled else "has no longrope in rope_scaling"
+        raise ModelError(f"{wrong} with {longest:,} positions. {instead}")
+    ours = {**raw, "model_type": "phi3"}
+    notes: list[str] = []
+    if is_scaled:
+        expected = _attention_factor(longest / _PHI3_ORIGINAL, _PHI3_ORIGINAL)
+        given = rope.pop("attention_factor", None)
+        if not isinstance(given, int | float | None) or abs((given or expected) - expected) > 1e-3:
+            notes.append(
+                f"config.json says attention_factor {_shown(given)}; that of {known.names} is"
+                f" {expected:.4f}, which is used"
+            )
+        if rope.get(_ORIGINAL, _PHI3_ORIGINAL) != _PHI3_ORIGINAL:
+            raise ModelError(f"{_ORIGINAL} is {_shown(rope[_ORIGINAL])}. {instead}")
+        ours |= {"rope_scaling": {**rope, "factor": None}, "rope_parameters": None}
+        ours[_ORIGINAL] = _PHI3_ORIGINAL
+    return ours, notes
+
+
 def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
     """A config.json's content as ModelConfig; see `read_model_config`."""
+    raw, _ = _as_phi3(raw)
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ModelError(
@@ -601,13 +686,17 @@ def _long_rope(
     if values.attention_factor is not None:
         return LongRope(short, long, original, values.attention_factor)
     factor = longest / original if values.factor is None else values.factor
-    # Section 3.1 of LongRoPE (arXiv:2402.13753): keeps the attention's entropy.
-    attention_factor = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-    return LongRope(short, long, original, attention_factor)
+    return LongRope(short, long, original, _attention_factor(factor, original))
+
+
+def _attention_factor(factor: float, original: int) -> float:
+    """Section 3.1 of LongRoPE (arXiv:2402.13753): keeps the attention's entropy."""
+    return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
 
 
 def _refuse_unknown_features(raw: Mapping[str, Any], config: ModelConfig) -> None:
     activation = {"phi": ("gelu_new", "gelu_pytorch_tanh"), "phi3": ("silu", "swish")}
+    parse_scheme(raw)
     problems = []
     if raw.get("hidden_act", activation[config.model_type][0]) not in activation[config.model_type]:
         problems.append(f"hidden_act {raw.get('hidden_act')!r}")
@@ -617,8 +706,6 @@ def _refuse_unknown_features(raw: Mapping[str, Any], config: ModelConfig) -> Non
         problems.append("qk_layernorm")
     if raw.get("attention_bias"):
         problems.append("attention_bias")
-    if raw.get("quantization_config"):
-        problems.append("quantization_config (name the unquantised model)")
     if config.model_type == "phi" and config.tie_word_embeddings:
         problems.append("tie_word_embeddings with model_type phi")
     if config.num_attention_heads % config.num_key_value_heads:

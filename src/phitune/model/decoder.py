@@ -166,6 +166,10 @@ class FusedLinear(nn.Module):
         self.store = store
         self.weight = _frozen(*self.weight.shape, dtype=self.weight.dtype, device=META)
 
+    def hold_in_full(self) -> None:
+        """Makes room for the weight in full precision, in a decoder whose others get stores."""
+        self.weight = _frozen(*self.weight.shape, dtype=self.weight.dtype, device=self.device)
+
     def widen(self, extra_columns: int) -> Tensor:
         """Puts X extra columns of zeros beside the weight, which becomes a view of the result.
 

@@ -35,7 +35,7 @@ from phitune.model.adapter_config import (
 from phitune.model.architecture import EMBEDDING_MODULE, FAMILIES, LM_HEAD, ModelConfig
 from phitune.model.decoder import Decoder, LoraBank, LoraPair
 from phitune.model.llama_layout import is_in_parts, joined, parts_of
-from phitune.model.weights import read_header
+from phitune.model.tensors import read_header
 from phitune.untrusted import write_object
 
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -28,13 +28,10 @@ from phitune.model.decoder import META, Decoder, DecoderLayer, FusedLinear
 from phitune.model.device import MLX, torch_device
 from phitune.model.fused import Packed
 from phitune.model.products import EightBit, whole_products
+from phitune.model.scheme import Scheme
 from phitune.model.stores import Store, new_store
-from phitune.model.weights import (
-    checked_headers,
-    checked_weights,
-    load_weights,
-    read_linear,
-)
+from phitune.model.tensors import Weight
+from phitune.model.weights import checked_weights, load_weights, read_linear, weights_in
 
 Kind = Literal["int8", "nf4", "int4"]
 AskedQuantization = Literal["trained", "none", "int8", "nf4", "int4"]
@@ -58,6 +55,8 @@ class Quantization:
     bits: int = 8  # of int8's numbers
     columns: Mapping[str, Sequence[int]] = field(default_factory=dict)  # kept, by linear layer
     exact: Sequence[str] = ()  # linear layers that are multiplied exactly all the same
+    origin: str = ""  # for people, of a folder that was quantised already: what is made of it
+    in_full: Sequence[str] = ()  # linear layers that such a folder has in full precision
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -65,9 +64,11 @@ class Quantization:
     @property
     def in_words(self) -> str:
         """For the user."""
-        how = f"{self.kind}"
+        how = f"{self.kind} {self.origin}".rstrip()
         if self.kind == "int8" and self.bits != 8:
             how += f" ({self.bits} of 8 bits are used)"
+        if self.in_full:
+            how += f", but for {len(self.in_full)} linear layers that it has in full"
         if not self.low:
             return f"{how}, expanded for each product"
         kept = sum(len(columns) for columns in self.columns.values())
@@ -90,9 +91,41 @@ def quantization_from_json(content: Mapping[str, Any]) -> Quantization:
         if kind not in ("int8", "nf4", "int4") or bits not in (7, 8):
             raise ValueError(f"kind {kind!r} with {bits} bits")
         exact = [str(name) for name in content["exact"]]
-        return Quantization(kind, bool(content["low"]), bits, columns, exact)
+        origin = str(content.get("origin", ""))
+        in_full = tuple(str(name) for name in content.get("in_full", ()))
+        return Quantization(kind, bool(content["low"]), bits, columns, exact, origin, in_full)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(f"not the record of a quantised base: {error}") from None
+
+
+def choose_for_folder(
+    scheme: Scheme | None, asked: Kind | Literal["none"], products: Products, device_name: str
+) -> tuple[Quantization | None, str]:
+    """How the base of a model folder is held, and why: as asked, or as its files have it already.
+
+    Returns: None for full precision, into which files of other schemes are expanded.
+
+    Raises:
+        SettingsError: the device has no such weights or products.
+    """
+    if scheme is None:
+        if asked == "none":
+            return None, "as asked"
+        return choose_quantization(asked, products, device_name)
+    if asked != "none" and (asked != scheme.kind or device_name == MLX):
+        chosen, why = choose_quantization(asked, products, device_name)
+        return replace(chosen, origin=f"made again of {scheme.name}"), why
+    if scheme.kind is None:
+        return None, f"{scheme.name} is expanded while it is loaded"
+    if device_name == MLX:
+        return None, f"{scheme.name} is expanded: MLX holds fewer bits in a way of its own"
+    chosen, why = choose_quantization(scheme.kind, products, device_name)
+    if scheme.kind == "int8" and chosen.low and chosen.bits < 8:
+        why = "its numbers have 8 bits, and this processor multiplies 7 without an error"
+        if products == "low":
+            raise SettingsError(f"products low: {why}; leave --products out")
+        chosen = Quantization(scheme.kind, low=False)
+    return replace(chosen, origin=f"as the folder has it ({scheme.name})"), why
 
 
 def choose_quantization(
@@ -171,13 +204,18 @@ def load_quantized(
     Raises:
         ModelError: files missing or damaged, or layers that cannot be held so.
     """
-    checked_headers(Decoder(config, dtype, META), folder)
+    weights = weights_in(folder, Decoder(config, dtype, META))
     decoder = Decoder(config, dtype, device, is_quantized=True)
+    left_in_full = _left_in_full(decoder, weights, quantization.kind)
+    for linear in left_in_full.values():
+        linear.hold_in_full()
+    quantization = replace(quantization, in_full=tuple(left_in_full))
     if rows is not None and quantization.low and quantization.kind == "int8":
         quantization = _load_calibrated(decoder, folder, quantization, rows)
     else:
         for name, linear in _linears(decoder):
-            linear.hold_in(_store(quantization, name, linear))
+            if linear.weight.is_meta:
+                linear.hold_in(_store(quantization, name, linear))
         load_weights(decoder, folder)
     for name, linear in _linears(decoder):
         linear.low_bits = quantization.bits if quantization.low else None
@@ -185,6 +223,22 @@ def load_quantized(
             linear.low_bits = None
     decoder.quantization = quantization
     return decoder
+
+
+def _left_in_full(
+    decoder: Decoder, weights: Mapping[str, Weight], kind: Kind
+) -> dict[str, FusedLinear]:
+    """Layers that a folder leaves in full, wholly or in a part, where it has others in this kind.
+
+    Such folders spare the layers that fewer bits would harm most.
+    """
+    linears = _linears(decoder)
+    full = {
+        name: linear
+        for name, linear in linears
+        if any(weights[f"{module}.weight"].kind != kind for module in linear.columns)
+    }
+    return full if len(full) < len(linears) else {}
 
 
 def _linears(decoder: Decoder) -> list[tuple[str, FusedLinear]]:
@@ -237,7 +291,8 @@ def _load_calibrated(
     decoder: Decoder, folder: Path, quantization: Quantization, rows: Packed
 ) -> Quantization:
     """Loads a decoder whose layers are without weights; see `load_quantized`."""
-    headers = checked_weights(decoder, folder)
+    weights = checked_weights(decoder, folder)
+    in_full = {linear for _, linear in _linears(decoder) if not linear.weight.is_meta}
     load_weights(decoder, folder, without_layers=True)
     lengths = [stop - start for start, stop in itertools.pairwise(rows.cu_seqlens)]
     rotary = decoder.rotary(rows.position_ids, lengths, lengths)
@@ -254,23 +309,26 @@ def _load_calibrated(
         assert isinstance(layer, DecoderLayer)
         recorders = {}
         for name, linear in _linears_of(layer):
-            whole = read_linear(headers, linear)
+            whole = read_linear(weights, linear)
             linear.weight = nn.Parameter(whole, requires_grad=False)
             linear.product = recorders[name] = _Recorder()
         x = layer(x, rotary, attend, None)
         for name, linear in _linears_of(layer):
+            if linear in in_full:
+                linear.product = F.linear
+                continue
             seen = recorders[name].x
             if found := outlier_columns(seen):
                 columns[name] = found
-            of_layer = Quantization(quantization.kind, True, quantization.bits, columns)
-            store = _store(of_layer, name, linear)
-            store.put(0, linear.weight)
+            store = _store(replace(quantization, columns=columns), name, linear)
+            for module, part in linear.columns.items():
+                weights[f"{module}.weight"].put_into(store, part.start)
             some = seen[:: max(1, len(seen) // CHECKED_TOKENS)]
             if how_far_off(EightBit(store, 0, quantization.bits), some, linear.weight) > MOST_OFF:
                 exact.append(name)
             linear.hold_in(store)
             linear.product = F.linear
-    return Quantization(quantization.kind, True, quantization.bits, columns, exact)
+    return replace(quantization, columns=columns, exact=exact)
 
 
 def outlier_columns(x: Tensor) -> list[int]:

@@ -179,6 +179,21 @@ class Nf4(Store):
         self.codes[first // 2 : (first + count) // 2] = codes
         self.absmax[first // NF4_BLOCK : (first + count) // NF4_BLOCK] = absmax
 
+    def put_codes(self, first: int, codes: Tensor, absmax: Tensor) -> None:
+        """Takes blocks that are quantised already.
+
+        Args:
+            first: the number, row after row, that they begin with.
+            codes: [numbers / 2], absmax: [numbers / 64].
+
+        Raises:
+            ModelError: it is within a block.
+        """
+        if first % NF4_BLOCK:
+            self._check(first // self.shape[1], "put together")
+        self.codes[first // 2 : first // 2 + len(codes)] = codes
+        self.absmax[first // NF4_BLOCK : first // NF4_BLOCK + len(absmax)] = absmax
+
     def expand(self, rows: slice, out: Tensor) -> Tensor:
         """out: [n, D]."""
         assert self._pairs is not None
@@ -255,6 +270,14 @@ class Int8Rows(Store):
             scale[scale == 0] = 1.0
             self.scale[theirs] = scale
             self.numbers[theirs] = (wide / scale.unsqueeze(1)).round_().to(torch.int8)
+
+    def put_numbers(self, start: int, numbers: Tensor, scale: Tensor) -> None:
+        """Takes rows that are whole numbers of 8 bits already. numbers: [n, D] int8, scale: [n]."""
+        rows = slice(start, start + len(numbers))
+        scale = scale.to(self.scale)
+        self.numbers[rows], self.scale[rows] = numbers.to(self.numbers.device), scale
+        self.kept[rows] = self.numbers[rows][:, self.columns].float() * scale.unsqueeze(1)
+        self.numbers[rows, self.columns] = 0
 
     def expand(self, rows: slice, out: Tensor) -> Tensor:
         """out: [n, D]."""

@@ -1,128 +1,32 @@
-"""Safetensors files into a decoder's fused buffers, one tensor at a time.
+"""The files of a model folder into a decoder's fused buffers, one tensor at a time.
 
 All names, shapes and types are checked first, from the files' headers alone and before memory is
 taken; every mismatch is in one error. Pickled weights are refused: loading them runs code.
 """
 
 import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from phitune.errors import ModelError, listing
 from phitune.model.adapter_config import CONFIG_FILE as ADAPTER_CONFIG
 from phitune.model.architecture import LM_HEAD, ModelConfig
 from phitune.model.decoder import Decoder, FusedLinear
-from phitune.untrusted import HEAD_BYTES, instead_of_file, own_file, read_object
-
-# -------------------------------------------------------------------------------------------------
-# The header of a safetensors file: the library checks it, and here is what it lets through.
-#
-#     8 bytes, the header's length | the header, JSON | the tensors
-
-MAX_HEADER = 2**22  # bytes; the six headers of Phi-4 have 30 thousand together
-MAX_NAME, MAX_DIMENSIONS, MAX_SIZE = 1000, 8, 2**40
-_MAX_REASON = 300  # characters; the library puts names into its messages, however long
-
-
-@dataclass(frozen=True)
-class TensorHeader:
-    """One tensor as its file describes it."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str  # in the names of the format
-
-
-def read_header(file: Path) -> dict[str, TensorHeader]:
-    """The tensors of a safetensors file by name, from its header alone.
-
-    The library holds types, shapes and offsets against each other and against the file's size.
-
-    Raises:
-        ModelError: missing, a link out of its folder, or not what the format allows.
-    """
-    if own_file(file) is None:
-        raise ModelError(f"{file}: missing")
-    try:
-        with file.open("rb") as opened:
-            head = opened.read(HEAD_BYTES)
-            # A length may begin as a pickle does.
-            if head[8:9] != b"{" and (instead := instead_of_file(head)):
-                raise ModelError(f"{file}: {instead}")
-            opened.seek(0)
-            size, length = file.stat().st_size, int.from_bytes(opened.read(8), "little")
-            if length > min(size, MAX_HEADER):
-                raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
-            header = opened.read(length)
-        with safe_open(file, framework="pt") as tensors:
-            found = {}
-            for name in _names(header):
-                tensor = tensors.get_slice(name)
-                found[name] = TensorHeader(file, tuple(tensor.get_shape()), tensor.get_dtype())
-        _check_limits(found)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(
-            f"{file}: damaged or not a safetensors file: {str(error)[:_MAX_REASON]}; get it again"
-            " from where it came from"
-        ) from None
-    return found
-
-
-def _names(header: bytes) -> list[str]:
-    """The tensors in a header that the library has read, in their order in it.
-
-    Raises:
-        ValueError: a name is there twice, of which the library takes the last.
-    """
-    entries = json.loads(header, object_pairs_hook=_without_repeats)
-    if not header.startswith(b"{") or entries.pop("__metadata__", {}) is None:
-        raise ValueError("its header is not an object, or its __metadata__ is not one of texts")
-    return list(entries)
-
-
-def _check_limits(tensors: Mapping[str, TensorHeader]) -> None:
-    """Refuses names and shapes that no model has.
-
-    Raises:
-        ValueError: naming the first of them.
-    """
-    for name, tensor in tensors.items():
-        if len(name) > MAX_NAME:
-            raise ValueError(f"a name of {len(name):,} characters: {name[:80]}...")
-        if len(tensor.shape) > MAX_DIMENSIONS or max(tensor.shape, default=0) > MAX_SIZE:
-            raise ValueError(f"{name} has the shape {str(tensor.shape)[:80]}")
-
-
-def _without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"its header names {name} twice")
-        found[name] = value
-    return found
-
+from phitune.model.llama_layout import parts_of
+from phitune.model.prequantized import JoinedWeight, MisfitError, read_module
+from phitune.model.scheme import Scheme, read_scheme
+from phitune.model.tensors import PIECE_BYTES, PLAIN_TYPES, TensorHeader, Weight, read_header
+from phitune.untrusted import own_file, read_object
 
 # -------------------------------------------------------------------------------------------------
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 EMBEDDING = "model.embed_tokens.weight"
-# A tensor is read in pieces of about this size.
-PIECE_BYTES = 32 * 2**20
 FINGERPRINT_ROWS = 64
-_TORCH_TYPES = {
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
 _OTHER_PREFIXES = {
     "_orig_mod.": "a compiled model; save the model that torch.compile was given",
     "module.": "a model that was trained on several devices; save what is in its .module",
@@ -143,7 +47,7 @@ def load_decoder(
     The files are held against a decoder without memory first: sizes in config.json that they do not
     bear out are refused before anything of these sizes is made.
     """
-    checked_headers(Decoder(config, dtype, torch.device("meta")), folder)
+    weights_in(folder, Decoder(config, dtype, torch.device("meta")))
     decoder = Decoder(config, dtype, device)
     load_weights(decoder, folder, progress)
     return decoder
@@ -157,7 +61,7 @@ def load_weights(
     *,
     without_layers: bool = False,
 ) -> None:
-    """Fills a decoder from a folder's safetensors files, converting to its dtype.
+    """Fills a decoder from a folder's files, converting to its dtype and to its stores.
 
     Peak memory is that of the decoder plus one piece.
 
@@ -168,72 +72,66 @@ def load_weights(
     Raises:
         ModelError: files missing or damaged, or tensors that do not fit the configuration.
     """
-    headers = checked_weights(decoder, folder)
+    weights = checked_weights(decoder, folder)
     destinations, linears = decoder.named_weights(), decoder.fused_linears()
     for done, (name, destination) in enumerate(destinations.items(), start=1):
-        if name == EMBEDDING and _can_stay_in_file(decoder, headers[name]):
-            with safe_open(headers[name].file, framework="pt") as file:
-                table = file.get_tensor(name)
-            decoder.embed_tokens.weight = nn.Parameter(table, requires_grad=False)
+        weight = weights[name]
+        if name == EMBEDDING and _can_stay_in_file(decoder, weight):
+            assert isinstance(weight, TensorHeader)
+            decoder.embed_tokens.weight = nn.Parameter(weight.whole(), requires_grad=False)
             continue
         module, _, kind = name.rpartition(".")
         linear = linears.get(module)
         if without_layers and linear not in (None, decoder.lm_head) and kind == "weight":
             continue
-        store = linear.store if linear is not None and kind == "weight" else None
-        for start, piece in pieces_of(name, headers[name], destination):
-            if linear is not None and store is not None:
-                store.put(linear.columns[module].start + start, piece)
-            else:
+        if linear is not None and linear.store is not None and kind == "weight":
+            weight.put_into(linear.store, linear.columns[module].start)
+        else:
+            for start, piece in pieces_of(weight, destination):
                 destination[start : start + len(piece)].copy_(piece)
         if progress:
             progress(done, len(destinations))
 
 
-def pieces_of(
-    name: str, header: TensorHeader, like: Tensor
-) -> Iterator[tuple[int, Tensor]]:  # [n, ...], some rows
+def pieces_of(weight: Weight, like: Tensor) -> Iterator[tuple[int, Tensor]]:  # [n, ...], some rows
     """A weight of a file, a few rows at a time, each with the number of its first row.
 
     Args:
-        header: of `checked_weights`.
+        weight: of `checked_weights`.
         like: a tensor of that shape, which may be without numbers; its type decides how many rows.
     """
     rows = max(1, PIECE_BYTES * len(like) // like.nbytes)
     for start in range(0, len(like), rows):
-        # Opened for each piece: closing the file gives its mapped pages back.
-        with safe_open(header.file, framework="pt") as file:
-            yield start, file.get_slice(name)[start : start + rows]
+        yield start, weight.rows(start, min(start + rows, len(like)))
 
 
-def read_linear(headers: Mapping[str, TensorHeader], linear: FusedLinear) -> Tensor:
+def read_linear(weights: Mapping[str, Weight], linear: FusedLinear) -> Tensor:
     """The weight of a linear layer that has none yet, from its files. Returns: [O, D].
 
     Args:
-        headers: of `checked_weights`.
+        weights: of `checked_weights`.
     """
     whole = torch.empty(linear.weight.shape, dtype=linear.weight.dtype, device=linear.device)
     for module, part in linear.columns.items():
-        name = f"{module}.weight"
         place = whole[part.start : part.stop]
-        for start, piece in pieces_of(name, headers[name], place):
+        for start, piece in pieces_of(weights[f"{module}.weight"], place):
             place[start : start + len(piece)].copy_(piece)
     return whole
 
 
-def checked_weights(decoder: Decoder, folder: Path) -> dict[str, TensorHeader]:
-    """`checked_headers`, and the numbers of a head that repeats the token table.
+def checked_weights(decoder: Decoder, folder: Path) -> dict[str, Weight]:
+    """`weights_in`, and the numbers of a head that repeats the token table.
 
     Raises:
         ModelError: as there, or a head that is not the token table.
     """
-    headers = checked_headers(decoder, folder)
-    _check_tied_head(folder, decoder, headers)
-    return headers
+    weights = weights_in(folder, decoder)
+    _check_tied_head(folder, decoder, weights)
+    return weights
 
 
-def checked_headers(decoder: Decoder, folder: Path) -> dict[str, TensorHeader]:
-    """All tensors of a folder by name, file after file.
+def weights_in(folder: Path, decoder: Decoder) -> dict[str, Weight]:
+    """The weights of a folder by name, however its files hold them.
 
     Args:
         decoder: whose weights they have to be; it may be on the meta device.
@@ -241,50 +139,134 @@ def checked_headers(decoder: Decoder, folder: Path) -> dict[str, TensorHeader]:
     Raises:
         ModelError: files missing or damaged, or tensors that do not fit the decoder.
     """
-    files = weight_files(folder)
+    scheme = read_scheme(folder)
+    tensors, problems = _tensors_of(folder)
+    weights, used, misfits = _weights_of(decoder, tensors, scheme)
+    problems += misfits
+    for name, tensor in tensors.items():
+        # A tied head and the rotary tables of old files repeat what is known.
+        tied = decoder.config.tie_word_embeddings and name == f"{LM_HEAD}.weight"
+        if tied:
+            weights[name] = tensor
+        elif name not in used and not name.endswith("rotary_emb.inv_freq"):
+            problems.append(f"{name}: unexpected, in {tensor.file.name}")
+    if problems:
+        raise ModelError(
+            f"{folder}: {len(problems)} tensors do not fit config.json:\n"
+            + listing(sorted(problems))
+            + _other_prefix(tensors.keys(), decoder.named_weights().keys())
+        )
+    # In the order of the files, which a merge keeps.
+    return {name: weights[name] for name in (*tensors, *weights) if name in weights}
+
+
+def plain_weights_in(folder: Path, decoder: Decoder) -> dict[str, TensorHeader]:
+    """`weights_in` where each is one tensor of plain numbers, as a merge needs them.
+
+    Raises:
+        ModelError: as there; or the folder is quantised, or has Llama's layout.
+    """
+    weights = weights_in(folder, decoder)
+    plain = {name: weight for name, weight in weights.items() if isinstance(weight, TensorHeader)}
+    if len(plain) == len(weights):
+        return plain
+    scheme = read_scheme(folder)
+    what = f"quantised already ({scheme.name})" if scheme else "in Llama's layout"
+    raise ModelError(
+        f"{folder}: is {what}, and nothing is merged into such files; name the model that it was"
+        " made from with --model_name (microsoft/...), or export the adapter alone with --format"
+        " adapter"
+    )
+
+
+def _tensors_of(folder: Path) -> tuple[dict[str, TensorHeader], list[str]]:
+    """All tensors of a folder's safetensors files by name, and what is there twice."""
     headers: dict[str, TensorHeader] = {}
     problems = []
-    for file in files:
+    for file in weight_files(folder):
         found = read_header(file)
         problems += [
             f"{name}: twice, in {headers[name].file.name} and in {file.name}"
             for name in found.keys() & headers.keys()
         ]
         headers |= found
-    destinations = decoder.named_weights()
-    untied = f" ({LM_HEAD}.weight is in no file, and tie_word_embeddings is not true)"
-    problems += [
-        f"{name}: missing{untied if name == f'{LM_HEAD}.weight' else ''}"
-        for name in destinations.keys() - headers.keys()
-    ]
-    for name, header in headers.items():
-        file, shape, dtype = header.file, header.shape, header.dtype
-        if name not in destinations:
-            # A tied head and the rotary tables of old files repeat what is known.
-            tied = decoder.config.tie_word_embeddings and name == "lm_head.weight"
-            if not tied and not name.endswith("rotary_emb.inv_freq"):
-                problems.append(f"{name}: unexpected, in {file.name}")
-        elif shape != tuple(destinations[name].shape):
-            expected = tuple(destinations[name].shape)
-            problems.append(f"{name}: shape {shape}, expected {expected}, in {file.name}")
-        elif dtype not in _TORCH_TYPES:
-            problems.append(f"{name}: type {dtype} is not a plain float, in {file.name}")
-    if problems:
-        raise ModelError(
-            f"{folder}: {len(problems)} tensors do not fit config.json:\n"
-            + listing(sorted(problems))
-            + _other_prefix(headers.keys(), destinations.keys())
-        )
-    return headers
+    return headers, problems
 
 
-def _check_tied_head(folder: Path, decoder: Decoder, headers: Mapping[str, TensorHeader]) -> None:
+def _weights_of(
+    decoder: Decoder, tensors: Mapping[str, TensorHeader], scheme: Scheme | None
+) -> tuple[dict[str, Weight], set[str], list[str]]:
+    """The decoder's weights, the names of the tensors that they are made of, and what is wrong."""
+    weights: dict[str, Weight] = {}
+    used: set[str] = set()
+    problems = []
+    quantised = decoder.fused_linears() if scheme else {}
+    modules = {name.rpartition(".")[0] for name in tensors}
+    modules |= {name.rpartition(".")[0] for name in modules}  # Of names such as weight.absmax.
+    parts_of_modules = parts_of(decoder.config)
+    for name, destination in decoder.named_weights().items():
+        module, _, kind = name.rpartition(".")
+        shape = tuple(destination.shape)
+        shapes = {module: shape}
+        if kind == "weight" and module not in modules:
+            parts = parts_of_modules.get(module, {})
+            if not modules.isdisjoint(parts):
+                shapes = {part: (len(rows), *shape[1:]) for part, rows in parts.items()}
+        found: list[Weight] = []
+        of_scheme = scheme if kind == "weight" and module in quantised else None
+        for each, its_shape in shapes.items():
+            weight, names = _read_or_misfit(f"{each}.{kind}", its_shape, tensors, of_scheme)
+            used |= names
+            if isinstance(weight, Weight):
+                found.append(weight)
+            else:
+                problems.append(weight)
+        if len(found) == len(shapes):
+            weights[name] = found[0] if len(found) == 1 else JoinedWeight(found)
+    return weights, used, problems
+
+
+def _read_or_misfit(
+    name: str, shape: tuple[int, ...], tensors: Mapping[str, TensorHeader], scheme: Scheme | None
+) -> tuple[Weight | str, Set[str]]:
+    """A weight, or what is wrong with it; and the tensors that it is made of.
+
+    Args:
+        scheme: in which it may be quantised.
+    """
+    module = name.removesuffix(".weight")
+    try:
+        if scheme and len(shape) == 2:
+            return read_module(scheme, module, (shape[0], shape[1]), tensors)
+        return _plain(name, shape, tensors), {name}
+    except MisfitError as error:
+        names = {other for other in tensors if scheme and other.startswith(f"{module}.")}
+        return str(error), {name, *names}
+
+
+def _plain(name: str, shape: tuple[int, ...], tensors: Mapping[str, TensorHeader]) -> TensorHeader:
+    """
+    Raises:
+        MisfitError: it is missing, of another shape, or no plain float.
+    """
+    found = tensors.get(name)
+    if found is None:
+        untied = f" ({name} is in no file, and tie_word_embeddings is not true)"
+        raise MisfitError(f"{name}: missing{untied if name == f'{LM_HEAD}.weight' else ''}")
+    if found.shape != shape:
+        raise MisfitError(f"{name}: shape {found.shape}, expected {shape}, in {found.file.name}")
+    if not found.is_plain:
+        raise MisfitError(f"{name}: type {found.dtype} is not a plain float, in {found.file.name}")
+    return found
+
+
+def _check_tied_head(folder: Path, decoder: Decoder, weights: Mapping[str, Weight]) -> None:
     """Refuses a head of its own in the files of a model whose head is the token table.
 
     Raises:
         ModelError: it is not the token table; transformers would use it.
     """
-    head, table = headers.get(f"{LM_HEAD}.weight"), headers[EMBEDDING]
+    head, table = weights.get(f"{LM_HEAD}.weight"), weights[EMBEDDING]
     if head is None or not decoder.config.tie_word_embeddings:
         return
     is_same = head.shape == table.shape
@@ -292,18 +274,12 @@ def _check_tied_head(folder: Path, decoder: Decoder, headers: Mapping[str, Tenso
     for start in range(0, table.shape[0], rows):
         if not is_same:
             break
-        with (
-            safe_open(head.file, framework="pt") as of_head,
-            safe_open(table.file, framework="pt") as of_table,
-        ):
-            pieces = [
-                file.get_slice(name)[start : start + rows].to(decoder.dtype)
-                for file, name in ((of_head, f"{LM_HEAD}.weight"), (of_table, EMBEDDING))
-            ]
+        stop = min(start + rows, table.shape[0])
+        pieces = [each.rows(start, stop).to(decoder.dtype) for each in (head, table)]
         is_same = torch.equal(*pieces)
     if not is_same:
         raise ModelError(
-            f"{folder}: tie_word_embeddings is true in config.json, and {head.file.name} has a"
+            f"{folder}: tie_word_embeddings is true in config.json, and the files have a"
             f" {LM_HEAD}.weight that is not the token table. transformers uses it then: set"
             " tie_word_embeddings to false to do so, or delete the tensor"
         )
@@ -322,9 +298,16 @@ def _other_prefix(found: Set[str], expected: Set[str]) -> str:
     return ""
 
 
-def torch_type(header: TensorHeader) -> torch.dtype:
-    """The type of a tensor that `checked_headers` let pass."""
-    return _TORCH_TYPES[header.dtype]
+def torch_type(weight: Weight) -> torch.dtype:
+    """The type of plain numbers in files, of a weight in parts that of the first.
+
+    Raises:
+        ValueError: they are not plain.
+    """
+    first = weight.parts[0] if isinstance(weight, JoinedWeight) else weight
+    if not isinstance(first, TensorHeader):
+        raise ValueError("a quantised weight has no type of plain numbers")
+    return PLAIN_TYPES[first.dtype]
 
 
 def weights_fingerprint(decoder: Decoder) -> str:
@@ -341,13 +324,13 @@ def weights_fingerprint(decoder: Decoder) -> str:
     return digest.hexdigest()[:16]
 
 
-def _can_stay_in_file(decoder: Decoder, header: TensorHeader) -> bool:
+def _can_stay_in_file(decoder: Decoder, weight: Weight) -> bool:
     """Whether the token table may be read from the mapped file, row by row as tokens need it.
 
     Most data sets use a part of the vocabulary, and only rows in use then take memory.
     """
     is_tied = decoder.config.tie_word_embeddings  # The head reads every row.
-    as_it_is = _TORCH_TYPES.get(header.dtype) == decoder.dtype
+    as_it_is = isinstance(weight, TensorHeader) and PLAIN_TYPES[weight.dtype] == decoder.dtype
     return decoder.device.type == "cpu" and as_it_is and not is_tied
 
 

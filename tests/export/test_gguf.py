@@ -39,6 +39,7 @@ from phitune.export.gguf_tokenizer import file_tokenizer, name_in_file
 from phitune.export.llama_cpp import LlamaCpp, _steps
 from phitune.export.proof import PROOF_FILE, TIE, Reference, forced_logits
 from phitune.inference.loaded import Answer, open_model
+from phitune.model import gguf_names
 from phitune.model.architecture import parse_model_config, read_model_config
 from phitune.model.decoder import Decoder
 from phitune.model.files import ASSETS
@@ -550,7 +551,7 @@ def test_weights_beyond_f16_are_refused(tmp_path: Path) -> None:
 def _swapped_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     """q and k in each other's place: llama.cpp loads it without a word."""
     order = ("self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj")
-    monkeypatch.setitem(gguf_file._IN_LAYER["phi"], "attn_qkv", order)
+    monkeypatch.setitem(gguf_names.IN_LAYER["phi"], "attn_qkv", order)
 
 
 def _wrong_rotation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,14 +31,12 @@ from phitune.export.card import GgufFile, write_card
 from phitune.export.folder import check_disk_space
 from phitune.export.formats import DEFAULT_QUANTIZATION, QUANTIZATIONS, ExportSettings
 from phitune.export.gguf_file import (
-    ARCHITECTURES,
     FileAbout,
     ModelFile,
     add_base,
     check_architecture,
     check_weight_errors,
     context_note,
-    layer_modules,
     quantize,
     require_gguf,
     require_tool,
@@ -52,6 +50,7 @@ from phitune.export.proof import TIE, Proof, Reference, proof_prompts, reference
 from phitune.export.source import Source
 from phitune.model.architecture import EMBEDDING_MODULE, LM_HEAD, ModelConfig
 from phitune.model.decoder import LoraPair
+from phitune.model.gguf_names import ARCHITECTURES, layer_modules
 from phitune.model.lora import Adapter
 from phitune.text import plural
 

@@ -27,11 +27,17 @@ from numpy.typing import NDArray
 
 from phitune.errors import ExportError, listing
 from phitune.export.gguf_tokenizer import FileTokenizer
-from phitune.export.safetensors import HEAD, PlannedTensor, merge, plan_tensors, row_slices
-from phitune.model.architecture import LM_HEAD, ModelConfig
+from phitune.export.safetensors import PlannedTensor, merge, plan_tensors, row_slices
+from phitune.model.architecture import ModelConfig
 from phitune.model.files import is_hub_id
+from phitune.model.gguf_names import (
+    ARCHITECTURES,
+    OUTSIDE_LAYERS,
+    hyperparameters,
+    layer_modules,
+    rope_factors,
+)
 from phitune.model.lora import Adapter
-from phitune.model.weights import EMBEDDING
 from phitune.text import command_line
 
 if TYPE_CHECKING:
@@ -39,35 +45,8 @@ if TYPE_CHECKING:
 
 # --- the model as llama.cpp knows it --------------------------------------------------------------
 
-ARCHITECTURES = {"phi": "phi2", "phi3": "phi3"}
 # llama.cpp's context sizes are multiples of this.
 _CONTEXT_STEP = 256
-_OUTSIDE_LAYERS = {
-    EMBEDDING: "token_embd.weight",
-    HEAD: "output.weight",
-    f"{LM_HEAD}.bias": "output.bias",
-    "model.final_layernorm.weight": "output_norm.weight",
-    "model.final_layernorm.bias": "output_norm.bias",
-    "model.norm.weight": "output_norm.weight",
-}
-# In a layer: the modules that make up each tensor, in order.
-_IN_LAYER: dict[str, dict[str, tuple[str, ...]]] = {
-    "phi": {
-        "attn_norm": ("input_layernorm",),
-        "attn_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        "attn_output": ("self_attn.dense",),
-        "ffn_up": ("mlp.fc1",),
-        "ffn_down": ("mlp.fc2",),
-    },
-    "phi3": {
-        "attn_norm": ("input_layernorm",),
-        "attn_qkv": ("self_attn.qkv_proj",),
-        "attn_output": ("self_attn.o_proj",),
-        "ffn_norm": ("post_attention_layernorm",),
-        "ffn_up": ("mlp.gate_up_proj",),
-        "ffn_down": ("mlp.down_proj",),
-    },
-}
 
 
 def check_architecture(config: ModelConfig) -> None:
@@ -143,7 +122,7 @@ def file_tensors(config: ModelConfig, planned: Sequence[PlannedTensor]) -> list[
     by_name = {tensor.name: tensor for tensor in planned}
     found = [
         FileTensor(name, (by_name[ours],))
-        for ours, name in _OUTSIDE_LAYERS.items()
+        for ours, name in OUTSIDE_LAYERS.items()
         if ours in by_name
     ]
     for layer in range(config.num_hidden_layers):
@@ -155,51 +134,6 @@ def file_tensors(config: ModelConfig, planned: Sequence[PlannedTensor]) -> list[
                     found.append(FileTensor(f"{name}.{kind}", parts))
     assert sum(len(tensor.parts) for tensor in found) == len(by_name)
     return found
-
-
-def layer_modules(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
-    """llama.cpp's names in a layer, each with the full names of the modules in it."""
-    prefix = f"model.layers.{layer}."
-    return {
-        f"blk.{layer}.{name}": tuple(prefix + module for module in modules)
-        for name, modules in _IN_LAYER[config.model_type].items()
-    }
-
-
-def hyperparameters(config: ModelConfig) -> dict[str, int | float]:
-    """What llama.cpp reads of config.json, by its keys without the architecture's name."""
-    found: dict[str, int | float] = {
-        "vocab_size": config.vocab_size,
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
-        "block_count": config.num_hidden_layers,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "rope.dimension_count": config.rotary_dim,
-        "rope.freq_base": config.rope_theta,
-    }
-    if config.model_type == "phi":
-        found["attention.layer_norm_epsilon"] = config.norm_eps
-        return found
-    found["attention.layer_norm_rms_epsilon"] = config.norm_eps
-    found["attention.sliding_window"] = config.sliding_window or 0
-    original = config.max_position_embeddings
-    if config.long_rope:
-        original = config.long_rope.original_max_position_embeddings
-        found["rope.scaling.attn_factor"] = config.long_rope.attention_factor
-    found["rope.scaling.original_context_length"] = original
-    return found
-
-
-def rope_factors(config: ModelConfig) -> dict[str, tuple[float, ...]]:
-    """Longrope's factors by the names of their tensors."""
-    if not config.long_rope:
-        return {}
-    return {
-        "rope_factors_long.weight": config.long_rope.long_factor,
-        "rope_factors_short.weight": config.long_rope.short_factor,
-    }
 
 
 # --- writing --------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from pathlib import Path
 from phitune.config import MINIATURES, model_meant
 from phitune.errors import ModelError
 from phitune.model.adapter_config import CONFIG_FILE
+from phitune.model.scheme import gguf_file
 
 ASSETS = Path(__file__).parent.parent / "assets"
 EXAMPLE_DATASET = ASSETS / "captain.jsonl"  # trained on where no data set is named
@@ -35,7 +36,8 @@ def is_model_name(word: str) -> bool:
 
 
 def find_model(name: str) -> Path:
-    """The folder of a model; of a hub model only the small files are fetched.
+    """The folder of a model, or that a GGUF file lies in; of a hub model only the small files are
+    fetched.
 
     Raises:
         ModelError: there is no such model, or it cannot be fetched.
@@ -47,6 +49,8 @@ def find_model(name: str) -> Path:
         if path.is_dir():
             _refuse_adapter(name, path)
             return path
+        if path.is_file() and path.suffix == ".gguf":
+            return _folder_of_gguf(name, path)
         if path.exists():
             raise ModelError(f"model_name {name}: is a file, expected the folder of a model")
     except (OSError, ValueError, RuntimeError) as error:  # A name that no file can have.
@@ -57,6 +61,22 @@ def find_model(name: str) -> Path:
             f" nor a shipped model ({', '.join(SHIPPED_MODELS)}, which {MINIATURES})"
         )
     return _from_hub(name, SMALL_FILES)
+
+
+def _folder_of_gguf(name: str, path: Path) -> Path:
+    """The folder of a GGUF file, which has to be the only model there."""
+    folder = path.parent
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"model_name {name}: a GGUF file needs config.json, tokenizer.json and"
+            " tokenizer_config.json of the model that it was made from beside it"
+        )
+    if gguf_file(folder) != path:
+        raise ModelError(
+            f"model_name {name}: {folder} holds safetensors, too; put the GGUF file into a folder"
+            " of its own, with config.json and the tokenizer"
+        )
+    return folder
 
 
 def _refuse_adapter(name: str, folder: Path) -> None:
@@ -94,7 +114,7 @@ def fetch_weights(name: str, folder: Path) -> None:
     Raises:
         ModelError: they cannot be fetched.
     """
-    if name not in SHIPPED_MODELS and not Path(name).expanduser().is_dir():
+    if name not in SHIPPED_MODELS and not Path(name).expanduser().exists():
         # The hub's folders are named by the commit they hold.
         _from_hub(name, WEIGHT_FILES, revision=folder.name)
 

@@ -15,9 +15,10 @@ from phitune.errors import ModelError, listing
 from phitune.model.adapter_config import CONFIG_FILE as ADAPTER_CONFIG
 from phitune.model.architecture import LM_HEAD, ModelConfig
 from phitune.model.decoder import Decoder, FusedLinear
+from phitune.model.gguf_weights import gguf_weights
 from phitune.model.llama_layout import parts_of
 from phitune.model.prequantized import JoinedWeight, MisfitError, read_module
-from phitune.model.scheme import Scheme, read_scheme
+from phitune.model.scheme import Scheme, gguf_file, read_scheme
 from phitune.model.tensors import PIECE_BYTES, PLAIN_TYPES, TensorHeader, Weight, read_header
 from phitune.untrusted import own_file, read_object
 
@@ -140,6 +141,15 @@ def weights_in(folder: Path, decoder: Decoder) -> dict[str, Weight]:
         ModelError: files missing or damaged, or tensors that do not fit the decoder.
     """
     scheme = read_scheme(folder)
+    if file := gguf_file(folder):
+        shapes = {name: tuple(each.shape) for name, each in decoder.named_weights().items()}
+        weights, problems = gguf_weights(file, decoder.config, shapes)
+        if problems:
+            raise ModelError(
+                f"{file}: {len(problems)} tensors do not fit config.json:\n"
+                + listing(sorted(problems))
+            )
+        return weights
     tensors, problems = _tensors_of(folder)
     weights, used, misfits = _weights_of(decoder, tensors, scheme)
     problems += misfits

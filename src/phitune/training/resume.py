@@ -253,7 +253,7 @@ def with_absolute_paths(resolved: Resolved) -> Resolved:
         if (path := getattr(settings, name)) and not hub_id(path)
     }
     model = Path(settings.model_name).expanduser()
-    if settings.model_name not in SHIPPED_MODELS and model.is_dir():
+    if settings.model_name not in SHIPPED_MODELS and model.exists():  # A folder, or a GGUF file.
         paths["model_name"] = str(model.resolve())
     if settings.start_adapter:
         paths["start_adapter"] = str(settings.start_adapter.resolve())

@@ -3,12 +3,12 @@
     python benchmarks/gpu.py [--minutes 8] [--pieces parity speed] [--out DIR]
     python benchmarks/gpu.py --rehearse --out DIR      # tiny models on the CPU, no measurement
 
-Full-size Phi-2 and Phi-3.5 with random bf16 weights, made on the GPU: the rate of its products,
-parity with transformers + peft, saved bytes, the memory of the guide's configurations in 24 GB, the
-planner's error, tokens/s beside a loop like Trainer's and beside Liger, and answers beside
-transformers' generate. It needs torch and what
-phitune needs; transformers, peft and liger_kernel are left out where they are missing, and said.
-Where phitune is not installed, PYTHONPATH=src stands in for it.
+Full-size Phi-2 and Phi-3.5 with random bf16 weights, made on the GPU: the rate of its products in
+bf16 and in fewer bits, parity with transformers + peft, saved bytes, the memory of the guide's
+configurations in 24 GB, the planner's error, tokens/s beside a loop like Trainer's and beside
+Liger, and answers beside transformers' generate. It needs torch and what phitune needs;
+transformers, peft and liger_kernel are left out where they are missing, and said. Where phitune is
+not installed, PYTHONPATH=src stands in for it.
 
 Writes gpu.json and gpu.md to benchmarks/results after every row, so that what was measured is there
 whatever ends the run. What there was no time for says so. Nothing is estimated.
@@ -32,6 +32,7 @@ from gpu_decode import decode
 from gpu_memory import planner, presets, saved_bytes
 from gpu_models import read_models
 from gpu_parity import parity
+from gpu_products import products
 from gpu_report import PIECES, markdown
 from gpu_speed import gemm, speed
 from machine import describe
@@ -145,6 +146,7 @@ def run(bench: Bench, options: argparse.Namespace, results: dict[str, Any]) -> N
 
     pieces: dict[str, Callable[[], Iterator[Row]]] = {
         "gemm": lambda: gemm(bench),
+        "products": lambda: products(bench),
         "parity": lambda: parity(bench),
         "saved_bytes": lambda: saved_bytes(bench),
         "presets": lambda: presets(bench),

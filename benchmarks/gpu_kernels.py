@@ -2,9 +2,10 @@
 
     python benchmarks/gpu_kernels.py
 
-Every kernel of the fused engine, at the widths of Phi-2 and Phi-3.5 in bf16, is compiled for
-compute capabilities 8.0 to 12.0 by the compiler and the assembler (ptxas) that Triton brings. That
-tells registers a thread, bytes that do not fit in them and are spilled, shared memory and machine
+Every kernel of the fused engine, at the widths of Phi-2 and Phi-3.5 in bf16, and those of a base in
+fewer bits (of Phi-2's widest layer, for batches and for answers) are compiled for compute
+capabilities 8.0 to 12.0 by the compiler and the assembler (ptxas) that Triton brings. That tells
+registers a thread, bytes that do not fit in them and are spilled, shared memory and machine
 instructions. Nothing runs, nothing is timed. Writes results/gpu_kernels.json and .md.
 """
 
@@ -27,7 +28,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import mangle_type
 
-from phitune.model import ops, triton_backend
+from phitune.model import ops, triton_backend, triton_products
 from phitune.model.architecture import (
     FAMILIES,
     ModelConfig,
@@ -40,9 +41,12 @@ from phitune.model.decoder import Norm
 from phitune.model.fused import Backend, Before, FusedNorm, Kernels
 from phitune.model.gemm import STANDARD
 from phitune.model.products import Scratch
+from phitune.model.stores import Nf4
 
 CAPABILITIES = (80, 86, 89, 90, 120)
 RANKS = (8, 64)
+PARTS = ("layers", "products")
+PRODUCTS = "Phi-2 in fewer bits"
 TOKENS = 4096
 ROWS_OF_LOGITS = 1024
 DROPOUT = 0.05
@@ -146,10 +150,54 @@ def launches_of_model(config: ModelConfig, rank: int) -> list[Launch]:
     return found
 
 
+def launches_of_products(rank: int) -> list[Launch]:
+    """The kernels of a base in fewer bits: of the widest layer, with as many tokens as matter."""
+    found: list[Launch] = []
+    what = ""
+
+    def record(kernel: Any, grid: tuple[int, ...], *values: object, **constants: Any) -> None:
+        found.append(Launch(f"{kernel.__name__}{what}", kernel, grid, values, constants))
+
+    usual, triton_backend.launch = triton_backend.launch, record
+    spec = layer_linears(models()["Phi-2"])["qkv_fc1"]
+    width, outputs = spec.in_features, sum(part for _, part in spec.parts)
+    extra = extra_columns(rank * len(spec.parts))
+    wide, further = empty(TOKENS, width + extra), empty(outputs, extra)
+    what = " (forward)"
+    triton_products.rounded_rows(wide[:, :width])
+    what = " (back)"
+    triton_products.rounded_rows(empty(TOKENS, outputs), empty(outputs, dtype=torch.float32))
+    numbers = empty(outputs, width, dtype=torch.int8)
+    for tokens in (TOKENS, 64, 1):
+        scale = empty(tokens, dtype=torch.float32)
+        x = triton_products.Scaled(empty(tokens, width, dtype=torch.int8), scale)
+        grad = triton_products.Scaled(empty(tokens, outputs, dtype=torch.int8), scale)
+        what = f" (forward of {tokens})"
+        triton_products.multiplied(
+            x,
+            triton_products.Scaled(numbers, empty(outputs, dtype=torch.float32)),
+            empty(tokens, outputs),
+            triton_products.Beside(wide[:tokens, width:], further),
+            empty(outputs),
+        )
+        what = f" (back of {tokens})"
+        out = wide[:tokens, :width]
+        whole = triton_products.Scaled(numbers, None)
+        triton_products.multiplied(grad, whole, out, back=True)
+    what, store = "", Nf4((outputs, width), torch.device("meta"))
+    levels = empty(16, dtype=torch.float32)
+    triton_products.expanded_nf4(store, levels, slice(None), empty(outputs, width))
+    triton_backend.launch = usual
+    return found
+
+
 def build(launch: Launch, model: str, rank: int, capability: int) -> Built:
     """Compiles a kernel as Triton would at its first launch: the same alignments are known."""
     constants = dict(launch.constants)
-    warps = constants.pop("num_warps")
+    options = {
+        name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants
+    }
+    warps = options["num_warps"]
     runtime = {each.name for each in launch.kernel.params if each.do_not_specialize}
     signature: dict[str, str] = {}
     aligned = {}
@@ -166,7 +214,7 @@ def build(launch: Launch, model: str, rank: int, capability: int) -> Built:
     compiled = triton.compile(
         ASTSource(launch.kernel, signature, constants, aligned),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": warps},
+        options=options,
     )
     programs = 1
     for size in launch.grid:
@@ -217,8 +265,16 @@ def instructions(cubin: bytes) -> int | None:
     return sum(not line.startswith("NOP") for line in lines)
 
 
-def build_all(capabilities: Sequence[int], ranks: Sequence[int]) -> Iterator[Built]:
+def build_all(
+    capabilities: Sequence[int], ranks: Sequence[int], only: Sequence[str]
+) -> Iterator[Built]:
     """Every kernel at the first rank; at others those that depend on it, where pairs are many."""
+    if "products" in only:
+        for launch in launches_of_products(ranks[0]):
+            for capability in capabilities:
+                yield build(launch, PRODUCTS, ranks[0], capability)
+    if "layers" not in only:
+        return
     for model, config in models().items():
         for rank in ranks:
             for launch in launches_of_model(config, rank):
@@ -240,7 +296,7 @@ def table(built: list[Built]) -> list[str]:
         f"triton {triton.__version__}",
         "",
     ]
-    for model in models():
+    for model in dict.fromkeys(each.model for each in built):
         lines += [
             f"## {model}",
             "",
@@ -267,9 +323,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--capabilities", type=int, nargs="+", default=list(CAPABILITIES))
     parser.add_argument("--ranks", type=int, nargs="+", default=list(RANKS))
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS))
     parser.add_argument("--json", action="store_true", help="print, and write nothing")
     words = parser.parse_args()
-    built = list(build_all(words.capabilities, words.ranks))
+    built = list(build_all(words.capabilities, words.ranks, words.only))
     rows = [asdict(each) for each in built]
     if words.json:
         print(json.dumps(rows))

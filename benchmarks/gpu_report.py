@@ -8,6 +8,9 @@ Cell = Callable[[Row], str]
 
 PIECES = {
     "gemm": "The rate of the GPU's products in bf16, 4096 x 2560 x 17920: what MFU is a share of.",
+    "products": "Products of the same shape with the weight in bf16 and in fewer bits, both ways,"
+    " 32 columns of adapters beside; few tokens as answers have them. TFLOP/s of the frozen"
+    " weight's multiplications alone, median (lowest..highest).",
     "parity": "Adapter gradients of the engine and of transformers + peft, their errors against"
     " fp64: full width, 4 layers, rows of 12 to 256 tokens, packed on our side, one by one on"
     " theirs. Attention's kernels, and dropout masks beside the CPU's.",
@@ -119,6 +122,29 @@ def gemm_table(rows: list[Row]) -> list[str]:
         {"TFLOP/s": spread("tflops", ".1f"), "datasheet": plain("datasheet")},
         rows,
     )
+
+
+def products_table(rows: list[Row]) -> list[str]:
+    lines = [f"{row['what']}: {row['note']}." for row in rows if "note" in row]
+    lines += [
+        f"{row['what']}: {spread('gb_per_s', '.0f')(row)} GB/s."
+        for row in rows
+        if "gb_per_s" in row
+    ]
+    return [
+        *([*lines, ""] if lines else []),
+        *table(
+            {
+                "weight": plain("what"),
+                "tokens": plain("tokens", ","),
+                "forward, TFLOP/s": spread("forward", ".1f"),
+                "back, TFLOP/s": spread("back", ".1f"),
+                "forward, us": spread("forward_us", ".0f"),
+                "back, us": spread("back_us", ".0f"),
+            },
+            [row for row in rows if "forward" in row],
+        ),
+    ]
 
 
 def parity_table(rows: list[Row]) -> list[str]:
@@ -288,6 +314,7 @@ def decode_table(rows: list[Row]) -> list[str]:
 
 TABLES: dict[str, Callable[[list[Row]], list[str]]] = {
     "gemm": gemm_table,
+    "products": products_table,
     "parity": parity_table,
     "saved_bytes": saved_table,
     "presets": presets_table,

@@ -223,6 +223,7 @@ KERNELS = {
         "fused_layers",
         "triton_kernels",
         "triton_backend",
+        "triton_product_kernels",
     )
 }
 MOST_PARAMETERS = 6

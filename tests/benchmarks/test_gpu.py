@@ -10,7 +10,7 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
-PIECES = ("gemm", "parity", "saved_bytes", "presets", "planner", "speed", "decode")
+PIECES = ("gemm", "products", "parity", "saved_bytes", "presets", "planner", "speed", "decode")
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:

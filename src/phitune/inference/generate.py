@@ -27,7 +27,8 @@ from phitune.model.cache import Cache, NewTokens
 from phitune.model.decoder import Decoder
 from phitune.model.gemm import choose_gemm
 from phitune.model.lora import Adapters
-from phitune.model.products import EightBit, Expanded, Scratch
+from phitune.model.product_choice import low_products_of_store, products_of_store
+from phitune.model.products import EightBit, Scratch
 
 # --- keys and values of sequences that are being generated --------------------------------------
 
@@ -278,12 +279,14 @@ def prepare_for_inference(decoder: Decoder) -> Decoder:
         linear.product = gemm.forward
         if (store := linear.store) is None:
             continue
+        like = torch.empty(0, dtype=decoder.dtype, device=decoder.device)
         if linear.low_bits is None:
-            none = torch.empty(store.shape[0], 0, dtype=decoder.dtype, device=decoder.device)
-            linear.answering = Expanded(store, none, gemm, scratch)
-        else:
-            linear.answering = products = EightBit(store, 0, linear.low_bits)
+            linear.answering = products_of_store(store, like, 0, gemm, scratch)
+            continue
+        products = low_products_of_store(store, like, 0, linear.low_bits, scratch)
+        if isinstance(products, EightBit):
             products.pack()
+        linear.answering = products
     return decoder
 
 

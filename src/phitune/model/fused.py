@@ -28,7 +28,8 @@ from phitune.model import architecture, ops
 from phitune.model.attention import Attention
 from phitune.model.decoder import FusedLinear, Norm
 from phitune.model.gemm import Gemm
-from phitune.model.products import EightBit, Expanded, Plain, Products, Scratch
+from phitune.model.product_choice import low_products_of_store, products_of_store
+from phitune.model.products import Plain, Products, Scratch
 
 # -------------------------------------------------------------------------------------------------
 # Padding tokens, where a CPU's products of odd sizes are slow.
@@ -252,11 +253,10 @@ class Backend(NamedTuple):
         store = linear.store
         if store is None:
             return Plain(linear.widen(extra_columns), linear.in_features, self.gemm)
-        if linear.low_bits is not None:
-            return EightBit(store, extra_columns, linear.low_bits)
         like = torch.empty(0, dtype=linear.weight.dtype, device=linear.device)
-        lora_B = like.new_zeros(store.shape[0], extra_columns)  # [O, X]
-        return Expanded(store, lora_B, self.gemm, self.scratch)
+        if linear.low_bits is None:
+            return products_of_store(store, like, extra_columns, self.gemm, self.scratch)
+        return low_products_of_store(store, like, extra_columns, linear.low_bits, self.scratch)
 
 
 class PairViews(NamedTuple):

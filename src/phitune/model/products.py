@@ -3,7 +3,8 @@
 - `Plain`: the weight in full precision, B of every adapter beside it in one buffer.
 - `Expanded`: a store, expanded into a buffer that all layers share, for each product anew; to the
   last bit what `Plain` computes of the same numbers.
-- `EightBit`: whole numbers of an int8 store times activations of 8 bits, on x86. Every token is
+- `EightBit`: whole numbers of an int8 store times activations of 8 bits, on x86 (on NVIDIA GPUs
+  they are triton_products.py's). Every token is
   rounded with a scale of its own, so neighbours change nothing; sums of whole numbers are exact, so
   neither threads nor kernels do. The one copy serves both directions: a scale an output folds into
   the gradient before it is rounded.
@@ -108,9 +109,13 @@ class Expanded(Products):
         """Returns: [O, D + X], until the next layer's."""
         lora_B, width = self.lora_B[rows], self.store.shape[1]
         weight = self.scratch.of(len(lora_B), width + lora_B.shape[1], lora_B)
-        self.store.expand(rows, weight[:, :width])
+        self.expand(rows, weight[:, :width])
         weight[:, width:] = lora_B
         return weight
+
+    def expand(self, rows: slice, out: Tensor) -> None:
+        """Writes rows of the store in full. out: [n, D], of any pitch."""
+        self.store.expand(rows, out)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -27,7 +27,9 @@ from phitune.model.architecture import ModelConfig
 from phitune.model.decoder import META, Decoder, DecoderLayer, FusedLinear
 from phitune.model.device import MLX, torch_device
 from phitune.model.fused import Packed
-from phitune.model.products import EightBit, whole_products
+from phitune.model.product_choice import choose_bits, low_products_of_store
+from phitune.model.products import Products as LayerProducts
+from phitune.model.products import Scratch
 from phitune.model.scheme import Scheme
 from phitune.model.stores import Store, new_store
 from phitune.model.tensors import Weight
@@ -152,14 +154,12 @@ def choose_quantization(
     if products == "exact" or (products == "auto" and kind == "nf4"):
         why = "as asked" if products == "exact" else "nf4's own error is larger than any other"
         return Quantization(kind, low=False), why
-    refusal = f"there are none on {device.type} yet"
-    if device.type == "cpu":
-        found, refusal = whole_products()
-        if found:
-            return Quantization(kind, low=True, bits=found.bits), refusal
+    bits, why = choose_bits(device)
+    if bits is not None:
+        return Quantization(kind, low=True, bits=bits), why
     if products == "low":
-        raise SettingsError(f"products low: {refusal}; use --products exact")
-    return Quantization(kind, low=False), refusal
+        raise SettingsError(f"products low: {why}; use --products exact")
+    return Quantization(kind, low=False), why
 
 
 def as_held_on(
@@ -324,7 +324,8 @@ def _load_calibrated(
             for module, part in linear.columns.items():
                 weights[f"{module}.weight"].put_into(store, part.start)
             some = seen[:: max(1, len(seen) // CHECKED_TOKENS)]
-            if how_far_off(EightBit(store, 0, quantization.bits), some, linear.weight) > MOST_OFF:
+            low = low_products_of_store(store, linear.weight, 0, quantization.bits, Scratch())
+            if how_far_off(low, some, linear.weight) > MOST_OFF:
                 exact.append(name)
             linear.hold_in(store)
             linear.product = F.linear
@@ -339,7 +340,7 @@ def outlier_columns(x: Tensor) -> list[int]:
     return sorted(largest.topk(number).indices.tolist())
 
 
-def how_far_off(products: EightBit, x: Tensor, weight: Tensor) -> float:
+def how_far_off(products: LayerProducts, x: Tensor, weight: Tensor) -> float:
     """The larger error of a product and of its way back, as shares of their lengths.
 
     Args:
@@ -347,11 +348,12 @@ def how_far_off(products: EightBit, x: Tensor, weight: Tensor) -> float:
         weight: [O, D], in full precision.
     """
     generator = torch.Generator().manual_seed(0)
-    grad = torch.randn(len(x), len(weight), generator=generator)  # [T, O]
+    grad = torch.randn(len(x), len(weight), generator=generator).to(x)  # [T, O]
     errors = []
     for ours, theirs in (
         (products.forward(x, None), F.linear(x, weight)),
         (products.backward(grad), torch.mm(grad, weight)),
     ):
-        errors.append(float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30)))
+        apart = (ours.float() - theirs.float()).norm()
+        errors.append(float(apart / theirs.float().norm().clamp(min=1e-30)))
     return max(errors)

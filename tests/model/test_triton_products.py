@@ -5,18 +5,28 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.engines import gradients_of
 from helpers.interpreter import mend
+from helpers.models import phi_config
+from helpers.numerics import error
+from helpers.rows import random_rows
 from torch import Tensor
 
+from phitune.data.packing import pack
 from phitune.errors import ModelError
 from phitune.model import product_choice
+from phitune.model.architecture import parse_model_config, resolve_targets
+from phitune.model.decoder import Decoder
+from phitune.model.engine import FusedEngine
 from phitune.model.gemm import STANDARD
-from phitune.model.products import Expanded, Scratch
+from phitune.model.lora import LoraSpec, attach
+from phitune.model.products import Expanded, Products, Scratch
 from phitune.model.stores import Int8Rows, Nf4, Store
 
 triton = pytest.importorskip("triton", reason="Triton is made for Linux, and not installed")
@@ -218,6 +228,36 @@ def test_nf4_is_rounded_to_whole_numbers_for_a_product() -> None:
         off = (ours - theirs).norm() / theirs.norm()
         # Two sides of 8 bits: more than a float's error, and far less than of 4 bits.
         assert 1e-4 < off < 0.02
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_gradients_of_a_whole_engine_are_close(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(parse_model_config(phi_config()), num_hidden_layers=2)
+    decoder = Decoder(config, torch.float32)
+    modules = resolve_targets(config, ["all-linear"], None)
+    adapter = attach(decoder, LoraSpec(3, 6, 0.0, modules), seed=0)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in (*decoder.named_weights().values(), *adapter.parameters()):
+            weight.copy_(torch.randn(weight.shape) * 0.1)
+    batches = [pack(random_rows([9, 14]))]
+    truth = gradients_of(FusedEngine(decoder, 0.0), adapter, batches)
+
+    def on_cuda(store: Store, like: Tensor, extra: int, _: int, scratch: Scratch) -> Products:
+        return EightBitOnCuda(store, like.new_zeros(store.shape[0], extra), scratch)
+
+    monkeypatch.setattr("phitune.model.fused.low_products_of_store", on_cuda)
+    for layer in decoder.layers:
+        for linear in layer.linears.values():
+            shape = linear.weight.shape
+            store: Store = Nf4(shape, CPU) if kind == "nf4" else Int8Rows(shape, CPU, 8, (3,))
+            store.put(0, linear.weight)
+            linear.hold_in(store)
+            linear.low_bits = 8
+    off = error(gradients_of(FusedEngine(decoder, 0.0), adapter, batches), truth)
+    # Rounding to 8 bits, or to 4: not none, and no more than that.
+    least, most = (1e-3, 0.05) if kind == "int8" else (0.03, 0.3)
+    assert least < off < most
 
 
 # --- where they are relied on ---------------------------------------------------------------------

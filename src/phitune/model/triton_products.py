@@ -91,6 +91,7 @@ def multiplied(
     results = out.shape[1]
     assert summed <= MOST_SUMMED
     assert x.numbers.is_contiguous()
+    assert bias is None or bias.is_contiguous()
     assert weight.numbers.stride(1) == out.stride(1) == 1
     block_t, block_n, block_k, warps, stages = product_blocks(tokens)
     columns, further = beside if beside is not None and beside.columns.shape[1] else (None, None)
@@ -250,8 +251,11 @@ class EightBitOnCuda(Products):
 # Whether a device computes them right: they compile for each card anew, by another's compiler.
 
 
+EXTRA_TRIED = 16  # columns of adapters
+
+
 def is_exact(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether both directions are right to the last bit, extremes among the numbers.
+    """Whether both directions are right to the last bit, extremes and adapters among the numbers.
 
     Compiles, and waits for the device.
     """
@@ -273,6 +277,14 @@ def is_exact(device: torch.device, dtype: torch.dtype) -> bool:
             out = torch.empty(expected.shape, device=device)  # in which these sums are exact
             ones = Scaled(ours, torch.ones(tokens, device=device))
             multiplied(ones, Scaled(weight, None), out, back=back)
+            rights += [torch.equal(out.cpu().long(), expected)]
+            # With what rides along, of whole numbers so small that these sums are exact as well.
+            low = side[:, :EXTRA_TRIED].clamp(-8, 8)
+            further = expected[:1].t().clamp(-8, 8).expand(-1, EXTRA_TRIED)
+            beside = Beside(low.to(device, dtype), further.to(device, dtype).contiguous())
+            bias = beside.weights[:, 0].contiguous()
+            multiplied(ones, Scaled(weight, None), out, beside, bias, back=back)
+            expected += low @ further.t() + further[:, 0]
             rights += [torch.equal(out.cpu().long(), expected)]
             if not all(rights):
                 return False

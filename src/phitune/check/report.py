@@ -464,7 +464,7 @@ def find_coder(settings: Settings, *, model_was_named: bool) -> Coder | ModelErr
     try:
         # The cache first: it answers without the network.
         folder = None
-        if "/" in settings.model_name and not Path(settings.model_name).expanduser().is_dir():
+        if "/" in settings.model_name and not Path(settings.model_name).expanduser().exists():
             folder = cached_model(settings.model_name)
         if not folder or not (folder / "tokenizer.json").is_file():
             folder = find_model(settings.model_name)

@@ -64,7 +64,7 @@ def load_weights(
 ) -> None:
     """Fills a decoder from a folder's files, converting to its dtype and to its stores.
 
-    Peak memory is that of the decoder plus one piece.
+    Peak memory is that of the decoder plus one piece; of packed files, a few of that size.
 
     Args:
         without_layers: leaves the weights of linear layers out, but for the head's.

@@ -204,31 +204,34 @@ def is_exact(largest: int) -> bool:
     )
 
 
-def rounded(x: Tensor, without: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def rounded(
+    x: Tensor, without: Tensor | None = None, times: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Each token in 8 bits, by its largest magnitude.
 
     Args:
         x: [T, D].
         without: [k] columns that are left out, as if they were zero.
+        times: [D] that x is multiplied with first.
 
     Returns: [T, D] uint8, and what each token is scaled by [T, 1].
     """
     numbers = torch.empty(x.shape, dtype=torch.uint8)
     scale = x.new_empty(len(x), 1)
     rows = architecture.block_rows(len(x), x.shape[1], "cpu")
-    buffer = x.new_empty(min(rows, len(x)), x.shape[1])
+    buffer, magnitudes = (x.new_empty(min(rows, len(x)), x.shape[1]) for _ in range(2))
     for start in range(0, len(x), rows):
         part = x[start : start + rows]
         block, place = buffer[: len(part)], scale[start : start + rows]
-        torch.abs(part, out=block)
+        if times is None:
+            block.copy_(part)
+        else:
+            torch.mul(part, times, out=block)
         if without is not None:
             block.index_fill_(1, without, 0.0)
-        torch.amax(block, 1, keepdim=True, out=place)
+        torch.amax(torch.abs(block, out=magnitudes[: len(part)]), 1, keepdim=True, out=place)
         place.clamp_(min=_LEAST).mul_(1 / LEVELS)
-        torch.div(part, place, out=block)
-        if without is not None:
-            block.index_fill_(1, without, 0.0)
-        numbers[start : start + rows] = block.round_().add_(ZERO)
+        numbers[start : start + rows] = block.div_(place).round_().add_(ZERO)
     return numbers, scale
 
 
@@ -288,7 +291,7 @@ class EightBit(Products):
         """grad_out: [T, O]. Returns: [T, D + X]."""
         extra = self.lora_B.shape[1]
         numbers, of_rows = self.store.whole(rows, self.bits)
-        grad, scale = rounded(grad_out * of_rows)
+        grad, scale = rounded(grad_out, times=of_rows)
         wide = grad_out.new_empty(len(grad), self.width + extra)
         back = multiplied_back(grad, numbers)  # [T, D]
         torch.mul(back, scale, out=wide[:, : self.width])

@@ -31,7 +31,8 @@ from phitune.model.decoder import Decoder
 from phitune.model.device import DTYPES
 from phitune.model.engine import FusedEngine
 from phitune.model.lora import LoraSpec, attach
-from phitune.plan.memory import AdaptedModel, MemoryPlan, Shape, plan_memory
+from phitune.model.stores import new_store
+from phitune.plan.memory import QUANTIZED, AdaptedModel, MemoryPlan, Shape, plan_memory
 from phitune.training.state import build_adamw, dropout_of
 
 RESULTS = Path(__file__).parent / "results"
@@ -58,6 +59,7 @@ class Setting:
     rank: int
     targets: tuple[str, ...] = ("all-linear",)
     dropout: float = 0.05
+    products: str = "exact"  # of a quantised base
 
     @property
     def name(self) -> str:
@@ -65,6 +67,7 @@ class Setting:
         return (
             f"{self.kind} {self.precision}, {self.recompute_layers} of {self.layers} recomputed,"
             f" rows {lengths}, {self.trained:.0%} trained, r {self.rank}, {' '.join(self.targets)}"
+            + (f", products {self.products}" if self.precision in QUANTIZED else "")
         )
 
 
@@ -86,6 +89,14 @@ def grid() -> list[Setting]:
         "one short row": {"lengths": (256,)},
         "no dropout": {"dropout": 0.0},
     }
+    # A base in fewer bits.
+    for kind, (held, products), recompute, lengths in itertools.product(
+        ("phi", "phi3"),
+        (("nf4", "exact"), ("int8", "exact"), ("int8", "low")),
+        (0, 6),
+        ((512,) * 4, (256,)),
+    ):
+        settings.append(Setting(kind, held, 6, recompute, lengths, 0.6, 8, products=products))
     base = Setting("phi", "fp32", 6, 0, (512,) * 4, 0.6, 8)
     for kind, changes in itertools.product(("phi", "phi3"), more.values()):
         settings.append(replace(base, kind=kind, **changes))
@@ -115,7 +126,8 @@ def predicted(setting: Setting, config: ModelConfig, device: str) -> MemoryPlan:
     modules = resolve_targets(config, list(setting.targets), None)
     precision: Any = setting.precision
     kind: Any = device
-    model = AdaptedModel(config, modules, setting.rank, precision, kind)
+    low = setting.products == "low"
+    model = AdaptedModel(config, modules, setting.rank, precision, kind, low)
     return plan_memory(model, shape, setting.recompute_layers)
 
 
@@ -125,10 +137,32 @@ def zero_weights(decoder: Decoder) -> None:
         weight.zero_()
 
 
+def decoder_of(setting: Setting, config: ModelConfig, device: str) -> Decoder:
+    """A model of zeros, held as the setting says."""
+    if setting.precision not in QUANTIZED:
+        decoder = Decoder(config, DTYPES[setting.precision], device)
+        zero_weights(decoder)
+        return decoder
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    decoder = Decoder(config, dtype, device, is_quantized=True)
+    kind: Any = setting.precision
+    for layer in decoder.layers:
+        for linear in layer.linears.values():
+            store = new_store(kind, tuple(linear.weight.shape), torch.device(device), bits=7)
+            for tensor in store.tensors().values():
+                tensor.zero_()
+            linear.hold_in(store)
+            linear.low_bits = 7 if setting.products == "low" else None
+    for name, weight in decoder.named_weights().items():
+        if not weight.is_meta:
+            weight.zero_()
+        assert name
+    return decoder
+
+
 def run(setting: Setting, config: ModelConfig, device: str) -> None:
     """A model from nothing, and its optimizer steps."""
-    decoder = Decoder(config, DTYPES[setting.precision], device)
-    zero_weights(decoder)
+    decoder = decoder_of(setting, config, device)
     modules = resolve_targets(config, list(setting.targets), None)
     adapter = attach(decoder, LoraSpec(setting.rank, 32, setting.dropout, modules), seed=0)
     start = {name: tensor.clone() for name, tensor in adapter.tensors().items()}

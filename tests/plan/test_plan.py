@@ -340,11 +340,19 @@ def test_micro_batches_keep_the_effective_batch(planned: Json) -> None:
     assert plan["recommended"] == next(o for o in fitting if o["recompute_layers"] == fewest)
 
 
-def test_bases_that_are_not_built_say_so(planned: Json) -> None:
-    plan = planned(*flags(model_name=PHI_2, memory="24GB", device="cuda"))
-    built = {option["base"]: option["built"] for option in plan["bases"]}
-    known = Settings.model_json_schema()["properties"]["precision"]["enum"]
-    assert built == {base: base in known for base in ("fp32", "bf16", "int8", "nf4")}
+@pytest.mark.parametrize("device", ["cuda", "mlx"])
+def test_every_base_says_what_asks_for_it(planned: Json, device: str) -> None:
+    plan = planned(*flags(model_name=PHI_2, memory="24GB", device=device))
+    four = "int4" if device == "mlx" else "nf4"
+    assert {option["base"]: option["changes"] for option in plan["bases"]} == {
+        "fp32": {"precision": "fp32"},
+        "bf16": {"precision": "bf16"},
+        "int8": {"quantization": "int8"},
+        "nf4": {"quantization": four},
+    }
+    for option in plan["bases"]:  # And what asks for it makes that plan.
+        asked = {"model_name": PHI_2, "memory": "24GB", "device": device, **option["changes"]}
+        assert planned(*flags(**asked))["base"] == option["base"]
     sizes = [option["all_bytes"] for option in plan["bases"]]
     assert sizes == sorted(sizes, reverse=True)
     assert all(option["all_bytes"] <= option["none_bytes"] for option in plan["bases"])
@@ -516,7 +524,12 @@ def test_it_fits_the_terminal(
     assert command.startswith("phitune train ")
     assert "…" not in text
     assert "\x1b" not in text
-    for words in ("built-in figures", "an upper bound", "assumed, not measured", "not built yet"):
+    for words in (
+        "built-in figures",
+        "an upper bound",
+        "assumed, not measured",
+        "--quantization nf4",
+    ):
         assert words in " ".join(text.split())
 
 

@@ -29,6 +29,7 @@ from phitune.commands.terminal import (
     table_of,
     unit_of,
 )
+from phitune.config import as_flags
 from phitune.errors import OutOfMemoryError
 from phitune.plan.machine import BUDGET_SHARE, MEASURED_SHARE, Memory
 from phitune.plan.memory import Base, Device, Term
@@ -522,7 +523,7 @@ def _recomputation(plan: Plan) -> str:
 
 
 def _bases(plan: Plan) -> RenderableType:
-    table = table_of("base", "none recomputed", "all recomputed", "fewest that fit", "")
+    table = table_of("base", "none recomputed", "all recomputed", "fewest that fit", "set by")
     number = plan.chosen.num_layers
     unit_name, unit = unit_of(plan.chosen.bytes)
     for row in plan.bases:
@@ -533,7 +534,7 @@ def _bases(plan: Plan) -> RenderableType:
             f"{size_in(row.none_bytes, unit)} {unit_name}",
             f"{size_in(row.all_bytes, unit)} {unit_name}",
             Text(said, style="red" if fewest is None else "green"),
-            "" if row.built else "not built yet",
+            " ".join(as_flags(row.changes)),
         )
     return section("Precision of the frozen base", table)
 

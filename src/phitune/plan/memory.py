@@ -33,8 +33,9 @@ GIB = 2**30
 Base = Literal["fp32", "bf16", "int8", "nf4"]
 Device = Literal["cpu", "cuda", "mps", "mlx"]
 
-# Bytes of a weight in the layers; quantised bases add a scale to each block of 64.
-_WEIGHT_BYTES: dict[Base, float] = {"fp32": 4, "bf16": 2, "int8": 1 + 2 / 64, "nf4": 0.5 + 4 / 64}
+# Bytes of a weight in the layers; nf4 has a scale for each 64 of them, int8 one for each output.
+_WEIGHT_BYTES: dict[Base, float] = {"fp32": 4, "bf16": 2, "int8": 1, "nf4": 0.5 + 4 / 64}
+QUANTIZED: tuple[Base, ...] = ("int8", "nf4")
 _FP32 = 4
 # Parameter, gradient, the run's first and its best adapter. AdamW's moments, the padding of A's
 # gradients and the working copies are counted apart.
@@ -63,8 +64,9 @@ class AdaptedModel:
     config: ModelConfig
     modules: Sequence[str]  # full names of the adapted modules, see `targets.resolve_targets`
     rank: int
-    base: Base  # precision of the frozen weights; int8 and nf4 compute in bf16
+    base: Base  # precision of the frozen weights; int8 and nf4 compute in fp32 on a CPU, else bf16
     device: Device = "cpu"
+    low: bool = False  # whether quantised weights are multiplied as they are
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,9 @@ class StepMemory:
         self.config, self.modules, self.rank = model.config, set(model.modules), model.rank
         self.base, self.device = model.base, model.device
         self.asked, self.shape = asked, padded
-        self.element = 4 if model.base == "fp32" else 2
+        self.low = model.low
+        in_full = model.base == "fp32" or (model.base in QUANTIZED and model.device == "cpu")
+        self.element = 4 if in_full else 2
         self.linears = layer_linears(model.config)
         self.layers = range(model.config.num_hidden_layers)
         self.ranks = {
@@ -321,11 +325,15 @@ class FusedStep(StepMemory):
         config, rank = self.config, self.rank
         weights = round(self.parameters_in_layers * _WEIGHT_BYTES[self.base])
         weights += self.other_parameters * self.element
-        widening = working_A = grad_A = keys = 0
+        widening = working_A = grad_A = keys = scratch = 0
+        if self.base == "int8":
+            outputs_of_layer = sum(out for spec in self.linears.values() for _, out in spec.parts)
+            weights += len(self.layers) * outputs_of_layer * _FP32
         for layer in self.layers:
             for name, spec in self.linears.items():
                 columns = self.extra_columns[layer][name]
                 outputs = sum(out for _, out in spec.parts)
+                scratch = max(scratch, outputs * (spec.in_features + columns) * self.element)
                 widening += outputs * columns * self.element
                 working_A += columns * spec.in_features * self.element
                 grad_A += columns * spec.in_features * _FP32
@@ -342,6 +350,7 @@ class FusedStep(StepMemory):
             grad_A += (self.head_columns - rank) * hidden * _FP32
             keys += hidden * _FP32
         parameters = self.trained_parameters
+        expands = self.base in QUANTIZED and not self.low
         return [
             Term("weights", weights + widening, self.model_note),
             Term(
@@ -350,6 +359,7 @@ class FusedStep(StepMemory):
                 f"{parameters / 1e6:.1f} M parameters, their gradients and copies",
             ),
             Term("optimizer", parameters * _FP32 * _OPTIMIZER_COPIES, "AdamW's two moments"),
+            *([Term("expanded layer", scratch, "the largest, one for all")] if expands else []),
         ]
 
     # Held by a layer from its forward to its backward.
@@ -425,9 +435,10 @@ class FusedStep(StepMemory):
         else:
             before = rows * (hidden + extra_columns["gate_up_proj"])
             after = rows * (inner + extra_columns["down_proj"] + hidden)
+        first, last = self._low_products()
         return [
-            before * self.element,
-            after * self.element + self._block(inner),
+            before * self.element + first.forward(tokens),
+            after * self.element + self._block(inner) + last.forward(rows),
             self._attention_forward() + self._rotation(),
         ]
 
@@ -456,16 +467,28 @@ class FusedStep(StepMemory):
             back = grads + tokens * (hidden + extra_columns["qkv_proj"])
             second_norm = rows * (2 * hidden + extra_columns["gate_up_proj"])
             steps = [mlp, attention, back, max(norm, second_norm), middle]
+        before, after = self._low_products()
         extra = [
-            self._block(inner),
+            max(self._block(inner), after.backward(rows)),
             max(self._attention_backward(), self._rotation(), self._block(query)),
-            self._block(hidden) if self.device == "cpu" else 0,
+            max(self._block(hidden) if self.device == "cpu" else 0, before.backward(tokens)),
             self._block(hidden, is_norm=True),
             self._block(hidden) if self.device == "cpu" else 0,
         ]
         return [step * self.element + more for step, more in zip(steps, extra, strict=False)]
 
     # Single buffers.
+
+    def _low_products(self) -> tuple["_LowProduct", "_LowProduct"]:
+        """Of a layer's first and last linear layers, where they multiply whole numbers."""
+        if not self.low:
+            return _LowProduct(0, 0, 0), _LowProduct(0, 0, 0)
+        specs = list(self.linears.values())
+        first, last = (
+            _LowProduct(spec.in_features, sum(out for _, out in spec.parts), self.element)
+            for spec in (specs[0], specs[-1])
+        )
+        return first, last
 
     def logits(self) -> int:
         return self.loss_rows() * self.config.vocab_size * self.element
@@ -521,6 +544,23 @@ class FusedStep(StepMemory):
         rotary = 2 * self.config.rotary_dim * self.element
         batch = self.shape.tokens * (_BATCH_BYTES + rotary)
         return [Term("micro-batch", batch, "ids, labels, rotary tables")]
+
+
+class _LowProduct(NamedTuple):
+    """What a product of whole numbers holds beside its input and output."""
+
+    inputs: int
+    outputs: int
+    element: int
+
+    def forward(self, rows: int) -> int:
+        """The rounded input, and the weight as the kernel wants it."""
+        return (rows + self.outputs) * self.inputs
+
+    def backward(self, rows: int) -> int:
+        """The rounded gradient, the weight as the kernel wants it, the result before its scale."""
+        result = rows * self.inputs * self.element
+        return rows * self.outputs + self.outputs * self.inputs + result
 
 
 # -------------------------------------------------------------------------------------------------

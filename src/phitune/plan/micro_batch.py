@@ -66,6 +66,7 @@ class Placement:
     base: Base
     device: Device
     budget: int
+    low: bool = False  # whether quantised weights are multiplied as they are
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,9 @@ class Run:
         return self.largest(place)
 
     def _model(self, place: Placement) -> AdaptedModel:
-        return AdaptedModel(self.config, self.modules, self.rank, place.base, place.device)
+        return AdaptedModel(
+            self.config, self.modules, self.rank, place.base, place.device, place.low
+        )
 
 
 def forced_recomputation(settings: Settings, config: ModelConfig) -> int | None:

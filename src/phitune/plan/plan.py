@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phitune.config import Resolved, Settings, as_flags, choices_of, not_default
+from phitune.config import Resolved, Settings, as_flags, not_default
 from phitune.data.steps import Steps
 from phitune.errors import ModelError, SettingsError, listing
 from phitune.model.architecture import (
@@ -39,7 +39,7 @@ from phitune.plan.machine import (
     memory_here,
     parse_memory,
 )
-from phitune.plan.memory import GIB, Base, Device, MemoryPlan
+from phitune.plan.memory import GIB, QUANTIZED, Base, Device, MemoryPlan
 from phitune.plan.micro_batch import Placement, Run, forced_recomputation, smaller_part
 from phitune.plan.presets import PRESETS, Preset
 from phitune.plan.rows import (
@@ -64,10 +64,26 @@ _AT_MOST_THERE = 0.95
 
 
 def base_precision(settings: Settings, device: Device) -> Base:
-    """The precision of the frozen base, "auto" resolved as in training."""
+    """The precision of the frozen base, or its bits; "auto" resolved as in training."""
+    if settings.quantization != "none":
+        return "int8" if settings.quantization == "int8" else "nf4"
     if settings.precision == "auto":
         return "fp32" if device == "cpu" else "bf16"
     return settings.precision
+
+
+def multiplies_low(settings: Settings, device: Device) -> bool:
+    """Whether quantised weights are multiplied as they are; a CPU is taken to be able to."""
+    low = settings.products == "low" or (
+        settings.products == "auto" and settings.quantization == "int8"
+    )
+    return low and device == "cpu" and settings.quantization != "none"
+
+
+def placement(settings: Settings, device: Device, budget: int) -> Placement:
+    """Where a run with these settings is planned, in so many bytes."""
+    base = base_precision(settings, device)
+    return Placement(base, device, budget, multiplies_low(settings, device))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -122,7 +138,7 @@ def settle_memory(
         settings.rows_per_step,
         forced_recomputation(settings, config),
     )
-    place = Placement(base_precision(settings, device), device, budget)
+    place = placement(settings, device, budget)
     if settings.batch_size == "auto":
         batch_size, plan = run.largest(place)
     else:
@@ -160,10 +176,10 @@ def what_would_fit(
     least = {"batch_size": 1, "gradient_accumulation_steps": effective, "recompute_layers": "all"}
     layers = config.num_hidden_layers
     run = Run(config, modules, settings.lora_r, rows_of(data), effective, layers)
-    place = Placement(base_precision(settings, device), device, budget)
+    place = placement(settings, device, budget)
     # Where the arithmetic says that this fits, less memory was there than could be seen.
     there = min(budget, round(_AT_MOST_THERE * run.plan(1, place).bytes))
-    place = Placement(place.base, device, there)
+    place = replace(place, budget=there)
     found = remedies(run, settings.model_copy(update=least), place)
     lines = listing([remedy.line for remedy in found])
     return f"By the plan of memory, in {there / GIB:.2f} GiB:\n{lines}"
@@ -191,26 +207,38 @@ def _beyond_the_model(settings: Settings, config: ModelConfig) -> list[str]:
 
 @dataclass(frozen=True)
 class BaseOption:
-    """The same run on a base of another precision."""
+    """The same run on a base of another precision, or of fewer bits."""
 
-    base: Base  # precision of the frozen base
-    built: bool  # False: arithmetic only, the setting does not exist yet
+    base: Base
+    changes: dict[str, Any]  # settings that ask for it
     none_bytes: int  # the peak with no layer recomputed
     all_bytes: int  # the peak with all layers recomputed
     recompute_layers: int | None  # the fewest that fit; None where none do
 
 
+def asks_for(base: Base, device: Device) -> dict[str, Any]:
+    """The settings of a base, by name."""
+    if base not in QUANTIZED:
+        return {"precision": base}
+    return {"quantization": "int4" if base == "nf4" and device == "mlx" else base}
+
+
+def on_base(place: Placement, base: Base) -> Placement:
+    """The same place with another base."""
+    return replace(place, base=base, low=base == "int8" and place.device == "cpu")
+
+
 def base_options(run: Run, batch_size: int, place: Placement) -> list[BaseOption]:
-    """The run in every precision, those that are not built yet included."""
-    known = choices_of(Settings.model_fields["precision"])
+    """The run in every precision, and quantised."""
     options = []
     for base in BASES:
-        there = replace(place, base=base)
+        there = on_base(place, base)
         none = run.plan_with(batch_size, there, 0)
         everything = run.plan_with(batch_size, there, run.num_layers)
         chosen = run.plan(batch_size, there)
         fewest = chosen.recompute_layers if chosen.bytes <= place.budget else None
-        options.append(BaseOption(base, base in known, none.bytes, everything.bytes, fewest))
+        asked = asks_for(base, place.device)
+        options.append(BaseOption(base, asked, none.bytes, everything.bytes, fewest))
     return options
 
 
@@ -273,7 +301,7 @@ def speeds(run: Run, settings: Settings, batch_size: int | None) -> list[Speed]:
     found = []
     for machine in MACHINES:
         base = base_precision(settings, machine.device)
-        place = Placement(base, machine.device, machine.memory.budget(machine.device))
+        place = placement(settings, machine.device, machine.memory.budget(machine.device))
         size, plan = run.fitting(batch_size, place)
         batch = _batch_option(run, size, plan, place.budget)
         if not batch.fits:
@@ -410,6 +438,8 @@ def remedies(run: Run, settings: Settings, place: Placement) -> list[Remedy]:
     if place.base == "fp32":
         changes = {"precision": "bf16"}
         found += _if_it_fits("--precision bf16", changes, run, batch_size, bf16)
+    in_int8 = _if_quantized(run, batch_size, place, "int8")
+    found += in_int8
     length = settings.max_length // 2
     while length >= SHORTEST_ROWS:
         shorter = replace(run, rows=run.rows.at_most(length))
@@ -419,6 +449,8 @@ def remedies(run: Run, settings: Settings, place: Placement) -> list[Remedy]:
             found += fits
             break
         length //= 2
+    if not in_int8:  # Which is closer to the original.
+        found += _if_quantized(run, batch_size, place, "nf4")
     if found:
         return found
 
@@ -430,13 +462,34 @@ def remedies(run: Run, settings: Settings, place: Placement) -> list[Remedy]:
     if stores_by_order:
         words += f", {allow}"
         changes |= allowed
-    least = freed.plan(1, bf16).bytes
-    return _if_it_fits(f"{words} together", changes, freed, 1, bf16) or [
+    together = _if_it_fits(f"{words} together", changes, freed, 1, bf16)
+    for base in QUANTIZED:
+        if together or place.base in QUANTIZED:
+            break
+        more = {**changes, **asks_for(base, place.device)}
+        more.pop("precision", None)
+        words = f"{' '.join(as_flags(more))}{f', {allow}' if stores_by_order else ''} together"
+        together = _if_it_fits(words, more, freed, 1, on_base(place, base))
+    if together:
+        return together
+    least = freed.plan(1, on_base(place, "nf4")).bytes
+    return [
         Remedy(
-            f"none of these settings fits: one row at a time in bf16 takes {least / GIB:.2f} GiB;"
-            " a smaller model or more memory does"
+            f"none of these settings fits: one row at a time on a base in 4 bits takes"
+            f" {least / GIB:.2f} GiB; a smaller model or more memory does"
         )
     ]
+
+
+def _if_quantized(run: Run, batch_size: int, place: Placement, base: Base) -> list["Remedy"]:
+    """The remedy of a base in fewer bits, where it fits and the base is in more."""
+    bits = {"fp32": 32, "bf16": 16, "int8": 8, "nf4": 4}
+    if bits[base] >= bits[place.base]:
+        return []
+    changes = asks_for(base, place.device)
+    price = "gradients off by a few %" if base == "int8" else "gradients off by 10 to 20 %"
+    words = f"{' '.join(as_flags(changes))} ({price})"
+    return _if_it_fits(words, changes, run, batch_size, on_base(place, base))
 
 
 def _micro_batch(size: int, effective: int) -> dict[str, Any]:
@@ -569,7 +622,7 @@ def make_plan(resolved: Resolved, memory: str | None = None, preset: str | None 
     machines = machines_like(device, PRESETS[preset].machine if preset and not given else there)
     if device == "cuda" and not given and not preset:
         machines = machine_called(gpu_name(settings.device))
-    place = Placement(base_precision(settings, device), device, there.budget(device))
+    place = placement(settings, device, there.budget(device))
 
     # Its micro-batch: what `auto` takes is shown beside what was asked for.
     batch_size, chosen = run.largest(place)

@@ -209,7 +209,7 @@ def _beyond_the_model(settings: Settings, config: ModelConfig) -> list[str]:
 class BaseOption:
     """The same run on a base of another precision, or of fewer bits."""
 
-    base: Base
+    base: Base  # precision or bits of the frozen base
     changes: dict[str, Any]  # settings that ask for it
     none_bytes: int  # the peak with no layer recomputed
     all_bytes: int  # the peak with all layers recomputed
@@ -521,7 +521,7 @@ class Plan:
     device_source: str
     place: str  # the device in words, such as "a 24 GB GPU"
     given: str | None  # the memory as typed; None: that of the preset or of this machine
-    base: Base
+    base: Base  # precision or bits of the frozen base
     rows: Rows
     steps: Steps
     memory: Memory

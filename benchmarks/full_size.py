@@ -1,6 +1,7 @@
-"""Does a full-size Phi-2 fit? Random bf16 weights, from a folder to an optimizer step, on a CPU.
+"""Does a full-size model fit? Random bf16 weights, from a folder to an optimizer step, on a CPU.
 
     python benchmarks/full_size.py --config CONFIG_JSON [--tokens 768] [--keep FOLDER]
+        [--quantization int8|nf4]
 
 Builds a model folder of the given config.json in two shards (no real weights are needed: memory and
 time do not depend on their values), then measures in processes of their own
@@ -8,7 +9,10 @@ time do not depend on their values), then measures in processes of their own
 - the peak resident memory of loading it, and
 - of loading it and taking one optimizer step on a row of so many tokens.
 
-Writes results/full_size.json. Takes about 12 GiB of disk for a while.
+With --quantization the base is held in fewer bits and computes in fp32, as `phitune train` does.
+
+Writes results/full_size.json, or full_size_MODEL_TYPE_QUANTIZATION.json. Takes about 12 GiB of disk
+for a while.
 """
 
 import argparse
@@ -20,11 +24,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from machine import describe
 from safetensors.torch import save_file
 
+from phitune.apple.choice import load_decoder_on
 from phitune.config import Settings
 from phitune.data.packing import pack
 from phitune.data.tokenizer import TokenizedExample
@@ -37,7 +43,8 @@ from phitune.model.architecture import (
 from phitune.model.decoder import Decoder
 from phitune.model.engine import FusedEngine
 from phitune.model.lora import LoraSpec, attach
-from phitune.model.weights import INDEX_FILE, load_decoder
+from phitune.model.quantization import choose_quantization
+from phitune.model.weights import INDEX_FILE
 from phitune.plan.memory import AdaptedModel, Shape, plan_memory
 from phitune.training.state import build_adamw, dropout_of
 
@@ -67,11 +74,16 @@ def build_folder(config: ModelConfig, source: Path, folder: Path) -> None:
     (folder / "config.json").write_bytes(source.read_bytes())
 
 
-def child(folder: Path, tokens: int, recompute_layers: int) -> None:
+def child(folder: Path, tokens: int, recompute_layers: int, kind: Any) -> None:
     """Loads, takes a step if there are tokens, and prints what it took."""
     config = read_model_config(folder)
     started = time.perf_counter()
-    decoder = load_decoder(folder, config, torch.bfloat16, torch.device("cpu"))
+    dtype, held, base, low = torch.bfloat16, None, "bf16", False
+    rows = pack([TokenizedExample(ids := list(range(512)), ids)])
+    if kind != "none":
+        held, _ = choose_quantization(kind, "auto", "cpu")
+        dtype, base, low = torch.float32, kind, held.low
+    decoder = load_decoder_on(folder, config, dtype, "cpu", held, rows)
     result = {"load_seconds": time.perf_counter() - started, "load_peak_gib": peak_gib()}
     if tokens:
         modules = resolve_targets(config, ["all-linear"], None)
@@ -81,7 +93,8 @@ def child(folder: Path, tokens: int, recompute_layers: int) -> None:
         batch = pack([TokenizedExample(ids, ids)])
         engine = FusedEngine(decoder, 0.05, recompute_layers)
         shape = Shape((tokens,), batch.num_target_tokens)
-        plan = plan_memory(AdaptedModel(config, modules, 8, "bf16"), shape, recompute_layers)
+        model = AdaptedModel(config, modules, 8, base, "cpu", low)
+        plan = plan_memory(model, shape, recompute_layers)
         started = time.perf_counter()
         dropout = dropout_of(batch, Settings(), 1, engine.device)
         loss = engine.loss_and_gradients(batch, dropout, 1 / batch.num_target_tokens)
@@ -112,10 +125,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=768)
     parser.add_argument("--recompute_layers", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="build the model here and leave it there")
+    parser.add_argument("--quantization", default="none", choices=["none", "int8", "nf4"])
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        child(options.child, options.tokens, options.recompute_layers)
+        child(options.child, options.tokens, options.recompute_layers, options.quantization)
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
@@ -127,13 +141,18 @@ def main() -> None:
         for what, tokens in (("load", 0), ("load_and_step", options.tokens)):
             words = [__file__, "--config", options.config, "--child", folder, "--tokens", tokens]
             words += ["--recompute_layers", options.recompute_layers]
+            words += ["--quantization", options.quantization]
             done = subprocess.run(
                 [sys.executable, *map(str, words)], check=True, capture_output=True, text=True
             )
             result[what] = json.loads(done.stdout)
             print(what, done.stdout.strip(), flush=True)
     RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    path = RESULT
+    if options.quantization != "none":
+        kind = json.loads(options.config.read_text())["model_type"]
+        path = RESULT.with_stem(f"full_size_{kind}_{options.quantization}")
+    path.write_text(json.dumps(result, indent=2) + "\n")
     step = result["load_and_step"]
     assert isinstance(step, dict)
     fits = step["step_peak_gib"] < LIMIT_GIB

@@ -412,13 +412,13 @@ def test_int8_of_compressed_tensors_is_held_as_it_is(plain: Path, tmp_path: Path
 def test_numbers_of_8_bits_are_exact_where_7_are_multiplied(
     phi3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from phitune.model import products, quantization
+    from phitune.model import product_choice, products
 
     rewritten(phi3, tmp_path / "w8a8", compressed("int", "channel"), pack_int8)
     scheme = read_scheme(tmp_path / "w8a8")
     for bits, is_low in ((8, True), (7, False)):
         found = (products.WholeProducts(bits), "tried")
-        monkeypatch.setattr(quantization, "whole_products", lambda found=found: found)
+        monkeypatch.setattr(product_choice, "whole_products", lambda found=found: found)
         held, why = choose_for_folder(scheme, "none", "auto", "cpu")
         assert held is not None
         assert (held.low, held.bits) == (is_low, 8)

@@ -758,13 +758,13 @@ def test_data_and_validation_rows_are_in_the_command(planned: Json, tmp_path: Pa
 def test_where_nothing_fits_a_smaller_model_is_planned(
     capsys: pytest.CaptureFixture[str], planned: Json
 ) -> None:
-    words = flags(device="cuda", memory="5.5GB", max_length=512)
+    words = flags(device="cuda", memory="3GB", max_length=512, quantization="nf4")
     *_, command = shown(capsys, *words)
     assert planned(*words, code=4)["train_command"] is None
     assert main(shlex.split(command)[1:]) == 0
     assert capsys.readouterr().out.startswith("Fits: ")
     *_, said = shown(capsys, *words, "--target_modules", "fc1")
-    assert said == "There is no command to train with on a 5.5 GB GPU."
+    assert said == "There is no command to train with on a 3 GB GPU."
     # A larger model is no remedy.
     tiny = flags(device="cuda", memory="100MB", model_name="tiny-phi-2")
     assert shown(capsys, *tiny)[-1] == "There is no command to train with on a 0.1 GB GPU."

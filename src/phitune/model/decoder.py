@@ -140,7 +140,7 @@ class FusedLinear(nn.Module):
         if self.answering is not None and not self.lora:
             out = self.answering.forward(x, self.bias)
             return out if self.bank is None else self.bank.add_to(out, x)
-        weight = self.dense()
+        weight = self.weight if self.store is None else self.dense()
         if self.lora:
             loras = [pair.operand() for pair in self.pairs()]
             return ops.lora_linear(x, weight, self.bias, loras, dropout)

@@ -62,12 +62,14 @@ def read_scheme(folder: Path) -> Scheme | None:
     """How the weights of a model folder are quantised; None where they are plain.
 
     Raises:
-        ModelError: config.json is missing or damaged, or names a scheme that is not read.
+        ModelError: config.json is damaged, or names a scheme that is not read.
     """
-    path = folder / "config.json"
-    raw = read_object(path, f"is {folder} a model folder?")
     if gguf_file(folder):
         return Scheme("GGUF", "gguf")
+    path = folder / "config.json"
+    if own_file(path) is None:  # Nothing says that they are anything but plain.
+        return None
+    raw = read_object(path, "")
     try:
         return parse_scheme(raw)
     except ModelError as error:

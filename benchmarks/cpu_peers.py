@@ -277,7 +277,11 @@ def summarise(entry: dict[str, Any]) -> None:
                 "first_tokens": good[0]["tokens"][0],
             }
     # Compared where the first step had the same rows; the middle one is taken for the truth.
-    same = [one for one in shown.values() if one["first_tokens"] == entry["first_tokens"]]
+    same = [
+        one
+        for name, one in shown.items()
+        if name not in ROUNDED and one["first_tokens"] == entry["first_tokens"]
+    ]
     truth = statistics.median(one["first_loss"] for one in same) if same else None
     for name, one in shown.items():
         one["loss_agrees"] = None
@@ -470,7 +474,8 @@ def loss_cell(one: dict[str, Any], *, other_rows: bool) -> str:
 
 def against(shown: dict[str, Any]) -> list[str]:
     """Ours as a multiple of the best peer and of the padded set-up, in one sentence."""
-    peers = {name: one for name, one in shown.items() if name not in (OURS, OURS_LEAN, OURS_BF16)}
+    mine = {runner.name for runner in RUNNERS if runner.project == OURS}
+    peers = {name: one for name, one in shown.items() if name not in mine}
     if OURS not in shown or not peers:
         return []
 
@@ -479,6 +484,9 @@ def against(shown: dict[str, Any]) -> list[str]:
 
     best = max(peers, key=speed)
     said = f"phitune does {speed(OURS) / speed(best):.2f} x the tokens/s of the best peer ({best})"
+    for held in (OURS_INT8, OURS_NF4):
+        if held in shown:
+            said += f", {speed(held) / speed(best):.2f} x as {held}"
     if "trainer-padded" in peers:
         said += f" and {speed(OURS) / speed('trainer-padded'):.1f} x those of the padded set-up"
     for ours, rows in ((OURS, FOUR[0]), (OURS_LEAN, ONE[0])):
@@ -494,7 +502,7 @@ def against(shown: dict[str, Any]) -> list[str]:
 def picture(entry: dict[str, Any]) -> str:
     """The tokens/s of a case's runs that are compared, as horizontal bars, the fastest first."""
     shown = entry["summary"]
-    runners = [one for one in RUNNERS if one.name in shown and one.name != OURS_BF16]
+    runners = [one for one in RUNNERS if one.name in shown and one.name not in ROUNDED]
     speed = {one.name: shown[one.name]["tokens_per_second"]["median"] for one in runners}
     runners.sort(key=lambda one: -speed[one.name])
     width, row, left, right = 720, 26, 265, 45  # pixels

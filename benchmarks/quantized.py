@@ -1,6 +1,6 @@
 """What a quantised base costs: gradients, 200 steps, and the demo's held-out questions.
 
-    python benchmarks/quantized.py
+    python benchmarks/quantized.py [--pieces gradients steps demo]
 
 On the shipped models, each base beside full precision: the relative error of all LoRA gradients
 (as they are, and with three input channels of every norm made forty times as large, which real
@@ -8,6 +8,7 @@ models have), the loss after 200 steps, and the demo trained and asked as in dem
 results/quantized.json and .md; about 15 minutes on two slow cores.
 """
 
+import argparse
 import itertools
 import sys
 import tempfile
@@ -37,6 +38,7 @@ from helpers.outliers import with_outliers
 
 MODELS = ("tiny-phi-2", "tiny-phi-3.5")
 BASES = ("none", "int8", "nf4")
+PIECES = ("gradients", "steps", "demo")
 STEPS = 200
 TIMES = 40.0
 
@@ -135,32 +137,35 @@ def demo_with(name: str, base: str) -> dict[str, Any]:
 
 
 def tables(result: dict[str, Any]) -> list[str]:
+    """What was measured; a piece that was not is left out."""
     lines = ["Made by `python benchmarks/quantized.py`.", ""]
-    lines += ["## Relative error of all LoRA gradients", ""]
-    names = list(next(iter(result["gradients"].values())))
-    lines += [f"| model | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for model, found in result["gradients"].items():
-        lines.append(f"| {model} | " + " | ".join(f"{found[name]:.3f}" for name in names) + " |")
-    lines += [
-        "",
-        f"Outliers: three input channels of every norm made {TIMES:g} times as large, the function",
-        f"the same. int8's product here: {result['bits']}-bit weights times 8-bit activations.",
-        "",
-        f"## Validation loss after {STEPS} steps and more, the same for all",
-        "",
-        f"| model | {' | '.join(BASES)} |",
-        "|---" * (len(BASES) + 1) + "|",
-    ]
-    for model, found in result["steps"].items():
-        lines.append(f"| {model} | " + " | ".join(f"{found[base]:.4f}" for base in BASES) + " |")
-    lines += [
-        "",
-        "## The demo: 120 questions that are in no row of it",
-        "",
-        "| model | base | seconds | validation loss | habit | fact | ended by itself |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for each in result["demo"]:
+    if found := result.get("gradients"):
+        names = list(next(iter(found.values())))
+        lines += ["## Relative error of all LoRA gradients", ""]
+        lines += [f"| model | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+        for model, errors in found.items():
+            lines.append(f"| {model} | " + " | ".join(f"{errors[n]:.3f}" for n in names) + " |")
+        lines += [
+            "",
+            f"Outliers: three input channels of every norm made {TIMES:g} times as large, the",
+            f"function the same. int8's product here: {result['bits']}-bit weights times 8-bit"
+            " activations.",
+            "",
+        ]
+    if found := result.get("steps"):
+        lines += [f"## Validation loss after {STEPS} steps and more, the same for all", ""]
+        lines += [f"| model | {' | '.join(BASES)} |", "|---" * (len(BASES) + 1) + "|"]
+        for model, losses in found.items():
+            lines.append(f"| {model} | " + " | ".join(f"{losses[b]:.4f}" for b in BASES) + " |")
+        lines.append("")
+    if found := result.get("demo"):
+        lines += [
+            "## The demo: 120 questions that are in no row of it",
+            "",
+            "| model | base | seconds | validation loss | habit | fact | ended by itself |",
+            "|---|---|---|---|---|---|---|",
+        ]
+    for each in found or []:
         lines.append(
             f"| {each['model']} | {each['base']} | {each['seconds']:.0f}"
             f" | {each['validation_loss']:.4f} | {each['habit']:.1%} | {each['fact']:.1%}"
@@ -170,17 +175,23 @@ def tables(result: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="A quantised base beside full precision.")
+    parser.add_argument("--pieces", nargs="+", choices=PIECES, default=PIECES)
+    pieces = parser.parse_args().pieces
     int8, _ = choose_quantization("int8", "auto", "cpu")
     result: dict[str, Any] = {"bits": int8.bits}
-    result["gradients"] = {model: gradient_errors(model) for model in MODELS}
-    result["steps"] = {
-        model: {base: two_hundred_steps(model, base) for base in BASES} for model in MODELS
-    }
-    result["demo"] = [
-        {"base": base, **demo_with(name, base)}
-        for name in ("demo.yaml", "demo-chat.yaml")
-        for base in BASES
-    ]
+    if "gradients" in pieces:
+        result["gradients"] = {model: gradient_errors(model) for model in MODELS}
+    if "steps" in pieces:
+        result["steps"] = {
+            model: {base: two_hundred_steps(model, base) for base in BASES} for model in MODELS
+        }
+    if "demo" in pieces:
+        result["demo"] = [
+            {"base": base, **demo_with(name, base)}
+            for name in ("demo.yaml", "demo-chat.yaml")
+            for base in BASES
+        ]
     save("quantized", "A quantised base beside full precision", tables(result), result)
 
 

@@ -666,7 +666,8 @@ class LoRATrainer:
         for note in notes_on_config(self.model_folder):
             self._say(f"warning: {note}")
         if found := model.decoder.quantization:
-            self._say(f"quantization: {found.in_words}")
+            in_groups = f"{found.kind}, multiplied by MLX as it is held, in groups of 64"
+            self._say(f"quantization: {in_groups if model.decoder.is_mlx else found.in_words}")
         # The plan follows the fused engine's buffers and knows nothing of autograd's.
         if self.settings.engine == "fused":
             self._say(memory_line(plan, budget))

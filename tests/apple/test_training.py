@@ -15,6 +15,7 @@ from phitune.apple.choice import fast_engine, load_decoder_on, reference_engine
 from phitune.cli import main
 from phitune.config import Settings
 from phitune.errors import SettingsError
+from phitune.inference.loaded import open_model
 from phitune.model.architecture import read_model_config, resolve_targets
 from phitune.model.files import ASSETS
 from phitune.model.lora import LoraSpec, attach
@@ -138,3 +139,25 @@ def test_a_killed_run_ends_as_one_that_was_left_alone(line: list[str], tmp_path:
     for file in (tmp_path / "whole" / ADAPTER).iterdir():
         if file.suffix == ".safetensors":
             assert file.read_bytes() == (killed / ADAPTER / file.name).read_bytes()
+
+
+def test_a_base_in_mlx_own_bits_is_trained_and_answers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(f'{{"prompt": "{n}?", "response": "{n}!"}}\n' for n in range(8)))
+    words = (
+        f"train --model_name tiny-phi-3.5 --dataset_path {data} --device mlx --epochs 1"
+        " --batch_size 4 --gradient_accumulation_steps 1 --sample_tokens 0 --quantization int4"
+    ).split()
+    run = tmp_path / "run"
+    assert main([*words, "--output_dir", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert "quantization: int4, multiplied by MLX as it is held" in said
+    assert "in int4 (as trained)" in said
+    loaded = open_model([run], device="mlx")
+    assert loaded.decoder.quantization is not None
+    assert loaded.decoder.quantization.kind == "int4"
+    here = open_model([run], device="cpu")  # Which has no such base.
+    assert here.decoder.quantization is None
+    assert any("int4, which cpu has not" in warning for warning in here.warnings)

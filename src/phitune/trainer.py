@@ -405,7 +405,9 @@ class LoRATrainer:
             self._show_settings(data, steps)
             try:
                 # The model, and the engine that computes on it.
-                model, engine = self._load(plan, budget, first_rows(data, CALIBRATION_TOKENS))
+                model, engine = self._load(
+                    plan, budget, first_rows(data, CALIBRATION_TOKENS).to(self.device)
+                )
                 provenance = self._provenance(data, engine)
                 if not resumption:
                     held.enter_context(run_lock(self._output_dir))

@@ -259,7 +259,8 @@ def mlx_refusal() -> str:
             return f"MLX is installed, but cannot be loaded: {first_line(error)}"
         if sys.platform == "darwin" and platform.machine() != "arm64":
             return "MLX needs a Mac with Apple's processor"
-        return "MLX is not installed; pip install 'phitune[apple]'"
+        wanted = "mlx" if sys.platform == "darwin" else "'phitune[apple]'"
+        return f"MLX is not installed; pip install {wanted}"
     except RuntimeError as error:
         return f"MLX does not run here: {first_line(error)}"
     return ""

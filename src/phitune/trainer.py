@@ -30,7 +30,7 @@ from phitune.config import MINIATURES, Resolved, Settings, as_flags, resolve, to
 from phitune.data.coder import Coder
 from phitune.data.conversation import Turn
 from phitune.data.mix import rows_per_epoch
-from phitune.data.packing import Batch, pack
+from phitune.data.packing import Batch, first_rows, pack
 from phitune.data.prepare import PreparedData, facts_of, prepare_data
 from phitune.data.sources import check_is_here
 from phitune.data.steps import OF_A_STEP, Steps
@@ -39,6 +39,7 @@ from phitune.environment import NO_ROOM, find_folders
 from phitune.errors import (
     CheckpointError,
     Interrupted,
+    ModelError,
     NonFiniteError,
     OutOfMemoryError,
     SavedAdapterError,
@@ -200,17 +201,6 @@ def _changed(
     }
 
 
-def first_rows(data: PreparedData, tokens: int) -> Batch:
-    """The first training rows that make so many tokens together, or all there are."""
-    rows, count = [], 0
-    for row in data.train_rows:
-        rows.append(row)
-        count += len(row.input_ids)
-        if count >= tokens:
-            break
-    return pack(rows)
-
-
 def _remedy(error: OSError) -> str:
     """What to do where something cannot be written."""
     return "free some disk space" if error.errno in NO_ROOM else "make it writable"
@@ -357,9 +347,12 @@ class LoRATrainer:
         if self._resumption and (found := self._resumption.saved.quantization):
             return quantization_from_json(found)
         settings, scheme = self.settings, self._scheme
-        chosen, why = choose_for_folder(
-            scheme, settings.quantization, settings.products, settings.device
-        )
+        products = settings.products
+        if settings.engine == "reference":
+            if products == "low":
+                raise SettingsError("products low: the reference engine has exact ones alone")
+            products = "exact"
+        chosen, why = choose_for_folder(scheme, settings.quantization, products, settings.device)
         if chosen is None and scheme:
             self._say(f"quantization: none; {why}")
         elif chosen and (self.verbose or scheme):
@@ -405,9 +398,8 @@ class LoRATrainer:
             self._show_settings(data, steps)
             try:
                 # The model, and the engine that computes on it.
-                model, engine = self._load(
-                    plan, budget, first_rows(data, CALIBRATION_TOKENS).to(self.device)
-                )
+                rows = pack(first_rows(data.train_rows, CALIBRATION_TOKENS)).to(self.device)
+                model, engine = self._load(plan, budget, rows)
                 provenance = self._provenance(data, engine)
                 if not resumption:
                     held.enter_context(run_lock(self._output_dir))
@@ -973,7 +965,9 @@ class LoRATrainer:
             )
         except OutOfMemoryError:
             self._warn(["there is no memory for the losses on the original base; skipped"])
-            return None
+        except ModelError as error:  # The run is done, whatever became of the original meanwhile.
+            self._warn([f"the losses on the original base are skipped: {error}"])
+        return None
 
     def _show_results(
         self,

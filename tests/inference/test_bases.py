@@ -8,8 +8,8 @@ from helpers.numerics import SHOWN
 from helpers.rows import random_rows
 
 from phitune.apple.choice import load_decoder_on
-from phitune.data.packing import pack
-from phitune.inference.bases import MOST_TOKENS, BaseLosses, base_losses, first_rows
+from phitune.data.packing import first_rows, pack
+from phitune.inference.bases import BaseLosses, base_losses
 from phitune.model.architecture import read_model_config, resolve_targets
 from phitune.model.engine import FusedEngine
 from phitune.model.files import ASSETS
@@ -56,10 +56,15 @@ def test_no_rows_are_no_losses_and_many_rows_are_cut() -> None:
     folder = ASSETS / "tiny-phi-2"
     engine, adapter = with_adapter(folder, Quantization("int8", low=False))
     assert base_losses(engine, engine.decoder, adapter, folder, []) is None
-    rows = random_rows([MOST_TOKENS - 10, 8, 8], vocab_size=50)
-    assert MOST_TOKENS == 8192
-    assert len(first_rows(rows)) == 2
-    assert len(first_rows(rows[:1] * 3)) == 1
+    rows = random_rows([30, 8, 8], vocab_size=50)
+    assert [len(first_rows(rows, tokens)) for tokens in (1, 37, 38, 45, 46, 99)] == [
+        1,
+        1,
+        2,
+        2,
+        3,
+        3,
+    ]
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,23 @@ def test_what_a_device_has_not_is_refused(kind: str, products: str, device: str,
         choose_quantization(kind, products, device)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--products low", "the base is in full; add --quantization int8 or nf4"),
+        (
+            "--quantization int8 --products low --engine reference",
+            "the reference engine has exact ones alone",
+        ),
+    ],
+)
+def test_products_that_cannot_be_had_are_refused(
+    words: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*line(tmp_path), *words.split(), "--output_dir", str(tmp_path / "run")]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_records_are_read_as_they_were_written_or_refused() -> None:
     found = Quantization("int8", True, 7, {"model.layers.0.dense": [1, 2]}, ["x"])
     assert quantization_from_json(json.loads(json.dumps(found.as_json()))) == found

@@ -37,7 +37,7 @@ class MlxDecoder(Decoder):
     """`Decoder`, computed by MLX. It has no numbers until `load` has run.
 
     Args:
-        bits: 4 or 8 to hold the layers' weights in so many, by MLX's own `quantize`; None for
+        bits: 4 or 8, the bits of a weight in the layers, by MLX's own `quantize`; None for
             `dtype`. The token table and the head stay as they are.
     """
 
@@ -121,7 +121,7 @@ class MlxDecoder(Decoder):
         return frozen
 
     def rows_of(self, name: str, every: int = 1) -> Tensor:
-        """The numbers of one of `named_weights`: all rows, or one of so many [n, ...]."""
+        """The numbers of one of `named_weights`: every row, or each `every`-th [n, ...]."""
         module, _, kind = name.rpartition(".")
         place, rows = self._places[module]
         whole = place.bias if kind == "bias" else place.dense()

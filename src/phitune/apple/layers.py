@@ -254,7 +254,7 @@ class MlxLayer:
             rows: [N] positions that matter after this layer; None for all.
             for_backward_only: leaves out the products that no backward reads.
 
-        Returns: [N, D] (of no meaning for the backward only), and what is kept.
+        Returns: [N, D] (undefined for the backward only), and what is kept.
         """
         saved = Saved(x, rows)
         heads = self.before_attention(saved, shared)

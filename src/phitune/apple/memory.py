@@ -50,7 +50,7 @@ def check_limit() -> None:
     """
     Raises:
         MemoryError: more was in use than the limit, since the last `begin_watching`; as where an
-            allocation fails, so that whoever computes meets it as on any other device.
+            allocation fails, so that callers handle it as on any other device.
     """
     if LIMIT.bytes is not None and (used := mx.get_peak_memory()) > LIMIT.bytes:
         raise MemoryError(f"MLX used {used:,} bytes, of {LIMIT.bytes:,} that it may")
@@ -70,8 +70,3 @@ def bytes_in_use() -> int:
 def peak_bytes() -> int:
     """The most that was in use at a time, since the process began."""
     return max(LIMIT.highest, int(mx.get_peak_memory()))
-
-
-def give_back() -> None:
-    """Returns freed buffers to the system."""
-    mx.clear_cache()

@@ -9,7 +9,7 @@ Shapes: T packed tokens, B rows, N trained tokens.
 
 import random
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,6 +82,18 @@ def pack(rows: Sequence[TokenizedExample], first_slot: int = 0) -> Batch:
         tuple(range(first_slot, first_slot + len(rows))),
         len(target_positions),
     )
+
+
+def first_rows(rows: Iterable[TokenizedExample], tokens: int) -> list[TokenizedExample]:
+    """The first rows that have at most this number of tokens together, or the first alone."""
+    kept: list[TokenizedExample] = []
+    count = 0
+    for row in rows:
+        count += len(row.input_ids)
+        if kept and count > tokens:
+            break
+        kept.append(row)
+    return kept
 
 
 def epoch_steps(

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from phitune.data.packing import Batch, pack
+from phitune.data.packing import Batch, first_rows, pack
 from phitune.data.tokenizer import TokenizedExample
 from phitune.inference.scores import batches_of_tokens, target_losses
 from phitune.model import ops
@@ -84,7 +84,7 @@ def base_losses(
     Raises:
         ModelError: the original can no longer be read.
     """
-    kept = first_rows(rows)
+    kept = first_rows(rows, MOST_TOKENS)
     if not kept:
         return None
     batches = [pack(part) for part in batches_of_tokens(kept)]
@@ -105,18 +105,6 @@ def base_losses(
         _is_worse(original, trained),
         _is_worse(merged, trained),
     )
-
-
-def first_rows(rows: Sequence[TokenizedExample]) -> list[TokenizedExample]:
-    """The first rows that make at most `MOST_TOKENS` tokens, or one."""
-    kept: list[TokenizedExample] = []
-    count = 0
-    for row in rows:
-        if kept and count + len(row.input_ids) > MOST_TOKENS:
-            break
-        kept.append(row)
-        count += len(row.input_ids)
-    return kept
 
 
 def _is_worse(losses: NDArray[np.float64], than: NDArray[np.float64]) -> bool:

@@ -620,8 +620,9 @@ def figure(value: float, unit: Unit = "") -> str:
 ROWS = 20
 _READ_AT_MOST = 50_000  # rows of the data set, to find the texts of those that are answered
 MOST_NEW_TOKENS = 128
-# Some seconds of forward passes of one kind of device; a token takes two a weight.
-_FLOPS = {"cpu": 2e11, "mlx": 4e12}
+# Some seconds of forward passes of one kind of device; a token takes two a weight. A Mac's GPU is
+# not measured yet, and gets no more than a CPU.
+_FLOPS = {"cpu": 2e11, "mlx": 2e11}
 _FLOPS_ELSEWHERE = 2e13
 # A longer training may be followed by a longer look at it: so much of the tokens it went through.
 _SHARE_OF_TRAINING = 0.002

@@ -570,7 +570,7 @@ class Decoder(nn.Module):
         return found
 
     def rows_of(self, name: str, every: int = 1) -> Tensor:
-        """The numbers of one of `named_weights`, on the CPU: all rows, or one of so many [n, ...].
+        """The numbers of one of `named_weights`, on the CPU: all rows or each `every`-th [n, ...].
 
         Raises:
             ValueError: there are none, on the meta device.

@@ -116,7 +116,7 @@ class FusedLayer:
             rows: [N] positions that matter after this layer; None for all.
             for_backward_only: leaves out the products that no backward reads.
 
-        Returns: [N, D] (of no meaning for the backward only), and what is kept.
+        Returns: [N, D] (undefined for the backward only), and what is kept.
         """
         raise NotImplementedError
 

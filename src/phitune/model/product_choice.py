@@ -102,7 +102,7 @@ def products_of_store(
 def low_products_of_store(
     store: Store, like: torch.Tensor, extra_columns: int, bits: int, scratch: Scratch
 ) -> Products:
-    """Products of whole numbers, of so many bits.
+    """Products of whole numbers, of `bits` bits.
 
     Raises:
         ModelError: the device has none, as where a run is resumed on another GPU.

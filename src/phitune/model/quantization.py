@@ -40,7 +40,7 @@ AskedQuantization = Literal["trained", "none", "int8", "nf4", "int4"]
 Products = Literal["auto", "exact", "low"]
 QUANTIZATION_FILE = "quantization.json"  # beside an adapter: the base that it was trained on
 
-# Kept at most of a linear layer's inputs: those whose largest number is so many times the median.
+# Kept at most of a linear layer's inputs: those whose largest number is TIMES the median.
 MOST_COLUMNS, TIMES = 16, 8.0
 # A product may be off by this share of its length; whole numbers of 7 bits make 1.7 to 3.6 %.
 MOST_OFF = 0.05
@@ -110,6 +110,8 @@ def choose_for_folder(
     Raises:
         SettingsError: the device has no such weights or products.
     """
+    if asked == "none" and products == "low" and (scheme is None or scheme.kind is None):
+        raise SettingsError("products low: the base is in full; add --quantization int8 or nf4")
     if scheme is None:
         if asked == "none":
             return None, "as asked"

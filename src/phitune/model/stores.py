@@ -41,7 +41,7 @@ class Store(ABC):
         """What it holds, by name; of any shape."""
 
     def whole(self, rows: slice, bits: int) -> tuple[Tensor, Tensor]:
-        """Rows as whole numbers of so many bits [n, D] int8, and what each is scaled by [n]."""
+        """Rows as whole numbers of `bits` bits [n, D] int8, and what each is scaled by [n]."""
         rounded = Int8Rows((len(range(*rows.indices(self.shape[0]))), self.shape[1]), CPU, bits)
         rounded.put(0, self.dense(torch.float32, rows))
         return rounded.numbers, rounded.scale

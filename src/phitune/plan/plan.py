@@ -81,7 +81,7 @@ def multiplies_low(settings: Settings, device: Device) -> bool:
 
 
 def placement(settings: Settings, device: Device, budget: int) -> Placement:
-    """Where a run with these settings is planned, in so many bytes."""
+    """Where a run with these settings is planned, and the bytes it may take."""
     base = base_precision(settings, device)
     return Placement(base, device, budget, multiplies_low(settings, device))
 

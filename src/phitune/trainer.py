@@ -20,6 +20,7 @@ from rich.markup import escape
 from torch import Tensor
 
 from phitune.apple.choice import (
+    check_reference,
     fast_engine,
     limit_memory,
     load_decoder_on,
@@ -556,6 +557,8 @@ class LoRATrainer:
     def _chosen(settings: Settings) -> dict[str, Any]:
         """What the settings leave open and does not depend on the data, by name."""
         device = choose_device(settings.device)
+        if settings.engine == "reference":
+            check_reference(device)
         chosen: dict[str, Any] = {}
         if settings.output_dir is None:
             chosen["output_dir"] = default_output_dir(

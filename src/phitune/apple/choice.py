@@ -50,19 +50,27 @@ def load_decoder_on(
     return decoder
 
 
+def check_reference(device_name: str) -> None:
+    """
+    Raises:
+        SettingsError: the reference engine is asked for where MLX has the weights.
+    """
+    if device_name == MLX:
+        raise SettingsError(
+            "engine reference: it is torch's, and device mlx has the weights in MLX; use --device"
+            " cpu or mps with it, or --engine fused"
+        )
+
+
 def reference_engine(
     decoder: Decoder, recompute_layers: int, *, torch_compile: bool = False
 ) -> Engine:
     """Plain torch under autograd.
 
     Raises:
-        SettingsError: the decoder is MLX's, whose weights torch does not have.
+        SettingsError: see `check_reference`.
     """
-    if decoder.is_mlx:
-        raise SettingsError(
-            "engine reference: it is torch's, and device mlx has the weights in MLX; use --device"
-            " cpu or mps with it, or --engine fused"
-        )
+    check_reference(decoder.runs_on)
     return ReferenceEngine(decoder, recompute_layers, torch_compile=torch_compile)
 
 

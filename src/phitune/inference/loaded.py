@@ -264,8 +264,9 @@ def trained_quantization(folder: Path) -> Quantization | None:
     path = own_file(folder / QUANTIZATION_FILE)
     if path is None:
         return None
+    content = read_object(path, "")
     try:
-        return quantization_from_json(read_object(path, ""))
+        return quantization_from_json(content)
     except ModelError as error:
         raise ModelError(f"{folder / QUANTIZATION_FILE}: {error}") from None
 

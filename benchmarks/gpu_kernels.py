@@ -41,7 +41,7 @@ from phitune.model.decoder import Norm
 from phitune.model.fused import Backend, Before, FusedNorm, Kernels
 from phitune.model.gemm import STANDARD
 from phitune.model.products import Scratch
-from phitune.model.stores import Nf4
+from phitune.model.stores import Int8Rows, Nf4
 
 CAPABILITIES = (80, 86, 89, 90, 120)
 RANKS = (8, 64)
@@ -163,16 +163,12 @@ def launches_of_products(rank: int) -> list[Launch]:
     width, outputs = spec.in_features, sum(part for _, part in spec.parts)
     extra = extra_columns(rank * len(spec.parts))
     wide, further = empty(TOKENS, width + extra), empty(outputs, extra)
-    what = " (forward)"
     triton_products.rounded_rows(wide[:, :width])
-    what = " (back)"
-    triton_products.rounded_rows(empty(TOKENS, outputs), empty(outputs, dtype=torch.float32))
     numbers = empty(outputs, width, dtype=torch.int8)
     for tokens in (TOKENS, 64, 1):
         scale = empty(tokens, dtype=torch.float32)
         x = triton_products.Scaled(empty(tokens, width, dtype=torch.int8), scale)
-        grad = triton_products.Scaled(empty(tokens, outputs, dtype=torch.int8), scale)
-        what = f" (forward of {tokens})"
+        what = f" (of {tokens})"
         triton_products.multiplied(
             x,
             triton_products.Scaled(numbers, empty(outputs, dtype=torch.float32)),
@@ -180,11 +176,10 @@ def launches_of_products(rank: int) -> list[Launch]:
             triton_products.Beside(wide[:tokens, width:], further),
             empty(outputs),
         )
-        what = f" (back of {tokens})"
-        out = wide[:tokens, :width]
-        whole = triton_products.Scaled(numbers, None)
-        triton_products.multiplied(grad, whole, out, back=True)
-    what, store = "", Nf4((outputs, width), torch.device("meta"))
+    meta = torch.device("meta")
+    what, store = "", Nf4((outputs, width), meta)
+    whole = Int8Rows((outputs, width), meta)
+    triton_products.expanded_int8(whole, slice(None), empty(outputs, width))
     levels = empty(16, dtype=torch.float32)
     triton_products.expanded_nf4(store, levels, slice(None), empty(outputs, width))
     triton_backend.launch = usual

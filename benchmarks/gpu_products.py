@@ -49,7 +49,7 @@ def tried(bench: Bench) -> Row:
     """Whether the card multiplies and expands right, and the reason."""
     bits, why = choose_bits(bench.device)
     expands = expands_by_triton(bench.device)
-    return {"note": f"{bits} bits: {why}; NF4 expanded by Triton: {'yes' if expands else 'no'}"}
+    return {"note": f"{bits} bits: {why}; expanded by Triton: {'yes' if expands else 'no'}"}
 
 
 def ways(bench: Bench, weight: Tensor) -> dict[str, Callable[[], Products]]:
@@ -70,7 +70,7 @@ def ways(bench: Bench, weight: Tensor) -> dict[str, Callable[[], Products]]:
         return Plain(torch.cat([weight.to(like.dtype), columns()], dim=1), width, gemm)
 
     def low(kind: type[Int8Rows] | type[Nf4]) -> Products:
-        return low_products_of_store(held(kind), like, EXTRA, 8, Scratch())
+        return low_products_of_store(held(kind), like, EXTRA, 8, gemm, Scratch())
 
     return {
         "bf16": plain,
@@ -78,6 +78,9 @@ def ways(bench: Bench, weight: Tensor) -> dict[str, Callable[[], Products]]:
         "nf4, 8-bit activations": lambda: low(Nf4),
         "int8, expanded by torch": lambda: Expanded(held(Int8Rows), columns(), gemm, Scratch()),
         "nf4, expanded by torch": lambda: Expanded(held(Nf4), columns(), gemm, Scratch()),
+        "int8, expanded by Triton": lambda: products_of_store(
+            held(Int8Rows), like, EXTRA, gemm, Scratch()
+        ),
         "nf4, expanded by Triton": lambda: products_of_store(
             held(Nf4), like, EXTRA, gemm, Scratch()
         ),

@@ -486,3 +486,57 @@ def test_kernels_are_taken_where_they_compute_what_torch_computes(
     with monkeypatch.context() as patch:
         patch.setattr(triton_backend, "MOST_COLUMNS", 15)
         assert choose_kernels(*parts)[0] is None
+
+
+# --- how they are started -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parameter:
+    do_not_specialize: bool
+
+
+class Recorded:
+    """What Triton's jit makes of a kernel, on a GPU: each start is noted."""
+
+    arg_names = ("x", "T", "pitch", "weight", "BLOCK")
+    params = tuple(Parameter(name == "T") for name in arg_names)
+
+    def __init__(self) -> None:
+        self.starts: list[tuple[str, tuple[object, ...]]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def run(*values: object, **constants: object) -> "Compiled":
+            self.starts.append(("compiled", (grid, *values, *constants.values())))
+            return Compiled(self)
+
+        return run
+
+
+@dataclass
+class Compiled:
+    kernel: Recorded
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *values: self.kernel.starts.append(("again", (grid, *values)))
+
+
+def test_a_kernel_is_looked_up_once_for_all_that_it_is_compiled_for() -> None:
+    kernel, x = Recorded(), torch.zeros(64, dtype=torch.bfloat16)
+
+    def start(
+        x: Tensor, tokens: int = 7, pitch: int = 64, weight: float = 0.5, block: int = 32
+    ) -> str:
+        triton_backend.launch(kernel, (3,), x, tokens, pitch, weight, BLOCK=block, num_warps=4)
+        return kernel.starts[-1][0]
+
+    assert start(x) == "compiled"
+    # The number of tokens, a float and another tensor of the kind change nothing.
+    assert start(x[8:], tokens=1, weight=0.25) == "again"
+    assert kernel.starts[-1][1] == ((3, 1, 1), x[8:].data_ptr(), 1, 64, 0.25, 32)
+    # Alignment, precision, pitch, None and constants do: Triton compiles for them.
+    assert start(x[1:]) == "compiled"
+    assert start(x.float()) == "compiled"
+    assert start(x, pitch=1) == "compiled"
+    assert start(x, block=64) == "compiled"
+    assert start(x) == "again"

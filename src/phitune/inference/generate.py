@@ -283,7 +283,7 @@ def prepare_for_inference(decoder: Decoder) -> Decoder:
         if linear.low_bits is None:
             linear.answering = products_of_store(store, like, 0, gemm, scratch)
             continue
-        products = low_products_of_store(store, like, 0, linear.low_bits, scratch)
+        products = low_products_of_store(store, like, 0, linear.low_bits, gemm, scratch)
         if isinstance(products, EightBit):
             products.pack()
         linear.answering = products

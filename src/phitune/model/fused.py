@@ -256,7 +256,8 @@ class Backend(NamedTuple):
         like = torch.empty(0, dtype=linear.weight.dtype, device=linear.device)
         if linear.low_bits is None:
             return products_of_store(store, like, extra_columns, self.gemm, self.scratch)
-        return low_products_of_store(store, like, extra_columns, linear.low_bits, self.scratch)
+        bits = linear.low_bits
+        return low_products_of_store(store, like, extra_columns, bits, self.gemm, self.scratch)
 
 
 class PairViews(NamedTuple):

@@ -13,7 +13,7 @@ import torch
 from phitune.errors import ModelError
 from phitune.model.gemm import Gemm
 from phitune.model.products import EightBit, Expanded, Products, Scratch, whole_products
-from phitune.model.stores import Nf4, Store
+from phitune.model.stores import Store
 
 # Data-centre Blackwell multiplies whole numbers slower than floats.
 _SLOW_WHOLE = ((10, 0), (10, 3))
@@ -64,7 +64,7 @@ def _choose_bits_on_cuda(device: torch.device) -> tuple[int | None, str]:
     try:
         from phitune.model import triton_products
 
-        right = all(
+        right = triton_products.expands_exactly(device) and all(
             triton_products.is_exact(device, dtype) for dtype in (torch.float32, torch.bfloat16)
         )
     except Exception as error:  # A compiler, an assembler and a driver fail in many ways.
@@ -76,7 +76,7 @@ def _choose_bits_on_cuda(device: torch.device) -> tuple[int | None, str]:
 
 @functools.cache
 def expands_by_triton(device: torch.device) -> bool:
-    """Whether NF4 is expanded by a kernel, which was tried on the device."""
+    """Whether stores are expanded by kernels, which were tried on the device."""
     if refusal_of_triton(device) is not None:
         return False
     try:
@@ -92,7 +92,7 @@ def products_of_store(
 ) -> Products:
     """Exact products of a store, with X further columns. like: of the precision and device."""
     lora_B = like.new_zeros(store.shape[0], extra_columns)  # [O, X]
-    if isinstance(store, Nf4) and expands_by_triton(like.device):
+    if expands_by_triton(like.device):
         from phitune.model.triton_products import ExpandedOnCuda
 
         return ExpandedOnCuda(store, lora_B, gemm, scratch)
@@ -100,7 +100,7 @@ def products_of_store(
 
 
 def low_products_of_store(
-    store: Store, like: torch.Tensor, extra_columns: int, bits: int, scratch: Scratch
+    store: Store, like: torch.Tensor, extra_columns: int, bits: int, gemm: Gemm, scratch: Scratch
 ) -> Products:
     """Products of whole numbers, of `bits` bits.
 
@@ -113,4 +113,4 @@ def low_products_of_store(
         raise ModelError(f"the base is multiplied in {bits} bits, but {found[1]}")
     from phitune.model.triton_products import EightBitOnCuda
 
-    return EightBitOnCuda(store, like.new_zeros(store.shape[0], extra_columns), scratch)
+    return EightBitOnCuda(store, like.new_zeros(store.shape[0], extra_columns), gemm, scratch)

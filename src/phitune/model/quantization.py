@@ -27,6 +27,7 @@ from phitune.model.architecture import ModelConfig
 from phitune.model.decoder import META, Decoder, DecoderLayer, FusedLinear
 from phitune.model.device import MLX, torch_device
 from phitune.model.fused import Packed
+from phitune.model.gemm import STANDARD
 from phitune.model.product_choice import choose_bits, low_products_of_store
 from phitune.model.products import Products as LayerProducts
 from phitune.model.products import Scratch
@@ -326,7 +327,8 @@ def _load_calibrated(
             for module, part in linear.columns.items():
                 weights[f"{module}.weight"].put_into(store, part.start)
             some = seen[:: max(1, len(seen) // CHECKED_TOKENS)]
-            low = low_products_of_store(store, linear.weight, 0, quantization.bits, Scratch())
+            bits = quantization.bits
+            low = low_products_of_store(store, linear.weight, 0, bits, STANDARD, Scratch())
             if how_far_off(low, some, linear.weight) > MOST_OFF:
                 exact.append(name)
             linear.hold_in(store)

@@ -8,6 +8,7 @@ Shapes: T rows, D in, X extra columns, M adapter pairs, H heads, E head_dim, n r
 V vocabulary, G groups of rows. All rows may have any pitch.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -122,8 +123,45 @@ def _adapters(linear: WidenedLinear, row_keys: Tensor | None) -> Adapters | None
     return Adapters(linear.lora_A, factors, linear.pair_of, keys, linear.threshold)
 
 
+# Kernels that were compiled, by what Triton compiles them for anew.
+_compiled: dict[tuple[object, ...], Any] = {}
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *values: object, **constants: object) -> None:
-    kernel[grid](*values, **constants)
+    """Starts a kernel. values: its first parameters; constants: the others, and Triton's options.
+
+    Triton looks at each argument of each launch, which takes the host longer than many of these
+    kernels take the GPU. What it looks at is a key here: a kernel that was started with the like
+    before is started as it was compiled then.
+    """
+    any_value = _never_specialized(kernel)
+    key: list[object] = [kernel, *constants.values()]
+    arguments: list[object] = []
+    for index, value in enumerate(values):
+        if isinstance(value, Tensor):
+            address = value.data_ptr()
+            arguments.append(address)
+            key += (value.dtype, value.get_device(), address % 16 == 0)
+        else:
+            arguments.append(value)
+            # Widths and pitches are few; the number of tokens and the loss's weight are not.
+            is_any = index in any_value or isinstance(value, float)
+            key.append(type(value) if is_any else value)
+    compiled = _compiled.get(tuple(key))
+    if compiled is None:
+        compiled = kernel[grid](*values, **constants)
+        if compiled is not None:  # as in Triton's interpreter
+            _compiled[tuple(key)] = compiled
+    else:
+        names = kernel.arg_names[len(values) :]
+        compiled[(*grid, 1, 1)[:3]](*arguments, *(constants[name] for name in names))
+
+
+@functools.cache
+def _never_specialized(kernel: Any) -> frozenset[int]:
+    """The places of parameters for whose values Triton does not compile a kernel anew."""
+    parameters = enumerate(getattr(kernel, "params", ()))
+    return frozenset(index for index, each in parameters if each.do_not_specialize)
 
 
 def widen(x: Tensor, before: Before, adapters: Adapters | None, row_keys: Tensor | None) -> Widened:
@@ -303,18 +341,27 @@ def cross_entropy_(logits: Tensor, targets: Tensor, weight: float | None) -> Ten
 
 
 def widen_blocks(dtype: torch.dtype, extra: int) -> Blocks:
-    """Of `widen`, such that A of all extra columns fits beside the rest."""
+    """Of `widen`, such that A of all extra columns fits beside the rest.
+
+    The fastest on an H100 in benchmarks/gpu_blocks.py, or within 7 % of it.
+    """
     columns = _power(max(extra, 16))
-    return Blocks(16, max(16, min(128, 8192 // (dtype.itemsize * columns))), columns, 8)
+    return Blocks(16, max(16, min(256, 16384 // (dtype.itemsize * columns))), columns, 4)
 
 
 def complete_blocks(before: Before, extra: int) -> Blocks:
-    """Of `complete`, such that A's gradient [X, d] fits in the registers."""
+    """Of `complete`, such that A's gradient [X, d] fits in the registers.
+
+    The fastest on an H100 in benchmarks/gpu_blocks.py, or within 4 % of it, for up to 32 columns.
+    """
     columns = _power(max(extra, 16))
     if columns > 256:
         return Blocks(16, 16, columns, 8)
-    warps = 4 if columns <= 32 and not isinstance(before, str) else 8
-    return Blocks(32, 64 if columns <= 64 else 32, columns, warps)
+    if columns > 32:
+        return Blocks(32, 64 if columns <= 64 else 32, columns, 8)
+    if isinstance(before, str):
+        return Blocks(16, 64, columns, 4)
+    return Blocks(32, 128 if columns == 32 else 64, columns, 4)
 
 
 def _width(x: Tensor, before: Before) -> int:

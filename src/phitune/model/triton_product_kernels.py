@@ -1,16 +1,18 @@
 """Kernels of products of a frozen layer that is held in fewer bits, for NVIDIA GPUs, in Triton.
 
-Imported only where there is Triton; what starts them is triton_products.py. Proven in Triton's
-interpreter and compiled for five compute capabilities; no GPU has run them, and their speed is not
-yet measured (benchmarks/gpu.py, piece `products`, will).
+Imported only where there is Triton; what starts them is triton_products.py.
 
 - `round_rows`: tokens in 8 bits, each with a scale of its own.
-- `multiply`: whole numbers of 8 bits, summed in int32 and therefore exactly, from one copy of the
-  weight in both directions; scales, adapters, kept columns and bias ride in its epilogue.
-- `expand_nf4`: NF4 as the numbers that it stands for, to the last bit those of `Nf4.expand`.
+- `multiply`: whole numbers of 8 bits, summed in int32 and therefore exactly; scales, adapters, kept
+  columns and bias ride in its epilogue. Forward only: on the way back a weight's rows are summed
+  over, which Hopper's products of 8 bits cannot read as they lie (measured: 4 times as long as in
+  bf16 from expanded weights).
+- `expand_int8`, `expand_nf4`: the numbers that a store stands for, to the last bit those of
+  `Int8Rows.expand` without its kept columns and of `Nf4.expand`.
 
-Shapes: T tokens, D in, O out. In `multiply`: K summed over, N results a token, E columns beside; m
-and n of them in a block. Rows may have any pitch, within a row elements are adjacent.
+Shapes: T tokens, D in, O out, n rows of the weight. In `multiply`: N results a token, E columns
+beside; m tokens and n results in a block. Rows may have any pitch, within a row elements are
+adjacent.
 """
 
 import triton
@@ -65,8 +67,8 @@ def round_rows(
 def multiply(
     x,  # [T, K] int8
     x_scale,  # [T] fp32
-    weight,  # int8: [N, K] forward, [K, N] back
-    weight_scale,  # [N] fp32, or None
+    weight,  # [N, K] int8
+    weight_scale,  # [N] fp32
     beside,  # [T, E], or None
     further,  # [N, E], or None
     bias,  # [N], or None
@@ -78,7 +80,6 @@ def multiply(
     beside_pitch,
     further_pitch,
     out_pitch,
-    BACK: tl.constexpr,
     E: tl.constexpr,
     EVEN: tl.constexpr,  # whether K is a multiple of its block
     BLOCK_T: tl.constexpr,
@@ -87,7 +88,7 @@ def multiply(
     BLOCK_E: tl.constexpr,
     GROUP: tl.constexpr,  # blocks of tokens that share a weight's block while it is in the cache
 ):
-    """x W^T (or x W) with its scales, + beside further^T + bias; a block of tokens and results."""
+    """x W^T with its scales, + beside further^T + bias; a block of tokens and results."""
     token_blocks = tl.cdiv(T, BLOCK_T)
     in_group = GROUP * tl.cdiv(N, BLOCK_N)
     first = tl.program_id(0) // in_group * GROUP
@@ -98,13 +99,10 @@ def multiply(
     live, wanted = rows < T, columns < N
     rows = rows.to(tl.int64)
 
-    # The product. The weight's block is read as it lies, and turned where it has to be.
+    # The product.
     summed = tl.arange(0, BLOCK_K)
     x_places = x + rows[:, None] * K + summed[None, :]  # [m, BLOCK_K]
-    if BACK:
-        weight_places = weight + summed.to(tl.int64)[:, None] * weight_pitch + columns[None, :]
-    else:
-        weight_places = weight + columns.to(tl.int64)[None, :] * weight_pitch + summed[:, None]
+    weight_places = weight + columns.to(tl.int64)[None, :] * weight_pitch + summed[:, None]
     total = tl.zeros((BLOCK_T, BLOCK_N), tl.int32)
     for start in range(0, K, BLOCK_K):
         if EVEN:
@@ -116,12 +114,11 @@ def multiply(
             b = tl.load(weight_places, mask=inside[:, None] & wanted[None, :], other=0)
         total = tl.dot(a, b, total, out_dtype=tl.int32)
         x_places += BLOCK_K
-        weight_places += BLOCK_K * weight_pitch if BACK else BLOCK_K
+        weight_places += BLOCK_K
 
     # What it stands for, and what is added.
     result = total.to(tl.float32) * tl.load(x_scale + rows, mask=live, other=0.0)[:, None]
-    if weight_scale is not None:
-        result *= tl.load(weight_scale + columns, mask=wanted, other=0.0)[None, :]
+    result *= tl.load(weight_scale + columns, mask=wanted, other=0.0)[None, :]
     if E > 0:
         extra = tl.arange(0, BLOCK_E)
         for start in range(0, E, BLOCK_E):
@@ -135,6 +132,25 @@ def multiply(
         result += tl.load(bias + columns, mask=wanted, other=0.0).to(tl.float32)[None, :]
     places = out + rows[:, None] * out_pitch + columns[None, :]
     tl.store(places, result.to(out.dtype.element_ty), mask=live[:, None] & wanted[None, :])
+
+
+@triton.jit
+def expand_int8(
+    numbers,  # [n, D] int8
+    scale,  # [n] fp32
+    out,  # [n, D], written
+    numbers_pitch,
+    pitch,
+    D,
+    BLOCK: tl.constexpr,
+):
+    """Part of one row as the numbers that it stands for."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < D
+    value = tl.load(numbers + row * numbers_pitch + columns, mask=inside, other=0).to(tl.float32)
+    value *= tl.load(scale + row)
+    tl.store(out + row * pitch + columns, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["first_row"])

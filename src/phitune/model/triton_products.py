@@ -2,7 +2,7 @@
 
 Imported only where there is Triton; product_choice.py says where they are relied on. The kernels
 are those of triton_product_kernels.py: what starts each, the shapes of blocks, and how a device is
-tried. Speed is not yet measured on any GPU, and so the shapes of blocks are what compiles and fits.
+tried.
 
 Shapes: T tokens, D in, O out (or as many as `rows` of the weight), X extra columns, k kept ones. In
 `multiplied`: K summed over, N results a token, E columns beside.
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from phitune.model import triton_backend
 from phitune.model.gemm import Gemm
-from phitune.model.products import Expanded, Products, Scratch
+from phitune.model.products import Expanded, Scratch
 from phitune.model.stores import ALL, NF4_BLOCK, NF4_LEVELS, Int8Rows, Nf4, Store
-from phitune.model.triton_product_kernels import expand_nf4, multiply, round_rows
+from phitune.model.triton_product_kernels import expand_int8, expand_nf4, multiply, round_rows
 
 LEVELS = 127
 # Sums of so many products stay within int32; weights that others quantised may be -128.
@@ -65,7 +65,7 @@ class Scaled(NamedTuple):
     """Whole numbers of 8 bits and what they are scaled by, a row."""
 
     numbers: Tensor  # [n, d] int8
-    scale: Tensor | None  # [n] fp32; None where it is in the other side's numbers
+    scale: Tensor  # [n] fp32
 
 
 def multiplied(
@@ -74,14 +74,12 @@ def multiplied(
     out: Tensor,
     beside: Beside | None = None,
     bias: Tensor | None = None,
-    *,
-    back: bool = False,
 ) -> Tensor:
-    """x W^T, or x W on the way back, + what is beside + bias.
+    """x W^T + what is beside + bias.
 
     Args:
         x: [T, K].
-        weight: [N, K], or [K, N] on the way back, where it has no scale.
+        weight: [N, K].
         out: [T, N], of any pitch; written.
         bias: [N].
 
@@ -113,7 +111,6 @@ def multiplied(
         0 if columns is None else columns.stride(0),
         0 if further is None else further.stride(0),
         out.stride(0),
-        BACK=back,
         E=0 if columns is None else columns.shape[1],
         EVEN=summed % block_k == 0,
         BLOCK_T=block_t,
@@ -138,12 +135,12 @@ class ProductBlocks(NamedTuple):
 
 
 def product_blocks(tokens: int) -> ProductBlocks:
-    """Few tokens get small blocks, as answers need them. What fits; not yet measured."""
+    """Few tokens get small blocks, as answers need them; for many the fastest on an H100."""
     if tokens <= 16:
         return ProductBlocks(16, 64, 128, 4, 4)
     if tokens <= 64:
         return ProductBlocks(64, 64, 128, 4, 3)
-    return ProductBlocks(128, 128, 64, 8, 4)
+    return ProductBlocks(128, 128, 128, 8, 3)
 
 
 def nf4_levels(device: torch.device) -> Tensor:
@@ -173,40 +170,67 @@ def expanded_nf4(store: Nf4, levels: Tensor, rows: slice, out: Tensor) -> Tensor
     return out
 
 
+def expanded_int8(store: Int8Rows, rows: slice, out: Tensor) -> Tensor:
+    """`Int8Rows.expand`, in one launch where no columns are kept. out: [n, D]. Returns: out."""
+    assert out.stride(1) == 1
+    numbers, scale = store.whole(rows, 8)
+    width = store.shape[1]
+    block = min(2048, triton.next_power_of_2(width))
+    triton_backend.launch(
+        expand_int8,
+        (len(out), triton.cdiv(width, block)),
+        numbers,
+        scale,
+        out,
+        numbers.stride(0),
+        out.stride(0),
+        width,
+        BLOCK=block,
+        num_warps=4,
+    )
+    if len(store.columns):
+        out.index_copy_(1, store.columns, store.kept[rows].to(out.dtype))
+    return out
+
+
 # -------------------------------------------------------------------------------------------------
 # Products.
 
 
 class ExpandedOnCuda(Expanded):
-    """`products.Expanded` of NF4, expanded by a kernel; the same numbers."""
+    """`products.Expanded`, expanded by a kernel; the same numbers."""
 
-    def __init__(self, store: Nf4, lora_B: Tensor, gemm: Gemm, scratch: Scratch) -> None:
+    def __init__(self, store: Store, lora_B: Tensor, gemm: Gemm, scratch: Scratch) -> None:
         super().__init__(store, lora_B, gemm, scratch)
         self.name += " (by Triton)"
-        self.nf4, self.levels = store, nf4_levels(lora_B.device)
+        self.levels = nf4_levels(lora_B.device)
 
     def expand(self, rows: slice, out: Tensor) -> None:
         """out: [n, D]."""
-        expanded_nf4(self.nf4, self.levels, rows, out)
+        if isinstance(self.store, Nf4):
+            expanded_nf4(self.store, self.levels, rows, out)
+        else:
+            assert isinstance(self.store, Int8Rows)
+            expanded_int8(self.store, rows, out)
 
 
-class EightBitOnCuda(Products):
-    """`products.EightBit` on a GPU, in the precision of the model.
+class EightBitOnCuda(ExpandedOnCuda):
+    """Forward as `products.EightBit` on a GPU; on the way back the weight is expanded.
 
     The columns that a store keeps ride with the adapters: x's columns beside low, their weights
     beside B. NF4 is expanded and rounded to whole numbers for each product.
 
     Args:
         lora_B: [O, X], of zeros; says the precision and the device.
-        scratch: of the weight in full precision, where the store is NF4.
+        scratch: of the weight in full precision.
     """
 
-    def __init__(self, store: Store, lora_B: Tensor, scratch: Scratch) -> None:
-        self.name = "8-bit weights times 8-bit activations, by Triton"
-        self.store, self.width, self.scratch = store, store.shape[1], scratch
+    def __init__(self, store: Store, lora_B: Tensor, gemm: Gemm, scratch: Scratch) -> None:
+        super().__init__(store, lora_B, gemm, scratch)
+        self.name = "8-bit weights times 8-bit activations, by Triton; expanded on the way back"
+        self.width = store.shape[1]
         self.columns: Tensor | None = None  # [k]
         self.without: Tensor | None = None  # [D], 0 for kept columns and 1 for others
-        self.levels = nf4_levels(lora_B.device)
         self.further = lora_B  # [O, X + k]
         if isinstance(store, Int8Rows) and len(store.columns):
             self.columns = store.columns
@@ -225,26 +249,13 @@ class EightBitOnCuda(Products):
         out = wide.new_empty(len(wide), len(further))
         return multiplied(x, self._whole(rows), out, Beside(columns, further), bias)
 
-    def backward(self, grad_out: Tensor, rows: slice = ALL) -> Tensor:
-        """grad_out: [T, O]. Returns: [T, D + X]."""
-        extra = self.lora_B.shape[1]
-        numbers, of_rows = self._whole(rows)
-        grad = Scaled(*rounded_rows(grad_out, of_rows))
-        wide = grad_out.new_empty(len(grad_out), self.width + extra)
-        multiplied(grad, Scaled(numbers, None), wide[:, : self.width], back=True)
-        if self.further.shape[1]:
-            beside = torch.mm(grad_out, self.further[rows])  # [T, X + k]
-            wide[:, self.width :] = beside[:, :extra]
-            if self.columns is not None:
-                wide.index_copy_(1, self.columns, beside[:, extra:])
-        return wide
-
     def _whole(self, rows: slice) -> Scaled:
         """Returns: [n, D], [n]."""
-        if not isinstance(self.store, Nf4):
+        if isinstance(self.store, Int8Rows):
             return Scaled(*self.store.whole(rows, 8))
         dense = self.scratch.of(len(self.lora_B[rows]), self.width, self.lora_B)
-        return Scaled(*rounded_rows(expanded_nf4(self.store, self.levels, rows, dense)))
+        self.expand(rows, dense)
+        return Scaled(*rounded_rows(dense))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -255,7 +266,7 @@ EXTRA_TRIED = 16  # columns of adapters
 
 
 def is_exact(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether both directions are right to the last bit, extremes and adapters among the numbers.
+    """Whether products are right to the last bit, extremes and adapters among the numbers.
 
     Compiles, and waits for the device.
     """
@@ -263,43 +274,45 @@ def is_exact(device: torch.device, dtype: torch.dtype) -> bool:
     width, outputs = 208, 176  # no whole number of blocks
     numbers = torch.randint(-LEVELS, LEVELS + 1, (outputs, width), generator=generator)
     numbers[:16], numbers[16:32] = LEVELS, -LEVELS
-    weight = numbers.to(device, torch.int8)
+    weight = Scaled(numbers.to(device, torch.int8), torch.ones(outputs, device=device))
     for tokens in (5, 40, 150):
         x = torch.randint(-LEVELS, LEVELS + 1, (tokens, width), generator=generator)
-        grad = torch.randint(-LEVELS, LEVELS + 1, (tokens, outputs), generator=generator)
-        x[:2], grad[:2], x[2:4], grad[2:4] = LEVELS, LEVELS, -LEVELS, -LEVELS
-        for side, back in ((x, False), (grad, True)):
-            side[:, 0] = LEVELS  # so that a token is rounded to what it is
-            ours, scale = rounded_rows((side * 2.0**-8).to(device, dtype))
-            rights = [torch.equal(ours.cpu().long(), side)]
-            rights += [torch.allclose(scale.cpu(), torch.tensor(2.0**-8), rtol=1e-6, atol=0.0)]
-            expected = side @ (numbers if back else numbers.t())
-            out = torch.empty(expected.shape, device=device)  # in which these sums are exact
-            ones = Scaled(ours, torch.ones(tokens, device=device))
-            multiplied(ones, Scaled(weight, None), out, back=back)
-            rights += [torch.equal(out.cpu().long(), expected)]
-            # With what rides along, of whole numbers so small that these sums are exact as well.
-            low = side[:, :EXTRA_TRIED].clamp(-8, 8)
-            further = expected[:1].t().clamp(-8, 8).expand(-1, EXTRA_TRIED)
-            beside = Beside(low.to(device, dtype), further.to(device, dtype).contiguous())
-            bias = beside.weights[:, 0].contiguous()
-            multiplied(ones, Scaled(weight, None), out, beside, bias, back=back)
-            expected += low @ further.t() + further[:, 0]
-            rights += [torch.equal(out.cpu().long(), expected)]
-            if not all(rights):
-                return False
+        x[:2], x[2:4] = LEVELS, -LEVELS
+        x[:, 0] = LEVELS  # so that a token is rounded to what it is
+        ours, scale = rounded_rows((x * 2.0**-8).to(device, dtype))
+        rights = [torch.equal(ours.cpu().long(), x)]
+        rights += [torch.allclose(scale.cpu(), torch.tensor(2.0**-8), rtol=1e-6, atol=0.0)]
+        expected = x @ numbers.t()
+        out = torch.empty(expected.shape, device=device)  # in which these sums are exact
+        ones = Scaled(ours, torch.ones(tokens, device=device))
+        multiplied(ones, weight, out)
+        rights += [torch.equal(out.cpu().long(), expected)]
+        # With what rides along, of whole numbers so small that these sums are exact as well.
+        low = x[:, :EXTRA_TRIED].clamp(-8, 8)
+        further = expected[:1].t().clamp(-8, 8).expand(-1, EXTRA_TRIED)
+        beside = Beside(low.to(device, dtype), further.to(device, dtype).contiguous())
+        bias = beside.weights[:, 0].contiguous()
+        multiplied(ones, weight, out, beside, bias)
+        expected += low @ further.t() + further[:, 0]
+        rights += [torch.equal(out.cpu().long(), expected)]
+        if not all(rights):
+            return False
     return True
 
 
 def expands_exactly(device: torch.device) -> bool:
-    """Whether NF4 is expanded to the bits that torch's operations make of it there."""
-    store = Nf4((24, 208), device)
+    """Whether stores are expanded to the bits that torch's operations make of them there."""
     generator = torch.Generator().manual_seed(0)
-    store.put(0, torch.randn(24, 208, generator=generator).to(device))
-    levels = nf4_levels(device)
+    weight = torch.randn(24, 208, generator=generator).to(device)
+    nf4, int8 = Nf4((24, 208), device), Int8Rows((24, 208), device, 8, (3, 200))
+    levels, rows = nf4_levels(device), slice(4, 24)
+    nf4.put(0, weight)
+    int8.put(0, weight)
     for dtype in (torch.float32, torch.bfloat16):
         found = torch.empty(20, 208, dtype=dtype, device=device)
-        expanded_nf4(store, levels, slice(4, 24), found)
-        if not torch.equal(found, store.dense(dtype, slice(4, 24))):
+        expanded_nf4(nf4, levels, rows, found)
+        right = torch.equal(found, nf4.dense(dtype, rows))
+        expanded_int8(int8, rows, found)
+        if not (right and torch.equal(found, int8.dense(dtype, rows))):
             return False
     return True

@@ -324,7 +324,7 @@ MACHINES = (
 
 
 # What was measured of such a share: benchmarks/results/gpu.md.
-MEASURED_SHARE = "an H200 reached 11 to 26%"
+MEASURED_SHARE = "an H200 reached 15 to 61%"
 # The machines of the training guide, of several with the same memory the ones that are meant.
 _OF_THE_GUIDE = ("A10G", "M3 Pro 18 GB")
 # A given memory is that of a machine if it differs by less: 24 GiB are a card of 24 GB.

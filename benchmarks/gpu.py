@@ -16,6 +16,7 @@ whatever ends the run. What there was no time for says so. Nothing is estimated.
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -33,6 +34,7 @@ from gpu_memory import planner, presets, saved_bytes
 from gpu_models import read_models
 from gpu_parity import parity
 from gpu_products import products
+from gpu_profile import profile
 from gpu_report import PIECES, markdown
 from gpu_speed import gemm, speed
 from machine import describe
@@ -46,6 +48,8 @@ PEERS = {
     "peft": "the reference's adapter",
     "liger_kernel": "one of the peers, for Phi-3.5",
 }
+# Of 8 minutes, and in proportion of others: so that there is time for what comes later.
+SECONDS_OF = {"products": 25, "parity": 75, "profile": 75, "presets": 60, "decode": 90}
 RESERVE_SECONDS = 20  # for imports, and for the measurement that the clock runs out in
 NO_GPU = (
     "gpu.py needs an NVIDIA GPU and a torch built with CUDA, and there is none here;"
@@ -144,15 +148,17 @@ def run(bench: Bench, options: argparse.Namespace, results: dict[str, Any]) -> N
             print(json.dumps(row), flush=True)
             save(results, options.out)
 
+    # Speed is the last: Liger exchanges classes of transformers.
     pieces: dict[str, Callable[[], Iterator[Row]]] = {
         "gemm": lambda: gemm(bench),
         "products": lambda: products(bench),
         "parity": lambda: parity(bench),
+        "profile": lambda: profile(bench),
         "saved_bytes": lambda: saved_bytes(bench),
         "presets": lambda: presets(bench),
         "planner": lambda: planner(bench),
-        "speed": lambda: speed(bench, tflops),
         "decode": lambda: decode(bench),
+        "speed": lambda: speed(bench, tflops),
     }
     for name, piece in pieces.items():
         entry = results["pieces"][name]
@@ -164,7 +170,9 @@ def run(bench: Bench, options: argparse.Namespace, results: dict[str, Any]) -> N
             started = time.monotonic()
             rows: list[Row] = []
             entry["rows"] = rows
-            _, reason = attempt(lambda piece=piece, rows=rows: follow(piece, rows))
+            most = SECONDS_OF.get(name, math.inf) * options.minutes / 8
+            with bench.at_most(most if options.pieces != [name] else math.inf):
+                _, reason = attempt(lambda piece=piece, rows=rows: follow(piece, rows))
             entry["status"] = status_of(rows, rehearsed=bench.rehearses)
             if reason:
                 entry["status"] += f", then failed: {reason}"

@@ -16,12 +16,12 @@ from phitune.inference import step
 from phitune.inference.generate import Decoding, generate
 from phitune.model.decoder import Decoder
 
-PROMPT_TOKENS, NEW_TOKENS = 64, 128
+PROMPT_TOKENS, NEW_TOKENS = 64, 64
 TINY_NEW_TOKENS = 8
 BATCH_SIZES = (1, 16)
-ROUNDS = 3
+ROUNDS = 2
 COPIED = 2**30  # bytes
-SECONDS = 20  # not begun with less time left
+SECONDS = 15  # not begun with less time left
 
 
 def decode(bench: Bench) -> Iterator[Row]:

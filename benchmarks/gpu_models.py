@@ -10,7 +10,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,10 @@ from phitune.model.architecture import (
     parse_model_config,
     resolve_targets,
 )
-from phitune.model.decoder import Decoder
+from phitune.model.decoder import Decoder, DecoderLayer, FusedLinear
 from phitune.model.lora import Adapter, LoraSpec, attach
+from phitune.model.quantization import choose_quantization
+from phitune.model.stores import new_store
 
 RANK, ALPHA, DROPOUT = 8, 32, 0.05
 SPREAD = 0.02  # of the weights
@@ -150,6 +152,20 @@ def random_decoder(model: Model, dtype: torch.dtype, device: torch.device) -> De
             values += 1
         weight.copy_(values)
     return decoder
+
+
+def quantize(decoder: Decoder, kind: Literal["int8", "nf4"]) -> None:
+    """Holds the layers of a decoder in fewer bits, multiplied as its device does by default."""
+    held, _ = choose_quantization(kind, "auto", str(decoder.device))
+    for layer in decoder.layers:
+        assert isinstance(layer, DecoderLayer)
+        for linear in layer.linears.values():
+            assert isinstance(linear, FusedLinear)
+            outputs, width = linear.weight.shape
+            store = new_store(kind, (outputs, width), linear.device, held.bits)
+            store.put(0, linear.weight.detach())
+            linear.hold_in(store)
+            linear.low_bits = held.bits if held.low else None
 
 
 def with_adapter(

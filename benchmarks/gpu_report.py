@@ -14,21 +14,24 @@ PIECES = {
     "parity": "Adapter gradients of the engine and of transformers + peft, their errors against"
     " fp64: full width, 4 layers, rows of 12 to 256 tokens, packed on our side, one by one on"
     " theirs. Attention's kernels, and dropout masks beside the CPU's.",
+    "profile": "A micro-batch (forward, loss, backward) of full-size models, every token trained,"
+    " nothing recomputed: how long it takes, how long the host is busy starting it (with the device"
+    " idle before), and which kernels take the time. TFLOP/s are 4N a token, and no more.",
     "saved_bytes": "What a layer keeps of a token from its forward to its backward: bf16, rank 8"
     " on all linear layers, dropout 0.05.",
     "presets": "Peak memory of the training guide's configurations, bf16, with the process limited"
     " to 24 GB, rows of full length, every token trained; planned for 24 GB and for the guide's"
     " figure. The guide's figure is held against what is reserved, the CUDA context included.",
     "planner": "Predicted and measured peak over the grid of memory_plan.py.",
+    "decode": "Greedy answers in bf16: prompts of 64 tokens, 64 new ones each; tokens/s of all"
+    " sequences together, each side in turn, median (lowest..highest). The limit of one sequence is"
+    " the weights read once a token, at the rate of a copy's reading and writing together.",
     "speed": "Optimizer steps on the same rows, in turn: real tokens/s, median of up to three"
     " rounds (lowest..highest). MFU is 4N x tokens / time / the measured rate of products, the head"
     " counted at trained positions only (60 % of a row). Theirs runs under autocast, as Trainer"
     " does with bf16=True; tokens of padding do not count. First step includes compilation; graphs"
     " are dynamo's in the first and in the second step. GB are the peak beyond all weights. Both"
     " sides' weights are on the GPU.",
-    "decode": "Greedy answers in bf16: prompts of 64 tokens, 128 new ones each; tokens/s of all"
-    " sequences together, each side in turn, median (lowest..highest). The limit of one sequence is"
-    " the weights read once a token, at the rate of a copy's reading and writing together.",
 }
 NOT_YET = """\
 **Not yet measured.** No NVIDIA GPU was at hand when this was written, and nothing here is
@@ -147,6 +150,41 @@ def products_table(rows: list[Row]) -> list[str]:
     ]
 
 
+def profile_table(rows: list[Row]) -> list[str]:
+    def milliseconds(name: str) -> Cell:
+        return lambda row: f"{1e3 * row[name]['median']:.1f}" if name in row else ""
+
+    measured = [row for row in rows if "tokens_per_second" in row]
+    lines = table(
+        {
+            "model": plain("model"),
+            "base": plain("base"),
+            "rows": plain("mix"),
+            "ms": milliseconds("seconds"),
+            "issue ms": milliseconds("issue_seconds"),
+            "kernels ms": plain("kernel_ms", ".1f"),
+            "launches": plain("launches", ","),
+            "tokens/s": plain("tokens_per_second", ",.0f"),
+            "TFLOP/s": plain("tflops_4n", ".0f"),
+        },
+        measured,
+    )
+    for row in measured:
+        if "kernels" not in row:
+            continue
+        lines += [
+            "",
+            f"{row['model']}, {row['base']}, {row['mix']}:",
+            "",
+            "| kernel | calls | ms |",
+            "|---|---|---|",
+        ]
+        lines += [
+            f"| {each['name']} | {each['calls']} | {each['ms']:.2f} |" for each in row["kernels"]
+        ]
+    return lines
+
+
 def parity_table(rows: list[Row]) -> list[str]:
     def of(start: str) -> list[Row]:
         return [row for row in rows if row["what"].startswith(start)]
@@ -182,7 +220,7 @@ def parity_table(rows: list[Row]) -> list[str]:
     for row in of("dropout"):
         if "equal" in row:
             lines += ["", f"{sentence(row['what'])}: {'yes' if row['equal'] else '**no**'}."]
-    for row in of("compiled"):
+    for row in of("Triton"):
         if "difference" in row:
             lines += ["", f"{row['model']}, {row['what']}: {row['difference']:.2e} apart."]
     return lines
@@ -315,6 +353,7 @@ def decode_table(rows: list[Row]) -> list[str]:
 TABLES: dict[str, Callable[[list[Row]], list[str]]] = {
     "gemm": gemm_table,
     "products": products_table,
+    "profile": profile_table,
     "parity": parity_table,
     "saved_bytes": saved_table,
     "presets": presets_table,

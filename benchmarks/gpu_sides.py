@@ -6,7 +6,7 @@ less Trainer's own overheads.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from gpu_common import Bench, Row
@@ -14,6 +14,7 @@ from gpu_models import (
     DROPOUT,
     RANK,
     Model,
+    quantize,
     random_decoder,
     their_lora,
     their_model,
@@ -59,9 +60,13 @@ class Runner:
 class Ours:
     """phitune's engine, with kernels that can be exchanged between steps."""
 
-    def __init__(self, model: Model, bench: Bench) -> None:
+    def __init__(
+        self, model: Model, bench: Bench, kind: Literal["none", "int8", "nf4"] = "none"
+    ) -> None:
         self.model, self.device = model, bench.device
         decoder = random_decoder(model, torch.bfloat16, bench.device)
+        if kind != "none":
+            quantize(decoder, kind)
         self.adapter = with_adapter(decoder, model.modules, DROPOUT)
         self.decoder = decoder
         self.engine = FusedEngine(decoder, DROPOUT)
@@ -150,6 +155,8 @@ class Theirs:
         at_once = runner.rows_at_once or len(rows)
         trained = torch.tensor(sum(row.num_target_tokens for row in rows), device=self.device)
         total = torch.zeros((), device=self.device)
+        # Rows of like lengths beside each other, as Trainer's group_by_length has them.
+        rows = sorted(rows, key=lambda row: -len(row.input_ids))
         for start in range(0, len(rows), at_once):
             inputs = padded(rows[start : start + at_once], self.device)
             with torch.autocast(self.device.type, torch.bfloat16):

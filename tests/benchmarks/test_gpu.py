@@ -10,7 +10,17 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
-PIECES = ("gemm", "products", "parity", "saved_bytes", "presets", "planner", "speed", "decode")
+PIECES = (
+    "gemm",
+    "products",
+    "parity",
+    "profile",
+    "saved_bytes",
+    "presets",
+    "planner",
+    "decode",
+    "speed",
+)
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:

@@ -12,6 +12,7 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from phitune.model import ops, triton_kernels
@@ -123,8 +124,10 @@ def _adapters(linear: WidenedLinear, row_keys: Tensor | None) -> Adapters | None
     return Adapters(linear.lora_A, factors, linear.pair_of, keys, linear.threshold)
 
 
-# Kernels that were compiled, by what Triton compiles them for anew.
+# Kernels that were compiled, by what Triton compiles them for anew. Triton 3.2, which torch 2.6
+# brings, wants other arguments of them.
 _compiled: dict[tuple[object, ...], Any] = {}
+_STARTS_COMPILED = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *values: object, **constants: object) -> None:
@@ -150,7 +153,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *values: object, **constants: obj
     compiled = _compiled.get(tuple(key))
     if compiled is None:
         compiled = kernel[grid](*values, **constants)
-        if compiled is not None:  # as in Triton's interpreter
+        if compiled is not None and _STARTS_COMPILED:  # None is what Triton's interpreter returns
             _compiled[tuple(key)] = compiled
     else:
         names = kernel.arg_names[len(values) :]

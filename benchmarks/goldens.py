@@ -419,6 +419,7 @@ RUNS = {
 # Texts or JSON of their own, looked at one by one or not at all.
 READ = {"config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "evaluation.json"}
 READ |= {"README.md", "state.json", "manifest.json", "export_proof.json"}
+READ |= {"status.json"}  # times and the process
 READ |= {"random.safetensors"}  # what the process drew before
 
 

@@ -71,7 +71,11 @@ def test_the_three_commands_of_the_guide_run_as_written(place: Path, line: str) 
         assert run.name.startswith(f"phi-2-{data}-20")
     names = {path.name for path in run.iterdir()}
     files = {"config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "evaluation.json"}
-    assert names == files | {"adapter", "checkpoints"}
+    assert names == files | {"adapter", "checkpoints", "status.json"}
+    status = json.loads((run / "status.json").read_text())
+    assert (status["phase"], status["ended"]) == ("finished", "all epochs done")
+    assert status["step"] == status["total_steps"]
+    assert status["rows"] == status["total_rows"]
     settings = yaml.safe_load((run / "config.yaml").read_text())
     assert settings["model_name"] == "microsoft/phi-2"
     assert settings["epochs"] == 20

@@ -32,6 +32,7 @@ from phitune.commands.terminal import INLINE
 from phitune.errors import SettingsError
 from phitune.inference.evaluate import EvaluationFile
 from phitune.training.events import Ending, Evaluation, StepMetrics
+from phitune.training.status import Status
 
 # By the command that prints it, in the order in which a run is made.
 DOCUMENTS: dict[str, Any] = {
@@ -158,6 +159,8 @@ def run_files() -> str:
             "one for each evaluation, which has no `loss`:",
             _table(_rows(Evaluation, "", ())),
             "and lines with `loss_spike`, `not_finite` or `out_of_memory` for what went wrong.",
+            "`status.json`:",
+            _table(_rows(Status, "", ())),
         ]
     )
 

@@ -130,6 +130,7 @@ from phitune.training.rundir import (
 )
 from phitune.training.saver import Moment, Saver, moment_of
 from phitune.training.state import TrainingState, copy_of, restore
+from phitune.training.status import Status, watched
 from phitune.training.threads import are_chosen_by_the_user, measure_threads
 from phitune.training.trackers import Trackers, check_trackers, tracker_names
 from phitune.untrusted import write_object
@@ -423,9 +424,13 @@ class LoRATrainer:
                     last_shown: dict[str, Answer] = {}
                     refused: NumbersRefused | None = None
                     view, trackers = self._open_views(run, state, data)
+                    status = held.enter_context(
+                        watched(run.path, self._status(state, data, plan, budget))
+                    )
                     saver, is_through = self._saver(run), False
                     try:
                         for event in fit(engine, state, data, self.settings):
+                            status.show(event)
                             with stop.showing():
                                 view.show(event)
                                 self._warn(warning_lines(event, data))
@@ -483,6 +488,7 @@ class LoRATrainer:
                 compare_with_memory(model.adapter, run.adapter)
 
                 # Results: answers and evaluation of the best adapter, its card, the summary.
+                status.enter("evaluation")
                 before = "start adapter" if self._start_sha256 else "base"
                 tuned = [] if ending.interrupted else self._samples(data)
                 answers = _sample_answers(prompts, first_samples, tuned)
@@ -519,6 +525,7 @@ class LoRATrainer:
                     )
                 if ending.interrupted:
                     raise self._interrupted(stop, state)
+                status.enter("finished", ending.ended)
                 return Outcome(**vars(ending), run_directory=run.path.absolute(), answers=answers)
             except (RuntimeError, MemoryError, OutOfMemoryError) as error:
                 if not is_out_of_memory(error):
@@ -824,6 +831,24 @@ class LoRATrainer:
             done=Position(state.step, state.rows_seen(rows, self.settings)),
         )
         return view, trackers
+
+    def _status(
+        self, state: TrainingState, data: PreparedData, plan: MemoryPlan, budget: Memory
+    ) -> Status:
+        """Where the run is, for status.json."""
+        rows, epochs = rows_per_epoch(data.train_rows), self.settings.epochs
+        return Status(
+            phase="training",
+            step=state.step,
+            total_steps=epochs * state.steps_per_epoch,
+            epoch=max(state.epochs_done, 0),
+            epochs=epochs,
+            rows=state.rows_seen(rows, self.settings),
+            total_rows=epochs * rows,
+            seconds_left=None,
+            planned_bytes=plan.bytes,
+            limit_bytes=budget.bytes,
+        )
 
     def _saver(self, run: RunDirectory) -> Saver:
         if resumption := self._resumption:

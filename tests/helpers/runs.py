@@ -33,9 +33,10 @@ def once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], obj
 
 def use_hub(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     """Has models come from the cache in `home`, here and in processes of the test's own."""
-    monkeypatch.setenv("HF_HOME", str(home))
-    # It is read once, when the library is imported; this is for the commands run in here.
+    # The library reads it once, when it is imported: for the commands run in here it is set there,
+    # first of all, so that the usual place is what later tests get back.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setenv("HF_HOME", str(home))
 
 
 def trained_run(factory: pytest.TempPathFactory, model: str) -> Path:

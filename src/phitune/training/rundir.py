@@ -6,6 +6,7 @@
     adapter/        the best adapter so far in PEFT's format, with tokenizer and chat template
     checkpoints/    what it takes to resume, see `checkpoint.py`
     summary.json    written last, when training has ended: what came out
+    status.json     what the run is doing now, or how it ended, see `status.py`
     trackers.json   what continues the curves of trackers, see `trackers.py`
     evaluation.json base against tuned on a few validation rows, and what tells these rows again
     run.lock        there while a run is at work; run.pid says which process it is
@@ -55,6 +56,7 @@ from phitune.training.events import (
     RanOutOfMemory,
     StepDone,
 )
+from phitune.training.status import STATUS
 
 # -------------------------------------------------------------------------------------------------
 # One run at a time in a run directory: a lock, and a note for people about who holds it.
@@ -156,7 +158,7 @@ ADAPTER, CONFIG, METRICS, SAMPLES, SUMMARY, EVALUATION, CHECKPOINTS, TRACKERS = 
 )
 _OURS = (
     *(ADAPTER, CONFIG, METRICS, SAMPLES, SUMMARY, EVALUATION, CHECKPOINTS, TRACKERS),
-    *("tensorboard", "wandb"),
+    *(STATUS, "tensorboard", "wandb"),
 )
 # What only a run with results has.
 _RESULTS = (ADAPTER, SUMMARY)

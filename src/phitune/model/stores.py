@@ -59,19 +59,21 @@ class Store(ABC):
         )
 
 
-# Rows that are expanded at a time: what is between fits a processor's cache.
-_ROWS = 64
+# Numbers that are expanded at a time: fewer, and threads wait for each other more than they work;
+# more, and what is between leaves a processor's cache.
+AT_ONCE = 2**19
 
 
-def _row_blocks(rows: slice, count: int) -> list[tuple[slice, slice]]:
-    """(rows of the store, rows of the result), a few at a time."""
-    start, stop, _ = rows.indices(count)
+def _row_blocks(rows: slice, shape: tuple[int, int]) -> list[tuple[slice, slice]]:
+    """(rows of the store, rows of the result), a few at a time, each begun on a whole block."""
+    start, stop, _ = rows.indices(shape[0])
+    step = max(1, AT_ONCE // (shape[1] * NF4_BLOCK)) * NF4_BLOCK
     return [
         (
-            slice(first, min(first + _ROWS, stop)),
-            slice(first - start, min(first + _ROWS, stop) - start),
+            slice(first, min(first + step, stop)),
+            slice(first - start, min(first + step, stop) - start),
         )
-        for first in range(start, stop, _ROWS)
+        for first in range(start, stop, step)
     ]
 
 
@@ -199,21 +201,24 @@ class Nf4(Store):
         assert self._pairs is not None
         width = self.shape[1]
         self._check(rows.indices(self.shape[0])[0], "taken apart")
-        for ours, theirs in _row_blocks(rows, self.shape[0]):
+        # Two levels are written as one number, where they lie so; else beside it.
+        fits = out.dtype == torch.float32 and width % NF4_BLOCK == 0
+        in_place = fits and not (out.stride(0) % 2 or out.storage_offset() % 2)
+        for ours, theirs in _row_blocks(rows, self.shape):
             first, last = ours.start * width, ours.stop * width
-            pairs = self._pairs.index_select(0, self.codes[first // 2 : last // 2].int())
-            levels = pairs.view(torch.float32).view(-1, NF4_BLOCK)
-            scale = self.absmax[first // NF4_BLOCK : last // NF4_BLOCK].unsqueeze(1)
             place = out[theirs]  # [n, D]
-            if out.dtype == torch.float32 and width % NF4_BLOCK == 0:
-                blocks = (-1, width // NF4_BLOCK, NF4_BLOCK)
-                torch.mul(
-                    levels.view(blocks),
-                    scale.view(-1, blocks[1], 1),
-                    out=place.unflatten(1, blocks[1:]),
-                )
+            if in_place:
+                blocks, pairs = place.unflatten(1, (-1, NF4_BLOCK)), place.view(torch.int64)
             else:
-                place.copy_(levels.mul_(scale).view(place.shape))
+                blocks = torch.empty((last - first) // NF4_BLOCK, NF4_BLOCK, device=out.device)
+                pairs = blocks.view(torch.int64)
+            # Unlike index_select of one dimension, gather takes every thread.
+            codes = self.codes[first // 2 : last // 2].long().view(pairs.shape)
+            torch.gather(self._pairs.expand(len(pairs), -1), 1, codes, out=pairs)
+            scale = self.absmax[first // NF4_BLOCK : last // NF4_BLOCK]
+            blocks.mul_(scale.view(*blocks.shape[:-1], 1))
+            if not in_place:
+                place.copy_(blocks.view(place.shape))
         return out
 
     def tensors(self) -> dict[str, Tensor]:
@@ -262,7 +267,7 @@ class Int8Rows(Store):
 
     def put(self, start: int, piece: Tensor) -> None:
         """piece: [n, D]."""
-        for theirs, ours in _row_blocks(slice(start, start + len(piece)), self.shape[0]):
+        for theirs, ours in _row_blocks(slice(start, start + len(piece)), self.shape):
             wide = piece[ours].detach().to(self.numbers.device, torch.float32, copy=True)
             self.kept[theirs] = wide[:, self.columns]
             wide[:, self.columns] = 0.0
@@ -282,7 +287,7 @@ class Int8Rows(Store):
     def expand(self, rows: slice, out: Tensor) -> Tensor:
         """out: [n, D]."""
         numbers = self._unpacked()
-        for ours, theirs in _row_blocks(rows, self.shape[0]):
+        for ours, theirs in _row_blocks(rows, self.shape):
             place, scale = out[theirs], self.scale[ours].unsqueeze(1)
             if out.dtype == torch.float32:
                 place.copy_(numbers[ours]).mul_(scale)

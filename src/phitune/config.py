@@ -580,10 +580,10 @@ class Settings(BaseModel):
         "precision of the frozen base model; auto: bf16 on CUDA and MPS, fp32 on CPU",
         group=_MACHINE,
     )
-    quantization: Literal["none", "int8", "nf4", "int4"] = knob(
+    quantization: Literal["auto", "none", "int8", "nf4", "int4"] = knob(
         "none",
         "how the frozen layers are held: none (in the precision), int8, nf4 (4 bits, as"
-        " bitsandbytes has them), int4 (MLX's own)",
+        " bitsandbytes has them), int4 (MLX's own); auto: the most faithful that fits in memory",
         group=_MACHINE,
     )
     products: Literal["auto", "exact", "low"] = knob(

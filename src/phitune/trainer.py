@@ -349,12 +349,14 @@ class LoRATrainer:
         if self._resumption and (found := self._resumption.saved.quantization):
             return quantization_from_json(found)
         settings, scheme = self.settings, self._scheme
-        products = settings.products
+        asked, products = settings.quantization, settings.products
+        if asked == "auto":
+            raise SettingsError("quantization auto: train() chooses it, by the data; name it here")
         if settings.engine == "reference":
             if products == "low":
                 raise SettingsError("products low: the reference engine has exact ones alone")
             products = "exact"
-        chosen, why = choose_for_folder(scheme, settings.quantization, products, settings.device)
+        chosen, why = choose_for_folder(scheme, asked, products, settings.device)
         if chosen is None and scheme:
             self._say(f"quantization: none; {why}")
         elif chosen and (self.verbose or scheme):
@@ -603,10 +605,18 @@ class LoRATrainer:
         """Settles the batch size and the recomputed layers; returns the plan that follows."""
         device, _ = device_kind(self.settings.device)
         settings = self.settings
-        chosen, plan = settle_memory(
-            settings, self.model_config, self.target_modules, data, budget.bytes, device
+        chosen, plan, why = settle_memory(
+            settings,
+            self.model_config,
+            self.target_modules,
+            data,
+            budget.bytes,
+            device,
+            self._scheme,
         )
         self._take(self.resolved.choose(**chosen))
+        if why:
+            self._say(f"quantization auto: {why}")
         if settings.batch_size not in ("auto", self.settings.batch_size):
             self._say(
                 f"memory: batch_size {settings.batch_size} does not fit"
@@ -1088,7 +1098,13 @@ class LoRATrainer:
         """The error that names the settings which would fit, as far as arithmetic can tell."""
         device, _ = device_kind(self.settings.device)
         fitting = what_would_fit(
-            self.settings, self.model_config, self.target_modules, data, device, budget
+            self.settings,
+            self.model_config,
+            self.target_modules,
+            data,
+            device,
+            budget,
+            self._scheme,
         )
         message = f"out of memory on {self.settings.device}: {reason}\n{fitting}"
         if checkpoints_of(self._output_dir / CHECKPOINTS):

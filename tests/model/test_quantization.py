@@ -206,16 +206,24 @@ def line(folder: Path, *more: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize(("asked", "kind"), [("int8", "int8"), ("nf4", "nf4"), ("auto", "int8")])
 def test_a_resumed_run_is_the_same_bit_for_bit(
-    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    asked: str,
+    kind: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole = tmp_path / "whole"
-    assert main(line(tmp_path, "--quantization", kind, "--output_dir", str(whole))) == 0
+    with monkeypatch.context() as there:  # What "auto" chose stays where more memory is found.
+        there.setattr("phitune.plan.plan._fits_at_all", lambda run, place: place.base == "int8")
+        assert main(line(tmp_path, "--quantization", asked, "--output_dir", str(whole))) == 0
     expected = (whole / "adapter/adapter_model.safetensors").read_bytes()
     record = quantization_from_json(json.loads((whole / "adapter" / QUANTIZATION_FILE).read_text()))
     assert record.kind == kind
-    assert f"quantization: {kind}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"quantization: {kind}" in said
+    assert ("quantization auto: int8: the most faithful that fits" in said) == (asked == "auto")
 
     # Gone on with from the middle: everything behind it is forgotten.
     checkpoints = sorted((whole / "checkpoints").iterdir())

@@ -359,6 +359,80 @@ def test_every_base_says_what_asks_for_it(planned: Json, device: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("memory", "device", "base", "chosen", "because"),
+    [
+        ("24GB", "cuda", "bf16", "none", "none: one row at a time on a base in bf16 fits 20.56"),
+        ("8GB", "cuda", "int8", "int8", "int8: the most faithful that fits 6.85 GiB; one row at a"),
+        ("5GB", "cuda", "nf4", "nf4", "in bf16 and"),
+        ("5GB", "mlx", "nf4", "int4", "int4: the most faithful that fits"),
+        ("16GiB", "cpu", "int8", "int8", "GiB in fp32"),
+    ],
+)
+def test_auto_takes_the_most_faithful_base_that_fits(
+    planned: Json, memory: str, device: str, base: str, chosen: str, because: str
+) -> None:
+    asked = {"model_name": PHI_3_5, "memory": memory, "device": device, "batch_size": "auto"}
+    plan = planned(*flags(quantization="auto", **asked))
+    assert plan["fits"]
+    assert (plan["base"], plan["settings"]["quantization"]) == (base, chosen)
+    assert because in plan["base_because"]
+    named = planned(*flags(quantization=chosen, **asked))
+    assert named["terms"] == plan["terms"]
+    assert named["base_because"] is None
+    assert named["train_command"] == plan["train_command"]
+    # Each machine takes its own: only larger ones hold it in full.
+    in_full = {each["machine"]["name"] for each in plan["speeds"] if each["base"] == "bf16"}
+    assert "H100" in in_full
+
+
+def test_auto_says_so_where_nothing_fits(planned: Json) -> None:
+    asked = flags(model_name=PHI_3_5, memory="2GB", device="cuda", quantization="auto")
+    plan = planned(*asked, code=4)
+    assert plan["settings"]["quantization"] == "nf4"
+    assert plan["base_because"].startswith("nf4: the smallest, and even one row at a time does not")
+
+
+@pytest.mark.parametrize(
+    ("section", "base", "because"),
+    [
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+            "nf4",
+            "nf4, as the folder has it (bitsandbytes nf4)",
+        ),
+        (
+            {"quant_method": "gptq", "bits": 4, "group_size": 128},
+            "fp32",
+            "fp32, into which GPTQ of 4 bits is expanded",
+        ),
+    ],
+)
+@pytest.mark.parametrize("asked", ["none", "auto"])
+def test_a_folder_that_is_quantised_is_planned_as_it_is(
+    planned: Json,
+    asked: str,
+    tmp_path: Path,
+    section: dict[str, Any],
+    base: str,
+    because: str,
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(ASSETS / "tiny-phi-3.5", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": section}))
+    where = {"model_name": str(folder), "memory": "2GiB", "device": "cpu"}
+    plan = planned(*flags(quantization=asked, **where))
+    assert (plan["base"], plan["settings"]["quantization"]) == (base, "none")
+    if asked == "none" or base == "nf4":
+        assert plan["base_because"] == because
+    named = planned(*flags(quantization=base if base == "nf4" else "none", **where))
+    assert named["terms"] == plan["terms"]
+    other = planned(*flags(quantization="int8", **where))
+    assert other["base"] == "int8"
+    assert other["base_because"] is None
+
+
+@pytest.mark.parametrize(
     ("text", "size"),
     [
         ("24GB", 24 * 10**9),

@@ -67,6 +67,7 @@ class PlanOptions(DataOptions):
         "layers": "",
         "device": "",
         "precision": "",
+        "quantization": "",
         "gradient_checkpointing": "",
         "recompute_layers": "",
     }
@@ -182,6 +183,8 @@ def show(plan: Plan, console: Console) -> None:
     _print_verdict(plan, console)
     console.print()
     facts = {**_data_facts(plan), "memory": _memory_fact(plan)}
+    if plan.base_because:
+        facts["base"] = plan.base_because
     if plan.fits:
         if plan.chosen.recompute_layers:
             facts["layers"] = _recomputation(plan)
@@ -483,6 +486,7 @@ def _header(plan: Plan) -> RenderableType:
         "adapter": f"r {settings.lora_r} on {' '.join(names)}"
         f" in {len(layers)} of {plan.config.num_hidden_layers} layers",
         "device": f"{plan.device}, base in {plan.base} ({plan.device_source})",
+        **({"base": plan.base_because} if plan.base_because else {}),
         "rows": data,
         "batch": f"{_batch_words(plan)}; {together}"
         f" {largest.tokens:,} tokens, and {largest.target_tokens:,} of them have a loss",
@@ -766,6 +770,7 @@ class DevicePlan:
     preset: str | None  # the configuration of the guide that was asked for
     device: Device  # the kind of device that is planned for
     base: Base  # precision of the frozen base
+    base_because: str | None  # why auto or the model's files make it that; null: it was named
     rows: PlannedRows
     steps: PlannedSteps
     memory: PlannedMemory
@@ -812,6 +817,7 @@ def as_json(plan: Plan) -> DevicePlan:
         preset=plan.preset,
         device=plan.device,
         base=plan.base,
+        base_because=plan.base_because or None,
         rows=PlannedRows(
             source=rows.source,
             upper_bound=rows.source is None,

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from phitune.errors import ModelError
-from phitune.model.scheme import Scheme
-from phitune.model.stores import NF4_BLOCK, NF4_LEVELS, Int8Rows, Nf4, Store, StoreKind
+from phitune.model.scheme import Scheme, StoreKind
+from phitune.model.stores import NF4_BLOCK, NF4_LEVELS, Int8Rows, Nf4, Store
 from phitune.model.tensors import PLAIN_TYPES, TensorHeader, Weight, piece_rows
 
 _FLOATS = tuple(PLAIN_TYPES)

@@ -13,6 +13,7 @@ from phitune.errors import ModelError
 from phitune.untrusted import flag, own_file, read_object, whole
 
 Reader = Literal["bitsandbytes", "scaled", "awq", "gptq", "gguf"]
+StoreKind = Literal["int8", "nf4"]  # what weights are held in, see stores.py
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -23,7 +24,7 @@ class Scheme:
     name: str  # for people
     reader: Reader
     # The store that takes its numbers as they are; without one they are expanded while loading.
-    kind: Literal["int8", "nf4"] | None = None
+    kind: StoreKind | None = None
     bits: int = 4  # of GPTQ's and AWQ's numbers
     group: int = -1  # inputs that share a scale; -1 for all
     block: tuple[int, int] | None = None  # outputs and inputs that share a scale, of fp8

@@ -10,14 +10,13 @@ Shapes: O out, D in, n rows.
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from phitune.errors import ModelError
+from phitune.model.scheme import StoreKind
 
-StoreKind = Literal["int8", "nf4"]
 ALL = slice(None)
 CPU = torch.device("cpu")
 

@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from phitune.errors import ModelError
-from phitune.model.stores import Store, StoreKind
+from phitune.model.scheme import StoreKind
+from phitune.model.stores import Store
 from phitune.untrusted import HEAD_BYTES, instead_of_file, own_file
 
 # A weight is read in pieces of about this size.

@@ -14,6 +14,7 @@ from functools import cached_property
 
 from phitune.config import Settings
 from phitune.model.architecture import ModelConfig
+from phitune.model.scheme import Scheme
 from phitune.plan.cost import Cost, token_cost
 from phitune.plan.memory import (
     AdaptedModel,
@@ -79,6 +80,7 @@ class Run:
     rows: Rows
     rows_per_step: int
     recompute_layers: int | None  # None: as few as fit
+    scheme: Scheme | None = None  # how the model's files are quantised; None: they are not
 
     @property
     def num_layers(self) -> int:

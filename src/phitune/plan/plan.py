@@ -25,6 +25,7 @@ from phitune.model.architecture import (
     resolve_targets,
 )
 from phitune.model.files import cached_model, find_model
+from phitune.model.scheme import Scheme, StoreKind, read_scheme
 from phitune.plan.cost import Cost
 from phitune.plan.machine import (
     GB,
@@ -63,27 +64,85 @@ SHORTEST_ROWS = 64
 _AT_MOST_THERE = 0.95
 
 
-def base_precision(settings: Settings, device: Device) -> Base:
-    """The precision of the frozen base, or its bits; "auto" resolved as in training."""
-    if settings.quantization != "none":
-        return "int8" if settings.quantization == "int8" else "nf4"
-    if settings.precision == "auto":
-        return "fp32" if device == "cpu" else "bf16"
-    return settings.precision
+def place_of(run: Run, settings: Settings, device: Device, budget: int) -> Placement:
+    """Where a run with these settings is planned.
+
+    Of the bases that the settings allow it is the most faithful that fits with one row at a time,
+    as a smaller micro-batch leaves the result as it is and fewer bits do not.
+    """
+    places = _places(run, settings, device, budget)
+    return next((place for place in places if _fits_at_all(run, place)), places[-1])
 
 
-def multiplies_low(settings: Settings, device: Device) -> bool:
-    """Whether quantised weights are multiplied as they are; a CPU is taken to be able to."""
-    low = settings.products == "low" or (
-        settings.products == "auto" and settings.quantization == "int8"
+def _places(run: Run, settings: Settings, device: Device, budget: int) -> list[Placement]:
+    """With each base that the settings allow, the most faithful first."""
+    return [
+        Placement(base, device, budget, _multiplies_low(run, settings, base, device))
+        for base in _bases(run, settings, device)
+    ]
+
+
+def _bases(run: Run, settings: Settings, device: Device) -> list[Base]:
+    """The precision of the frozen base, or its bits; of "auto" all, the most faithful first."""
+    if kind := _kind_of_files(run, settings, device):
+        return [kind]
+    in_full: Base = "fp32" if device == "cpu" else "bf16"
+    if settings.precision != "auto":
+        in_full = settings.precision
+    if settings.quantization == "auto":
+        return [in_full, *QUANTIZED]
+    if settings.quantization == "none":
+        return [in_full]
+    return ["int8" if settings.quantization == "int8" else "nf4"]
+
+
+def _kind_of_files(run: Run, settings: Settings, device: Device) -> StoreKind | None:
+    """How the model's files hold its layers, where that is what a run trains on."""
+    if run.scheme is None or device == "mlx":  # Which holds fewer bits in a way of its own.
+        return None
+    asked = ("none", "auto", run.scheme.kind)
+    return run.scheme.kind if settings.quantization in asked else None
+
+
+def _multiplies_low(run: Run, settings: Settings, base: Base, device: Device) -> bool:
+    """Whether quantised weights are multiplied as they are; a CPU is taken to be able to.
+
+    Not so with int8 from files, whose 8 bits not every CPU multiplies: expanded takes more.
+    """
+    if base not in QUANTIZED or device != "cpu":
+        return False
+    by_itself = base == "int8" and _kind_of_files(run, settings, device) is None
+    return settings.products == "low" or (settings.products == "auto" and by_itself)
+
+
+def _fits_at_all(run: Run, place: Placement) -> bool:
+    return run.plan(1, place).bytes <= place.budget
+
+
+def why_this_base(run: Run, settings: Settings, place: Placement) -> str:
+    """What is to be said of a base that the settings do not name; "" where they do.
+
+    Args:
+        settings: as they were asked for.
+    """
+    if _kind_of_files(run, settings, place.device):
+        return f"{place.base}, as the folder has it ({run.scheme.name})" if run.scheme else ""
+    expanded = f", into which {run.scheme.name} is expanded" if run.scheme else ""
+    if settings.quantization != "auto":
+        return f"{place.base}{expanded}" if expanded and place.base not in QUANTIZED else ""
+    there = f"{place.budget / GIB:.2f} GiB"
+    if place.base not in QUANTIZED:
+        return f"none: one row at a time on a base in {place.base}{expanded} fits {there}"
+    name = asks_for(place.base, place.device)["quantization"]
+    if not _fits_at_all(run, place):
+        return f"{name}: the smallest, and even one row at a time does not fit {there}"
+    places = _places(run, settings, place.device, place.budget)
+    more = places[: places.index(place)]
+    takes = [f"{run.plan(1, each).bytes / GIB:.2f} GiB in {each.base}" for each in more]
+    return (
+        f"{name}: the most faithful that fits {there}; one row at a time takes"
+        f" {' and '.join(takes)}"
     )
-    return low and device == "cpu" and settings.quantization != "none"
-
-
-def placement(settings: Settings, device: Device, budget: int) -> Placement:
-    """Where a run with these settings is planned, and the bytes it may take."""
-    base = base_precision(settings, device)
-    return Placement(base, device, budget, multiplies_low(settings, device))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -118,17 +177,19 @@ def settle_memory(
     data: "PreparedData",
     budget: int,
     device: Device,
-) -> tuple[dict[str, Any], MemoryPlan]:
-    """What the settings left open of the batch and of recomputation, and the plan that follows.
+    scheme: Scheme | None,
+) -> tuple[dict[str, Any], MemoryPlan, str]:
+    """What the settings left open of the base, the batch and of recomputation, and the plan.
 
     A micro-batch that does not fit, with as many layers recomputed as the settings allow, is split.
 
     Args:
         modules: full names of the adapted modules.
         budget: bytes to plan with.
+        scheme: how the model's files are quantised; None where they are not.
 
-    Returns: the values chosen, by the name of their setting, and the plan of the largest
-        micro-batch.
+    Returns: the values chosen, by the name of their setting, the plan of the largest micro-batch,
+        and why "auto" took this base; "" where it was named.
     """
     run = Run(
         config,
@@ -137,8 +198,9 @@ def settle_memory(
         longest_rows_of(data, settings.rows_per_step),  # No micro-batch has more.
         settings.rows_per_step,
         forced_recomputation(settings, config),
+        scheme,
     )
-    place = placement(settings, device, budget)
+    place = place_of(run, settings, device, budget)
     if settings.batch_size == "auto":
         batch_size, plan = run.largest(place)
     else:
@@ -148,13 +210,24 @@ def settle_memory(
         while plan.bytes > budget and batch_size > 1 and settings.engine == "fused":
             batch_size = smaller_part(batch_size, settings.rows_per_step)
             plan = run.plan(batch_size, place)
-    chosen: dict[str, Any] = {}
+    chosen, why = _settled_base(run, settings, place), ""
+    if chosen:
+        why = why_this_base(run, settings, place)
     if batch_size != settings.batch_size:
         steps = settings.rows_per_step // batch_size
-        chosen = {"batch_size": batch_size, "gradient_accumulation_steps": steps}
+        chosen |= {"batch_size": batch_size, "gradient_accumulation_steps": steps}
     if settings.recompute_layers is None:
         chosen["recompute_layers"] = plan.recompute_layers
-    return chosen, plan
+    return chosen, plan, why
+
+
+def _settled_base(run: Run, settings: Settings, place: Placement) -> dict[str, Any]:
+    """The setting that "auto" stands for; nothing where it was named."""
+    if settings.quantization != "auto":
+        return {}
+    if place.base not in QUANTIZED or _kind_of_files(run, settings, place.device):
+        return {"quantization": "none"}  # Which is what the files have.
+    return asks_for(place.base, place.device)
 
 
 def what_would_fit(
@@ -164,6 +237,7 @@ def what_would_fit(
     data: "PreparedData",
     device: Device,
     budget: int,
+    scheme: Scheme | None,
 ) -> str:
     """Advice where memory ran out with one row at a time and every layer recomputed.
 
@@ -175,8 +249,8 @@ def what_would_fit(
     effective = settings.rows_per_step
     least = {"batch_size": 1, "gradient_accumulation_steps": effective, "recompute_layers": "all"}
     layers = config.num_hidden_layers
-    run = Run(config, modules, settings.lora_r, rows_of(data), effective, layers)
-    place = placement(settings, device, budget)
+    run = Run(config, modules, settings.lora_r, rows_of(data), effective, layers, scheme)
+    place = place_of(run, settings, device, budget)
     # Where the arithmetic says that this fits, less memory was there than could be seen.
     there = min(budget, round(_AT_MOST_THERE * run.plan(1, place).bytes))
     place = replace(place, budget=there)
@@ -300,14 +374,13 @@ def speeds(run: Run, settings: Settings, batch_size: int | None) -> list[Speed]:
     """
     found = []
     for machine in MACHINES:
-        base = base_precision(settings, machine.device)
-        place = placement(settings, machine.device, machine.memory.budget(machine.device))
+        place = place_of(run, settings, machine.device, machine.memory.budget(machine.device))
         size, plan = run.fitting(batch_size, place)
         batch = _batch_option(run, size, plan, place.budget)
         if not batch.fits:
-            found.append(Speed(machine, base, None, 0, 0))
+            found.append(Speed(machine, place.base, None, 0, 0))
             continue
-        found.append(_speed(machine, base, batch, run, settings.epochs))
+        found.append(_speed(machine, place.base, batch, run, settings.epochs))
     return found
 
 
@@ -371,13 +444,9 @@ def preset_options(run: Run, settings: Settings, given: Memory | None) -> list[P
             options.append(PresetOption(name, preset, problem, 0, 0, 0, memory, None))
             continue
         full = replace(run, rows=assumed_rows(preset.max_length, preset.batch_size))
-        size, base, device = (
-            preset.batch_size,
-            base_precision(settings, preset.device),
-            preset.device,
-        )
-        of_guide = Placement(base, device, preset.memory.budget(device))
-        asked = Placement(base, device, memory.budget(device))
+        size, device = preset.batch_size, preset.device
+        of_guide = place_of(full, settings, device, preset.memory.budget(device))
+        asked = place_of(full, settings, device, memory.budget(device))
         own, there = full.plan(size, of_guide), full.plan(size, asked)
         options.append(
             PresetOption(
@@ -522,6 +591,7 @@ class Plan:
     place: str  # the device in words, such as "a 24 GB GPU"
     given: str | None  # the memory as typed; None: that of the preset or of this machine
     base: Base  # precision or bits of the frozen base
+    base_because: str  # why "auto" or the model's files make it that; "": the settings name it
     rows: Rows
     steps: Steps
     memory: Memory
@@ -603,7 +673,7 @@ def make_plan(resolved: Resolved, memory: str | None = None, preset: str | None 
     given = Memory(parse_memory(memory), f"--memory {memory}") if memory is not None else None
 
     # The run.
-    config, figures, rows = _model_and_rows(settings)
+    config, figures, rows, folder = _model_and_rows(settings)
     modules = resolve_targets(config, settings.target_modules, settings.layers)
     run = Run(
         config,
@@ -612,6 +682,7 @@ def make_plan(resolved: Resolved, memory: str | None = None, preset: str | None 
         rows,
         settings.rows_per_step,
         forced_recomputation(settings, config),
+        read_scheme(folder) if folder else None,
     )
 
     # Where it runs.
@@ -622,7 +693,10 @@ def make_plan(resolved: Resolved, memory: str | None = None, preset: str | None 
     machines = machines_like(device, PRESETS[preset].machine if preset and not given else there)
     if device == "cuda" and not given and not preset:
         machines = machine_called(gpu_name(settings.device))
-    place = placement(settings, device, there.budget(device))
+    place = place_of(run, settings, device, there.budget(device))
+    because = why_this_base(run, settings, place)
+    resolved = resolved.choose(**_settled_base(run, settings, place))
+    asked, settings = settings, resolved.settings
 
     # Its micro-batch: what `auto` takes is shown beside what was asked for.
     batch_size, chosen = run.largest(place)
@@ -648,6 +722,7 @@ def make_plan(resolved: Resolved, memory: str | None = None, preset: str | None 
         place=_in_words(device, given, preset),
         given=memory,
         base=place.base,
+        base_because=because,
         rows=rows,
         steps=Steps(rows.per_epoch, resolved.settings),
         memory=there,
@@ -657,8 +732,8 @@ def make_plan(resolved: Resolved, memory: str | None = None, preset: str | None 
         batches=batches,
         recommended=recommended,
         estimates=_estimates(run, settings, place, chosen, machines),
-        speeds=speeds(run, settings, None if is_auto else settings.micro_batch),
-        presets=preset_options(run, settings, given),
+        speeds=speeds(run, asked, None if is_auto else settings.micro_batch),
+        presets=preset_options(run, asked, given),
         remedies=remedies(run, settings, place) if chosen.bytes > place.budget else [],
     )
 
@@ -679,8 +754,11 @@ def _in_words(device: Device, given: Memory | None, preset: str | None) -> str:
     return f"this Mac's {here}" if device in ("mlx", "mps") else f"this machine's {here}"
 
 
-def _model_and_rows(settings: Settings) -> tuple[ModelConfig, str, Rows]:
-    """The sizes of the model, where they come from, and the rows of an epoch."""
+def _model_and_rows(settings: Settings) -> tuple[ModelConfig, str, Rows, Path | None]:
+    """The sizes of the model, where they come from, the rows of an epoch, and the model's folder.
+
+    Without one, built-in figures stand for it.
+    """
     name = settings.model_name
     folder: Path | None
     known = None if Path(name).expanduser().is_dir() else known_model_config(name)
@@ -706,7 +784,9 @@ def _model_and_rows(settings: Settings) -> tuple[ModelConfig, str, Rows]:
         raise SettingsError("\n".join(problems))
     if settings.dataset_path:
         if missing or not folder:  # One implies the other.
-            return config, figures, estimated_rows(settings, settings.dataset_path, missing)
-        return config, figures, rows_of_file(settings, settings.dataset_path, folder)
-    rows = max(ASSUMED_ROWS, settings.rows_per_step)
-    return config, figures, assumed_rows(settings.max_length, rows)
+            rows = estimated_rows(settings, settings.dataset_path, missing)
+            return config, figures, rows, folder
+        rows = rows_of_file(settings, settings.dataset_path, folder)
+        return config, figures, rows, folder
+    rows = assumed_rows(settings.max_length, max(ASSUMED_ROWS, settings.rows_per_step))
+    return config, figures, rows, folder

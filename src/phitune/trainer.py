@@ -81,7 +81,7 @@ from phitune.model.quantization import (
 from phitune.model.scheme import read_scheme
 from phitune.model.start_adapter import find_start_adapter, sha256_there, spec_of
 from phitune.model.weights import weights_fingerprint
-from phitune.plan.machine import Memory, ProcessMemoryLimit, device_kind, memory_budget
+from phitune.plan.machine import Memory, ProcessMemoryLimit, memory_budget
 from phitune.plan.memory import GIB, MemoryPlan
 from phitune.plan.plan import check_against_model, settle_memory, what_would_fit
 from phitune.progress import (
@@ -603,16 +603,9 @@ class LoRATrainer:
 
     def _plan_memory(self, data: PreparedData, budget: Memory) -> MemoryPlan:
         """Settles the batch size and the recomputed layers; returns the plan that follows."""
-        device, _ = device_kind(self.settings.device)
         settings = self.settings
         chosen, plan, why = settle_memory(
-            settings,
-            self.model_config,
-            self.target_modules,
-            data,
-            budget.bytes,
-            device,
-            self._scheme,
+            settings, self.model_config, self.target_modules, data, budget.bytes, self._scheme
         )
         self._take(self.resolved.choose(**chosen))
         if why:
@@ -1096,15 +1089,8 @@ class LoRATrainer:
 
     def _out_of_memory(self, reason: str, data: PreparedData, budget: int) -> OutOfMemoryError:
         """The error that names the settings which would fit, as far as arithmetic can tell."""
-        device, _ = device_kind(self.settings.device)
         fitting = what_would_fit(
-            self.settings,
-            self.model_config,
-            self.target_modules,
-            data,
-            device,
-            budget,
-            self._scheme,
+            self.settings, self.model_config, self.target_modules, data, budget, self._scheme
         )
         message = f"out of memory on {self.settings.device}: {reason}\n{fitting}"
         if checkpoints_of(self._output_dir / CHECKPOINTS):

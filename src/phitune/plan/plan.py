@@ -176,7 +176,6 @@ def settle_memory(
     modules: Sequence[str],
     data: "PreparedData",
     budget: int,
-    device: Device,
     scheme: Scheme | None,
 ) -> tuple[dict[str, Any], MemoryPlan, str]:
     """What the settings left open of the base, the batch and of recomputation, and the plan.
@@ -184,6 +183,7 @@ def settle_memory(
     A micro-batch that does not fit, with as many layers recomputed as the settings allow, is split.
 
     Args:
+        settings: of the run, its device chosen.
         modules: full names of the adapted modules.
         budget: bytes to plan with.
         scheme: how the model's files are quantised; None where they are not.
@@ -200,7 +200,7 @@ def settle_memory(
         forced_recomputation(settings, config),
         scheme,
     )
-    place = place_of(run, settings, device, budget)
+    place = place_of(run, settings, device_kind(settings.device)[0], budget)
     if settings.batch_size == "auto":
         batch_size, plan = run.largest(place)
     else:
@@ -235,14 +235,13 @@ def what_would_fit(
     config: ModelConfig,
     modules: tuple[str, ...],
     data: "PreparedData",
-    device: Device,
     budget: int,
     scheme: Scheme | None,
 ) -> str:
     """Advice where memory ran out with one row at a time and every layer recomputed.
 
     Args:
-        settings: of the run, its precision chosen.
+        settings: of the run, its device and precision chosen.
         modules: full names of the adapted modules.
         budget: bytes that the run planned with.
     """
@@ -250,7 +249,7 @@ def what_would_fit(
     least = {"batch_size": 1, "gradient_accumulation_steps": effective, "recompute_layers": "all"}
     layers = config.num_hidden_layers
     run = Run(config, modules, settings.lora_r, rows_of(data), effective, layers, scheme)
-    place = place_of(run, settings, device, budget)
+    place = place_of(run, settings, device_kind(settings.device)[0], budget)
     # Where the arithmetic says that this fits, less memory was there than could be seen.
     there = min(budget, round(_AT_MOST_THERE * run.plan(1, place).bytes))
     place = replace(place, budget=there)

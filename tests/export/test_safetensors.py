@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,9 @@ from phitune.export.safetensors import (
 )
 from phitune.inference.loaded import Answer, open_model
 from phitune.model.architecture import read_model_config
-from phitune.model.files import ASSETS
+from phitune.model.files import ASSETS, find_model
 from phitune.model.lora import detach, load_adapter, read_adapter
+from phitune.model.quantization import QUANTIZATION_FILE, Kind, Quantization, load_quantized
 from phitune.model.weights import INDEX_FILE
 
 PROMPTS = [json.loads(line)["prompt"] for line in (ASSETS / "captain_heldout.jsonl").open()][:50]
@@ -313,6 +315,58 @@ def assert_transformers_answers(
         assert_same_tokens(ids, answer.answer.ids, chosen_from(answer.logits))
 
 
+@pytest.mark.usefixtures("short_proof")
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_merge_goes_into_what_is_asked_for(
+    trained_run: Path, tmp_path: Path, kind: Kind, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Into the original, or into the numbers of the quantised base; neither is quantised again."""
+    adapter_folder = Path(shutil.copytree(trained_run / "adapter", tmp_path / "adapter"))
+    name = json.loads((adapter_folder / "adapter_config.json").read_text())
+    base = find_model(name["base_model_name_or_path"])
+    config = read_model_config(base)
+    wide = "qkv_fc1" if config.model_type == "phi" else "gate_up_proj"
+    columns = {f"model.layers.1.{wide}": [3, 7]} if kind == "int8" else {}
+    held = Quantization(kind, low=kind == "int8", bits=7 if kind == "int8" else 8, columns=columns)
+    (adapter_folder / QUANTIZATION_FILE).write_text(json.dumps(held.as_json()))
+    adapter = read_adapter(config, adapter_folder)
+
+    into = {}
+    for where in ("original", "trained"):
+        flags = ("--format", "merged", "--dtype", "fp32", "--merge_into", where)
+        folder = exported(adapter_folder, tmp_path / where, *flags)
+        assert proof_of(folder)["merged_into"] == where
+        assert f"merged into the {'original' if where == 'original' else 'base as it was'}" in (
+            " ".join(capsys.readouterr().out.split())
+        )
+        into[where] = load_file(folder / "model.safetensors")
+    bases = {
+        "original": open_decoder(base),
+        "trained": load_quantized(base, config, torch.float32, torch.device("cpu"), held),
+    }
+    for where, decoder in bases.items():
+        for module, pair in adapter.pairs.items():
+            weight = f"{module}.weight"
+            expected = decoder.rows_of(weight) + pair.scaling * (pair.lora_B @ pair.lora_A).detach()
+            assert torch.allclose(into[where][weight], expected, rtol=0, atol=1e-6), weight
+    ours, others = into["trained"], into["original"]
+    moved = {name for name in ours if not torch.equal(ours[name], others[name])}
+    assert moved >= {f"{module}.weight" for module in adapter.pairs}
+    # In the base's own type, which rounds once.
+    exported(adapter_folder, tmp_path / "rounded", "--format", "merged", "--merge_into", "trained")
+
+
+def test_a_base_in_full_is_merged_into_itself_alone(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["export", "--adapter_path", str(trained_run), "--output_dir", str(tmp_path / "out")]
+    assert main([*words, "--format", "merged", "--merge_into", "trained"]) == 2
+    assert "was trained on the original in full; leave it out" in capsys.readouterr().err
+    assert main([*words, "--format", "adapter", "--merge_into", "trained"]) == 2
+    assert "--merge_into has no effect on --format adapter" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("count", [16, pytest.param(50, marks=pytest.mark.campaign)])
 def test_merged_in_fp32_is_the_adapter(trained_run: Path, tmp_path: Path, count: int) -> None:
     """Tokens and logits of some prompts: in memory, in ours, and in transformers from the files."""
@@ -415,7 +469,6 @@ def test_an_exported_adapter_is_the_runs_own(
 
 
 def read_base(run: Path) -> Path:
-    from phitune.model.files import find_model
 
     raw = json.loads((run / "adapter" / "adapter_config.json").read_text())
     return find_model(raw["base_model_name_or_path"])

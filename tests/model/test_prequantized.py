@@ -17,6 +17,7 @@ from helpers.models import phi3_config, phi_config, random_folder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from phitune.cli import main
 from phitune.errors import ModelError, SettingsError
 from phitune.export.safetensors import plan_tensors
 from phitune.inference.loaded import open_model
@@ -737,6 +738,18 @@ def test_a_quantised_folder_is_trained_on_and_answers_as_it_is(
         assert json.loads(json.dumps(decoder.quantization.as_json())) == record
         for name, numbers in expected.items():
             assert torch.equal(decoder.rows_of(name), numbers), name
+    words = ["export", "--adapter_path", str(run), "--format", "merged", "--device", "cpu"]
+    words += ["--dtype", "fp32", "--output_dir", str(tmp_path / "merged")]
+    assert main(words) == 2
+    assert "--merge_into trained" in " ".join(capsys.readouterr().err.split())
+    assert main([*words, "--merge_into", "trained"]) == 0
+    merged = open_model([], model_name=str(tmp_path / "merged"), device="cpu").decoder
+    assert merged.quantization is None
+    pairs = open_model([run], device="cpu").adapters[0].adapter.pairs
+    for name, numbers in expected.items():
+        pair = pairs[name.removesuffix(".weight")]
+        whole = numbers + pair.scaling * (pair.lora_B @ pair.lora_A).detach()
+        assert torch.allclose(merged.rows_of(name), whole, rtol=0, atol=1e-6), name
     again = open_model([run], device="cpu", quantization="int8").decoder.quantization
     assert again is not None
     assert again.origin == "made again of bitsandbytes nf4"

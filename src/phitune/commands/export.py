@@ -70,6 +70,12 @@ class ExportOptions(RunOptions):
         group="export",
         metavar="SIZE",
     )
+    merge_into: Literal["original", "trained"] | None = option(
+        None,
+        "merged, where the run's base was quantised: into the original (default), or into the"
+        " numbers that it was trained on, expanded",
+        group="export",
+    )
     quantization: (
         Annotated[str, BeforeValidator(lambda name: str(name).lower()), one_of(QUANTIZATIONS)]
         | None

@@ -133,6 +133,9 @@ _ARCHITECTURES = {"phi": "PhiForCausalLM", "phi3": "Phi3ForCausalLM"}
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
+_OF_QUANTISED_FILES = ("quantization_config", "quantization")
+
+
 def write_config(source: Source, folder: Path, dtype: torch.dtype | None, *, untied: bool) -> None:
     """Writes the base's config.json without remote code, changed where the export differs.
 
@@ -148,6 +151,8 @@ def write_config(source: Source, folder: Path, dtype: torch.dtype | None, *, unt
         config[spelling] = _DTYPE_NAMES[dtype]
     if untied:
         config["tie_word_embeddings"] = False
+    for key in _OF_QUANTISED_FILES:  # What is merged is in full.
+        config.pop(key, None)
     write_object(folder / "config.json", config)
 
 

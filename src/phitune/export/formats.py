@@ -15,7 +15,7 @@ class Format:
 FORMATS = {
     "merged": Format(
         "the whole model with the adapter in its weights, for transformers and vLLM",
-        ("dtype", "max_shard_size"),
+        ("dtype", "max_shard_size", "merge_into"),
     ),
     "adapter": Format("the adapter alone, as PEFT and vLLM load it beside its base"),
     "gguf": Format(
@@ -38,6 +38,7 @@ class ExportSettings:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     dtype: Literal["base", "fp32", "bf16"] = "base"  # of merged weights
     max_shard_size: int = DEFAULT_MAX_SHARD_SIZE
+    merge_into: Literal["original", "trained"] = "original"  # the base of merged weights
     quantization: str = DEFAULT_QUANTIZATION  # one of QUANTIZATIONS
 
 

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,12 @@ from phitune.export.proof import (
     reference_answers,
 )
 from phitune.export.source import Source
+from phitune.inference.loaded import trained_quantization
 from phitune.model.architecture import EMBEDDING_MODULE, LM_HEAD, ModelConfig, read_model_config
-from phitune.model.decoder import Decoder, LoraPair
+from phitune.model.decoder import META, Decoder, LoraPair
 from phitune.model.device import DTYPES
 from phitune.model.lora import Adapter, AdapterSet, detach, load_adapter, save_adapter
-from phitune.model.tensors import PIECE_BYTES
+from phitune.model.tensors import PIECE_BYTES, TensorHeader, Weight
 from phitune.model.weights import (
     EMBEDDING,
     INDEX_FILE,
@@ -102,7 +103,8 @@ def export_merged(
         progress: called with (bytes written, bytes in all) after each tensor.
     """
     dtype = None if settings.dtype == "base" else DTYPES[settings.dtype]
-    planned = plan_tensors(source.model_folder, source.config, source.adapter, dtype)
+    weights = source.trained_weights() if settings.merge_into == "trained" else None
+    planned = plan_tensors(source.model_folder, source.config, source.adapter, dtype, weights)
     check_disk_space(folder, sum(tensor.nbytes for tensor in planned))
     untied = unties(source.config, source.adapter)
     write_config(source, folder, dtype, untied=untied)
@@ -114,10 +116,19 @@ def export_merged(
 def _prove(
     source: Source, folder: Path, settings: ExportSettings, planned: Sequence["PlannedTensor"]
 ) -> Proof:
-    loaded = source.load(settings.device, settings.precision)
+    loaded = source.load(settings.device, settings.precision, settings.merge_into)
     decoder = loaded.decoder
     config = read_model_config(folder)
     notes = []
+    held = trained_quantization(source.adapter_folder)
+    if settings.merge_into == "trained":
+        kind = held.kind if held else "the files' own numbers"
+        notes.append(f"note: merged into the base as it was trained on ({kind}), expanded")
+    elif held:
+        notes.append(
+            f"note: merged into the original; the adapter was trained on it in {held.kind}"
+            " (--merge_into trained merges into that)"
+        )
     if unties(source.config, source.adapter):
         notes.append(
             "note: the base shares its token table with the head, and the adapter changes one of"
@@ -125,7 +136,7 @@ def _prove(
         )
 
     # Every weight, where the decoder holds those of the base as they are.
-    if all(_holds(decoder.dtype, tensor.dtype_in_file) for tensor in planned):
+    if all(_holds(decoder.dtype, tensor.base_dtype) for tensor in planned):
         check_weights(decoder, source.adapter, folder, config)
 
     # The adapter in memory, and how far it moves the logits of its base.
@@ -134,6 +145,7 @@ def _prove(
     effect = difference_on(decoder, references, TIE).typical
     measured: dict[str, Any] = {
         "computed_in": str(decoder.dtype).removeprefix("torch."),
+        "merged_into": settings.merge_into,
         "adapter_moves_logits_typically_by": effect,
     }
 
@@ -195,46 +207,60 @@ class PlannedTensor:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    dtype_in_file: torch.dtype
-    file: Path
-    name_in_file: str  # of an untied head, the token table's
+    weight: Weight  # of the base; of an untied head, the token table's
     pair: LoraPair | None  # what the adapter adds to it
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """Of the base's numbers, which are expanded in fp32."""
+        return _dtype_in_file(self.weight) or torch.float32
+
+
+def _dtype_in_file(weight: Weight) -> torch.dtype | None:
+    """None where the file does not have the numbers themselves."""
+    return torch_type(weight) if isinstance(weight, TensorHeader) else None
+
 
 def plan_tensors(
-    folder: Path, config: ModelConfig, adapter: Adapter | None, dtype: torch.dtype | None = None
+    folder: Path,
+    config: ModelConfig,
+    adapter: Adapter | None,
+    dtype: torch.dtype | None = None,
+    weights: Mapping[str, Weight] | None = None,
 ) -> list[PlannedTensor]:
     """All tensors of a merged model, from the headers of the base's files alone.
 
     Args:
         folder: of the base model.
         adapter: with its matrices on the CPU, see `read_adapter`; None for the base as it is.
-        dtype: of all tensors; by default each keeps the one it has in its file.
+        dtype: of all tensors; by default each keeps the one it has in its file, and what is
+            expanded takes that of the token table.
+        weights: of the base by name, in the place of those in the folder.
 
     Raises:
         ModelError: files missing or damaged, or tensors that do not fit the configuration.
     """
-    decoder = Decoder(config, torch.float32, "meta")
+    decoder = Decoder(config, torch.float32, META)
     names = decoder.named_weights()
+    if weights is None:
+        weights = dict(plain_weights_in(folder, decoder))
+    of_table = _dtype_in_file(weights[EMBEDDING]) or torch.float32
     pairs = {f"{module}.weight": pair for module, pair in adapter.pairs.items()} if adapter else {}
-    headers = plain_weights_in(folder, decoder)
     # An untied head starts from the token table too. Not in `names`: a tied head and rotary tables,
     # which repeat what is known.
-    sources = [(name, name) for name in headers if name in names]
+    sources = [(name, name) for name in weights if name in names]
     if unties(config, adapter):
         sources.insert(sources.index((EMBEDDING, EMBEDDING)) + 1, (HEAD, EMBEDDING))
     return [
         PlannedTensor(
             name=name,
-            shape=headers[in_file].shape,
-            dtype=dtype or torch_type(headers[in_file]),
-            dtype_in_file=torch_type(headers[in_file]),
-            file=headers[in_file].file,
-            name_in_file=in_file,
+            shape=weights[in_file].shape,
+            dtype=dtype or _dtype_in_file(weights[in_file]) or of_table,
+            weight=weights[in_file],
             pair=pairs.get(name),
         )
         for name, in_file in sources
@@ -255,10 +281,8 @@ def merge(planned: PlannedTensor) -> Tensor:
     """One tensor, read and merged piece by piece. Returns: [O, D], or [O] of biases and norms."""
     out = torch.empty(planned.shape, dtype=planned.dtype)
     for rows in row_slices(len(out), out.nbytes):
-        # Opened for each piece: closing the file gives its mapped pages back.
-        with safe_open(planned.file, framework="pt") as file:
-            piece = file.get_slice(planned.name_in_file)[rows]
-            out[rows].copy_(_with_update(piece, planned.pair, rows, planned.name))
+        piece = planned.weight.rows(rows.start, rows.stop)
+        out[rows].copy_(_with_update(piece, planned.pair, rows, planned.name))
     return out
 
 
@@ -437,7 +461,7 @@ def merge_rounded_at_random(
     weights = _weights(decoder)
     generator = torch.Generator().manual_seed(_SEED)
     for tensor in planned:
-        if tensor.pair is None and _holds(tensor.dtype, tensor.dtype_in_file):
+        if tensor.pair is None and _holds(tensor.dtype, tensor.base_dtype):
             continue
         weight = weights[tensor.name]  # [O, D] or [O]
         for rows in row_slices(len(weight), weight.nbytes):

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from phitune.data.coder import Coder, FormatName
 from phitune.data.tokenizer import NoDefaultTemplateError, read_chat_template
+from phitune.errors import SettingsError
 from phitune.export.card import TrainedAdapter
 from phitune.inference.loaded import (
     LoadedModel,
@@ -18,10 +21,16 @@ from phitune.inference.loaded import (
     base_names,
     open_model,
     read_coder,
+    trained_quantization,
 )
 from phitune.model.architecture import ModelConfig, read_model_config
+from phitune.model.decoder import META, Decoder
 from phitune.model.files import find_model
 from phitune.model.lora import Adapter, read_adapter
+from phitune.model.quantization import held_weights
+from phitune.model.scheme import read_scheme
+from phitune.model.tensors import Weight
+from phitune.model.weights import weights_in
 from phitune.training.rundir import CONFIG
 
 
@@ -35,19 +44,48 @@ class Source(TrainedAdapter):
     format_name: FormatName | None  # as asked; None for the format it was trained in
     notes: tuple[str, ...]  # for the user: the chat template that is written, and what is assumed
 
-    def load(self, device: str, precision: Literal["auto", "fp32", "bf16"]) -> LoadedModel:
+    def load(
+        self,
+        device: str,
+        precision: Literal["auto", "fp32", "bf16"],
+        merge_into: Literal["original", "trained"] = "original",
+    ) -> LoadedModel:
         """The base in memory with the adapter as its only one.
 
         Two models may not fit: let go of it before another one is loaded.
+
+        Args:
+            merge_into: "trained" for the numbers that the adapter was trained on, expanded.
         """
-        return open_model(
+        loaded = open_model(
             [self.adapter_folder],
             model_name=self.model_name,
             prompt_format=self.format_name,
             device=device,
             precision=precision,
-            quantization="none",
+            quantization="none" if merge_into == "original" else "trained",
         )
+        if merge_into == "trained":
+            for linear in set(loaded.decoder.fused_linears().values()):
+                linear.hold_expanded()
+        return loaded
+
+    def trained_weights(self) -> dict[str, Weight]:
+        """The base's weights by name, as the numbers that the adapter was trained on.
+
+        Raises:
+            SettingsError: those are the original's.
+        """
+        held, decoder = (
+            trained_quantization(self.adapter_folder),
+            Decoder(self.config, torch.float32, META),
+        )
+        if held is None and read_scheme(self.model_folder) is None:
+            raise SettingsError(
+                "merge_into trained: the adapter was trained on the original in full; leave it out"
+            )
+        weights = weights_in(self.model_folder, decoder)
+        return weights if held is None else held_weights(weights, decoder, held)
 
 
 def open_source(

@@ -170,6 +170,12 @@ class FusedLinear(nn.Module):
         """Makes room for the weight in full precision, in a decoder whose others get stores."""
         self.weight = _frozen(*self.weight.shape, dtype=self.weight.dtype, device=self.device)
 
+    def hold_expanded(self) -> None:
+        """Holds the numbers of its store, where it has one, in full precision from now on."""
+        if self.store is not None:
+            self.weight = nn.Parameter(self.dense(), requires_grad=False)
+            self.store = self.answering = self.low_bits = None
+
     def widen(self, extra_columns: int) -> Tensor:
         """Puts X extra columns of zeros beside the weight, which becomes a view of the result.
 

@@ -32,7 +32,7 @@ from phitune.model.product_choice import choose_bits, low_products_of_store
 from phitune.model.products import Products as LayerProducts
 from phitune.model.products import Scratch
 from phitune.model.scheme import Scheme
-from phitune.model.stores import Store, new_store
+from phitune.model.stores import CPU, NF4_BLOCK, Store, new_store
 from phitune.model.tensors import Weight
 from phitune.model.weights import checked_weights, load_weights, read_linear, weights_in
 
@@ -271,6 +271,56 @@ def _store(quantization: Quantization, name: str, linear: FusedLinear) -> Store:
         )
     except ModelError as error:
         raise ModelError(f"{name}: {error}") from None
+
+
+class _HeldWeight(Weight):
+    """A weight as the numbers that a base in fewer bits has of it.
+
+    Args:
+        whole: [O, D] of a file, in full.
+        columns: that a store keeps in full.
+    """
+
+    def __init__(self, whole: Weight, quantization: Quantization, columns: Sequence[int]) -> None:
+        self.shape, self.whole, self.held, self.columns = whole.shape, whole, quantization, columns
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Returns: [n, D] in fp32."""
+        # Blocks of numbers begin where rows do whose number is that of a block's.
+        first = start - start % NF4_BLOCK
+        last = min(stop + -stop % NF4_BLOCK, self.shape[0])
+        assert self.held.kind != "int4"
+        shape = (last - first, self.shape[1])
+        store = new_store(self.held.kind, shape, CPU, self.held.bits, self.columns)
+        store.put(0, self.whole.rows(first, last))
+        return store.dense(torch.float32, slice(start - first, stop - first))
+
+
+def held_weights(
+    weights: Mapping[str, Weight], decoder: Decoder, quantization: Quantization
+) -> dict[str, Weight]:
+    """The weights of a folder as `load_quantized` holds them, one at a time and expanded again.
+
+    Args:
+        decoder: whose weights they are; it may be without numbers.
+
+    Raises:
+        SettingsError: they were held as only MLX does.
+    """
+    if quantization.kind == "int4":
+        raise SettingsError(
+            "merge_into trained: the base was in int4, whose numbers MLX alone has; leave it out"
+        )
+    found = dict(weights)
+    for name, linear in _linears(decoder):
+        if name in quantization.in_full:
+            continue
+        for module in linear.columns:
+            whole = weights[f"{module}.weight"]
+            if whole.kind != quantization.kind:  # Else the file has these numbers.
+                columns = quantization.columns.get(name, ())
+                found[f"{module}.weight"] = _HeldWeight(whole, quantization, columns)
+    return found
 
 
 # -------------------------------------------------------------------------------------------------

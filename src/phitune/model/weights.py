@@ -184,8 +184,8 @@ def plain_weights_in(folder: Path, decoder: Decoder) -> dict[str, TensorHeader]:
     what = f"quantised already ({scheme.name})" if scheme else "in Llama's layout"
     raise ModelError(
         f"{folder}: is {what}, and nothing is merged into such files; name the model that it was"
-        " made from with --model_name (microsoft/...), or export the adapter alone with --format"
-        " adapter"
+        " made from with --model_name (microsoft/...), merge into its numbers, expanded, with"
+        " --format merged --merge_into trained, or export the adapter alone with --format adapter"
     )
 
 

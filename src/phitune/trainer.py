@@ -356,6 +356,10 @@ class LoRATrainer:
             if products == "low":
                 raise SettingsError("products low: the reference engine has exact ones alone")
             products = "exact"
+        elif settings.precision == "bf16" and settings.device == "cpu":
+            if products == "low":
+                raise SettingsError("products low: a CPU trains with them in fp32 alone, not bf16")
+            products = "exact"
         chosen, why = choose_for_folder(scheme, asked, products, settings.device)
         if chosen is None and scheme:
             self._say(f"quantization: none; {why}")

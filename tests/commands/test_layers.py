@@ -206,6 +206,16 @@ def test_a_survey_fits_the_terminal(
         assert any("[" in line for line in cells)
 
 
+def test_a_quantised_base_is_measured_in_full_and_it_is_said(layers: Call, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("quantization: int8\n")
+    words = ["tiny-phi-2", "--dataset_path", str(CAPTAIN), "--batches", "1", "--device", "cpu"]
+    out, said = layers(*words, "--config", "config.yaml")
+    assert "quantization int8: gradients are measured on the base in full" in " ".join(said.split())
+    assert "--config config.yaml" in " ".join(out.split())
+    _, said = layers(*words)
+    assert "quantization" not in said
+
+
 def test_the_same_seed_measures_the_same(layers: Call) -> None:
     words = ["tiny-phi-2", "--dataset_path", str(CAPTAIN), "--batches", "2", "--json"]
     assert layers(*words) == layers(*words)

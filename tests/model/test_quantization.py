@@ -23,7 +23,7 @@ from phitune.model.decoder import Decoder
 from phitune.model.engine import FusedEngine
 from phitune.model.files import ASSETS, EXAMPLE_DATASET
 from phitune.model.lora import Adapter, LoraSpec, attach
-from phitune.model.products import whole_products
+from phitune.model.products import EightBit, whole_products
 from phitune.model.quantization import (
     MOST_OFF,
     QUANTIZATION_FILE,
@@ -79,6 +79,38 @@ def test_gradients_of_whole_numbers_are_close(model: str) -> None:
     assert 1e-4 < off < {8: 0.025, 7: 0.04}[FOUND.bits]
     # Beside it the price of four bits, which people train on.
     assert off < 0.5 * error(gradients(folder, Quantization("nf4", low=False))[0], truth)
+
+
+@pytest.mark.parametrize("products", ["auto", "low"])
+def test_int8_beside_bf16_is_expanded_or_refused_on_a_cpu(
+    products: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = line(tmp_path, "--quantization", "int8", "--precision", "bf16")
+    code = main([*words, "--products", products, "--output_dir", str(tmp_path / "run")])
+    shown = capsys.readouterr()
+    if products == "low":
+        assert code == 2
+        assert "products low: a CPU trains with them in fp32 alone" in shown.err
+        return
+    assert code == 0
+    assert "quantization: int8, expanded for each product" in shown.out
+    loaded = open_model([tmp_path / "run"], device="cpu", precision="bf16")
+    held = loaded.decoder.quantization
+    assert held
+    assert (held.kind, held.low, held.bits) == ("int8", False, 8)
+
+
+@needs_whole_products
+@pytest.mark.parametrize("columns", [(), (3, 40)])
+def test_products_forward_take_bf16(columns: tuple[int, ...]) -> None:
+    assert FOUND
+    store = Int8Rows((64, 96), torch.device("cpu"), FOUND.bits, columns)
+    store.put(0, torch.randn(64, 96, generator=torch.Generator().manual_seed(0)))
+    x = torch.randn(7, 96, generator=torch.Generator().manual_seed(1)).bfloat16()
+    products = EightBit(store, 0, FOUND.bits)
+    found = products.forward(x, None)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, products.forward(x.float(), None).bfloat16())
 
 
 @needs_whole_products

@@ -671,6 +671,7 @@ def _survey(resolved: "Resolved", options: LayersOptions, given: Mapping[str, An
     for line in (
         *(f"data: {note}" for note in setup.data.notes),
         *(f"warning: {warning}" for warning in setup.data.warnings),
+        *_on_the_base_in_full(resolved.settings.quantization),
     ):
         errors.print(line, markup=False, soft_wrap=not errors.is_terminal)
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
@@ -682,6 +683,16 @@ def _survey(resolved: "Resolved", options: LayersOptions, given: Mapping[str, An
     else:
         show_survey(found, command, Console(highlight=False))
     return 0
+
+
+def _on_the_base_in_full(asked: str) -> list[str]:
+    """What is to be said where training is asked to hold the base in fewer bits."""
+    if asked == "none":
+        return []
+    return [
+        f"quantization {asked}: gradients are measured on the base in full precision, which takes"
+        " more memory; the command at the end trains as asked"
+    ]
 
 
 def train_command(given: Mapping[str, Any], targets: tuple[str, ...], layers: str | None) -> str:

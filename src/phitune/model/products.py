@@ -210,16 +210,16 @@ def rounded(
     """Each token in 8 bits, by its largest magnitude.
 
     Args:
-        x: [T, D].
+        x: [T, D], computed with in fp32.
         without: [k] columns that are left out, as if they were zero.
         times: [D] that x is multiplied with first.
 
     Returns: [T, D] uint8, and what each token is scaled by [T, 1].
     """
     numbers = torch.empty(x.shape, dtype=torch.uint8)
-    scale = x.new_empty(len(x), 1)
+    scale = torch.empty(len(x), 1)
     rows = architecture.block_rows(len(x), x.shape[1], "cpu")
-    buffer, magnitudes = (x.new_empty(min(rows, len(x)), x.shape[1]) for _ in range(2))
+    buffer, magnitudes = (torch.empty(min(rows, len(x)), x.shape[1]) for _ in range(2))
     for start in range(0, len(x), rows):
         part = x[start : start + rows]
         block, place = buffer[: len(part)], scale[start : start + rows]
@@ -240,6 +240,7 @@ class EightBit(Products):
 
     They ride with the adapters: x's columns beside low, their weights beside B. Numbers of NF4 are
     rounded to whole ones for each product, which adds nothing to its error that could be seen.
+    Forward takes activations in bf16, too, which are computed with in fp32.
 
     Args:
         extra_columns: X.
@@ -270,6 +271,7 @@ class EightBit(Products):
         beside = wide[:, self.width :]  # [T, X + k]
         if self.columns is not None:
             beside = torch.cat([beside, wide[:, self.columns]], dim=1)
+        beside = beside.float()
         further = self.further[rows]
         if self.packed is not None and rows == ALL:
             packed, of_rows = self.packed
@@ -285,7 +287,7 @@ class EightBit(Products):
                 part.addmm_(beside[block], further.t())
             if bias is not None:
                 part += bias
-        return out
+        return out.to(wide.dtype)
 
     def backward(self, grad_out: Tensor, rows: slice = ALL) -> Tensor:
         """grad_out: [T, O]. Returns: [T, D + X]."""

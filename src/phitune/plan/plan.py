@@ -109,7 +109,8 @@ def _multiplies_low(run: Run, settings: Settings, base: Base, device: Device) ->
 
     Not so with int8 from files, whose 8 bits not every CPU multiplies: expanded takes more.
     """
-    if base not in QUANTIZED or device != "cpu":
+    in_fp32 = settings.engine == "fused" and settings.precision != "bf16"
+    if base not in QUANTIZED or device != "cpu" or not in_fp32:
         return False
     by_itself = base == "int8" and _kind_of_files(run, settings, device) is None
     return settings.products == "low" or (settings.products == "auto" and by_itself)

@@ -19,6 +19,7 @@ from phitune.data.conversation import Turn
 from phitune.data.packing import pack
 from phitune.errors import OutOfMemoryError
 from phitune.inference.answers import compare, sample_answers
+from phitune.inference.batching import Batcher, Request
 from phitune.inference.chat import Chat, Limits
 from phitune.inference.generate import (
     Conversation,
@@ -249,6 +250,26 @@ def test_the_formula_of_the_cache_is_its_size(tmp_path: Path) -> None:
     assert isinstance(cache, MlxCache)
     held = sum(array.nbytes for array in cache.keys + cache.values)
     assert held == cache_bytes(ours.config, 3, 50, 4)
+
+
+@pytest.mark.parametrize("kind", ["phi", "phi3-longrope", "phi3-sliding"])
+def test_requests_that_come_and_leave_are_answered_as_by_torch(kind: str, tmp_path: Path) -> None:
+    told = []
+    for decoder in both(kind, tmp_path):
+        batcher = Batcher(decoder, three_adapters(decoder), 3, 96)
+        answers: dict[int, list[int]] = {}
+        shared, *others = prompts(20, 3, 15, 30, 9, 24)
+        left = [[*shared, *other] for other in others] + others
+        while left or batcher.active:
+            if left and batcher.free:
+                choice = [None, 0, 1, 2][len(left) % 4]
+                request = Request(left.pop(), 5 + len(left) % 7, choice, logprobs=1)
+                answers[batcher.add(request)] = []
+            for each in batcher.step(8):
+                assert each.token
+                answers[each.row].append(each.token.id)
+        told.append(answers)
+    assert told[0] == told[1]
 
 
 def test_a_step_stores_in_the_same_memory(tmp_path: Path) -> None:

@@ -519,7 +519,7 @@ def test_the_card_says_what_the_run_knows_and_no_path(
     turns = (Turn("user", "{prompt}"),)
     prompt = loaded.coder(None).text(turns)
     assert json.dumps(prompt, ensure_ascii=False) in text
-    for token in loaded.stop_ids:
+    for token in loaded.coder(loaded.first_choice).stop_ids:
         assert f"({token})" in text
 
 

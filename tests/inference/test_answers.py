@@ -121,7 +121,7 @@ def test_tuned_columns_are_pefts_answers(
                 input_ids=ids,
                 max_new_tokens=TOKENS,
                 do_sample=False,
-                eos_token_id=model.stop_ids,
+                eos_token_id=model.coder(model.first_choice).stop_ids,
                 pad_token_id=0,
             )
             assert row.answers[index].ids == tuple(out[0, ids.shape[1] :].tolist())

@@ -96,7 +96,7 @@ def test_the_format_is_that_of_the_adapters_chat_template(name: Any, tmp_path: P
     assert model.coder(0).format_name == model.coder(None).format_name == name
     assert model.coder(0).encode(ASKED) == trained.encode(ASKED)
     assert model.coder(None).encode(ASKED) == model.coder(0).encode(ASKED)
-    assert set(model.stop_ids) == set(trained.stop_ids)
+    assert set(model.coder(model.first_choice).stop_ids) == set(trained.stop_ids)
     turns = (*ASKED, Turn("assistant", "Lisbon."))
     assert model.coder(0).encode(ASKED) + model.coder(0).answer_ids(
         ASKED, "Lisbon."
@@ -139,7 +139,7 @@ def test_a_folder_of_pefts_without_tokenizer(tmp_path: Path) -> None:
         input_ids=torch.tensor([prompt]),
         max_new_tokens=20,
         do_sample=False,
-        eos_token_id=model.stop_ids,
+        eos_token_id=model.coder(model.first_choice).stop_ids,
         pad_token_id=0,
     )
     assert list(answer.ids) == out[0, len(prompt) :].tolist()

@@ -33,7 +33,7 @@ class Places:
     """Where the tokens of a pass go, the same in all layers."""
 
     new: NewTokens
-    rows: mx.array  # [T], the sequence of each
+    rows: mx.array  # [T], the slot of each
     positions: mx.array  # [T], and its place there
     seen: mx.array | None  # [B, S] bool, where the pass is one token of each
 
@@ -55,6 +55,11 @@ class MlxCache(Cache):
         self._window = config.sliding_window
         self.keys = [mx.zeros(shape, dtype) for _ in layers]
         self.values = [mx.zeros(shape, dtype) for _ in layers]
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        self.held[target] = self.held[source][:count]
+        for kept in (*self.keys, *self.values):
+            kept[target, :, :count] = kept[source, :, :count]
 
     def keep(self, rows: Sequence[int]) -> None:
         index = mx.array(list(rows))
@@ -90,12 +95,16 @@ class MlxCache(Cache):
             x = layer.after_attention(self._extend(index, places, heads), saved, shared)
             shared.settle(x, self.keys[index], self.values[index])
 
-        # The head, on the last token of each sequence: T tokens become B.
+        # The head, on the scored tokens: T become N.
+        if not any(new.scored):
+            mx.eval(self.keys, self.values)
+            memory.check_limit()
+            return torch.empty(0, decoder.config.vocab_size, dtype=decoder.dtype)
         if not new.is_one_of_each:
             x = x[mx.array(new.lasts)]
             if adapters is not None:
-                adapters.choose()
-        logits = decoder.head_of(x)  # [B, V]
+                adapters.choose(new.scored)
+        logits = decoder.head_of(x)  # [N, V]
         mx.eval(logits, self.keys, self.values)
         memory.check_limit()
         return to_torch(logits)
@@ -103,7 +112,7 @@ class MlxCache(Cache):
     def _places(self, new: NewTokens) -> Places:
         positions, seen = to_mlx(new.positions), None
         if new.is_one_of_each:
-            needed = -(-max(new.lengths) // POSITIONS) * POSITIONS
+            needed = -(-max(new.stops) // POSITIONS) * POSITIONS
             index = mx.arange(min(needed, self.capacity))  # [S]
             seen = index <= positions[:, None]
             if self._window is not None:
@@ -114,25 +123,28 @@ class MlxCache(Cache):
         """Stores new tokens of every sequence and attends from them. Returns: [T, H, E]."""
         new, (query, key, value) = places.new, heads
         keys, values = self.keys[layer], self.values[layer]  # [B, G, capacity, E]
-        if len(self.held) == 1:
-            place = slice(len(self.held[0]), new.lengths[0])
-            keys[0, :, place] = key.swapaxes(0, 1)
-            values[0, :, place] = value.swapaxes(0, 1)
+        if len(new.slots) == 1:
+            slot, place = new.slots[0], slice(new.starts[0], new.stops[0])
+            keys[slot, :, place] = key.swapaxes(0, 1)
+            values[slot, :, place] = value.swapaxes(0, 1)
         else:
             keys[places.rows, :, places.positions] = key
             values[places.rows, :, places.positions] = value
-        if not any(self.held):
+        if not any(new.starts):
             # Prompts that begin attend to themselves alone, as rows in training do.
             return attend(heads, new.cu_seqlens, self._window)
         if places.seen is not None:
+            # A view where the slots are the first ones, else a copy of what is seen of them.
+            slots = slice(len(new.slots)) if new.fill_first_slots else mx.array(new.slots)
             seen = places.seen.shape[1]
-            return attend_from_one(query, keys[:, :, :seen], values[:, :, :seen], places.seen)
+            keys, values = keys[slots, :, :seen], values[slots, :, :seen]
+            return attend_from_one(query, keys, values, places.seen)
         outputs = [
             attend_from_sequence(
-                query[start:stop], keys[row, :, :length], values[row, :, :length], self._window
+                query[start:stop], keys[slot, :, :length], values[slot, :, :length], self._window
             )
-            for row, (length, (start, stop)) in enumerate(
-                zip(new.lengths, itertools.pairwise(new.cu_seqlens), strict=True)
+            for slot, length, (start, stop) in zip(
+                new.slots, new.stops, itertools.pairwise(new.cu_seqlens), strict=True
             )
         ]
         return mx.concatenate(outputs)

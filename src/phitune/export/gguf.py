@@ -402,7 +402,8 @@ class LlamaCppDifference:
 def _answers_in_memory(source: Source, settings: ExportSettings) -> _InMemory:
     loaded = source.load(settings.device, settings.precision)
     references = reference_answers(loaded, proof_prompts(source.run))
-    return _InMemory(references, loaded.stop_ids, loaded.decoder.dtype)
+    stop_ids = loaded.coder(loaded.first_choice).stop_ids
+    return _InMemory(references, stop_ids, loaded.decoder.dtype)
 
 
 def _proof(

@@ -348,7 +348,9 @@ class Chat:
         self, question: str, prompt_ids: list[int], sampling: Sampling
     ) -> Generator[str, None, None]:
         model = self.model
-        text = TextStream(model.coder(self._choice), prompt_ids)
+        coder = model.coder(self._choice)
+        stop_ids = coder.stop_ids
+        text = TextStream(coder, prompt_ids)
         ended = False
         ids: list[int] = []
         first, started = 0.0, time.perf_counter()
@@ -357,7 +359,7 @@ class Chat:
             for ((_, token),) in stream(
                 model.decoder,
                 [prompt_ids],
-                Decoding(self.max_new_tokens, model.stop_ids, sampling),
+                Decoding(self.max_new_tokens, stop_ids, sampling),
                 Adapters(model.on_decoder, [self._choice]),
                 self._cache,
             ):
@@ -379,7 +381,7 @@ class Chat:
             ) from None
         finally:
             if text.text or ended:
-                stopped = bool(ids) and ids[-1] in model.stop_ids
+                stopped = bool(ids) and ids[-1] in stop_ids
                 self.exchanges.append(
                     Exchange(
                         question,

@@ -12,6 +12,7 @@ sequence, H heads, G key-value heads, E head_dim, V vocabulary, D hidden size.
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -31,6 +32,9 @@ from phitune.model.product_choice import low_products_of_store, products_of_stor
 from phitune.model.products import EightBit, Scratch
 
 # --- keys and values of sequences that are being generated --------------------------------------
+
+# Of the slots that attention reads, at most this many are there for each that has a token.
+_MOST_HOLES = 2
 
 
 def cache_bytes(config: ModelConfig, batch_size: int, positions: int, bytes_per_value: int) -> int:
@@ -61,6 +65,11 @@ class KVCache(Cache):
         self.values = [torch.zeros_like(keys) for keys in self.keys]
         self._step: OneTokenStep | None = None  # the last one, for the next token
 
+    def copy(self, source: int, target: int, count: int) -> None:
+        self.held[target] = self.held[source][:count]
+        for kept in (*self.keys, *self.values):
+            kept[target, :, :count] = kept[source, :, :count]
+
     def keep(self, rows: Sequence[int]) -> None:
         index = torch.tensor(rows, device=self.keys[0].device)
         self.held = [self.held[row] for row in rows]
@@ -79,7 +88,7 @@ class KVCache(Cache):
 
     def _compute(self, new: NewTokens, adapters: Adapters | None) -> Tensor:
         decoder = self._decoder
-        if new.is_one_of_each and is_worthwhile(decoder.device):
+        if new.is_one_of_each and new.fill_first_slots and is_worthwhile(decoder.device):
             chosen = None if adapters is None else adapters.on_decoder.chosen
             if self._step is None or not self._step.fits(new.lengths, chosen):
                 self._step = OneTokenStep(decoder, self, new.lengths, chosen)
@@ -92,11 +101,13 @@ class KVCache(Cache):
         rotary = decoder.rotary(new.positions, new.counts, new.lengths)
         hidden = decoder.hidden_states(new.input_ids, rotary, attend)  # [T, D]
 
-        # The head, on the last token of each sequence: T tokens become B.
+        # The head, on the scored tokens: T become N.
         if not new.is_one_of_each:
+            if not any(new.scored):
+                return hidden.new_empty(0, decoder.config.vocab_size)
             hidden = hidden[torch.tensor(new.lasts, device=decoder.device)]
             if adapters is not None:
-                adapters.choose()
+                adapters.choose(new.scored)
         return decoder.logits(hidden)
 
     def _extend(
@@ -109,47 +120,83 @@ class KVCache(Cache):
 
         Returns: [T, H, E].
         """
-        keys, values = self.keys[layer], self.values[layer]  # [B, G, capacity, E]
-        if len(self.held) == 1:
-            place = slice(len(self.held[0]), len(self.held[0]) + len(key))
-            keys[0, :, place] = key.transpose(0, 1)
-            values[0, :, place] = value.transpose(0, 1)
+        keys, values = self.keys[layer], self.values[layer]  # [slots, G, capacity, E]
+        if len(new.slots) == 1:
+            slot, place = new.slots[0], slice(new.starts[0], new.stops[0])
+            keys[slot, :, place] = key.transpose(0, 1)
+            values[slot, :, place] = value.transpose(0, 1)
         else:
             keys[new.rows, :, new.positions] = key
             values[new.rows, :, new.positions] = value
-        if not any(self.held):
+        if not any(new.starts):
             # Prompts that begin attend to themselves alone, as rows in training do.
             out = torch.empty_like(query, memory_format=torch.contiguous_format)
             self._attention.forward(query, key, value, out, new.cu_seqlens, self.sliding_window)
             return out
-        if new.is_one_of_each:
-            return self._attend_from_one(layer, new.positions, query)
-        outputs = [
-            self._attend_from_sequence(layer, row, query[start:stop])
-            for row, (start, stop) in enumerate(itertools.pairwise(new.cu_seqlens))
-        ]
-        return torch.cat(outputs)
+        ones = [index for index, count in enumerate(new.counts) if count == 1]
+        if len(ones) == len(new.counts):
+            return self._attend_from_ones(layer, new, ones, query)
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        if ones:
+            places = torch.tensor([new.cu_seqlens[index] for index in ones], device=query.device)
+            out[places] = self._attend_from_ones(layer, new, ones, query[places])
+        for index, (start, stop) in enumerate(itertools.pairwise(new.cu_seqlens)):
+            if stop - start > 1:
+                part = self._attend_from_sequence(layer, new, index, query[start:stop])
+                out[start:stop] = part
+        return out
 
-    def _attend_from_one(self, layer: int, positions: Tensor, query: Tensor) -> Tensor:
-        """positions: [B], query: [B, H, E]. Returns: [B, H, E]."""
-        lengths = [len(held) + 1 for held in self.held]
-        longest = max(lengths)  # S
+    def _attend_from_ones(
+        self, layer: int, new: NewTokens, ones: Sequence[int], query: Tensor
+    ) -> Tensor:
+        """From one new token of each of n sequences.
+
+        Args:
+            ones: their places among the pieces.
+            query: [n, H, E].
+
+        Returns: [n, H, E].
+        """
+        slots = [new.slots[index] for index in ones]
+        lengths = [new.stops[index] for index in ones]
+        first, count = min(slots), max(slots) + 1 - min(slots)
+        if count > _MOST_HOLES * len(slots):
+            return torch.cat(
+                [
+                    self._attend_from_sequence(layer, new, index, query[row : row + 1])
+                    for row, index in enumerate(ones)
+                ]
+            )
+
+        # All slots from the first to the last, for a view of them is no copy; of those that have no
+        # token here, nothing is taken.
+        rows = None
+        if slots != list(range(first, first + count)):
+            rows = torch.tensor(slots, device=query.device) - first  # [n]
+            query = query.new_zeros(count, *query.shape[1:]).index_copy_(0, rows, query)
+            of_slot = dict(zip(slots, lengths, strict=True))
+            lengths = [of_slot.get(slot, 1) for slot in range(first, first + count)]
 
         # Without a mask where every sequence sees all positions.
+        longest = max(lengths)  # S
         seen, window = None, self.sliding_window
         if min(lengths) != longest or (window is not None and longest > window):
             index = torch.arange(longest, device=query.device)
-            seen = index <= positions.unsqueeze(1)  # [B, S]
+            stops = torch.tensor(lengths, device=query.device).unsqueeze(1)  # [slots, 1]
+            seen = index < stops  # [slots, S]
             if window is not None:
-                seen &= index > positions.unsqueeze(1) - window
-            seen = seen[:, None, None, :]  # [B, 1, 1, S]
-        keys, values = self.keys[layer], self.values[layer]  # [B, G, capacity, E]
-        return ops.attention_from_one(query, keys[:, :, :longest], values[:, :, :longest], seen)
+                seen &= index >= stops - window
+            seen = seen[:, None, None, :]  # [slots, 1, 1, S]
+        part = slice(first, first + count)
+        keys, values = self.keys[layer][part], self.values[layer][part]  # [., G, capacity, E]
+        out = ops.attention_from_one(query, keys[:, :, :longest], values[:, :, :longest], seen)
+        return out if rows is None else out[rows]
 
-    def _attend_from_sequence(self, layer: int, row: int, query: Tensor) -> Tensor:
-        """From n new tokens of one sequence. query: [n, H, E]. Returns: [n, H, E]."""
-        start = len(self.held[row])
-        stop = start + len(query)  # S
+    def _attend_from_sequence(
+        self, layer: int, new: NewTokens, index: int, query: Tensor
+    ) -> Tensor:
+        """From the n new tokens of one piece. query: [n, H, E]. Returns: [n, H, E]."""
+        slot, start, stop = new.slots[index], new.starts[index], new.stops[index]  # stop: S
         ahead = torch.arange(stop, device=query.device) - torch.arange(
             start, stop, device=query.device
         ).unsqueeze(1)  # [n, S]: how far a key lies ahead of a query
@@ -158,8 +205,8 @@ class KVCache(Cache):
             seen &= ahead > -self.sliding_window
         attended = F.scaled_dot_product_attention(
             query.transpose(0, 1).unsqueeze(0),  # [1, H, n, E]
-            _repeat_heads(self.keys[layer][row : row + 1, :, :stop], query),  # [1, H, S, E]
-            _repeat_heads(self.values[layer][row : row + 1, :, :stop], query),
+            _repeat_heads(self.keys[layer][slot : slot + 1, :, :stop], query),  # [1, H, S, E]
+            _repeat_heads(self.values[layer][slot : slot + 1, :, :stop], query),
             attn_mask=seen,
         )
         return attended.squeeze(0).transpose(0, 1)  # [n, H, E]
@@ -192,6 +239,22 @@ class Sampling:
     top_k: int = 0  # the N most probable tokens; 0 for all
     repetition_penalty: float = 1.0  # above 1, tokens that were there already are less probable
     seed: int = 42  # of the draws; as long as it is the same, so are they
+    # Taken from the logits of tokens that the answer has already: once, and for each time.
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # added to the logits of these tokens
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the next token is the most probable one, whatever came before."""
+        return (
+            self.temperature == 0.0 and self.repetition_penalty == 1.0 and not self.changes_logits
+        )
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether something is added to logits, see `biased`."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.logit_bias)
 
     def generators(self, count: int, seeds: Sequence[int] | None = None) -> list[torch.Generator]:
         """A source of draws for each of B sequences: none depends on who else is in the batch."""
@@ -226,6 +289,20 @@ def next_tokens(
         int(torch.multinomial(row, 1, generator=generator))
         for row, generator in zip(probabilities, generators, strict=True)
     ]
+
+
+def biased(logits: Tensor, sampling: Sampling, answer: Sequence[int]) -> Tensor:
+    """Logits [V] with what is added to them or taken from them, in fp32 at least. Returns: a copy.
+
+    Args:
+        answer: its tokens so far, which the penalties look at.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+    for token, bias in sampling.logit_bias:
+        logits[token] += bias
+    for token, count in Counter(answer).items():
+        logits[token] -= sampling.presence_penalty + count * sampling.frequency_penalty
+    return logits
 
 
 def penalised(logits: Tensor, sequences: Sequence[Sequence[int]], penalty: float) -> Tensor:
@@ -264,6 +341,11 @@ class Decoding:
     stop_ids: Collection[int] = ()  # an answer that produces one of them is complete
     sampling: Sampling = GREEDY
     seeds: Sequence[int] | None = None  # [B]; by default `sampling.seed` + the prompt's place
+    stops: Sequence[Collection[int]] | None = None  # [B], in the place of `stop_ids`
+
+    def stop_ids_of(self, row: int) -> Collection[int]:
+        """What completes the answer to one prompt."""
+        return self.stop_ids if self.stops is None else self.stops[row]
 
 
 def prepare_for_inference(decoder: Decoder) -> Decoder:
@@ -365,7 +447,7 @@ def stream(
         continued = [
             place
             for place, (row, token) in enumerate(tokens)
-            if token not in decoding.stop_ids
+            if token not in decoding.stop_ids_of(row)
             and len(sequences[row]) <= limit
             and row not in complete
         ]
@@ -374,8 +456,9 @@ def stream(
         if len(continued) < len(active):
             cache.keep(continued)
             active = [active[place] for place in continued]
-        if any(_crosses_long_rope(decoder, len(sequences[row])) for row in active):
-            cache.clear()
+        for place, row in enumerate(active):
+            if crosses_long_rope(decoder, len(sequences[row])):
+                cache.forget(place)
 
 
 class Conversation:
@@ -403,19 +486,31 @@ class Conversation:
             cache = new_cache(decoder, 1, capacity) if cache is None else cache.grown(capacity)
             self._cache = cache
         held = cache.held[0]
-        pairs = zip(held, prompt[:-1], strict=False)
-        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-        if _is_long(decoder, len(held)) != _is_long(decoder, len(prompt)):
+        same = shared_prefix(held, prompt[:-1])
+        if is_long(decoder, len(held)) != is_long(decoder, len(prompt)):
             same = 0
         cache.held[0] = held[:same]
         return cache
 
 
-def _crosses_long_rope(decoder: Decoder, length: int) -> bool:
+def shared_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two lists have in common from their beginning."""
+    shared, most = 0, min(len(one), len(other))
+    while shared < most:  # Lists are compared at once, in steps that halve what is left.
+        half = shared + (most - shared + 1) // 2
+        if one[shared:half] == other[shared:half]:
+            shared = half
+        else:
+            most = half - 1
+    return shared
+
+
+def crosses_long_rope(decoder: Decoder, length: int) -> bool:
     """Whether longrope's factors change at this length, so that cached keys are no longer right."""
-    return _is_long(decoder, length) and not _is_long(decoder, length - 1)
+    return is_long(decoder, length) and not is_long(decoder, length - 1)
 
 
-def _is_long(decoder: Decoder, length: int) -> bool:
+def is_long(decoder: Decoder, length: int) -> bool:
+    """Whether a sequence of this length has longrope's long factors."""
     long_rope = decoder.config.long_rope
     return long_rope is not None and length > long_rope.original_max_position_embeddings

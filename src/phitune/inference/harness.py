@@ -425,7 +425,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             before = prompts[row] if self._in_trained_format else []
             return self._tokenizer.decode_answer(answers[row], before)
 
-        decoding = Decoding(limit, loaded.stop_ids, sampling)
+        decoding = Decoding(limit, loaded.coder(self._choice).stop_ids, sampling)
         adapters = Adapters(loaded.on_decoder, [self._choice] * len(prompts))
         complete: set[int] = set()
         for tokens in stream(loaded.decoder, prompts, decoding, adapters, complete=complete):

@@ -92,8 +92,6 @@ class LoadedModel:
     def __post_init__(self) -> None:
         self.adapters, self.warnings = tuple(self.adapters), tuple(self.warnings)
         self.on_decoder = AdapterSet(self.decoder, [each.adapter for each in self.adapters])
-        coders = (self.base_coder, *(each.coder for each in self.adapters))
-        self.stop_ids = sorted({token for coder in coders for token in coder.stop_ids})
 
     @property
     def precision(self) -> str:
@@ -136,19 +134,22 @@ class LoadedModel:
             choices: [B] an adapter's number, or None for the base.
             seeds: [B] of what is drawn; see `Decoding`.
         """
+        stops = [self.coder(choice).stop_ids for choice in choices]
         generated = generate(
             self.decoder,
             prompts,
-            Decoding(max_new_tokens, self.stop_ids, sampling, seeds),
+            Decoding(max_new_tokens, (), sampling, seeds, stops),
             Adapters(self.on_decoder, choices),
         )
         return [
             Answer(
                 self.coder(choice).decode_answer(ids, prompt),
                 tuple(ids),
-                stopped=bool(ids) and ids[-1] in self.stop_ids,
+                stopped=bool(ids) and ids[-1] in stop_ids,
             )
-            for ids, prompt, choice in zip(generated, prompts, choices, strict=True)
+            for ids, prompt, choice, stop_ids in zip(
+                generated, prompts, choices, stops, strict=True
+            )
         ]
 
 

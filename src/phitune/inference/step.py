@@ -43,8 +43,8 @@ class OneTokenStep:
 
     Args:
         decoder: with its adapters attached or chosen.
-        cache: it stores into, as long as the cache holds the same sequences.
-        lengths: of the B sequences, the new token included.
+        cache: it stores into, as long as its first slots hold the same sequences.
+        lengths: of the sequences in the first B slots, the new token included.
         chosen: which adapters answer, as `AdapterSet.chosen` has it; None without a set.
     """
 
@@ -53,7 +53,9 @@ class OneTokenStep:
     ) -> None:
         self._decoder = decoder
         # Not the cache itself, which holds the step.
-        self._keys, self._values, self._window = cache.keys, cache.values, cache.sliding_window
+        self._keys = [keys[: len(lengths)] for keys in cache.keys]
+        self._values = [values[: len(lengths)] for values in cache.values]
+        self._window = cache.sliding_window
         self._chosen = chosen
         needed = -(-max(lengths) // POSITIONS) * POSITIONS
         self._seen = min(needed, cache.capacity)  # S
@@ -71,7 +73,8 @@ class OneTokenStep:
     def fits(self, lengths: Sequence[int], chosen: object) -> bool:
         """Whether it can compute the next token of sequences that have these lengths by then."""
         return (
-            max(lengths) <= self._seen
+            len(lengths) == len(self._rows)
+            and max(lengths) <= self._seen
             and chosen is self._chosen
             and _regime(self._decoder, lengths) == self._regime
         )

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "commands": {
         "apple",
         "layers",
+        "serving",
         "trainer",
         "progress",
         "export",
@@ -47,6 +48,7 @@ MAY_IMPORT = {
         *FREE_TO_ALL,
     },
     "progress": {"inference", "training", "plan", "model", "data", *FREE_TO_ALL},
+    "serving": {"inference", "plan", "model", "data", *FREE_TO_ALL},
     "export": {"inference", "training", "plan", "model", "data", *FREE_TO_ALL},
     "inference": {"apple", "training", "plan", "model", "data", *FREE_TO_ALL},
     "training": {"plan", "model", "data", *FREE_TO_ALL},

@@ -32,6 +32,7 @@ COMMANDS = {
     "ask": "ask a base model or a fine-tuned one a single question",
     "chat": "chat with a base model or a fine-tuned one",
     "compare": "show the answers of the base model and of adapters side by side",
+    "serve": "answer programs over HTTP, as a base model and adapters, in OpenAI's form",
     "evaluate": "measure what a fine-tune changed: loss, answers, forgetting",
     "export": "write an adapter for PEFT, merged into its model, or for llama.cpp, and verify it",
     "check": "show what is in a data set, and what will be trained on it",

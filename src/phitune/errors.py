@@ -9,7 +9,13 @@ import re
 from collections.abc import Sequence
 
 _TOKEN_VARIABLES = (
-    *("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "TRACKIO_WRITE_TOKEN"),
+    *(
+        "PHITUNE_API_KEY",
+        "HF_TOKEN",
+        "HUGGING_FACE_HUB_TOKEN",
+        "WANDB_API_KEY",
+        "TRACKIO_WRITE_TOKEN",
+    ),
     *("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD"),
 )
 _SHORTEST_TOKEN = 8  # characters; anything shorter might be a word of the message

@@ -122,8 +122,6 @@ _NOT_HERE = {
     "upload": _PUSHED,
     "train": "phitune train trains",
     "prompt": "phitune ask QUESTION asks once, phitune chat one question a line",
-    "serve": "a run is asked with phitune chat, and phitune export writes it for servers: llama.cpp"
-    " and Ollama (gguf), vLLM (merged)",
     "val_batches": "validation takes all of its rows",
     "steps_per_eval": "validation follows every epoch",
     "steps_per_report": "every step is in metrics.jsonl",
@@ -221,8 +219,7 @@ INSTEAD: dict[str, tuple[str, ...]] = {
     "fuse": ("export", "--format", "merged"),
     "convert": ("export", "--format", "gguf"),
     "quantize": ("export", "--format", "gguf"),
-    "serve": ("export", "--format", "gguf"),
-    "server": ("export", "--format", "gguf"),
+    "server": ("serve",),
 }
 
 

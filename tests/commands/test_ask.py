@@ -95,7 +95,10 @@ def test_the_defaults_are_those_of_a_chat_and_of_python() -> None:
         ("ask output/typo 'Who are you?'", "output/typo: no run or adapter is there"),
         ("ask tiny-phi-2 'Who are you?'", "is a model, not an adapter; write --model_name"),
         ("ask Hi --adapter_path /nowhere", "there is no such folder"),
-        ("ask Hi --adapter_path a --adapter_path b", "only phitune compare takes several"),
+        (
+            "ask Hi --adapter_path a --adapter_path b",
+            "only phitune compare and phitune serve take several",
+        ),
         (f"ask Hi {BASE} --warmth 1", "--warmth"),
     ],
 )

@@ -12,7 +12,7 @@ from helpers.rows import logits_of, open_decoder
 from phitune.data.packing import pack
 from phitune.data.tokenizer import IGNORE_INDEX, TokenizedExample
 from phitune.inference.batching import MOST_SCORED, Batcher, Progress, Request, Token
-from phitune.inference.generate import Decoding, Sampling, generate, shared_prefix
+from phitune.inference.generate import Bias, Decoding, Sampling, generate, shared_prefix
 from phitune.model.architecture import resolve_targets
 from phitune.model.decoder import Decoder
 from phitune.model.lora import Adapter, Adapters, AdapterSet, LoraSpec, attach, detach
@@ -56,20 +56,22 @@ def random_request(draws: random.Random, shared: list[list[int]]) -> Request:
     """One of any kind: short, long, a continued one, greedy or drawn."""
     prompt = list(draws.choice(shared))[: draws.randrange(0, 30)]
     prompt += [draws.randrange(1, VOCAB_SIZE) for _ in range(draws.randrange(1, 25))]
-    sampling = Sampling()
+    sampling, bias = Sampling(), Bias()
     if draws.random() < 0.5:
         sampling = Sampling(
             temperature=draws.choice([0.0, 0.7, 1.5]),
             top_p=draws.choice([1.0, 0.8]),
             top_k=draws.choice([0, 20]),
             seed=draws.randrange(1000),
+        )
+        bias = Bias(
             presence_penalty=draws.choice([0.0, 0.5]),
             frequency_penalty=draws.choice([0.0, -0.3, 1.0]),
-            logit_bias=draws.choice([(), ((7, 5.0), (9, -100.0))]),
+            logits=draws.choice([(), ((7, 5.0), (9, -100.0))]),
         )
     stop_ids = draws.sample(range(VOCAB_SIZE), 3)
     choice = draws.choice([None, 0, 1])
-    return Request(prompt, draws.randrange(1, 20), choice, stop_ids, sampling)
+    return Request(prompt, draws.randrange(1, 20), choice, stop_ids, sampling, bias)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -261,16 +263,15 @@ def test_penalties_and_biases_decide_what_comes(tmp_path: Path) -> None:
     request = Request(prompt_of(9, 1), 12)
 
     def told(**changes: object) -> list[int]:
-        sampling = replace(request.sampling, **changes)  # type: ignore[arg-type]
-        return answered(batcher, replace(request, sampling=sampling))[0]
+        return answered(batcher, replace(request, bias=Bias(**changes)))[0]  # type: ignore[arg-type]
 
-    assert told(logit_bias=((5, 100.0),)) == [5] * 12
+    assert told(logits=((5, 100.0),)) == [5] * 12
     free = told()
-    assert free[0] not in told(logit_bias=((free[0], -100.0),))[:1]
+    assert free[0] not in told(logits=((free[0], -100.0),))[:1]
     biased = ((5, 50.0), (6, 40.0))
-    assert told(logit_bias=biased) == [5] * 12
-    assert told(presence_penalty=20.0, logit_bias=biased) == [5, 6, *[5] * 10]
-    assert told(frequency_penalty=7.0, logit_bias=biased)[:4] == [5, 5, 6, 5]
+    assert told(logits=biased) == [5] * 12
+    assert told(presence_penalty=20.0, logits=biased) == [5, 6, *[5] * 10]
+    assert told(frequency_penalty=7.0, logits=biased)[:4] == [5, 5, 6, 5]
     assert len(set(told(frequency_penalty=100.0))) == 12
 
 

@@ -216,8 +216,8 @@ class ModelOptions(Options):
         if len(self.adapter_path) > 1 and not self.several_adapters:
             raise ValueError(
                 "--adapter_path is given more than once:"
-                f" {', then '.join(map(_typed, self.adapter_path))}; only phitune compare takes"
-                " several"
+                f" {', then '.join(map(_typed, self.adapter_path))}; only phitune compare and"
+                " phitune serve take several"
             )
         return self
 

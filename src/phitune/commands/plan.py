@@ -85,6 +85,9 @@ class PlanOptions(DataOptions):
         group="plan",
         metavar="NAME",
     )
+    serve: bool = switch(
+        "what 'phitune serve' would take; its flags are taken in place of these", group="plan"
+    )
     presets: bool = switch("only the table of all presets with this model", group="plan")
     all: bool = switch(
         "also each part of the memory, other precisions, batches, machines and presets",
@@ -95,6 +98,10 @@ class PlanOptions(DataOptions):
 
 def run(argv: list[str]) -> int:
     """Shows the plan; returns the exit code."""
+    if "--serve" in argv:
+        from phitune.commands.serve import run_plan
+
+        return run_plan([word for word in argv if word != "--serve"])
     options, flags = parse_with_settings(PlanOptions, argv)
 
     from phitune.config import resolve

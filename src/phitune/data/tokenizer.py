@@ -312,6 +312,26 @@ class TextTokenizer:
         with library_errors(self._file):
             return str(tokenizer.decode(kept, skip_special_tokens=False))
 
+    def token_bytes(self, token: int) -> bytes:
+        """What one token stands for within a text; it may be a part of a letter. Nothing where
+        there is no such token.
+        """
+        written = self._within.id_to_token(token)
+        special = next((each for each in self._control.values() if each.id == token), None)
+        if special is not None or written is None:
+            return special.content.encode() if special else b""
+        if self._is_by_bytes and all(letter in _BYTE_OF for letter in written):
+            return bytes(_BYTE_OF[letter] for letter in written)
+        if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", written):
+            return bytes([int(byte[1], 16)])
+        return written.replace("\u2581", " ").encode()
+
+    @functools.cached_property
+    def _is_by_bytes(self) -> bool:
+        """Whether tokens are written in `_BYTE_LETTERS`."""
+        decoder = json.loads(self._within.to_str()).get("decoder")
+        return "ByteLevel" in _kinds(decoder, "decoders")
+
     # Files
 
     def save(self, folder: Path, chat_template: str, stop_ids: Sequence[int]) -> None:
@@ -489,7 +509,12 @@ def read_chat_template(folder: Path) -> str | None:
 
 # Each byte as a letter, as byte-level tokenizers write it: those that can be printed as they are.
 _PRINTED = {*range(33, 127), *range(161, 173), *range(174, 256)}
-_BYTE_LETTERS = {chr(byte) for byte in (*_PRINTED, *range(256, 512 - len(_PRINTED)))}
+_BYTE_OF = {chr(byte): byte for byte in _PRINTED}
+_BYTE_OF |= {
+    chr(256 + place): byte
+    for place, byte in enumerate(byte for byte in range(256) if byte not in _PRINTED)
+}
+_BYTE_LETTERS = _BYTE_OF.keys()
 # Steps that cut a text into pieces and lose nothing of it.
 _KEEPING_PIECES = {"ByteLevel", "Metaspace", "Digits", "Split"}
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from phitune.inference.generate import (
     GREEDY,
+    Bias,
     Sampling,
     biased,
     crosses_long_rope,
@@ -45,6 +46,7 @@ MOST_NEW, MOST_SCORED = 512, 64
 # A prefix in another slot is copied if it saves at least so many tokens.
 WORTH_A_COPY = 16
 
+NO_BIAS = Bias()
 End = Literal["stop", "length"]
 
 
@@ -57,6 +59,7 @@ class Request:
     choice: int | None = None  # the adapter that answers; None for the base model
     stop_ids: Collection[int] = ()  # tokens that end the answer
     sampling: Sampling = GREEDY
+    bias: Bias = NO_BIAS
     # With every token its log-probability, and those of so many most probable ones; None without.
     logprobs: int | None = None
     scores_prompt: bool = False  # the same of the prompt's tokens; needs `logprobs`
@@ -115,6 +118,7 @@ class Batcher:
 
     def __init__(self, decoder: Decoder, adapters: AdapterSet, slots: int, context: int) -> None:
         self.context = context
+        self.new_tokens = 0  # of prompts, in the last step
         self._decoder = decoder
         self._adapters = adapters
         self._cache = new_cache(decoder, slots, context)
@@ -134,6 +138,11 @@ class Batcher:
     def active(self) -> int:
         """Requests that are being answered."""
         return len(self._rows)
+
+    @property
+    def answering(self) -> int:
+        """Those of them that have a token of their answer."""
+        return sum(len(row.sequence) > len(row.request.prompt) for row in self._rows.values())
 
     @property
     def held(self) -> int:
@@ -208,6 +217,7 @@ class Batcher:
     def _pieces(self, most_new: int) -> tuple[list[_Row], list[Piece]]:
         """The requests that take part in a step, and the piece of each."""
         rows, pieces = [], []
+        self.new_tokens = 0
         for row in self._rows.values():
             length = len(row.sequence)
             held = self._cache.held[row.slot]
@@ -215,14 +225,15 @@ class Batcher:
                 rows.append(row)
                 pieces.append(Piece(row.slot, row.sequence, length))
                 continue
-            if most_new <= 0:
+            if self.new_tokens >= most_new:
                 continue
             scores = row.request.scores_prompt and not row.answer
             if not scores:
                 self._take_prefix(row)
             held = self._cache.held[row.slot]
-            count = min(most_new, length - len(held), MOST_SCORED if scores else MOST_NEW)
-            most_new -= count
+            count = min(most_new - self.new_tokens, length - len(held))
+            count = min(count, MOST_SCORED) if scores else count
+            self.new_tokens += count
             stop = len(held) + count
             rows.append(row)
             scored = count if scores else int(stop == length)
@@ -281,10 +292,8 @@ class Batcher:
         tokens = []
         for row, token, scores in zip(rows, found, logits, strict=True):
             request, sampling = row.request, row.request.sampling
-            if not sampling.is_plain:
-                changed = (
-                    biased(scores, sampling, row.answer) if sampling.changes_logits else scores
-                )
+            changed = biased(scores, request.bias, row.answer) if request.bias else scores
+            if request.bias or sampling.temperature or sampling.repetition_penalty != 1.0:
                 (token,) = next_tokens(
                     changed.unsqueeze(0), sampling, [row.sequence], [row.generator]
                 )

@@ -55,11 +55,14 @@ class TextStream:
 
     Args:
         prompt_ids: what the answer follows.
+        is_response: to a prompt in the coder's format; else the text goes on as it is.
     """
 
-    def __init__(self, coder: Coder, prompt_ids: Sequence[int]) -> None:
+    def __init__(
+        self, coder: Coder, prompt_ids: Sequence[int], *, is_response: bool = True
+    ) -> None:
         self._tokenizer = coder.tokenizer
-        self._format = coder.prompt_format
+        self._format = coder.prompt_format if is_response else None
         special = self._tokenizer.control_tokens
         self._special = frozenset(map(self._tokenizer.token_id, special))
         self._before = prompt_ids[-1:]
@@ -85,7 +88,7 @@ class TextStream:
     def _returned(self, piece: str) -> str:
         self._before, self._waiting = self._waiting[-1:], []
         self._decoded += piece
-        text = self._format.response(self._decoded)
+        text = self._format.response(self._decoded) if self._format else self._decoded
         new = text[len(self.text) :]
         self.text = text
         return new

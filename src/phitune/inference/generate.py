@@ -239,22 +239,6 @@ class Sampling:
     top_k: int = 0  # the N most probable tokens; 0 for all
     repetition_penalty: float = 1.0  # above 1, tokens that were there already are less probable
     seed: int = 42  # of the draws; as long as it is the same, so are they
-    # Taken from the logits of tokens that the answer has already: once, and for each time.
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()  # added to the logits of these tokens
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the next token is the most probable one, whatever came before."""
-        return (
-            self.temperature == 0.0 and self.repetition_penalty == 1.0 and not self.changes_logits
-        )
-
-    @property
-    def changes_logits(self) -> bool:
-        """Whether something is added to logits, see `biased`."""
-        return bool(self.presence_penalty or self.frequency_penalty or self.logit_bias)
 
     def generators(self, count: int, seeds: Sequence[int] | None = None) -> list[torch.Generator]:
         """A source of draws for each of B sequences: none depends on who else is in the batch."""
@@ -264,6 +248,18 @@ class Sampling:
 
 
 GREEDY = Sampling()
+
+
+@dataclass(frozen=True)
+class Bias:
+    """What is added to logits before a token is chosen."""
+
+    presence_penalty: float = 0.0  # taken from those of tokens that the answer has already
+    frequency_penalty: float = 0.0  # and this once more for each time that it has them
+    logits: tuple[tuple[int, float], ...] = ()  # added to those of these tokens
+
+    def __bool__(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty or self.logits)
 
 
 def next_tokens(
@@ -291,17 +287,17 @@ def next_tokens(
     ]
 
 
-def biased(logits: Tensor, sampling: Sampling, answer: Sequence[int]) -> Tensor:
+def biased(logits: Tensor, added: Bias, answer: Sequence[int]) -> Tensor:
     """Logits [V] with what is added to them or taken from them, in fp32 at least. Returns: a copy.
 
     Args:
         answer: its tokens so far, which the penalties look at.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
-    for token, bias in sampling.logit_bias:
+    for token, bias in added.logits:
         logits[token] += bias
     for token, count in Counter(answer).items():
-        logits[token] -= sampling.presence_penalty + count * sampling.frequency_penalty
+        logits[token] -= added.presence_penalty + count * added.frequency_penalty
     return logits
 
 

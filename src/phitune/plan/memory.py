@@ -13,7 +13,7 @@ R rank, X extra columns of a linear layer's weight, which hold its adapters.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Literal, NamedTuple
@@ -135,6 +135,13 @@ def _step_memory(model: AdaptedModel, shape: Shape) -> "StepMemory":
     from phitune.plan.mlx import MlxStep
 
     return MlxStep(model, shape)
+
+
+def frozen_weights(model: AdaptedModel) -> Term:
+    """The base alone, as it is held to answer."""
+    step = _step_memory(replace(model, modules=()), Shape((1,), 0))
+    terms = [term for term in step.fixed_terms if term.name in ("weights", "expanded layer")]
+    return Term("weights", sum(term.bytes for term in terms), step.model_note)
 
 
 def saved_bytes_per_token(

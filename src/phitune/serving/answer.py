@@ -66,10 +66,11 @@ class AnswerStream:
     Args:
         text: of the answer's tokens.
         stops: strings that end it.
-        end_ids: tokens that end it, which are no part of it.
+        end_ids: tokens that end it, and are not told with its tokens. Those of completions are, for
+            who scores texts counts on one more token than there are in the prompt.
     """
 
-    def __init__(self, text: TextStream, stops: Sequence[str], end_ids: Sequence[int]) -> None:
+    def __init__(self, text: TextStream, stops: Sequence[str], end_ids: Sequence[int] = ()) -> None:
         self._text, self._stop = text, StopText(stops)
         self._end_ids = frozenset(end_ids)
         self._waiting: list[tuple[int, Token]] = []  # with the letters before each
@@ -146,7 +147,7 @@ class CompletionLogprobs:
 
     def of(self, tokens: Sequence[Token]) -> dict[str, Any]:
         """The tokens that come next."""
-        offsets = []
+        offsets: list[int] = []
         for token in tokens:
             written = self._tokenizer.token_bytes(token.id)
             if not offsets and not self._offset and not self._begins_with_space:

@@ -309,7 +309,7 @@ class _Choice:
         self.index = index
         prompt = asked.prompt(index)
         text = TextStream(asked.coder, prompt.ids, is_response=asked.is_chat)
-        self._answer = AnswerStream(text, asked.stops, asked.end_ids)
+        self._answer = AnswerStream(text, asked.stops, asked.end_ids if asked.is_chat else ())
         self._of_completion: CompletionLogprobs | None = None
         self._begun = False
         self.text = prompt.text if asked.echo else ""

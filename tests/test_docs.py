@@ -74,6 +74,7 @@ NOT_RUN = {
     "pip wheel --no-deps .": "tests/commands/test_demo.py builds the wheel, and runs it",
     "pip install 'phitune[eval]'": "it installs",
     "pip install 'phitune[mlflow]'": "it installs",
+    "phitune serve --adapter_path output/my_model": "tests/commands/test_serve.py starts it",
     "phitune evaluate --adapter_path output/my_model --tasks hellaswag,arc_easy --limit 200": (
         "it fetches data sets"
     ),

@@ -28,6 +28,7 @@ from phitune.commands.doctor import Findings
 from phitune.commands.evaluate import EvaluateDocument, TasksDocument
 from phitune.commands.layers import GuideDocument, SurveyDocument
 from phitune.commands.plan import PlanDocument
+from phitune.commands.serve import ServingDocument
 from phitune.commands.terminal import INLINE
 from phitune.errors import SettingsError
 from phitune.inference.evaluate import EvaluationFile
@@ -39,6 +40,7 @@ DOCUMENTS: dict[str, Any] = {
     "phitune doctor --json": Findings,
     "phitune check data/train.jsonl --json": CheckDocument,
     "phitune plan --json": PlanDocument,
+    "phitune plan --serve output/my_model --json": ServingDocument,
     "phitune layers --json": GuideDocument,
     "phitune layers --dataset_path data/train.jsonl --json": SurveyDocument,
     "evaluation.json": EvaluationFile,

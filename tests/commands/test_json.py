@@ -21,6 +21,7 @@ LINES = {
     "phitune doctor --json": "doctor --device cpu --json",
     "phitune check data/train.jsonl --json": f"check {DATA} {BASE} --json",
     "phitune plan --json": f"plan {DATA} {BASE} --memory 24GB --json",
+    "phitune plan --serve output/my_model --json": "plan --serve {place}/run --json",
     "phitune layers --json": f"layers {BASE} --layers 0 --json",
     "phitune layers --dataset_path data/train.jsonl --json": (
         f"layers {BASE} --dataset_path {DATA} --batches 2 --device cpu --json"

@@ -1,6 +1,8 @@
 """Programs that people use, against the server: OpenAI's package, LangChain, LiteLLM, lm-eval."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -164,3 +166,21 @@ def test_lm_eval_over_http_is_lm_eval_in_process(server: Running, model: LoadedM
                 "generate_until", {}, (" ".join(text.split()[:12]), dict(asked)), number
             )
         assert theirs.generate_until(generations, disable_tqdm=True) == answers
+
+
+def test_the_commands_of_the_documentation(server: Running) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    blocks = re.findall(r"^```(bash|python)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    programs = {"bash": ["bash", "-c"], "python": [sys.executable, "-c"]}
+    assert [kind for kind, _ in blocks] == ["bash", "python", "python"]
+    for kind, block in blocks:
+        if kind == "bash" and not shutil.which("curl"):
+            continue
+        for package in ("openai", "langchain_openai"):
+            if f"from {package} " in block:
+                pytest.importorskip(package, reason=f"{package} is not installed")
+        here = block.replace("http://127.0.0.1:8000", server.url).replace("my_model", "odd")
+        done = subprocess.run([*programs[kind], here], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
+        assert "error" not in done.stdout

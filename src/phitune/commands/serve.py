@@ -23,7 +23,7 @@ from phitune.commands.options import (
     parse,
     switch,
 )
-from phitune.errors import OutOfMemoryError, SettingsError
+from phitune.errors import ModelError, OutOfMemoryError, SettingsError
 from phitune.text import plural
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def make_plan(options: ServeOptions, memory: str | None = None) -> "ServingPlan"
         held_as_trained,
     )
     from phitune.model.adapter_config import CONFIG_FILE, read_adapter_config
-    from phitune.model.architecture import read_model_config
+    from phitune.model.architecture import known_model_config, read_model_config
     from phitune.model.device import choose_device, choose_precision
     from phitune.model.files import find_model
     from phitune.model.quantization import choose_for_folder
@@ -207,8 +207,16 @@ def make_plan(options: ServeOptions, memory: str | None = None) -> "ServingPlan"
     name = options.model_name
     if name is None and folders:
         name = base_model_name(base_names(folders))
-    folder = find_model(name or Settings.model_fields["model_name"].default)
-    config = read_model_config(folder)
+    name = name or str(Settings.model_fields["model_name"].default)
+    scheme = None
+    try:
+        folder = find_model(name)
+    except ModelError:
+        if (known := known_model_config(name)) is None:
+            raise
+        config = known
+    else:
+        config, scheme = read_model_config(folder), read_scheme(folder)
     positions = config.max_position_embeddings
     context = options.context or min(DEFAULT_CONTEXT, positions)
     if context > positions:
@@ -224,7 +232,7 @@ def make_plan(options: ServeOptions, memory: str | None = None) -> "ServingPlan"
         held, _ = held_as_trained(folders, device)
     if held is None:
         asked = "none" if options.quantization == "trained" else options.quantization
-        held, _ = choose_for_folder(read_scheme(folder), asked, "auto", device)
+        held, _ = choose_for_folder(scheme, asked, "auto", device)
     bases: dict[str, Base] = {"int8": "int8", "nf4": "nf4", "int4": "nf4"}
     precision: Base = "fp32" if choose_precision(options.precision, device) == "fp32" else "bf16"
     base = bases[held.kind] if held else precision

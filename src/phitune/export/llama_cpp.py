@@ -62,12 +62,19 @@ class LlamaCpp:
     """
 
     def __init__(
-        self, model: Path, *, context: int, threads: int, lora: Path | None = None
+        self,
+        model: Path,
+        *,
+        context: int,
+        threads: int,
+        lora: Path | None = None,
+        parallel: int = 1,
     ) -> None:
         self._asked = {
             "model": str(model.absolute()),
             "lora": str(lora.absolute()) if lora else "",
-            "context": context,
+            "context": context * parallel,
+            "parallel": parallel,
             "threads": threads,
             "key": secrets.token_urlsafe(),
         }
@@ -89,6 +96,16 @@ class LlamaCpp:
             self.__exit__(None, None, None)
             raise
         return self
+
+    @property
+    def address(self) -> str:
+        """Where its server listens."""
+        return self._address
+
+    @property
+    def key(self) -> str:
+        """What a request to it has to bring."""
+        return str(self._asked["key"])
 
     def _started(self) -> str:
         """Sends what to load, and waits for the server's address."""
@@ -203,7 +220,7 @@ def _serve() -> None:
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(asked["lora"], 1.0)]
     params.n_ctx = asked["context"]
     params.n_gpu_layers = 0
-    params.n_parallel = 1
+    params.n_parallel = asked["parallel"]
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = asked["threads"]
     # Keys and values are f16 by default: one rounding more than the weights in the file have.
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32

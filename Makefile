@@ -81,16 +81,19 @@ benchmarks: setup
 	$(BIN)/python benchmarks/cpu_gemm.py
 	$(BIN)/python benchmarks/cpu_compile.py
 	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/serve.py
+	$(BIN)/python benchmarks/serve_llama.py
 	$(BIN)/python benchmarks/data_scale.py
 	$(BIN)/python benchmarks/data_report.py
 
-# Twenty thousand damaged data files, as many model and adapter folders, as many odd settings; a
-# quarter of an hour.
+# Twenty thousand damaged data files, as many model and adapter folders, as many odd settings and
+# requests to the server; an hour.
 fuzz: setup
 	$(BIN)/python benchmarks/fuzz_settings.py
 	$(BIN)/python benchmarks/fuzz_data.py
 	$(BIN)/python benchmarks/fuzz_models.py
 	$(BIN)/python benchmarks/fuzz_templates.py
+	$(BIN)/python benchmarks/fuzz_serve.py
 
 # A hundred kills, each run gone on with to its end; some minutes.
 torture: setup

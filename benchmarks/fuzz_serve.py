@@ -102,7 +102,7 @@ def one(draws: random.Random, address: str) -> str:
     connection = http.client.HTTPConnection(place.netloc, timeout=60)
     try:
         if "Content-Length" in headers or "Transfer-Encoding" in headers:
-            body = body[:0]
+            body = b"0\r\n\r\n"
         connection.request(method, path, body, headers)
         reply = connection.getresponse()
         text = reply.read().decode()

@@ -35,6 +35,7 @@ from urllib.parse import urlsplit
 import torch
 from decode import MODELS, both_sides
 from machine import save
+from safetensors.torch import load_file, save_file
 from serve_llama import write_gguf
 from serving import ask, serving
 
@@ -53,11 +54,21 @@ MOST = 32  # streams
 
 
 def write_model(folder: Path) -> Path:
-    """The random model, with the tokenizer of a shipped one."""
+    """The random model, with the tokenizer of a shipped one; it answers in printed letters alone,
+    so that every token of a stream is seen, and never ends by itself."""
     place = folder / "base"
     both_sides(MODELS["phi"](), place)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(ASSETS / "tiny-phi-2" / name, place)
+    tokenizer = TextTokenizer(place)
+    tensors = load_file(place / "model.safetensors")
+    bias = tensors["lm_head.bias"]
+    special = {tokenizer.token_id(token) for token in tokenizer.control_tokens}
+    bias.fill_(-1e4)
+    for token in set(range(tokenizer.size)) - special:
+        if (written := tokenizer.token_bytes(token)).isascii() and written.strip().isalnum():
+            bias[token] = 0.0
+    save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
     return place
 
 
@@ -130,12 +141,6 @@ def together(address: str, streams: Sequence[Stream], key: str = "") -> float:
 def rates(address: str, new: int, number: int) -> dict[str, float]:
     """Tokens a second of every case, once."""
 
-    def streams(count: int, adapters: int) -> list[Stream]:
-        return [
-            Stream(f"adapter-{row % adapters}", prompt_of(number * 100 + row), new)
-            for row in range(count)
-        ]
-
     cases = {
         "1 stream": (1, 1),
         "8 streams, one adapter": (8, 1),
@@ -143,14 +148,24 @@ def rates(address: str, new: int, number: int) -> dict[str, float]:
         "32 streams, one adapter": (MOST, 1),
         "32 streams, mixed": (MOST, ADAPTERS),
     }
+
+    def streams(name: str) -> list[Stream]:
+        count, adapters = cases[name]
+        # Prompts that no slot holds from before.
+        first = (number * len(cases) + list(cases).index(name)) * MOST
+        return [
+            Stream(f"adapter-{row % adapters}", prompt_of(first + row), new) for row in range(count)
+        ]
+
     order = list(cases) if number % 2 else list(cases)[::-1]
-    return {name: together(address, streams(*cases[name])) for name in order}
+    return {name: together(address, streams(name)) for name in order}
 
 
-def joining(address: str, new: int) -> dict[str, float]:
+def joining(address: str, new: int, number: int) -> dict[str, float]:
     """A long prompt joins eight streams."""
-    others = [Stream(f"adapter-{row}", prompt_of(900 + row), 3 * new) for row in range(8)]
-    joins = Stream("adapter-0", prompt_of(990, JOINING), 1)
+    first = 10_000 + 10 * number
+    others = [Stream(f"adapter-{row}", prompt_of(first + row), 3 * new) for row in range(8)]
+    joins = Stream("adapter-0", prompt_of(first + 9, JOINING), 1)
     threads = [threading.Thread(target=each.run, args=(address,)) for each in others]
     for thread in threads:
         thread.start()
@@ -309,7 +324,7 @@ def main() -> None:
             together(address, [Stream("adapter-0", prompt_of(1), 8)])
             for number in range(given.rounds):
                 rounds.append(rates(address, new, number))
-                joins.append(joining(address, new))
+                joins.append(joining(address, new, number))
                 print(rounds[-1], joins[-1], flush=True)
         sides = beside(model, folder, new, given)
 

@@ -15,8 +15,10 @@ from gpu_trace import (
     real_configs,
 )
 
+# A torch that is built with CUDA looks for the driver itself.
 pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or torch.cuda.is_available(), reason="needs Linux without a GPU"
+    sys.platform != "linux" or torch.version.cuda is not None,
+    reason="needs Linux, and a torch that is built without CUDA",
 )
 CONFIGS = {name: replace(config, num_hidden_layers=2) for name, config in narrow_configs().items()}
 CASES = {
@@ -95,7 +97,7 @@ def test_adapters_are_copied_into_the_products_once_a_step() -> None:
 )
 def test_a_layer_is_few_kernels(name: str, with_triton: bool, most: int) -> None:
     if with_triton:
-        pytest.importorskip("triton")
+        pytest.importorskip("triton", "3.6")
     found = counts_of_layers(real_configs()[name], (1024,) * 4, with_triton=with_triton)
     assert found["kernels_of_a_layer"] <= most
 

@@ -24,7 +24,9 @@ from phitune.model.lora import LoraSpec, attach
 from phitune.model.probe import choose_kernels
 from phitune.model.products import Scratch
 
-triton = pytest.importorskip("triton", reason="Triton is made for Linux, and not installed")
+triton = pytest.importorskip(
+    "triton", "3.6", reason="Triton 3.6 is made for Linux, and not installed"
+)
 
 import triton.language as tl  # noqa: E402
 

@@ -29,7 +29,9 @@ from phitune.model.lora import LoraSpec, attach
 from phitune.model.products import Expanded, Products, Scratch
 from phitune.model.stores import Int8Rows, Nf4, Store
 
-triton = pytest.importorskip("triton", reason="Triton is made for Linux, and not installed")
+triton = pytest.importorskip(
+    "triton", "3.6", reason="Triton 3.6 is made for Linux, and not installed"
+)
 
 from phitune.model import triton_backend, triton_product_kernels, triton_products  # noqa: E402
 from phitune.model.triton_products import (  # noqa: E402

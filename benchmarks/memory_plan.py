@@ -1,13 +1,14 @@
 """Does the planner tell the truth? Predicted against measured peak, over a grid of settings.
 
-    python benchmarks/memory_plan.py [--device cuda]
+    python benchmarks/memory_plan.py [--device cuda] [--quantized]
 
 On a CPU every allocation of torch is counted: the profiler tells of each as it happens, so the peak
 is exact, not sampled, and includes what operations allocate inside. On a GPU it is torch's
 max_memory_allocated. The models are random ones of a few layers; each setting takes two optimizer
 steps, so that the optimizer's moments are there.
 
-Writes results/memory_plan[_cuda].json and .md.
+Writes results/memory_plan[_cuda].json and .md; with --quantized, of bases in fewer bits alone,
+memory_plan_quantized.
 """
 
 import argparse
@@ -206,9 +207,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Predicted against measured peak memory.")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--only", type=int, help="the first so many settings")
+    parser.add_argument("--quantized", action="store_true", help="bases in fewer bits alone")
     options = parser.parse_args()
+    settings = grid()
+    if options.quantized:
+        settings = [setting for setting in settings if setting.precision in QUANTIZED]
     results = []
-    for setting in grid()[: options.only]:
+    for setting in settings[: options.only]:
         config = narrow_config(setting.kind, setting.layers)
         plan = predicted(setting, config, options.device)
         there = measured(setting, config, options.device)
@@ -225,17 +230,17 @@ def main() -> None:
         print(
             f"{error:+7.2%}  {there / MIB:8.1f} MiB  {plan.peak_at:8}  {setting.name}", flush=True
         )
-    write(results, options.device)
+    parts = ["memory_plan", "quantized" * options.quantized, options.device.removeprefix("cpu")]
+    write(results, options.device, "_".join(filter(None, parts)))
 
 
-def write(results: list[dict[str, Any]], device: str) -> None:
+def write(results: list[dict[str, Any]], device: str, name: str) -> None:
     errors = [float(result["error"]) for result in results]
     summary = {
         "settings": len(results),
         "largest_over": max(errors),
         "largest_under": min(errors),
     }
-    name = "memory_plan" if device == "cpu" else f"memory_plan_{device}"
     machine = describe()
     (RESULTS / f"{name}.json").write_text(
         json.dumps({"machine": machine, "summary": summary, "results": results}, indent=2) + "\n"

@@ -107,6 +107,7 @@ def test_every_field_of_openais_clients_is_one_or_the_other() -> None:
         ({"temperature": "0.5"}, "temperature", "must be a number"),
         ({"temperature": 2.1}, "temperature", "must be at most 2"),
         ({"temperature": True}, "temperature", "must be a number"),
+        ({"repetition_penalty": 1e-320}, "repetition_penalty", "must be at least 0.01"),
         ({"n": 0}, "n", "must be at least 1"),
         ({"n": 1.5}, "n", "must be a whole number"),
         ({"max_tokens": 0}, "max_tokens", "must be at least 1"),

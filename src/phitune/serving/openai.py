@@ -98,7 +98,7 @@ class _Generation(_Object):
     user: str | None = None
     # Not OpenAI's: as the flags of phitune ask.
     top_k: int | None = Field(None, ge=0)
-    repetition_penalty: float | None = Field(None, gt=0.0, le=10.0)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10.0)
 
     @property
     def choices(self) -> int:

@@ -5,6 +5,7 @@ what cannot work is said at once. Signals: the first one finishes what is being 
 ends it.
 """
 
+import errno
 import os
 import socket
 import sys
@@ -355,7 +356,7 @@ def _listening(host: str, port: int) -> socket.socket:
     except OSError as error:
         listening.close()
         why = f"{error.strerror or error}"
-        if error.errno in (98, 48, 10048):
+        if error.errno == errno.EADDRINUSE:
             raise SettingsError(
                 f"--port {port}: is in use on {host}, perhaps by another phitune serve; name"
                 f" another, such as --port {port + 1 if port < 65535 else 8000}, or 0 for any that"

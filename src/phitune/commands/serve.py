@@ -307,8 +307,7 @@ def _require_server() -> None:
         import uvicorn
     except ModuleNotFoundError as error:
         raise SettingsError(
-            f"phitune serve needs {error.name}, which is not installed: pip install"
-            " 'phitune[serve]'"
+            f"the server needs {error.name}, which is not installed: pip install 'phitune[serve]'"
         ) from None
     del starlette, uvicorn
 

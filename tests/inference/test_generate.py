@@ -251,3 +251,12 @@ def test_a_drawn_answer_does_not_depend_on_its_neighbours(phi_folder: Path) -> N
 def test_architecture_of_the_cache_counts_grouped_keys() -> None:
     config = parse_model_config(CONFIGS["phi4-mini"]().to_dict() | {"model_type": "phi3"})
     assert cache_bytes(config, 1, 10, 2) == 2 * 3 * 10 * 2 * 16 * 2
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-5])
+def test_a_temperature_that_logits_cannot_be_divided_by_takes_the_most_probable(
+    temperature: float,
+) -> None:
+    sampling = Sampling(temperature=temperature)
+    logits = torch.tensor([[1.0, 3.0, 2.0], [-1.0, -3.0, -2.0]])
+    assert next_tokens(logits, sampling, [[0], [0]], sampling.generators(2)) == [1, 0]

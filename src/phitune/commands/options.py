@@ -296,7 +296,7 @@ class SamplingOptions(Options):
         1.0,
         "above 1: tokens that are in the text already become less probable",
         group="answers",
-        gt=0.0,
+        ge=0.01,
         le=10.0,
     )
     seed: Seed = option(42, "seed for sampling", group="answers", ge=0)

@@ -262,6 +262,10 @@ class Bias:
         return bool(self.presence_penalty or self.frequency_penalty or self.logits)
 
 
+# Below this temperature the most probable token is all that is drawn, and logits would overflow.
+COLDEST = 1e-4
+
+
 def next_tokens(
     logits: Tensor,
     sampling: Sampling,
@@ -277,7 +281,7 @@ def next_tokens(
     """
     if sampling.repetition_penalty != 1.0:
         logits = penalised(logits, sequences, sampling.repetition_penalty)
-    if sampling.temperature == 0.0:
+    if sampling.temperature <= COLDEST:
         tokens: list[int] = logits.argmax(-1).tolist()
         return tokens
     probabilities = torch.softmax(narrowed(logits, sampling), -1).cpu()  # [B, V]

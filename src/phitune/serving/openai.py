@@ -24,8 +24,6 @@ MOST_CHOICES = 128  # of one request
 MOST_STOPS = 16
 MOST_LOGPROBS = 20
 _SEEDS = 2**63
-# Below this temperature the most probable token is all that is drawn, and logits would overflow.
-_COLDEST = 1e-4
 _LONGEST_NAME = 100  # letters of an unknown field that are said
 
 
@@ -115,9 +113,8 @@ class _Generation(_Object):
 
     def sampling(self) -> Sampling:
         """How tokens are drawn; without a seed each time otherwise."""
-        temperature = 1.0 if self.temperature is None else self.temperature
         return Sampling(
-            temperature=temperature if temperature > _COLDEST else 0.0,
+            temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
             top_k=self.top_k or 0,
             repetition_penalty=self.repetition_penalty or 1.0,

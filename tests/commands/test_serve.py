@@ -92,6 +92,24 @@ def test_a_well_known_model_is_planned_without_its_files() -> None:
     assert weights == pytest.approx(4 * 2.78e9, rel=0.01)
 
 
+def test_a_device_that_is_elsewhere_is_planned_for() -> None:
+    line = "plan --serve --model_name microsoft/phi-2 --device cuda --memory 16GB --json"
+    in_bf16 = json.loads(phitune(line).stdout)
+    in_nf4 = json.loads(phitune(f"{line} --quantization nf4").stdout)
+    weights = [
+        next(term["bytes"] for term in found["terms"] if term["name"] == "weights")
+        for found in (in_bf16, in_nf4)
+    ]
+    assert weights[0] == pytest.approx(2 * 2.78e9, rel=0.01)
+    assert weights[1] < 0.45 * weights[0]
+    # What is right in a line is not taken for wrong.
+    done = phitune("plan --serve --model_name microsoft/phi-2 --device cuda:7 --parallel 4")
+    assert done.returncode == 2
+    assert "Instead" not in done.stderr
+    wrong = phitune("plan --serve --model_name microsoft/phi-2 --paralel 4")
+    assert "phitune plan --serve --model_name microsoft/phi-2 --parallel 4" in wrong.stderr
+
+
 def test_the_plans_parts_are_what_is_allocated(tmp_path: Path) -> None:
     adapters = [
         write_adapter(tmp_path / name, seed=seed, rank=4 + seed) for seed, name in enumerate("ab")

@@ -83,29 +83,38 @@ class _Mended:
         self.words = words
         if not self.command:
             return
-        module = importlib.import_module(f"phitune.commands.{self.command}")
-        self.options: type[Options] = next(
-            kind
-            for kind in vars(module).values()
-            if isinstance(kind, type)
-            and issubclass(kind, Options)
-            and kind.__module__ == module.__name__
-        )
+        self._head = [self.command]
+        if self.command == "plan" and "--serve" in rest:
+            from phitune.commands.serve import ServePlanOptions
+
+            self.options: type[Options] = ServePlanOptions
+            self._head.append("--serve")
+            rest = [word for word in rest if word != "--serve"]
+        else:
+            module = importlib.import_module(f"phitune.commands.{self.command}")
+            self.options = next(
+                kind
+                for kind in vars(module).values()
+                if isinstance(kind, type)
+                and issubclass(kind, Options)
+                and kind.__module__ == module.__name__
+            )
         self._flags = parser_of(self.options)._option_string_actions
-        self.words = [self.command, *self._mend(rest)]
+        self.words = [*self._head, *self._mend(rest)]
 
     def is_taken(self) -> bool:
         """Whether the command takes the line, as far as that is known before it does anything."""
         if not self.command:
             return False
-        if self.words[1:] == ["--help"]:
+        words = self.words[len(self._head) :]
+        if words == ["--help"]:
             return True
         try:
             with contextlib.redirect_stderr(io.StringIO()):
                 if issubclass(self.options, TrainingOptions):
-                    Settings.model_validate(parse_with_settings(self.options, self.words[1:])[1])
+                    Settings.model_validate(parse_with_settings(self.options, words)[1])
                 else:
-                    parse(self.options, self.words[1:])
+                    parse(self.options, words)
         except (PhituneError, ValueError, SystemExit):
             return False
         return True

@@ -227,7 +227,17 @@ def make_plan(options: ServeOptions, memory: str | None = None) -> "ServingPlan"
     for each in folders:
         adapter = read_adapter_config(each / CONFIG_FILE)
         adapters.append(PlannedAdapter(sorted(adapter.selected(all_modules(config))), adapter.rank))
-    device = choose_device(options.device)
+    if memory is None:
+        device = choose_device(options.device)
+        kind = device_kind(device)[0]
+        there = memory_here(device, kind)
+        precision = choose_precision(options.precision, device)
+    else:  # A device that need not be here; how a base is held there, any processor tells.
+        kind = device_kind(options.device)[0]
+        device = kind if kind == "mlx" else "cpu"
+        there = Memory(parse_memory(memory), f"--memory {memory}")
+        usual = "fp32" if kind == "cpu" else "bf16"
+        precision = usual if options.precision == "auto" else options.precision
     held = None
     if options.quantization == "trained":
         held, _ = held_as_trained(folders, device)
@@ -235,13 +245,9 @@ def make_plan(options: ServeOptions, memory: str | None = None) -> "ServingPlan"
         asked = "none" if options.quantization == "trained" else options.quantization
         held, _ = choose_for_folder(scheme, asked, "auto", device)
     bases: dict[str, Base] = {"int8": "int8", "nf4": "nf4", "int4": "nf4"}
-    precision: Base = "fp32" if choose_precision(options.precision, device) == "fp32" else "bf16"
-    base = bases[held.kind] if held else precision
-    kind = device_kind(device)[0]
-    if memory is not None:
-        there = Memory(parse_memory(memory), f"--memory {memory}")
-    else:
-        there = memory_here(device, kind)
+    base: Base = "fp32" if precision == "fp32" else "bf16"
+    if held:
+        base = bases[held.kind]
     return plan_serving(config, base, kind, adapters, (options.parallel, context), there)
 
 

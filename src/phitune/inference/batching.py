@@ -43,7 +43,7 @@ from phitune.model.lora import Adapters, AdapterSet
 
 # The most tokens of prompts in one step, and of those whose logits are all asked for.
 MOST_NEW, MOST_SCORED = 512, 64
-# A prefix in another slot is copied if it saves at least so many tokens.
+# The fewest tokens that copying a prefix from another slot must save.
 WORTH_A_COPY = 16
 
 NO_BIAS = Bias()
@@ -60,7 +60,8 @@ class Request:
     stop_ids: Collection[int] = ()  # tokens that end the answer
     sampling: Sampling = GREEDY
     bias: Bias = NO_BIAS
-    # With every token its log-probability, and those of so many most probable ones; None without.
+    # How many of the most probable tokens are told with each token and its log-probability; None
+    # for neither.
     logprobs: int | None = None
     scores_prompt: bool = False  # the same of the prompt's tokens; needs `logprobs`
 

@@ -68,7 +68,7 @@ class Pace:
         return max(_LEAST_NEW, min(MOST_NEW, int(self._step / self._token)))
 
     def note(self, seconds: float, new: int) -> None:
-        """A step with so many tokens of prompts beside answers took so long."""
+        """Takes the seconds of a step that computed `new` tokens of prompts beside answers."""
         if not new:
             self._step = _average(self._step, seconds)
         elif self._step:

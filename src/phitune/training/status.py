@@ -1,4 +1,4 @@
-"""status.json in the run directory: what a run is doing, for whoever watches it.
+"""status.json in the run directory: what a run is doing, for programs that watch it.
 
 It is replaced as a whole, at once where the phase changes and otherwise at most once a second, so a
 reader always finds a complete object. It tells what was so when it was written: a process that was

@@ -124,9 +124,9 @@ def _adapters(linear: WidenedLinear, row_keys: Tensor | None) -> Adapters | None
     return Adapters(linear.lora_A, factors, linear.pair_of, keys, linear.threshold)
 
 
-# Kernels that were compiled, by what Triton compiles them for anew. Triton 3.2, which torch 2.6
-# brings, wants other arguments of them.
-_compiled: dict[tuple[object, ...], Any] = {}
+# Kernels that were compiled and their constants, by what Triton compiles them for anew. Triton 3.2,
+# which torch 2.6 brings, wants other arguments of them.
+_compiled: dict[tuple[object, ...], tuple[Any, tuple[object, ...]]] = {}
 _STARTS_COMPILED = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
 
 
@@ -150,14 +150,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *values: object, **constants: obj
             # Widths and pitches are few; the number of tokens and the loss's weight are not.
             is_any = index in any_value or isinstance(value, float)
             key.append(type(value) if is_any else value)
-    compiled = _compiled.get(tuple(key))
-    if compiled is None:
+    found = _compiled.get(tuple(key))
+    if found is None:
         compiled = kernel[grid](*values, **constants)
         if compiled is not None and _STARTS_COMPILED:  # None is what Triton's interpreter returns
-            _compiled[tuple(key)] = compiled
+            names = kernel.arg_names[len(values) :]
+            _compiled[tuple(key)] = compiled, tuple(constants[name] for name in names)
     else:
-        names = kernel.arg_names[len(values) :]
-        compiled[(*grid, 1, 1)[:3]](*arguments, *(constants[name] for name in names))
+        compiled, further = found
+        compiled[(*grid, 1, 1)[:3]](*arguments, *further)
 
 
 @functools.cache

@@ -456,6 +456,8 @@ class LoRATrainer:
                                     is_adapter_saved = self._try_to_save_adapter(run)
                                 samples = self._samples(data, stop)
                                 if stop.requested:
+                                    # This epoch will be validated again: its adapter is no best.
+                                    is_adapter_saved &= not event.is_best
                                     break
                                 first_samples = first_samples if event.epoch else samples
                             run.write(event, data)

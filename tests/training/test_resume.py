@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from phitune.training.events import (
     StepDone,
     Validating,
 )
+from phitune.training.loop import fit
 from phitune.training.resume import CHANGEABLE, WHY_NOT
 
 TRAIN, VALIDATION = random_rows([9, 12, 5, 20, 7, 11, 30]), random_rows([8, 16], seed=1)
@@ -303,6 +304,32 @@ def test_a_signal_saves_the_micro_batch_and_says_how_to_go_on(
     out = capsys.readouterr().out
     assert "resuming from run/checkpoints/step-000002-row-5: step 2 is done" in out
     assert contents(place / "run") == contents(whole_of_long_steps)
+
+
+@pytest.mark.usefixtures("heeds_signals")
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_a_signal_in_a_validation_has_it_repeated(
+    epoch: int,
+    place: Path,
+    whole: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The epoch does not count then, so its adapter, which would be the best, does not either."""
+
+    def stopping(*args: Any) -> Iterator[Event]:
+        for event in fit(*args):
+            if isinstance(event, EpochEvaluated) and event.epoch == epoch:
+                signal.raise_signal(signal.SIGINT)
+            yield event
+
+    with monkeypatch.context() as patched:
+        patched.setattr("phitune.trainer.fit", stopping)
+        assert phitune(f"{LINE} --output_dir run") == 130
+    assert "interrupted by SIGINT" in capsys.readouterr().err
+    assert (place / "run/adapter/adapter_model.safetensors").is_file()
+    assert phitune("train --resume run") == 0
+    assert contents(place / "run") == contents(whole)
 
 
 def test_the_second_signal_leaves_at_once(

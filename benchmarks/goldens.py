@@ -100,6 +100,7 @@ class Place:
             return {
                 self.text(key): MASK if key in MASKED_KEYS else self.json(item)
                 for key, item in value.items()
+                if not (key == "time" and "step" in value)  # of a line of metrics.jsonl
             }
         if isinstance(value, list):
             return [self.json(item) for item in value]

@@ -92,6 +92,7 @@ def test_the_three_commands_of_the_guide_run_as_written(place: Path, line: str) 
         "tokens_per_second",
         "memory_gib",
         "checkpoint_seconds",
+        "time",
     }
     evaluations = [line for line in metrics if "validation_loss" in line]
     assert [line["epoch"] for line in evaluations] == list(range(len(evaluations)))
@@ -106,7 +107,7 @@ def test_a_run_is_repeated_by_its_config_from_another_folder(place: Path) -> Non
     assert again.returncode == 0, again.stderr
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (place / "a/adapter" / name).read_bytes() == Path("b/adapter", name).read_bytes()
-    different = ("tokens_per_second", "memory_gib", "checkpoint_seconds")
+    different = ("tokens_per_second", "memory_gib", "checkpoint_seconds", "time")
     curves = [
         [{k: v for k, v in line.items() if k not in different} for line in lines_of(path)]
         for path in (place / "a" / "metrics.jsonl", Path("b/metrics.jsonl"))
@@ -381,7 +382,7 @@ def test_a_mistake_of_ours_shows_no_traceback(monkeypatch: Any, capsys: Any) -> 
     def broken(argv: list[str]) -> int:
         raise RuntimeError("boom")
 
-    monkeypatch.setattr(train, "trainer_of", broken)
+    monkeypatch.setattr(train, "job_of", broken)
     assert cli.main(["train"]) == 1
     said = capsys.readouterr().err
     assert "internal error: RuntimeError: boom" in said

@@ -670,7 +670,7 @@ def test_tokens_are_not_in_the_log_of_an_internal_error(
     def broken(argv: list[str]) -> int:
         raise RuntimeError(f"boom {TOKEN}")
 
-    monkeypatch.setattr(train, "trainer_of", broken)
+    monkeypatch.setattr(train, "job_of", broken)
     if debug:
         monkeypatch.setenv(cli.DEBUG_VARIABLE, "1")
     assert cli.main(["train"]) == 1

@@ -26,12 +26,14 @@ from phitune.commands.check import CheckDocument
 from phitune.commands.compare import CompareDocument
 from phitune.commands.doctor import Findings
 from phitune.commands.evaluate import EvaluateDocument, TasksDocument
+from phitune.commands.export import ExportDocument
 from phitune.commands.layers import GuideDocument, SurveyDocument
 from phitune.commands.plan import PlanDocument
 from phitune.commands.serve import ServingDocument
 from phitune.commands.terminal import INLINE
 from phitune.errors import SettingsError
 from phitune.inference.evaluate import EvaluationFile
+from phitune.trainer import Outcome
 from phitune.training.events import Ending, Evaluation, StepMetrics
 from phitune.training.status import Status
 
@@ -43,11 +45,13 @@ DOCUMENTS: dict[str, Any] = {
     "phitune plan --serve output/my_model --json": ServingDocument,
     "phitune layers --json": GuideDocument,
     "phitune layers --dataset_path data/train.jsonl --json": SurveyDocument,
+    "phitune train data/train.jsonl --json": Outcome,
     "evaluation.json": EvaluationFile,
     "phitune evaluate --adapter_path output/my_model --json": EvaluateDocument,
     "phitune evaluate --adapter_path output/my_model --tasks arc_easy --json": TasksDocument,
     "phitune compare --adapter_path output/my_model --from_validation 5 --json": CompareDocument,
     "phitune ask QUESTION --json": Asked,
+    "phitune export output/my_model --format merged --json": ExportDocument,
 }
 # JSON Schema's words.
 PLAIN = {str: "string", Path: "string", int: "integer", float: "number", bool: "boolean"}
@@ -70,7 +74,11 @@ def keys_of(kind: type) -> tuple[Key, ...]:
     Raises:
         ValueError: one without a meaning.
     """
-    hints, said = get_type_hints(kind, localns=_names_for_types(kind)), comments_of(kind)
+    hints = get_type_hints(kind, localns=_names_for_types(kind))
+    said: dict[str, str] = {}
+    for each in reversed(kind.__mro__):
+        if is_dataclass(each):
+            said |= comments_of(each)
     found = []
     for field in fields(kind):
         inside = next(_dataclasses_of(hints[field.name]), None)
@@ -160,7 +168,8 @@ def run_files() -> str:
             _table(_rows(StepMetrics, "", ())),
             "one for each evaluation, which has no `loss`:",
             _table(_rows(Evaluation, "", ())),
-            "and lines with `loss_spike`, `not_finite` or `out_of_memory` for what went wrong.",
+            "and lines with `loss_spike`, `not_finite` or `out_of_memory` for what went wrong. Each"
+            " has its `time` as well, in seconds since 1970.",
             "`status.json`:",
             _table(_rows(Status, "", ())),
         ]

@@ -63,9 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             find_folders()
             if words[0] == "train":
                 # The main job: `train` and the loop `fit` are all that lies before a step.
-                from phitune.commands.train import trainer_of
+                from phitune.commands.train import job_of
 
-                trainer_of(words[1:]).train()
+                job = job_of(words[1:])
+                outcome = job.trainer.train()
+                if job.as_json:
+                    from phitune.commands.terminal import print_json
+
+                    print_json(outcome)
                 code = 0
             else:
                 code = _run(words)

@@ -155,9 +155,9 @@ class PreparedModel:
 class SampleAnswer:
     """What was answered to a sample prompt before training and after it."""
 
-    prompt: str
+    prompt: str  # that was asked
     before: str  # by the base model, or by the adapter that the run started from
-    tuned: str
+    tuned: str  # by the adapter
 
 
 @dataclass(kw_only=True)
@@ -165,7 +165,7 @@ class Outcome(Ending):
     """What came of a run: how it ended, where it is, and its last answers."""
 
     run_directory: Path  # absolute; `phitune.load` takes it
-    answers: tuple[SampleAnswer, ...]  # none where `sample_tokens` is 0
+    answers: tuple[SampleAnswer, ...]  # to the sample prompts; none where `sample_tokens` is 0
 
 
 def _check_threads(threads: int | str) -> None:
@@ -219,6 +219,7 @@ class LoRATrainer:
         config: any other settings by name, the path of a YAML file with them, or settings that are
             resolved already, as the command line has them.
         verbose: also print the settings at their defaults, and what was chosen by measurement.
+        to_stderr: print on standard error, where standard output has another use.
 
     Raises:
         PhituneError: settings, data or model files that cannot be used.
@@ -232,10 +233,11 @@ class LoRATrainer:
         config: Mapping[str, Any] | str | Path | Resolved | None = None,
         *,
         verbose: bool = False,
+        to_stderr: bool = False,
     ) -> None:
         find_folders()
         self.verbose = verbose
-        self.console: Console = RunConsole(highlight=False)
+        self.console: Console = RunConsole(highlight=False, stderr=to_stderr)
         given = {
             "output_dir": output_dir,
             "dataset_path": dataset_path,

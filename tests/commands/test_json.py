@@ -33,6 +33,12 @@ LINES = {
         "compare {place}/run --from_validation 2 --json"
     ),
     "phitune ask QUESTION --json": f"ask hello {BASE} --max_new_tokens 4 --json",
+    "phitune train data/train.jsonl --json": (
+        f"train {DATA} {BASE} --output_dir new/run --epochs 1 --device cpu --sample_tokens 4 --json"
+    ),
+    "phitune export output/my_model --format merged --json": (
+        "export {place}/run --format merged --output_dir new/merged --json"
+    ),
 }
 
 
@@ -52,8 +58,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.usefixtures("short_general_text")
 @pytest.mark.parametrize("name", LINES)
 def test_a_document_is_as_it_is_documented(
-    name: str, place: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "new").mkdir()
     for size in ("TOKENS", "INPUTS", "OUTPUTS"):
         monkeypatch.setattr(f"phitune.commands.doctor.{size}", 8)  # It measures a product.
     done = phitune(LINES[name].format(place=place))

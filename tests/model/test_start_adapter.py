@@ -163,7 +163,7 @@ def test_an_evaluation_measures_the_base_itself(
 
 
 def contents(run: Path) -> list[Any]:
-    times = ("tokens_per_second", "memory_gib", "checkpoint_seconds")
+    times = ("tokens_per_second", "memory_gib", "checkpoint_seconds", "time")
     curve = [{k: v for k, v in line.items() if k not in times} for line in metrics(run)]
     weights = (run / "adapter/adapter_model.safetensors").read_bytes()
     return [weights, curve, (run / "samples.jsonl").read_bytes()]

@@ -47,7 +47,7 @@ from phitune.training.loop import fit
 from phitune.training.resume import CHANGEABLE, WHY_NOT
 
 TRAIN, VALIDATION = random_rows([9, 12, 5, 20, 7, 11, 30]), random_rows([8, 16], seed=1)
-TIMES = ("tokens_per_second", "memory_gib", "checkpoint_seconds")
+TIMES = ("tokens_per_second", "memory_gib", "checkpoint_seconds", "time")
 
 
 # --- the loop -------------------------------------------------------------------------------------

@@ -1,18 +1,21 @@
 """`phitune export`: an adapter as a folder that others load, proven to answer the same."""
 
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, model_validator
 
 from phitune.commands.options import RunOptions, one_of, option, parse, switch
+from phitune.commands.terminal import INLINE, print_json
 from phitune.config import UserPath
 from phitune.export.formats import DEFAULT_QUANTIZATION, FORMATS, QUANTIZATIONS, ExportSettings
 from phitune.model.files import is_hub_id
 from phitune.text import command_line, in_bytes, plural, shell_line
 
 if TYPE_CHECKING:
+    from phitune.export.proof import Proof
     from phitune.export.source import Source
 
 
@@ -87,6 +90,10 @@ class ExportOptions(RunOptions):
         metavar="TYPE",
     )
 
+    as_json: bool = switch(
+        "what was written and how it was proven, as JSON", group="export", alias="json"
+    )
+
     push: Annotated[str, AfterValidator(_repository)] | None = option(
         None,
         "upload the proven export to this repository of the Hugging Face hub; a new one is private",
@@ -104,6 +111,8 @@ class ExportOptions(RunOptions):
             for name in ("public", "push_overwrite"):
                 if getattr(self, name):
                     raise ValueError(f"--{name} has no effect without --push OWNER/NAME")
+        elif self.as_json:
+            raise ValueError("--json tells of an export, not of an upload; leave out --push")
         elif self.is_upload_only:
             for name in sorted(self.model_fields_set - set(_OF_AN_UPLOAD)):
                 raise ValueError(
@@ -141,6 +150,16 @@ class ExportOptions(RunOptions):
 
 
 _OF_AN_UPLOAD = ("push", "public", "push_overwrite", "output_dir")
+
+
+@dataclass(frozen=True)
+class ExportDocument:
+    """What `export --json` prints."""
+
+    output: Path  # the folder, absolute
+    sentence: str  # the proof, for people
+    next: tuple[str, ...]  # commands that ask what was written
+    proof: "Proof" = field(metadata=INLINE)
 
 
 def run(argv: list[str]) -> int:
@@ -190,11 +209,15 @@ def run(argv: list[str]) -> int:
             settings,
             lambda done, total: bar.update(task, completed=done, total=total),
         )
+    next_ = next_lines(settings.format, output.expanduser(), source)
+    if options.as_json:
+        print_json(ExportDocument(output.absolute(), proof.sentence(), tuple(next_), proof))
+        return 0
     for line in (
         *proof.notes,
         f"{proof.compared}: {proof.sentence()}",
         f"{settings.format}: {output}",
-        *next_lines(settings.format, output.expanduser(), source),
+        *next_,
     ):
         console.print(escape(line), soft_wrap=not console.is_terminal)
     return _upload(options, output.expanduser()) if options.push else 0

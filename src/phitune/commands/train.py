@@ -1,5 +1,6 @@
 """`phitune train`: a training run, with one flag for each field of `config.Settings`."""
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from phitune.commands.options import DataOptions, parse_with_settings, switch
@@ -16,14 +17,27 @@ class TrainOptions(DataOptions):
         "--NAME alone switches a true|false flag on; --NAME false or --no-NAME switches it off."
     )
 
+    as_json: bool = switch(
+        "what came out as JSON; the lines of the run go to standard error",
+        group="run",
+        alias="json",
+    )
     verbose: bool = switch(
         "print every setting, and what was chosen by measurement (config.yaml has them too)",
         group="run",
     )
 
 
-def trainer_of(argv: list[str]) -> "LoRATrainer":
-    """The trainer that the flags ask for.
+@dataclass(frozen=True)
+class TrainingJob:
+    """What `phitune train` was asked for."""
+
+    trainer: "LoRATrainer"
+    as_json: bool  # standard output gets the outcome alone
+
+
+def job_of(argv: list[str]) -> TrainingJob:
+    """The run that the flags ask for.
 
     Raises:
         PhituneError: settings or model files that cannot be used.
@@ -33,4 +47,9 @@ def trainer_of(argv: list[str]) -> "LoRATrainer":
     from phitune.config import resolve
     from phitune.trainer import LoRATrainer
 
-    return LoRATrainer(config=resolve(flags, options.config), verbose=options.verbose)
+    trainer = LoRATrainer(
+        config=resolve(flags, options.config),
+        verbose=options.verbose,
+        to_stderr=options.as_json,
+    )
+    return TrainingJob(trainer, options.as_json)

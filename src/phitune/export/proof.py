@@ -39,22 +39,22 @@ FP32_TOLERANCE, FP32_RELATIVE_TOLERANCE = 1e-4, 1e-5
 class Proof:
     """What was compared, and how far apart it was."""
 
-    format: str
+    format: str  # that was written
     compared: str  # what with what, in words
-    prompts: int
+    prompts: int  # that were answered
     tokens: int  # greedy tokens compared
     tokens_differing: int  # without ties
     ties_excused: int  # differing tokens whose logits are closer than `tie_below`
-    tie_below: float
+    tie_below: float  # see there
     largest_logit_difference: float | None  # None where the other side has no logits
-    tolerance: float | None
+    tolerance: float | None  # of that difference
     measured: Mapping[str, Any] = field(default_factory=dict)  # what only this format measures
     typical_logit_difference: float | None = None  # the root of the mean square
-    typical_tolerance: float | None = None
+    typical_tolerance: float | None = None  # of that
     # Of the adapter's answers, as a share. Where it has a tolerance single tokens are not judged: a
     # quantised model is another model, and may answer with other words.
     perplexity_rise: float | None = None
-    perplexity_tolerance: float | None = None
+    perplexity_tolerance: float | None = None  # of that
     notes: tuple[str, ...] = ()  # for the user; not in the file
 
     @property

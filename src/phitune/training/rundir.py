@@ -22,6 +22,7 @@ import os
 import platform
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -325,7 +326,7 @@ class RunDirectory:
     def write(self, event: Event, data: PreparedData) -> None:
         """Appends what happened to metrics.jsonl; events without numbers leave no line."""
         for line in metrics_lines(event, data):
-            self._append(METRICS, line)
+            self._append(METRICS, {**line, "time": round(time.time(), 3)})
 
     def write_samples(
         self, epoch: int, prompts: Sequence[str], answers: Sequence[SampleAnswer]

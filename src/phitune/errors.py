@@ -6,6 +6,7 @@ message. Any other exception that reaches the command line is reported as a faul
 
 import os
 import re
+import signal
 from collections.abc import Sequence
 
 _TOKEN_VARIABLES = (
@@ -93,6 +94,15 @@ class ExportError(PhituneError):
     """An export that differs from the model it was made from, or cannot be written."""
 
     exit_code = 1
+
+
+# Exit codes as shells have them: 128 and the signal's number. SIGUSR1 is how schedulers announce
+# the SIGTERM that is to follow.
+EXIT_CODES = {
+    name: code
+    for name, code in {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 143, "SIGHUP": 129}.items()
+    if hasattr(signal, name)
+}
 
 
 class Interrupted(KeyboardInterrupt):

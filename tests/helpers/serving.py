@@ -6,13 +6,14 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from phitune.inference.answers import short_names
 from phitune.inference.batching import Batcher
@@ -99,6 +100,26 @@ class Running:
 
 
 @contextmanager
+def in_thread(app: Callable[[int], ASGIApp]) -> Iterator[int]:
+    """Serves an application, made for a port, from another thread of this process."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+        config = uvicorn.Config(app(port), http="h11", ws="none", log_config=None, access_log=False)
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=asyncio.run, args=(server.serve([listening]),))
+        thread.start()
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        try:
+            yield port
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@contextmanager
 def running(
     model: LoadedModel,
     *,
@@ -116,23 +137,13 @@ def running(
     worker = Worker(batcher, queue=queue, metrics=metrics, report=faults.append)
     names = short_names([adapter.name for adapter in model.adapters])
     service = Service(model, names, worker, metrics, limits, context=context)
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port = listening.getsockname()[1]
+
+    def app(port: int) -> ASGIApp:
         hosts = [f"{name}:{port}" for name in ("127.0.0.1", "localhost", "[::1]")]
-        app = make_app(service, Access(hosts, api_key, allow_origins))
-        config = uvicorn.Config(app, http="h11", ws="none", log_config=None, access_log=False)
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=asyncio.run, args=(server.serve([listening]),))
-        thread.start()
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        try:
-            yield Running(service, port, faults)
-        finally:
-            server.should_exit = True
-            thread.join()
+        return make_app(service, Access(hosts, api_key, allow_origins))
+
+    with in_thread(app) as port:
+        yield Running(service, port, faults)
     assert faults == []
 
 

@@ -34,6 +34,7 @@ from phitune.data.packing import epoch_steps, micro_batches, next_micro_batch
 from phitune.model.architecture import resolve_targets
 from phitune.model.engine import FusedEngine, ReferenceEngine
 from phitune.model.lora import Adapter, LoraSpec, attach
+from phitune.training.changes import CHANGEABLE, WHY_NOT
 from phitune.training.checkpoint import checkpoints_of
 from phitune.training.events import (
     EpochDone,
@@ -44,7 +45,6 @@ from phitune.training.events import (
     Validating,
 )
 from phitune.training.loop import fit
-from phitune.training.resume import CHANGEABLE, WHY_NOT
 
 TRAIN, VALIDATION = random_rows([9, 12, 5, 20, 7, 11, 30]), random_rows([8, 16], seed=1)
 TIMES = ("tokens_per_second", "memory_gib", "checkpoint_seconds", "time")

@@ -5,12 +5,9 @@ what cannot work is said at once. Signals: the first one finishes what is being 
 ends it.
 """
 
-import errno
 import os
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,7 +21,7 @@ from phitune.commands.options import (
     parse,
     switch,
 )
-from phitune.errors import ModelError, OutOfMemoryError, SettingsError
+from phitune.errors import Interrupted, ModelError, OutOfMemoryError, SettingsError
 from phitune.text import plural
 
 if TYPE_CHECKING:
@@ -143,8 +140,10 @@ def run(argv: list[str]) -> int:
 
     from rich.console import Console
 
+    from phitune.serving.server import listen
+
     console = Console(highlight=False)
-    listening = _listening(options.host, options.port)
+    listening = listen(options.host, options.port)
     try:
         plan = make_plan(options)
         show_plan(plan, console)
@@ -339,39 +338,6 @@ def _key(options: ServeOptions) -> str | None:
     return key
 
 
-def _listening(host: str, port: int) -> socket.socket:
-    """A socket on this address and port, taken before gigabytes are read.
-
-    Raises:
-        SettingsError: it cannot be had.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except (OSError, UnicodeError) as error:
-        why = getattr(error, "strerror", None) or str(error)
-        raise SettingsError(f"--host {host}: there is no such address: {why}") from None
-    listening = socket.socket(family, kind, protocol)
-    if os.name != "nt":  # There it would let two servers share a port.
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind(address)
-        listening.listen(128)
-    except OSError as error:
-        listening.close()
-        why = f"{error.strerror or error}"
-        if error.errno == errno.EADDRINUSE:
-            raise SettingsError(
-                f"--port {port}: is in use on {host}, perhaps by another phitune serve; name"
-                f" another, such as --port {port + 1 if port < 65535 else 8000}, or 0 for any that"
-                " is free"
-            ) from None
-        remedy = "; ports below 1024 are the system's" if 0 < port < 1024 else ""
-        raise SettingsError(f"--host {host} --port {port}: {why}{remedy}") from None
-    return listening
-
-
 def _serve(
     options: ServeOptions,
     plan: "ServingPlan",
@@ -385,6 +351,7 @@ def _serve(
     from phitune.inference.loaded import memory_errors
     from phitune.serving.app import Access, ServerLimits, Service
     from phitune.serving.metrics import Metrics
+    from phitune.serving.server import own_hosts, report_fault
     from phitune.serving.worker import Worker
 
     with memory_errors("Take fewer slots (--parallel) or a shorter --context."):
@@ -394,13 +361,13 @@ def _serve(
     decoder = model.decoder
     size = cache_bytes(decoder.config, plan.slots, plan.context, decoder.dtype.itemsize)
     metrics = Metrics(plan.slots, plan.slots * plan.context, size)
-    worker = Worker(batcher, queue=options.queue, metrics=metrics, report=_report)
+    worker = Worker(batcher, queue=options.queue, metrics=metrics, report=report_fault)
     names = short_names([adapter.name for adapter in model.adapters])
     limits = ServerLimits(seconds=options.timeout)
     service = Service(model, names, worker, metrics, limits, context=plan.context)
 
     host, port = listening.getsockname()[:2]
-    access = Access(_own_hosts(options.host, port), key, options.allow_origin)
+    access = Access(own_hosts(options.host, port), key, options.allow_origin)
     address = f"[{host}]" if ":" in host else host
     console.print(f"models   {', '.join(service.names)}", markup=False, soft_wrap=True)
     console.print(f"address  http://{address}:{port}/v1", markup=False, soft_wrap=True)
@@ -411,101 +378,24 @@ def _serve(
     return _run(service, access, listening)
 
 
-def _own_hosts(host: str, port: int) -> list[str] | None:
-    """Values of the header Host that mean this server; None where any may."""
-    from phitune.serving.guard import LOOPBACK, is_loopback
-
-    if not is_loopback(host):
-        return None
-    own = f"[{host}]" if ":" in host else host
-    return [f"{name}:{port}" for name in dict.fromkeys((*LOOPBACK, own))]
-
-
-def _report(error: BaseException) -> None:
-    """Says that there is a fault of ours; the server goes on."""
-    if os.environ.get("PHITUNE_DEBUG"):
-        import traceback
-
-        traceback.print_exception(error)
-    said = str(error).partition("\n")[0]
-    print(
-        f"phitune: internal error: {type(error).__name__}: {said}\nThis is a fault of phitune,"
-        " please report it with what it prints where PHITUNE_DEBUG=1 is set",
-        file=sys.stderr,
-    )
-
-
 def _run(service: "Service", access: "Access", listening: socket.socket) -> int:
     """Serves until a signal.
 
     Raises:
         Interrupted: always at the end, with the signal's exit code.
     """
-    import logging
-    import signal
-    from types import FrameType
-
-    import uvicorn
-
-    from phitune.errors import Interrupted
     from phitune.serving.app import make_app
-    from phitune.training.interrupt import EXIT_CODES
+    from phitune.serving.server import serve_until_signal
 
-    class Faults(logging.Handler):
-        """Of the server's log, what is a fault."""
+    def first_signal(name: str) -> None:
+        service.draining = True
+        if left := service.metrics.active + service.metrics.waiting:
+            print(
+                f"\nphitune: {name}: finishing {plural(left, 'answer')}; a second signal ends them",
+                file=sys.stderr,
+                flush=True,
+            )
 
-        def emit(self, record: logging.LogRecord) -> None:
-            if record.exc_info and record.exc_info[1]:
-                _report(record.exc_info[1])
-
-    class Server(uvicorn.Server):
-        """Ends by signals as the other commands do."""
-
-        by = ""  # the signal that asked for it
-
-        @contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            before = {
-                signal.Signals[name]: signal.signal(signal.Signals[name], self.on_signal)
-                for name in EXIT_CODES
-            }
-            try:
-                yield
-            finally:
-                for number, handler in before.items():
-                    signal.signal(number, handler)
-
-        def on_signal(self, number: int, _: FrameType | None) -> None:
-            self.force_exit = self.should_exit
-            self.should_exit = service.draining = True
-            self.by = self.by or signal.Signals(number).name
-            if not self.force_exit and (left := service.metrics.active + service.metrics.waiting):
-                print(
-                    f"\nphitune: {self.by}: finishing {plural(left, 'answer')}; a second signal"
-                    " ends them",
-                    file=sys.stderr,
-                    flush=True,
-                )
-
-    log = logging.getLogger("uvicorn.error")
-    log.handlers, log.propagate = [Faults()], False
-    server = Server(
-        uvicorn.Config(
-            make_app(service, access),
-            http="h11",
-            ws="none",
-            loop="asyncio",
-            lifespan="on",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=30,
-            timeout_graceful_shutdown=30,
-            proxy_headers=False,
-        )
-    )
-    server.run(sockets=[listening])
-    if not server.by:
-        raise SettingsError("the server could not be started")
-    cut = "; what was being answered was cut off" if server.force_exit else ""
-    raise Interrupted(f"stopped by {server.by}{cut}", EXIT_CODES[server.by])
+    end = serve_until_signal(make_app(service, access), listening, first_signal)
+    cut = "; what was being answered was cut off" if end.forced else ""
+    raise Interrupted(f"stopped by {end.by}{cut}", end.exit_code)

@@ -26,6 +26,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 OPEN_PATH = "/health"  # needs no key
+LONGEST_COOKIE = 4096  # characters of all cookies that are looked through
 _HOST = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?")
 _METHODS = "GET, POST, OPTIONS"
 
@@ -57,6 +58,8 @@ class Guard:
             formed, where a key protects.
         api_key: that every request has to bring; None for none.
         allow_origins: pages that may call, such as "http://localhost:3000".
+        cookie: the name of a cookie that may bring the key as well, of a server for browsers.
+        open_paths: need no key.
     """
 
     def __init__(
@@ -66,11 +69,15 @@ class Guard:
         hosts: Collection[str] | None,
         api_key: str | None,
         allow_origins: Collection[str] = (),
+        cookie: str | None = None,
+        open_paths: Collection[str] = (OPEN_PATH,),
     ) -> None:
         self._app = app
         self._hosts = hosts
         self._key = api_key.encode() if api_key is not None else None
         self._origins = frozenset(allow_origins)
+        self._cookie = cookie
+        self._open_paths = frozenset(open_paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -100,7 +107,7 @@ class Guard:
         Args:
             headers: by name in lower case.
         """
-        for name in ("host", "origin", "sec-fetch-site", "content-type", "authorization"):
+        for name in ("host", "origin", "sec-fetch-site", "content-type", "authorization", "cookie"):
             if len(headers.get(name, ())) > 1:
                 return Refusal(400, f"the header {name} is given twice", "repeated_header")
         host = headers.get("host", [""])[0]
@@ -119,10 +126,11 @@ class Guard:
             if headers.get("origin", [""])[0] in self._origins:
                 return None
             return Refusal(403, "no page may call this server; see --allow_origin", "no_cors")
-        if self._key is not None and path != OPEN_PATH and not self._has_key(headers):
-            return Refusal(
-                401, "a wrong key, or none; send it as Authorization: Bearer KEY", "invalid_api_key"
-            )
+        if self._key is not None and path not in self._open_paths and not self._has_key(headers):
+            how = "send it as Authorization: Bearer KEY"
+            if self._cookie:
+                how = "open the address that was printed when this server started"
+            return Refusal(401, f"a wrong key, or none; {how}", "invalid_api_key")
         if method == "POST":
             kind = headers.get("content-type", [""])[0].partition(";")[0].strip().lower()
             if kind != "application/json":
@@ -150,9 +158,17 @@ class Guard:
 
     def _has_key(self, headers: dict[str, list[str]]) -> bool:
         scheme, _, given = headers.get("authorization", [""])[0].partition(" ")
+        if scheme.lower() == "bearer":
+            return self._is_key(given)
+        cookies = headers.get("cookie", [""])[0]
+        if self._cookie is None or len(cookies) > LONGEST_COOKIE:
+            return False
+        pairs = [pair.strip().partition("=") for pair in cookies.split(";")]
+        return any(name == self._cookie and self._is_key(value) for name, _, value in pairs)
+
+    def _is_key(self, given: str) -> bool:
         assert self._key is not None
-        is_equal = hmac.compare_digest(given.strip().encode("latin-1"), self._key)
-        return is_equal and scheme.lower() == "bearer"
+        return hmac.compare_digest(given.strip().encode("latin-1"), self._key)
 
     def _cors(self, origin: str) -> list[tuple[str, str]]:
         return [

@@ -13,15 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from phitune.errors import Interrupted
-
-# Exit codes as shells have them: 128 and the signal's number. SIGUSR1 is how schedulers announce
-# the SIGTERM that is to follow.
-EXIT_CODES = {
-    name: code
-    for name, code in {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 143, "SIGHUP": 129}.items()
-    if hasattr(signal, name)
-}
+from phitune.errors import EXIT_CODES, Interrupted
 
 
 class StopRequested(BaseException):

@@ -28,11 +28,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
-from phitune.data.prepare import PreparedData
 from phitune.environment import NO_ROOM
 from phitune.errors import ResumeError, SettingsError, listing
 from phitune.text import command_line
@@ -58,6 +57,9 @@ from phitune.training.events import (
     StepDone,
 )
 from phitune.training.status import STATUS
+
+if TYPE_CHECKING:
+    from phitune.data.prepare import PreparedData
 
 # -------------------------------------------------------------------------------------------------
 # One run at a time in a run directory: a lock, and a note for people about who holds it.
@@ -323,7 +325,7 @@ class RunDirectory:
         text = json.dumps(evaluation, indent=2, ensure_ascii=False, allow_nan=False)
         replace_file(self.path / EVALUATION, text + "\n")
 
-    def write(self, event: Event, data: PreparedData) -> None:
+    def write(self, event: Event, data: "PreparedData") -> None:
         """Appends what happened to metrics.jsonl; events without numbers leave no line."""
         for line in metrics_lines(event, data):
             self._append(METRICS, {**line, "time": round(time.time(), 3)})
@@ -404,7 +406,7 @@ class RunDirectory:
         self._logs[name].append(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def metrics_lines(event: Event, data: PreparedData) -> list[dict[str, Any]]:
+def metrics_lines(event: Event, data: "PreparedData") -> list[dict[str, Any]]:
     """What metrics.jsonl says of an event. Rows are named without the folder of their file."""
     match event:
         case StepDone(metrics, None):

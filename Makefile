@@ -9,7 +9,7 @@ DEMO_OUTPUT ?= output/demo
 PHI_2_CONFIG ?= config.json
 PHI_2_FOLDER ?= phi-2
 
-.PHONY: setup demo test campaigns lint check format docs models full-size export-memory export-gguf \
+.PHONY: setup demo test campaigns browser screenshots lint check format docs models full-size export-memory export-gguf \
   benchmarks busy peers mlx-peers mac gpu fuzz torture disk-faults memory-limits kernels gpu-kernels clean
 
 setup: $(INSTALLED)
@@ -36,6 +36,12 @@ test: setup
 campaigns: setup
 	$(PYTEST) -m campaign
 
+# For the tests of the page, which skip without it.
+browser:
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	  && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } \
+	  || echo "there is no chromium here; the tests of the page are skipped"
+
 lint: setup
 	$(BIN)/ruff format --check src tests tools benchmarks
 	$(BIN)/ruff check src tests tools benchmarks
@@ -50,6 +56,11 @@ format: setup
 # The parts of docs/training.md and the configurations in examples/ that follow from the code.
 docs: setup
 	$(BIN)/python tools/build_docs.py
+
+# The pictures in docs/ui; needs Chromium.
+screenshots: setup
+	$(BIN)/pip install -q pillow
+	$(BIN)/python tools/take_screenshots.py
 
 # Trains the tiny models that ship with the package again; it took 15 minutes on two busy cores.
 models: setup

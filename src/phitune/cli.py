@@ -38,6 +38,7 @@ COMMANDS = {
     "check": "show what is in a data set, and what will be trained on it",
     "plan": "show what a run would take: memory, time, and which settings fit",
     "layers": "show what a model is made of, and which layers your data would change most",
+    "ui": "show a page: prepare, start and watch runs, talk to adapters, export them",
     "doctor": "show what this machine has, and what training would use of it",
 }
 

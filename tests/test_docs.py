@@ -75,6 +75,7 @@ NOT_RUN = {
     "pip install 'phitune[eval]'": "it installs",
     "pip install 'phitune[mlflow]'": "it installs",
     "phitune serve --adapter_path output/my_model": "tests/commands/test_serve.py starts it",
+    "phitune ui": "tests/ui/test_page.py starts it",
     "phitune evaluate --adapter_path output/my_model --tasks hellaswag,arc_easy --limit 200": (
         "it fetches data sets"
     ),

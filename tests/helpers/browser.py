@@ -100,7 +100,7 @@ def wait_until(
     """Waits until something is so; returns the seconds that it took.
 
     Args:
-        show: what there is instead, for the failure.
+        show: what is found instead, for the message of the failure.
     """
     began = time.monotonic()
     while not is_so():

@@ -50,6 +50,20 @@ class Reply:
         return [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
 
 
+def request(
+    port: int, method: str, path: str, body: bytes | None, headers: Mapping[str, str]
+) -> Reply:
+    """Asks a server of this machine once."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.request(method, path, body, dict(headers))
+        reply = connection.getresponse()
+        fields = {name.lower(): value for name, value in reply.getheaders()}
+        return Reply(reply.status, fields, reply.read().decode())
+    finally:
+        connection.close()
+
+
 class Running:
     """A server that runs."""
 
@@ -64,14 +78,7 @@ class Running:
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Reply:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        try:
-            connection.request(method, path, body, dict(headers or {}))
-            reply = connection.getresponse()
-            fields = {name.lower(): value for name, value in reply.getheaders()}
-            return Reply(reply.status, fields, reply.read().decode())
-        finally:
-            connection.close()
+        return request(self.port, method, path, body, headers or {})
 
     def post(self, path: str, content: object = None, **fields: object) -> Reply:
         body = json.dumps(fields if content is None else content).encode()

@@ -1,6 +1,5 @@
 """The page's server: who may come in, what it answers, and what it never does."""
 
-import http.client
 import json
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 from helpers.run_folders import NOBODY, run_folder, step_line
-from helpers.serving import JSON, Reply, in_thread
+from helpers.serving import JSON, Reply, in_thread, request
 from starlette.types import ASGIApp
 
 from phitune.ui.app import Door, make_app
@@ -34,15 +33,8 @@ class Visitor:
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Reply:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        try:
-            fields = self.cookie if headers is None else headers
-            connection.request(method, path, body, dict(fields))
-            reply = connection.getresponse()
-            found = {name.lower(): value for name, value in reply.getheaders()}
-            return Reply(reply.status, found, reply.read().decode())
-        finally:
-            connection.close()
+        given = self.cookie if headers is None else headers
+        return request(self.port, method, path, body, given)
 
     def get(self, path: str) -> Reply:
         return self.request("GET", path)

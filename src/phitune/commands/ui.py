@@ -124,7 +124,7 @@ def _serve(options: UiOptions, root: Path, listening: socket.socket) -> int:
     print(f"address  {address}")
     if not is_loopback(options.host):
         print(
-            "Whoever knows this address can start commands here, from every machine that reaches"
+            "Anyone who knows this address can start commands here, from every machine that reaches"
             f" {host}; it goes over the network unencrypted."
         )
     elif options.browser and _has_desktop():

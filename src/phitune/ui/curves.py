@@ -184,7 +184,7 @@ class Curves:
             self._move(piece)
             return True
         lines = piece[: end - 1].split(b"\n")
-        # So many lines as the file has if it goes on as here: bins as wide as they will be.
+        # If the file goes on as here, the bins are as wide now as they will be in the end.
         self._width = self._width or 1 + self._size * len(lines) // (len(piece) * MOST_BINS)
         first = self._offset
         if self._skipping:
@@ -257,7 +257,7 @@ class Curves:
         return f"{self._generation}-{self._offset}"
 
     def history(self, points: int, names: Sequence[str] = TRAIN) -> dict[str, Any]:
-        """All of it, in at most so many points.
+        """All of it, in at most that number of points.
 
         Args:
             names: of the curves that are wanted.
@@ -368,7 +368,7 @@ def _real(value: object) -> float | None:
 
 
 def _merged(bins: list[_Bin], count: int, names: Sequence[str] = TRAIN) -> list[_Bin]:
-    """So many neighbours as one, of the curves with these names."""
+    """Each `count` neighbours as one, of the curves with these names."""
     if count <= 1:
         return bins
     merged = []

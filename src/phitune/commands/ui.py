@@ -89,16 +89,14 @@ def run(argv: list[str]) -> int:
 
 def _listening(options: UiOptions) -> socket.socket:
     """The port that was asked for, or the first free one of the usual ones."""
-    from phitune.serving.server import listen
+    from phitune.serving.server import PortInUseError, listen
 
     if options.port is not None:
         return listen(options.host, options.port)
     for port in range(DEFAULT_PORT, DEFAULT_PORT + _PORTS):
         try:
             listening = listen(options.host, port)
-        except SettingsError as error:
-            if "is in use" not in str(error):
-                raise
+        except PortInUseError:
             continue
         if port != DEFAULT_PORT:
             print(f"port {DEFAULT_PORT} is in use, perhaps by another page; {port} is taken")
@@ -118,7 +116,9 @@ def _serve(options: UiOptions, root: Path, listening: socket.socket) -> int:
     key = secrets.token_urlsafe(24)
     door = Door(key, f"phitune-ui-{port}", own_hosts(options.host, port))
     site = Site(root, _model_cache())
-    shown = "127.0.0.1" if is_loopback(options.host) else socket.gethostname()
+    shown = f"[{host}]" if ":" in host else host
+    if not is_loopback(options.host):
+        shown = socket.gethostname()
     address = f"http://{shown}:{port}{door.address}"
     print(f"runs     {root}")
     print(f"address  {address}")

@@ -18,6 +18,10 @@ from phitune.errors import EXIT_CODES, SettingsError
 from phitune.serving.guard import LOOPBACK, is_loopback
 
 
+class PortInUseError(SettingsError):
+    """Another server listens on the port."""
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A socket on this address and port, taken before anything costly is done.
 
@@ -41,7 +45,7 @@ def listen(host: str, port: int) -> socket.socket:
         listening.close()
         why = f"{error.strerror or error}"
         if error.errno == errno.EADDRINUSE:
-            raise SettingsError(
+            raise PortInUseError(
                 f"--port {port}: is in use on {host}, perhaps by another phitune; name"
                 f" another, such as --port {port + 1 if port < 65535 else 8000}, or 0 for any that"
                 " is free"

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +302,19 @@ def test_plan_and_check_are_those_of_the_command_line(visitor: Visitor, rows: Pa
     missing = visitor.post("/api/check", answers={**answers, "dataset_path": "/no/such.jsonl"})
     assert missing.status == 400
     assert "/no/such.jsonl" in missing.error["message"]
+
+
+def test_pages_do_not_take_each_others_questions_away(visitor: Visitor, rows: Path) -> None:
+    answers = {"answers": {"model_name": "tiny-phi-2", "dataset_path": str(rows)}}
+    body = json.dumps(answers).encode()
+
+    def ask(page: str) -> int:
+        headers = {**visitor.cookie, **JSON, "X-Page": page}
+        return visitor.request("POST", "/api/plan", body, headers).status
+
+    with ThreadPoolExecutor(2) as pool:
+        assert sorted(pool.map(ask, ["a", "b"])) == [200, 200]
+        assert sorted(pool.map(ask, ["a", "a"])) == [200, 409]
 
 
 def test_a_run_that_cannot_start_says_why(visitor: Visitor, rows: Path) -> None:

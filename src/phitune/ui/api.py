@@ -45,7 +45,7 @@ _MOST_COMPARED, _MOST_POINTS = 12, 4000
 _UPLOAD = re.compile(r"\w[\w .,()+-]{0,120}\.(jsonl|json|csv|tsv|parquet)", re.IGNORECASE)
 _PROOF_FILE = "export_proof.json"
 # What a job may be told beside its run.
-_JOB_FLAGS: dict[str, tuple[str, ...]] = {
+_JOB_FLAGS: dict[Kind, tuple[str, ...]] = {
     "evaluate": ("dataset_path", "limit", "max_new_tokens", "device"),
     "compare": ("from_validation", "max_new_tokens", "temperature", "seed", "device"),
     "export": ("format", "quantization", "dtype", "merge_into", "device"),
@@ -216,16 +216,16 @@ class Api:
         flags = answers_in(await body_of(request))
         flags.pop("output_dir", None)
         words = form.words_of(flags)
-        return reply(await self._site.questions.ask("plan", ["plan", *words]))
+        return reply(await self._site.questions.ask(_asker(request, "plan"), ["plan", *words]))
 
     async def check(self, request: Request) -> Response:
         found = await body_of(request)
         flags = answers_in(found)
         flags.pop("output_dir", None)
-        words = ["check", *form.words_of(flags)]
+        words, kind = ["check", *form.words_of(flags)], "check"
         if lines := text_in(found, "lines", optional=True):
-            words += [f"--show={lines}"]
-        return reply(shown(await self._site.questions.ask("check", words)))
+            words, kind = [*words, f"--show={lines}"], "rows"
+        return reply(shown(await self._site.questions.ask(_asker(request, kind), words)))
 
     async def start(self, request: Request) -> Response:
         flags = form.with_folder(answers_in(await body_of(request)), self._site.root)
@@ -276,10 +276,11 @@ class Api:
 
     async def start_job(self, request: Request) -> Response:
         found = await body_of(request)
-        kind, row = text_in(found, "kind"), self._site.row(text_in(found, "run"))
+        asked, row = text_in(found, "kind"), self._site.row(text_in(found, "run"))
         options = found.get("options") or {}
-        if kind not in _JOB_FLAGS or not isinstance(options, dict):
-            raise SettingsError(f"{visible(kind[:50])}: must be one of {', '.join(_JOB_FLAGS)}")
+        kind = next((each for each in _JOB_FLAGS if each == asked), None)
+        if kind is None or not isinstance(options, dict):
+            raise SettingsError(f"{visible(asked[:50])}: must be one of {', '.join(_JOB_FLAGS)}")
         words = [kind, *self._about(kind, row.id)]
         for name, value in options.items():
             if name not in _JOB_FLAGS[kind] or not isinstance(value, str):
@@ -287,7 +288,7 @@ class Api:
                     f"{visible(str(name)[:50])}: can be given on the command line alone"
                 )
             words += [f"--{name}={value}"] if value.strip() else []
-        job = self._site.jobs.start(_kind(kind), [*words, "--json"], row.id)
+        job = self._site.jobs.start(kind, [*words, "--json"], row.id)
         return reply({"job": job.job})
 
     def _about(self, kind: str, run: str) -> list[str]:
@@ -413,6 +414,11 @@ def answers_in(found: Mapping[str, Any]) -> dict[str, Any]:
     return form.flags_of(answers)
 
 
+def _asker(request: Request, kind: str) -> str:
+    """A kind of question, and the page that asks it."""
+    return f"{kind} of {request.headers.get('x-page', '')[:40]}"
+
+
 def _run(request: Request) -> str:
     return text_in(request.query_params, "run")
 
@@ -420,16 +426,6 @@ def _run(request: Request) -> str:
 def _count(request: Request, name: str, usual: int) -> int:
     text = request.query_params.get(name, "")
     return max(2, min(int(text), _MOST_POINTS)) if re.fullmatch(r"[0-9]{1,9}", text) else usual
-
-
-def _kind(name: str) -> Kind:
-    kinds: dict[str, Kind] = {
-        "evaluate": "evaluate",
-        "compare": "compare",
-        "export": "export",
-        "layers": "layers",
-    }
-    return kinds[name]
 
 
 def _literal(name: str) -> str:

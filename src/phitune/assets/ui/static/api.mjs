@@ -37,8 +37,10 @@ export function query(path, values) {
 }
 
 export const get = async (path, values = {}, options = {}) => (await request(query(path, values), options)).json();
+// A newer question takes the place of an older one of the same page, not of another tab.
+const PAGE = Math.random().toString(36).slice(2);
 export const send = (path, body, options = {}) => request(path, {
-  method: 'POST', headers: { 'Content-Type': 'application/json' }, body: JSON.stringify(body), ...options,
+  method: 'POST', headers: { 'Content-Type': 'application/json', 'X-Page': PAGE }, body: JSON.stringify(body), ...options,
 });
 export const post = async (path, body = {}, options = {}) => (await send(path, body, options)).json();
 

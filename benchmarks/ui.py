@@ -2,11 +2,11 @@
 
     python benchmarks/ui.py
 
-Starts the server as a process of its own over folders that are written for it (with the benchmark's
-tests' helper, tests/helpers/run_folders.py), asks as a browser does, and looks at the process: its
-CPU time, its memory, and that torch is not in it. Every figure is the median of some servers that
-are started anew, since a second request finds what the first one read. Writes results/ui.json and
-.md; three minutes.
+Starts the server as a process of its own over folders that are written for it (as the tests write
+theirs, tests/helpers/run_folders.py), asks as a browser does, and looks at the process: its CPU
+time, its memory, and that torch is not in it. Every figure is the median of several servers, each
+started anew, since a second request finds what the first one read. Writes results/ui.json and .md;
+two minutes.
 """
 
 import http.client

@@ -45,13 +45,13 @@ DOCUMENTS: dict[str, Any] = {
     "phitune plan --serve output/my_model --json": ServingDocument,
     "phitune layers --json": GuideDocument,
     "phitune layers --dataset_path data/train.jsonl --json": SurveyDocument,
-    "phitune train data/train.jsonl --json": Outcome,
+    "phitune train --dataset_path data/train.jsonl --json": Outcome,
     "evaluation.json": EvaluationFile,
     "phitune evaluate --adapter_path output/my_model --json": EvaluateDocument,
     "phitune evaluate --adapter_path output/my_model --tasks arc_easy --json": TasksDocument,
     "phitune compare --adapter_path output/my_model --from_validation 5 --json": CompareDocument,
     "phitune ask QUESTION --json": Asked,
-    "phitune export output/my_model --format merged --json": ExportDocument,
+    "phitune export output/my_model --format merged --overwrite --json": ExportDocument,
 }
 # JSON Schema's words.
 PLAIN = {str: "string", Path: "string", int: "integer", float: "number", bool: "boolean"}

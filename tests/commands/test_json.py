@@ -33,10 +33,10 @@ LINES = {
         "compare {place}/run --from_validation 2 --json"
     ),
     "phitune ask QUESTION --json": f"ask hello {BASE} --max_new_tokens 4 --json",
-    "phitune train data/train.jsonl --json": (
+    "phitune train --dataset_path data/train.jsonl --json": (
         f"train {DATA} {BASE} --output_dir new/run --epochs 1 --device cpu --sample_tokens 4 --json"
     ),
-    "phitune export output/my_model --format merged --json": (
+    "phitune export output/my_model --format merged --overwrite --json": (
         "export {place}/run --format merged --output_dir new/merged --json"
     ),
 }

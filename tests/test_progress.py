@@ -18,7 +18,7 @@ from phitune.progress import (
     settings_lines,
 )
 from phitune.training.events import (
-    EpochEvaluated,
+    Evaluated,
     Evaluation,
     MicroBatchDone,
     StepDone,
@@ -64,10 +64,10 @@ def test_a_run_shows_its_numbers_and_its_samples(terminal: bool) -> None:
     view.start(Position(steps=10, rows=640), Position(steps=0, rows=0))
     for event in (
         Validating(4, 8),
-        EpochEvaluated(0, Evaluation(0, 0, 2.5), is_best=False),
+        Evaluated(0, Evaluation(0, 0, 2.5), is_best=False),
         MicroBatchDone(4),
         StepDone(METRICS),
-        EpochEvaluated(1, Evaluation(3, 1, 1.75), is_best=True),
+        Evaluated(1, Evaluation(3, 1, 1.75), is_best=True),
     ):
         view.show(event)
     view.show_samples([PROMPT], [ANSWER])

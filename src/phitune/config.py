@@ -141,7 +141,7 @@ def _count_or(word: str, least: int) -> Callable[[Any], Any]:
     return check
 
 
-def _save_every(value: Any) -> Any:
+def _every(value: Any) -> Any:
     if value in ("auto", "epoch"):
         return value
     number, minutes = str(_number_text(value)), False
@@ -360,7 +360,7 @@ ReportTo = Annotated[str, BeforeValidator(_report_to)]
 Pairs = Annotated[str | None, BeforeValidator(_pairs)]
 AutoCount = Annotated[int | Literal["auto"], BeforeValidator(_count_or("auto", 1))]
 LayerCount = Annotated[int | Literal["all"] | None, BeforeValidator(_count_or("all", 0))]
-SaveEvery = Annotated[str, BeforeValidator(_save_every)]
+Every = Annotated[str, BeforeValidator(_every)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|mlx|cuda(:\d{1,4})?)$")]
 Precision = Annotated[Literal["auto", "fp32", "bf16"], BeforeValidator(_no_fp16)]
 
@@ -422,7 +422,7 @@ class Settings(BaseModel):
         group=_RUN,
         ge=0,
     )
-    save_every: SaveEvery = knob(
+    save_every: Every = knob(
         "auto",
         "save a checkpoint every N steps, 10m (minutes) or epoch; auto: every epoch or 10m,"
         " whichever comes first",
@@ -504,6 +504,12 @@ class Settings(BaseModel):
         16, "micro-batches per optimizer step", group=_TRAIN, recommended=(4, 32), ge=1
     )
     epochs: Epochs = knob(20, "passes over the training rows", group=_TRAIN, ge=1)
+    max_steps: Whole | None = knob(
+        None,
+        "end the run after N optimizer steps, where its epochs have more (default: no limit)",
+        group=_TRAIN,
+        ge=1,
+    )
     learning_rate: Real = knob(
         2e-4, "peak learning rate", group=_TRAIN, recommended=(5e-5, 2e-4), gt=0.0, le=1.0
     )
@@ -529,8 +535,18 @@ class Settings(BaseModel):
         group=_TRAIN,
         ge=1,
     )
+    validate_every: Every = knob(
+        "auto",
+        "validate every N steps, 30m (minutes of training) or epoch, and after the last step; auto:"
+        " every epoch, and at least ten times a run where an epoch has 1,000 steps or more",
+        group=_TRAIN,
+    )
     early_stopping_patience: Whole = knob(
-        3, "stop after N epochs without a lower validation loss; 0: never", group=_TRAIN, ge=0
+        3,
+        "stop after N validations without a lower loss, of which each epoch has one unless"
+        " validate_every says otherwise; 0: never",
+        group=_TRAIN,
+        ge=0,
     )
 
     lora_r: Whole = knob(8, "rank of the adapter", group=_LORA, recommended=(8, 32), ge=1, le=1024)
@@ -624,7 +640,7 @@ class Settings(BaseModel):
 
     sample_prompts: Texts = knob(
         [],
-        "prompts to answer after each epoch (default: two of the validation rows)",
+        "prompts to answer after each validation (default: two of the validation rows)",
         group=_REPORT,
     )
     sample_tokens: Whole = knob(

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 # lower case, with _ for - and for a point; of "training.lora_rank" the last part counts.
 NEIGHBOURS = {
     "epochs": "num_train_epochs num_epochs n_epochs max_epochs total_epochs train_epochs",
+    "max_steps": "max_train_steps iters num_steps steps train_steps total_steps num_train_steps"
+    " max_iters",
     "batch_size": "per_device_train_batch_size per_gpu_train_batch_size micro_batch_size"
     " train_batch_size device_batch_size train_micro_batch_size_per_gpu bsz mbs",
     "gradient_accumulation_steps": "gradient_accumulation grad_accumulation_steps grad_accum"
@@ -22,6 +24,8 @@ NEIGHBOURS = {
     "weight_decay": "wd adam_weight_decay",
     "max_grad_norm": "gradient_clipping grad_clip clip_grad clip_grad_norm gradient_clip_val"
     " max_norm gradient_clip",
+    "validate_every": "eval_steps eval_strategy evaluation_strategy steps_per_eval eval_interval"
+    " eval_every val_check_interval val_interval eval_freq",
     "early_stopping_patience": "patience early_stopping early_stop",
     "max_length": "cutoff_len max_seq_length max_seq_len sequence_len seq_length seq_len"
     " sequence_length model_max_length block_size max_source_length context_length max_tokens"
@@ -123,27 +127,18 @@ _NOT_HERE = {
     "train": "phitune train trains",
     "prompt": "phitune ask QUESTION asks once, phitune chat one question a line",
     "val_batches": "validation takes all of its rows",
-    "steps_per_eval": "validation follows every epoch",
     "steps_per_report": "every step is in metrics.jsonl",
+    "do_eval": "validation follows as validate_every says, where there are validation rows",
     "fine_tune_type": "training is always LoRA",
-    "do_eval": "validation follows every epoch",
     "remove_unused_columns": "columns that are not used are left out by themselves",
     "attn_implementation": "attention is chosen for the device",
     "flash_attn": "attention is chosen for the device",
     "use_flash_attention_2": "attention is chosen for the device",
-    "max_steps": "runs are counted in epochs",
-    "max_train_steps": "runs are counted in epochs",
-    "iters": "runs are counted in epochs",
-    "num_steps": "runs are counted in epochs",
-    "steps": "runs are counted in epochs",
     "global_batch_size": "a step has batch_size x gradient_accumulation_steps rows",
     "total_batch_size": "a step has batch_size x gradient_accumulation_steps rows",
     "optim": "the optimizer is AdamW",
     "optimizer": "the optimizer is AdamW",
     "logging_steps": "every step is in metrics.jsonl",
-    "eval_steps": "validation follows every epoch",
-    "eval_strategy": "validation follows every epoch",
-    "evaluation_strategy": "validation follows every epoch",
     "packing": "rows are always packed without padding, and never see one another",
     "sample_packing": "rows are always packed without padding, and never see one another",
     "per_device_eval_batch_size": "validation takes as many rows at once as training",

@@ -43,7 +43,7 @@ from phitune.plan.machine import Memory
 from phitune.plan.memory import GIB, MemoryPlan
 from phitune.text import visible
 from phitune.training.events import (
-    EpochEvaluated,
+    Evaluated,
     Evaluation,
     Event,
     LossSpike,
@@ -126,7 +126,7 @@ class PlainView:
         match event:
             case StepDone(metrics):
                 self._print(self._step_line(metrics))
-            case EpochEvaluated(evaluation=Evaluation() as evaluation, is_best=is_best):
+            case Evaluated(evaluation=Evaluation() as evaluation, is_best=is_best):
                 self._print(_evaluation_line(evaluation, self._start, is_best=is_best))
 
     def show_samples(self, prompts: Sequence[str], answers: Sequence[Answer]) -> None:
@@ -193,7 +193,7 @@ class LiveView:
                 self._refresh()
             case Validating(done, rows):
                 self._bar.update(self._task, description=f"validation {done}/{rows}")
-            case EpochEvaluated(evaluation=Evaluation() as evaluation, is_best=is_best):
+            case Evaluated(evaluation=Evaluation() as evaluation, is_best=is_best):
                 self._evaluation = evaluation
                 line = _evaluation_line(evaluation, self._start, is_best=is_best)
                 self._console.print(escape(line), highlight=False)
@@ -241,7 +241,9 @@ def warning_lines(event: Event, data: PreparedData) -> list[str]:
 
 
 def _evaluation_line(evaluation: Evaluation, start: str, *, is_best: bool) -> str:
-    when = f"epoch {evaluation.epoch}" if evaluation.epoch else start
+    within_epoch = evaluation.epoch % 1
+    when = f"step {evaluation.step}" if within_epoch else f"epoch {evaluation.epoch}"
+    when = when if evaluation.step else start
     best = "  best so far" if is_best else ""
     return f"{when}  validation loss {evaluation.validation_loss:.4f}{best}"
 

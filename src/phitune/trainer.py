@@ -34,7 +34,7 @@ from phitune.data.mix import rows_per_epoch
 from phitune.data.packing import Batch, first_rows, pack
 from phitune.data.prepare import PreparedData, facts_of, prepare_data
 from phitune.data.sources import check_is_here
-from phitune.data.steps import OF_A_STEP, Steps
+from phitune.data.steps import OF_A_STEP, Steps, rows_after, total_steps
 from phitune.data.tokenizer import TextTokenizer
 from phitune.environment import NO_ROOM, find_folders
 from phitune.errors import (
@@ -103,7 +103,7 @@ from phitune.text import command_line, plural
 from phitune.training.checkpoint import checkpoints_of
 from phitune.training.events import (
     Ending,
-    EpochEvaluated,
+    Evaluated,
     NumbersRefused,
     RanOutOfMemory,
 )
@@ -137,7 +137,7 @@ from phitune.untrusted import write_object
 
 # Freed memory is kept for speed where this share of the plan fits: what is kept is fragmented.
 _PLENTY = 1.25
-# Answers shown after an epoch that changed them; all of them are in samples.jsonl.
+# Answers shown after a validation that changed them; all of them are in samples.jsonl.
 _SAMPLES_SHOWN = 2
 # Characters of a sample prompt that stands in a command to copy.
 _SHORT = 80
@@ -451,21 +451,21 @@ class LoRATrainer:
                                 if not event.numbers.is_validation:
                                     # Before it is written down: a resumed run meets it again.
                                     self._save(saver, state, "end", provenance)
-                            elif isinstance(event, EpochEvaluated):
+                            elif isinstance(event, Evaluated):
                                 with stop.showing():
                                     self._warn(self._guessing(event))
                                 if event.is_best:
                                     is_adapter_saved = self._try_to_save_adapter(run)
                                 samples = self._samples(data, stop)
                                 if stop.requested:
-                                    # This epoch will be validated again: its adapter is no best.
+                                    # This step will be validated again: its adapter is no best.
                                     is_adapter_saved &= not event.is_best
                                     break
                                 first_samples = first_samples if event.epoch else samples
                             run.write(event, data)
                             failed = trackers.log(event)
-                            if isinstance(event, EpochEvaluated):
-                                run.write_samples(event.epoch, prompts, samples)
+                            if isinstance(event, Evaluated):
+                                run.write_samples(event.epoch, state.step, prompts, samples)
                             with stop.showing():
                                 self._warn(failed)
                                 changed = _changed(prompts, samples, last_shown)
@@ -473,8 +473,8 @@ class LoRATrainer:
                             last_shown |= changed
                             if moment := moment_of(event):
                                 self._save(saver, state, moment, provenance)
-                            # What is written of an epoch counts only once the state counts it.
-                            is_written = isinstance(event, EpochEvaluated)
+                            # What is written of a step counts only once the state counts it.
+                            is_written = isinstance(event, Evaluated)
                             if stop.requested and not (is_written or refused):
                                 break
                         if not refused:
@@ -565,6 +565,9 @@ class LoRATrainer:
     def _steps_before(self) -> int:
         """Optimizer steps that a resumed run has done already."""
         return self._resumption.state["progress"]["step"] if self._resumption else 0
+
+    def _total_steps(self, state: TrainingState) -> int:
+        return total_steps(self.settings, state.steps_per_epoch)
 
     @property
     def _resume_command(self) -> str:
@@ -835,10 +838,10 @@ class LoRATrainer:
         trackers = Trackers(names, run.path, self.settings, first_step)
         for place in trackers.places:
             self._say(f"report_to {place}")
-        rows, epochs = rows_per_epoch(data.train_rows), self.settings.epochs
+        rows, steps = rows_per_epoch(data.train_rows), self._total_steps(state)
         view = open_view(self.console, self._step_0)
         view.start(
-            total=Position(epochs * state.steps_per_epoch, epochs * rows),
+            total=Position(steps, rows_after(steps, rows, self.settings)),
             done=Position(state.step, state.rows_seen(rows, self.settings)),
         )
         return view, trackers
@@ -847,15 +850,15 @@ class LoRATrainer:
         self, state: TrainingState, data: PreparedData, plan: MemoryPlan, budget: Memory
     ) -> Status:
         """Where the run is, for status.json."""
-        rows, epochs = rows_per_epoch(data.train_rows), self.settings.epochs
+        rows, steps = rows_per_epoch(data.train_rows), self._total_steps(state)
         return Status(
             phase="training",
             step=state.step,
-            total_steps=epochs * state.steps_per_epoch,
+            total_steps=steps,
             epoch=max(state.epochs_done, 0),
-            epochs=epochs,
+            epochs=-(-steps // state.steps_per_epoch),
             rows=state.rows_seen(rows, self.settings),
-            total_rows=epochs * rows,
+            total_rows=rows_after(steps, rows, self.settings),
             seconds_left=None,
             planned_bytes=plan.bytes,
             limit_bytes=budget.bytes,
@@ -863,8 +866,9 @@ class LoRATrainer:
 
     def _saver(self, run: RunDirectory) -> Saver:
         if resumption := self._resumption:
-            seconds, checkpoint = resumption.state["seconds"], resumption.checkpoint.name
-            return Saver(run, self.settings, seconds, checkpoint)
+            validated_step = resumption.state["progress"]["validated_step"]
+            saved = resumption.checkpoint.name, validated_step
+            return Saver(run, self.settings, resumption.state["seconds"], saved)
         return Saver(run, self.settings)
 
     # ---------------------------------------------------------------------------------------------
@@ -920,7 +924,7 @@ class LoRATrainer:
             return False
         return True
 
-    def _guessing(self, event: EpochEvaluated) -> list[str]:
+    def _guessing(self, event: Evaluated) -> list[str]:
         """What is to be said of a validation loss before the first step that chance would beat."""
         if event.epoch or not event.evaluation:
             return []
@@ -928,7 +932,7 @@ class LoRATrainer:
         return guessing_lines(loss, self.model_config.vocab_size, self.settings.model_name)
 
     def _sample_prompts(self, data: PreparedData) -> list[str]:
-        """The prompts that are answered after each epoch; none where `sample_tokens` is 0."""
+        """The prompts that are answered after each validation; none where `sample_tokens` is 0."""
         return [prompt.text for prompt in data.sample_prompts if self.settings.sample_tokens]
 
     def _samples(self, data: PreparedData, stop: Stop | None = None) -> list[Answer]:
@@ -1067,9 +1071,9 @@ class LoRATrainer:
             self.console.print(f"  {escape(command)}", soft_wrap=True)
 
     def _interrupted(self, stop: Stop, state: TrainingState) -> Interrupted:
-        steps = self.settings.epochs * state.steps_per_epoch
         return stop.interrupted(
-            f"interrupted by {stop.signal} after step {state.step} of {steps}; resume with:"
+            f"interrupted by {stop.signal} after step {state.step} of"
+            f" {self._total_steps(state)}; resume with:"
             f" {self._resume_command}"
         )
 

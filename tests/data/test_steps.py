@@ -9,7 +9,7 @@ import pytest
 
 from phitune.config import Settings, as_flags, resolve
 from phitune.data.packing import epoch_steps
-from phitune.data.steps import ENOUGH, TOO_FEW, Steps
+from phitune.data.steps import ENOUGH, TOO_FEW, VALIDATIONS, Steps, ValidationTimes, rows_after
 
 ROOT = Path(__file__).parents[2]
 GUIDE = ROOT / "docs" / "training.md"
@@ -78,3 +78,72 @@ def test_what_is_advised_was_measured_to_be_better() -> None:
     for run in runs:
         assert shlex.split(run["flags"]) == as_flags(Steps(run["rows"], Settings()).advised)
         assert run["advised"]["loss"] < run["default"]["loss"]
+
+
+# --- validate_every and max_steps -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "an_epoch", "after"),
+    [
+        ({"epochs": 3}, 4, [4, 8, 12]),
+        ({"epochs": 20}, 1000, [1000 * epoch for epoch in range(1, 21)]),
+        ({"epochs": 2}, 999, [999, 1998]),
+        ({"epochs": 1}, 1000, [100 * part for part in range(1, 11)]),
+        ({"epochs": 1}, 1005, [*(101 * part for part in range(1, 10)), 1005]),
+        (
+            {"epochs": 3},
+            1002,
+            [251, 502, 753, 1002, 1253, 1504, 1755, 2004, 2255, 2506, 2757, 3006],
+        ),
+        ({"max_steps": 250}, 100_000, [100, 200, 250]),
+        ({"max_steps": 5000}, 100_000, [500 * part for part in range(1, 11)]),
+        ({"epochs": 2, "validate_every": "epoch"}, 5000, [5000, 10_000]),
+        ({"epochs": 2, "validate_every": "3"}, 4, [3, 6, 8]),
+        ({"epochs": 2, "validate_every": "5", "max_steps": 7}, 4, [5, 7]),
+        ({"epochs": 2, "validate_every": "100"}, 4, [8]),
+        ({"epochs": 2, "validate_every": "30m"}, 4, [8]),
+    ],
+)
+def test_validations_lie_where_they_are_asked_for(
+    given: dict[str, object], an_epoch: int, after: list[int]
+) -> None:
+    times = ValidationTimes(resolve(given).settings, an_epoch)
+    assert [step for step in range(1, times.total + 1) if step in times] == after
+    assert times.count == (None if times.seconds else len(after))
+    assert times.are_epochs == (after == [*range(an_epoch, times.total + 1, an_epoch)])
+
+
+@pytest.mark.parametrize("epochs", range(1, 12))
+@pytest.mark.parametrize("an_epoch", [1000, 1001, 1999, 12_345])
+def test_long_epochs_are_validated_often_enough(epochs: int, an_epoch: int) -> None:
+    times = ValidationTimes(Settings(epochs=epochs), an_epoch)
+    assert times.count is not None
+    assert VALIDATIONS <= times.count < 2 * VALIDATIONS
+
+
+def test_the_line_says_what_max_steps_and_validate_every_come_to() -> None:
+    def line(**given: object) -> str:
+        return Steps(64_000, resolve({"epochs": 2, **given}).settings).line
+
+    assert line() == (
+        "2,000 optimizer steps: 1,000 an epoch from 64,000 rows at 64 a step, a validation every"
+        " 200 steps, 10 in all"
+    )
+    assert "(0.5 epochs, by max_steps), a validation every 100 steps, 5 in all" in line(
+        max_steps=500
+    )
+    assert "(max_steps 5,000 is not reached in 2 epochs)" in line(max_steps=5000)
+    assert line(validate_every="epoch").endswith("at 64 a step")
+    assert line(validate_every="30m").endswith("a validation every 30 minutes of training")
+    assert line(validation_split=0).endswith("at 64 a step")
+    few = line(max_steps=20)
+    assert "20 optimizer steps, too few to learn from" in few
+    assert "one validation, after the last step" in few
+    assert few.endswith("raise --max_steps")
+    assert Steps(64_000, resolve({"max_steps": 500}).settings).length == "500 steps"
+
+
+def test_rows_after_steps_are_those_of_whole_epochs_and_a_part() -> None:
+    settings = Settings(batch_size=4, gradient_accumulation_steps=2)
+    assert [rows_after(step, 21, settings) for step in range(7)] == [0, 8, 16, 21, 29, 37, 42]

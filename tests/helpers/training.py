@@ -16,7 +16,7 @@ from phitune.model.engine import Engine
 from phitune.model.lora import Adapter
 from phitune.training.events import (
     Ending,
-    EpochEvaluated,
+    Evaluated,
     Evaluation,
     Event,
     LossSpike,
@@ -66,7 +66,7 @@ class Recorded:
                 self.out_of_memory.append(event)
             case Validating(done, rows):
                 self.validated = done, rows
-            case EpochEvaluated(_, evaluation, is_best):
+            case Evaluated(_, evaluation, is_best):
                 self.evaluations.append((evaluation, is_best))
 
 

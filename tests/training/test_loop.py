@@ -20,7 +20,7 @@ from phitune.errors import NonFiniteError
 from phitune.model.architecture import resolve_targets
 from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
 from phitune.model.lora import Adapter, LoraSpec, attach
-from phitune.training.events import Ending, EpochEvaluated, Event
+from phitune.training.events import Ending, Evaluated, Event
 from phitune.training.state import learning_rate_at
 
 
@@ -54,7 +54,7 @@ def validation_loss(
     """Of the model as it is."""
     settings = Settings(epochs=1, batch_size=2, gradient_accumulation_steps=1)
     training = Training(engine, adapter, Data(rows, rows), settings)
-    training.run(stop=lambda event: isinstance(event, EpochEvaluated))
+    training.run(stop=lambda event: isinstance(event, Evaluated))
     ((evaluation, _),) = training.recorded.evaluations
     return evaluation.validation_loss if evaluation else None
 
@@ -224,7 +224,7 @@ def test_a_validation_loss_that_is_no_number_is_never_the_best(
         training, real = Training(engine, adapter, data, settings), engine.loss_sum
 
         def keep(event: Event) -> bool:
-            if isinstance(event, EpochEvaluated):
+            if isinstance(event, Evaluated):
                 kept[event.epoch] = bytes_of(adapter)  # noqa: B023
             return False
 

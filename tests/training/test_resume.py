@@ -38,7 +38,7 @@ from phitune.training.changes import CHANGEABLE, WHY_NOT
 from phitune.training.checkpoint import checkpoints_of
 from phitune.training.events import (
     EpochDone,
-    EpochEvaluated,
+    Evaluated,
     Event,
     MicroBatchDone,
     StepDone,
@@ -99,7 +99,7 @@ def moments_of(training: Training) -> list[Moment]:
 
     def keep(event: Event) -> bool:
         recorded = copy.deepcopy(training.recorded)
-        if isinstance(event, EpochEvaluated):
+        if isinstance(event, Evaluated):
             recorded.evaluations.pop()  # The state does not count it, so it is done again.
         moments.append(Moment(event, training.state.name, snapshot(training.state), recorded))
         return False
@@ -141,7 +141,7 @@ def test_resume_is_bit_identical_from_every_event(
         "step-000004",
         "step-000004-epoch-2",
     }
-    kinds = (MicroBatchDone, StepDone, Validating, EpochEvaluated, EpochDone)
+    kinds = (MicroBatchDone, StepDone, Validating, Evaluated, EpochDone)
     assert {type(moment.event) for moment in moments} == {*kinds}
 
 
@@ -319,7 +319,7 @@ def test_a_signal_in_a_validation_has_it_repeated(
 
     def stopping(*args: Any) -> Iterator[Event]:
         for event in fit(*args):
-            if isinstance(event, EpochEvaluated) and event.epoch == epoch:
+            if isinstance(event, Evaluated) and event.epoch == epoch:
                 signal.raise_signal(signal.SIGINT)
             yield event
 

@@ -19,7 +19,7 @@ from phitune.errors import SettingsError
 from phitune.model.files import ASSETS
 from phitune.training import trackers
 from phitune.training.events import (
-    EpochEvaluated,
+    Evaluated,
     Evaluation,
     MicroBatchDone,
     StepDone,
@@ -48,8 +48,8 @@ def step_done(step: int) -> StepDone:
     return StepDone(StepMetrics(step, 1, 2.0 - step / 10, 1e-4, 0.5, 100, 2000.0, 0.5, 0.0), None)
 
 
-def evaluated(step: int) -> EpochEvaluated:
-    return EpochEvaluated(1, Evaluation(step, 1, 1.5), is_best=True)
+def evaluated(step: int) -> Evaluated:
+    return Evaluated(1, Evaluation(step, 1, 1.5), is_best=True)
 
 
 class Recorded:

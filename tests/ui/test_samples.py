@@ -1,4 +1,4 @@
-"""Answers by epoch: what of them is new is marked, and any file can be read."""
+"""Answers while a run trains: what of them is new is marked, and any file can be read."""
 
 import json
 from pathlib import Path

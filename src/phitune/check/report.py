@@ -652,6 +652,8 @@ def _with_others(
     if rows_of_epoch:
         steps = Steps(rows_of_epoch, settings)
         checks.append(optimizer_steps(steps))
+        if tokens and steps.is_limited:
+            tokens = dataclasses.replace(tokens, epochs=steps.in_all / steps.an_epoch)
         mended = steps.advised if steps.verdict == "too few" else {}
         next_command = command_line("plan", *as_flags({**not_default(settings), **mended}))
     checks.sort(key=lambda finding: -SEVERITY[finding.verdict])
@@ -845,6 +847,8 @@ def _key(settings: Settings, data: PreparedData) -> str:
         "validation_split",
         "seed",
         "epochs",
+        "max_steps",
+        "validate_every",
         "batch_size",
         "gradient_accumulation_steps",
     )

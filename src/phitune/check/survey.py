@@ -140,7 +140,7 @@ class TokenStatistics:
     # By the share of rows that it keeps: "99%". Without those that only rows not counted decide.
     max_length_tokens_that_keep: dict[str, int]
     epoch: Epoch
-    epochs: int  # of the run
+    epochs: float  # of the run; whole unless max_steps ends it
     padding_share_of_padding_tools: Padding
 
 

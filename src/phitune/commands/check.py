@@ -84,12 +84,16 @@ def training_facts(tokens: "TokenStatistics") -> dict[str, str]:
     return {
         "max_length": f"{tokens.max_length_tokens:,} drops {dropped}{kept}",
         "an epoch": f"{epoch.tokens:,} tokens in {plural(epoch.train_rows, 'row')},"
-        f" {epoch.trained_tokens:,} of them trained; {plural(tokens.epochs, 'epoch')}:"
-        f" {tokens.epochs * epoch.tokens:,} tokens",
+        f" {epoch.trained_tokens:,} of them trained; {_epochs(tokens.epochs)}:"
+        f" {round(tokens.epochs * epoch.tokens):,} tokens",
         "padding": "none here. In tools that pad rows to max_length,"
         f" {padding.padded_to_max_length:.0%} of the positions would be padding; to the longest of"
         f" {padding.batch_size} rows in random order, {padding.padded_to_longest_of_batch:.0%}",
     }
+
+
+def _epochs(epochs: float) -> str:
+    return plural(epochs, "epoch") if isinstance(epochs, int) else f"{epochs:.2g} epochs"
 
 
 def lengths_table(report: "Report") -> dict[str, dict[str, str]]:
@@ -309,6 +313,7 @@ class CheckOptions(DataOptions):
         "batch_size": "rows of a micro-batch, for the steps and the share of padding",
         "gradient_accumulation_steps": "",
         "epochs": "",
+        "max_steps": "",
         "seed": "",
     }
 

@@ -62,6 +62,8 @@ class PlanOptions(DataOptions):
         "batch_size": "",
         "gradient_accumulation_steps": "",
         "epochs": "",
+        "max_steps": "",
+        "validate_every": "",
         "lora_r": "",
         "target_modules": "",
         "layers": "",
@@ -308,7 +310,25 @@ def _data_facts(plan: Plan) -> dict[str, str]:
 def _steps_fact(plan: Plan) -> str:
     """The optimizer steps of the run, with the remedy where they are too few."""
     at_a_time = plural(plan.settings.micro_batch, "row")
-    return f"{plan.steps.line}. A micro-batch has {at_a_time}"
+    return f"{plan.steps.line}. A micro-batch has {at_a_time}{_validation_words(plan)}"
+
+
+def _validation_words(plan: Plan) -> str:
+    """What validations add to the time of training, where they are not those of every run."""
+    times, rows = plan.steps.validation_times, plan.rows
+    if times.are_epochs or times.count is None or not len(rows.validation):
+        return ""
+    # One at the start, too. In rows, as the lengths of both parts are alike.
+    validated = (1 + times.count) * len(rows.validation) * plan.cost.forward
+    trained = rows.per_epoch * plan.steps.in_all / plan.steps.an_epoch * plan.cost.step
+    return f". Validations add about {validated / trained:.0%} to the time"
+
+
+def _tokens_of_run(plan: Plan) -> str:
+    steps, rows = plan.steps, plan.rows
+    if steps.is_limited:
+        return f"{steps.length} of {rows.tokens // steps.an_epoch:,} tokens"
+    return f"{steps.length} of {rows.tokens:,} tokens"
 
 
 def _batch_words(plan: Plan) -> str:
@@ -365,7 +385,7 @@ def _time_fact(plans: list[Plan]) -> str:
     if any(speed.machine.device == "cuda" for speed in speeds):
         measured = f". It may take longer: {MEASURED_SHARE}"
     return (
-        f"an estimate, not measured: {plural(plans[0].settings.epochs, 'epoch')} at"
+        f"an estimate, not measured: {plans[0].steps.length} at"
         f" {peaks} ({sources}), without loading and validation{measured}"
     )
 
@@ -598,11 +618,11 @@ def _speeds(plan: Plan) -> RenderableType:
         else:
             row += ["none fits", "", "", ""]
         table.add_row(*row)
-    rows, settings = plan.rows, plan.settings
+    rows = plan.rows
     upper = "" if rows.source else f" ({len(rows.train):,} rows of max_length, an upper bound)"
     notes = [
-        f"time is for {plural(settings.epochs, 'epoch')} of {rows.tokens:,} tokens{upper}, training"
-        f" alone: MFU x TFLOP/s / ({plan.cost.step / 1e9:.3g} GFLOP a token and recomputation).",
+        f"time is for {_tokens_of_run(plan)}{upper}, training alone: MFU x TFLOP/s /"
+        f" ({plan.cost.step / 1e9:.3g} GFLOP a token and recomputation).",
         "TFLOP/s is the datasheet's dense figure (M3: 18 cores x 128 x 2 x 1.4 GHz, CPU: cores x"
         " 64 x 2.7 GHz). MFU, the share of it in use, is assumed, not measured. A run takes at most"
         f" {shares()}. Where these settings do not fit, --batch_size auto.",
@@ -723,7 +743,7 @@ class PlannedRows:
 class PlannedSteps:
     """The optimizer steps of the run."""
 
-    in_all: int  # in all epochs
+    in_all: int  # of the run
     verdict: Literal["too few", "few", "enough"]  # whether they are enough to learn from
     advised_settings: Mapping[
         str, int

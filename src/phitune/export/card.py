@@ -40,6 +40,7 @@ _SETTINGS = (
     "validation_split",
     "max_length",
     "epochs",
+    "max_steps",
     "batch_size",
     "gradient_accumulation_steps",
     "learning_rate",

@@ -19,6 +19,7 @@ _NOT_RECOMPUTED = {"phi": ("dense", "fc2"), "phi3": ("down_proj",)}
 class Cost:
     """FLOPs of one training token."""
 
+    forward: float
     step: float  # forward and backward
     recompute_layer: float  # more, for each layer that is recomputed
     lowest_layer: int  # the first that has a backward, and so anything to recompute
@@ -48,7 +49,7 @@ def token_cost(config: ModelConfig, modules: Sequence[str], rows: Rows) -> Cost:
     lowest = _lowest_layer(config, modules)
     forward = layers * (2 * layer + attention) + 2 * head
     backward = (layers - lowest) * (2 * layer + 2 * attention) + 2 * head
-    return Cost(forward + backward, 2 * (layer - skipped) + attention, lowest)
+    return Cost(forward, forward + backward, 2 * (layer - skipped) + attention, lowest)
 
 
 def _lowest_layer(config: ModelConfig, modules: Sequence[str]) -> int:

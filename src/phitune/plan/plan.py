@@ -380,13 +380,15 @@ def speeds(run: Run, settings: Settings, batch_size: int | None) -> list[Speed]:
         if not batch.fits:
             found.append(Speed(machine, place.base, None, 0, 0))
             continue
-        found.append(_speed(machine, place.base, batch, run, settings.epochs))
+        found.append(_speed(machine, place.base, batch, run, settings))
     return found
 
 
-def _speed(machine: Machine, base: Base, batch: BatchOption, run: Run, epochs: int) -> Speed:
+def _speed(machine: Machine, base: Base, batch: BatchOption, run: Run, settings: Settings) -> Speed:
     rate = machine.mfu * machine.tflops(base) * 1e12 / (run.cost.step * batch.time)
-    return Speed(machine, base, batch, rate, epochs * run.rows.tokens / rate / 3600)
+    steps = Steps(run.rows.per_epoch, settings)
+    tokens = run.rows.tokens * steps.in_all // steps.an_epoch
+    return Speed(machine, base, batch, rate, tokens / rate / 3600)
 
 
 # Below this hidden size no machine comes near the share of its peak that is assumed.
@@ -404,7 +406,7 @@ def _estimates(
     if chosen.bytes > place.budget or run.config.hidden_size < SMALL_MODEL:
         return []
     batch = _batch_option(run, settings.micro_batch, chosen, place.budget)
-    return [_speed(machine, place.base, batch, run, settings.epochs) for machine in machines]
+    return [_speed(machine, place.base, batch, run, settings) for machine in machines]
 
 
 # -------------------------------------------------------------------------------------------------

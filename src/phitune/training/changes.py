@@ -6,12 +6,14 @@ from phitune.neighbours import unknown_name
 
 CHANGEABLE = (
     "epochs",
+    "max_steps",
     "learning_rate",
     "lr_scheduler",
     "warmup_ratio",
     "weight_decay",
     "max_grad_norm",
     "nonfinite_patience",
+    "validate_every",
     "early_stopping_patience",
     "lora_dropout",
     "batch_size",

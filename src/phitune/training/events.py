@@ -29,7 +29,7 @@ class Evaluation:
     """The validation loss after a step; step 0 is what training starts from."""
 
     step: int  # steps that were made
-    epoch: int  # epochs that were done
+    epoch: float  # epochs that were done; whole but within one
     validation_loss: float  # mean over all trained tokens of the validation rows
 
 
@@ -46,7 +46,7 @@ class NonFinite:
     """Loss or gradient of a step, or the validation loss, is not finite."""
 
     step: int
-    epoch: int
+    epoch: float
     loss: float
     grad_norm: float | None  # None for a validation
     rows: tuple[int, ...]  # by number, among the training or the validation rows
@@ -164,7 +164,7 @@ class RowTried:
 
 @dataclass(frozen=True)
 class NumbersRefused:
-    """No update was made, or no epoch ended, because the numbers are not finite."""
+    """No update was made, or no validation counts, because the numbers are not finite."""
 
     numbers: NonFinite
     gives_up: bool  # the last event of a run: a validation, or once more than the patience allows
@@ -179,20 +179,27 @@ class Validating:
 
 
 @dataclass(frozen=True)
-class EpochEvaluated:
-    """An epoch (0: before the first step) was evaluated; the state does not count it yet.
+class Evaluated:
+    """The adapter was evaluated after a step; the state does not count it yet.
 
-    A run that stops here evaluates the epoch again when it resumes.
+    A run that stops here evaluates it again when it resumes.
     """
 
-    epoch: int
+    epoch: float  # epochs that were done, 0 before the first step; whole but within one
     evaluation: Evaluation | None  # None without validation rows
     is_best: bool  # the adapter is the best so far, or there are no validation rows
 
 
 @dataclass(frozen=True)
+class EvaluationDone:
+    """The state counts an evaluation within an epoch."""
+
+    is_best: bool  # by its validation loss
+
+
+@dataclass(frozen=True)
 class EpochDone:
-    """The state counts the epoch."""
+    """The state counts the epoch, and the evaluation at its end where there was one."""
 
     epoch: int
     is_best: bool  # by its validation loss
@@ -206,7 +213,8 @@ Event = (
     | RowTried
     | NumbersRefused
     | Validating
-    | EpochEvaluated
+    | Evaluated
+    | EvaluationDone
     | EpochDone
 )
 

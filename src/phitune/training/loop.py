@@ -19,7 +19,7 @@ from torch import Tensor
 
 from phitune.config import Settings
 from phitune.data.packing import batches, next_micro_batch, pack, steps_of_epoch
-from phitune.data.steps import steps_per_epoch
+from phitune.data.steps import ValidationTimes, steps_per_epoch, total_steps
 from phitune.data.tokenizer import TokenizedExample
 from phitune.errors import MAX_LISTED, OutOfMemoryError
 from phitune.model.engine import Engine
@@ -29,8 +29,9 @@ from phitune.text import plural
 from phitune.training.events import (
     Ending,
     EpochDone,
-    EpochEvaluated,
+    Evaluated,
     Evaluation,
+    EvaluationDone,
     Event,
     LossSpike,
     MicroBatchDone,
@@ -67,7 +68,7 @@ class TrainingData(Protocol):
 def fit(
     engine: Engine, state: TrainingState, data: TrainingData, settings: Settings
 ) -> Iterator[Event]:
-    """Trains the state's adapter in place, until all epochs are done or patience ends.
+    """Trains the state's adapter in place, until all steps are done or patience ends.
 
     Where memory runs out, the current step or validation begins again, split further.
 
@@ -78,7 +79,7 @@ def fit(
         OutOfMemoryError: a step does not fit however it is split; its gradients are dropped.
     """
     train_rows, parameters = data.train_rows, state.adapter.parameters()
-    total_steps = settings.epochs * state.steps_per_epoch
+    steps_in_all = total_steps(settings, state.steps_per_epoch)
     adapter_at_start = copy_of(state.adapter)
     state.micro_batch, state.has_fitted = settings.micro_batch, False
 
@@ -88,12 +89,12 @@ def fit(
         if evaluation and not math.isfinite(evaluation.validation_loss):
             yield from refuse_validation(engine, state, data, evaluation, adapter_at_start)
             return
-        yield EpochEvaluated(0, evaluation, is_best=False)
+        yield Evaluated(0, evaluation, is_best=False)
         state.first_validation_loss = evaluation.validation_loss if evaluation else None
         state.epochs_done = 0
         yield EpochDone(0, is_best=False)
 
-    while state.epochs_done < settings.epochs and not out_of_patience(state, settings):
+    while not is_over(state, settings):
         epoch = state.epochs_done + 1
         for rows in steps_of_epoch(
             train_rows,
@@ -102,6 +103,14 @@ def fit(
             epoch=epoch,
             first_step=state.step_in_epoch,
         ):
+            # Before the next step: what is due after the one before it.
+            if validation_is_due(state, settings) and not (
+                yield from evaluate_within_epoch(engine, state, data, settings, adapter_at_start)
+            ):
+                return
+            if is_over(state, settings):
+                break
+
             # Gradients: summed over the step's trained tokens, one micro-batch after the other.
             step, device = state.step + 1, engine.device
             num_tokens = sum(len(train_rows[row].input_ids) for row in rows)
@@ -128,7 +137,7 @@ def fit(
             norm = gradient_norm(parameters)
             learning_rate = learning_rate_at(
                 step,
-                total_steps=total_steps,
+                total_steps=steps_in_all,
                 warmup_ratio=settings.warmup_ratio,
                 peak=settings.learning_rate,
                 schedule=settings.lr_scheduler,
@@ -154,6 +163,7 @@ def fit(
             clip_gradients(parameters, norm, settings.max_grad_norm)
             state.optimizer.step()
             state.step, state.bad_steps = step, 0
+            state.seconds_since_validation += time.perf_counter() - started
             state.begin_step()
             usual = usual_loss(state.recent_losses, loss)
             state.recent_losses = [*state.recent_losses, loss][-RECENT:]
@@ -172,16 +182,21 @@ def fit(
             yield StepDone(metrics, None if usual is None else LossSpike(usual, tuple(rows)))
 
         # The end of the epoch: validation, and whether this adapter is the best.
-        evaluation = yield from validate(engine, state, data, settings, epoch)
-        if evaluation and not math.isfinite(evaluation.validation_loss):
-            yield from refuse_validation(engine, state, data, evaluation, adapter_at_start)
-            return
-        validation_loss = evaluation.validation_loss if evaluation else None
-        best = state.best_validation_loss
-        is_best = validation_loss is None or best is None or validation_loss < best
-        yield EpochEvaluated(epoch, evaluation, is_best)
-        state.end_epoch(validation_loss, is_best=is_best)
-        yield EpochDone(epoch, is_best and evaluation is not None)
+        if state.step_in_epoch < state.steps_per_epoch:
+            continue
+        is_best = False
+        if validation_is_due(state, settings):
+            evaluated = yield from evaluate(engine, state, data, settings, adapter_at_start)
+            if evaluated is None:
+                return
+            state.count(evaluated.evaluation, is_best=evaluated.is_best)
+            is_best = evaluated.is_best and evaluated.evaluation is not None
+        state.epochs_done = epoch
+        yield EpochDone(epoch, is_best)
+
+    # The last step is validated, wherever the run was resumed.
+    if state.validated_step < state.step:
+        yield from evaluate_within_epoch(engine, state, data, settings, adapter_at_start)
 
 
 def start_state(
@@ -197,19 +212,33 @@ def start_state(
     )
 
 
+def is_over(state: TrainingState, settings: Settings) -> bool:
+    """Whether no further step is made."""
+    # An epoch that ends with the last step is still to be counted.
+    is_counted = state.step_in_epoch < state.steps_per_epoch
+    is_last = state.step >= total_steps(settings, state.steps_per_epoch)
+    return (is_last and is_counted) or out_of_patience(state, settings)
+
+
 def out_of_patience(state: TrainingState, settings: Settings) -> bool:
     """Whether early stopping ends the run."""
     patience = settings.early_stopping_patience
-    return bool(patience) and state.epochs_without_gain >= patience
+    return bool(patience) and state.validations_without_gain >= patience
 
 
 def ending_of(state: TrainingState, settings: Settings) -> Ending:
     """How a run ended that is in this state."""
     if out_of_patience(state, settings):
-        patience = settings.early_stopping_patience
-        ended = f"stopped early: no better validation loss in {plural(patience, 'epoch')}"
+        times = ValidationTimes(settings, state.steps_per_epoch)
+        unit = "epoch" if times.are_epochs else "validation"
+        patience = plural(settings.early_stopping_patience, unit)
+        ended = f"stopped early: no better validation loss in {patience}"
+    elif state.validated_step < state.step or not is_over(state, settings):
+        ended = "interrupted"
+    elif state.epochs_done >= settings.epochs:
+        ended = "all epochs done"
     else:
-        ended = "all epochs done" if state.epochs_done >= settings.epochs else "interrupted"
+        ended = f"max_steps {settings.max_steps} reached"
     return Ending(
         steps=state.step,
         best_step=state.best_step if state.best else state.step,
@@ -224,8 +253,52 @@ def ending_of(state: TrainingState, settings: Settings) -> Ending:
 # Validation.
 
 
+def validation_is_due(state: TrainingState, settings: Settings) -> bool:
+    """Whether the adapter is evaluated before the next step, or at the end of the epoch."""
+    if state.rows_in_step or state.step <= state.validated_step:
+        return False
+    times = ValidationTimes(settings, state.steps_per_epoch)
+    if times.seconds is not None and state.seconds_since_validation >= times.seconds:
+        return True
+    return state.step in times
+
+
+def evaluate_within_epoch(
+    engine: Engine,
+    state: TrainingState,
+    data: TrainingData,
+    settings: Settings,
+    adapter_at_start: dict[str, Tensor],  # A [R, D] and B [O, R] by name
+) -> Generator[Event, None, bool]:
+    """Evaluates and counts it. Returns: whether the run goes on."""
+    evaluated = yield from evaluate(engine, state, data, settings, adapter_at_start)
+    if evaluated is None:
+        return False
+    state.count(evaluated.evaluation, is_best=evaluated.is_best)
+    yield EvaluationDone(evaluated.is_best and evaluated.evaluation is not None)
+    return True
+
+
+def evaluate(
+    engine: Engine,
+    state: TrainingState,
+    data: TrainingData,
+    settings: Settings,
+    adapter_at_start: dict[str, Tensor],  # A [R, D] and B [O, R] by name
+) -> Generator[Event, None, Evaluated | None]:
+    """Validates, and compares with the best so far; None where the loss is not finite."""
+    evaluation = yield from validate(engine, state, data, settings, state.epoch)
+    loss, best = evaluation.validation_loss if evaluation else None, state.best_validation_loss
+    if evaluation and not math.isfinite(evaluation.validation_loss):
+        yield from refuse_validation(engine, state, data, evaluation, adapter_at_start)
+        return None
+    evaluated = Evaluated(state.epoch, evaluation, loss is None or best is None or loss < best)
+    yield evaluated
+    return evaluated
+
+
 def validate(
-    engine: Engine, state: TrainingState, data: TrainingData, settings: Settings, epoch: int
+    engine: Engine, state: TrainingState, data: TrainingData, settings: Settings, epoch: float
 ) -> Generator[Event, None, Evaluation | None]:
     """Mean loss over the trained tokens of all validation rows, without dropout."""
     rows = data.validation_rows

@@ -25,6 +25,7 @@ from phitune.config import (
 )
 from phitune.data.prepare import PreparedData
 from phitune.data.sources import hub_id
+from phitune.data.steps import total_steps
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import ResumeError, SettingsError, listing
 from phitune.model.adapter_config import CONFIG_FILE
@@ -39,7 +40,7 @@ from phitune.training.checkpoint import (
 )
 from phitune.training.events import RanOutOfMemory
 from phitune.training.rundir import CHECKPOINTS, CONFIG, read_summary, refuse_if_held
-from phitune.training.state import learning_rate_at
+from phitune.training.state import NUMBERS, learning_rate_at
 
 # -------------------------------------------------------------------------------------------------
 # What a run is made of: settings, data, base model, versions, machine.
@@ -214,7 +215,7 @@ def _shown(value: Any) -> str:
 
 AUTO = "auto"
 # What the learning rate of a step follows from.
-_SCHEDULE = ("epochs", "learning_rate", "lr_scheduler", "warmup_ratio")
+_SCHEDULE = ("epochs", "max_steps", "learning_rate", "lr_scheduler", "warmup_ratio")
 STATE = "state.json"
 
 
@@ -246,7 +247,10 @@ class Resumption:
         changes: dict[str, Any] = {**self.changes}
         if progress["epochs_done"] >= settings.epochs:
             changes["epochs"] = 2 * progress["epochs_done"]
-        patience, without_gain = settings.early_stopping_patience, progress["epochs_without_gain"]
+        if settings.max_steps and progress["step"] >= settings.max_steps:
+            changes["max_steps"] = 2 * progress["step"]
+        patience = settings.early_stopping_patience
+        without_gain = progress["validations_without_gain"]
         if patience and without_gain >= patience:
             changes["early_stopping_patience"] = patience + without_gain
         return self.command(**changes)
@@ -264,20 +268,20 @@ class Resumption:
         def rate(settings: Settings, step: int) -> float:
             return learning_rate_at(
                 step,
-                total_steps=settings.epochs * steps_per_epoch,
+                total_steps=total_steps(settings, steps_per_epoch),
                 warmup_ratio=settings.warmup_ratio,
                 peak=settings.learning_rate,
                 schedule=settings.lr_scheduler,
             )
 
         before, after = rate(then, step), rate(now, step + 1)
-        if then.epochs * steps_per_epoch > step and after == rate(then, step + 1):
+        if total_steps(then, steps_per_epoch) > step and after == rate(then, step + 1):
             return None
         way = "up" if after > before else "down"
         return (
             f"learning rate: goes {way} from {before:.2e} (step {step}) to {after:.2e} (step"
-            f" {step + 1}), since the schedule is {now.lr_scheduler} over {now.epochs} epochs now,"
-            f" not {then.lr_scheduler} over {then.epochs}"
+            f" {step + 1}), since the schedule is {now.lr_scheduler} over {_length(now)} now, not"
+            f" {then.lr_scheduler} over {_length(then)}"
         )
 
     def check_unchanged(self) -> None:
@@ -410,6 +414,7 @@ def _resumption(folder: Path, found: list[Path], resolved: Resolved) -> Resumpti
     try:
         state = json.loads(files[STATE])
         saved = Provenance.from_json(state["provenance"])
+        progress = {name: state["progress"][name] for name in NUMBERS}
     except (ValueError, KeyError, TypeError) as error:
         raise ResumeError(
             f"{checkpoint}: was written by another version of phitune ({error})"
@@ -422,6 +427,12 @@ def _resumption(folder: Path, found: list[Path], resolved: Resolved) -> Resumpti
             f"resume_with: a step would have {kept} rows (batch_size x"
             f" gradient_accumulation_steps) instead of {steps}, which changes every later step;"
             " change both, so that their product stays"
+        )
+    limit = effective.settings.max_steps
+    if "max_steps" in changes and limit and limit < progress["step"]:
+        raise ResumeError(
+            f"resume_with: max_steps {limit} is less than the {progress['step']} steps that the run"
+            " has done; use more"
         )
     summary = read_summary(folder)
     if summary and _goes_further(saved.effective.settings, effective.settings, state):
@@ -528,9 +539,16 @@ def _as_changes(differing: list[Difference], then: Settings) -> str:
     return ",".join(pairs)
 
 
+def _length(settings: Settings) -> str:
+    """How long the schedule is that they ask for."""
+    limit = settings.max_steps
+    return f"{settings.epochs} epochs" + (f" or {limit} steps" if limit else "")
+
+
 def _goes_further(then: Settings, now: Settings, state: Mapping[str, Any]) -> bool:
     """Whether changed settings leave a finished run something to do."""
     progress = state["progress"]
     patience = now.early_stopping_patience
-    is_patient = not patience or progress["epochs_without_gain"] < patience
-    return bool(progress["epochs_done"] < now.epochs and is_patient)
+    is_patient = not patience or progress["validations_without_gain"] < patience
+    has_steps = now.max_steps is None or progress["step"] < now.max_steps
+    return bool(progress["epochs_done"] < now.epochs and has_steps and is_patient)

@@ -2,7 +2,7 @@
 
     config.yaml     the effective settings; `phitune train --config` repeats the run with it
     metrics.jsonl   one line for each step, one more for each evaluation
-    samples.jsonl   the answers to the sample prompts, before training and after each epoch
+    samples.jsonl   the answers to the sample prompts, before training and after each validation
     adapter/        the best adapter so far in PEFT's format, with tokenizer and chat template
     checkpoints/    what it takes to resume, see `checkpoint.py`
     summary.json    written last, when training has ended: what came out
@@ -48,7 +48,7 @@ from phitune.training.checkpoint import (
     with_suffix,
 )
 from phitune.training.events import (
-    EpochEvaluated,
+    Evaluated,
     Evaluation,
     Event,
     LossSpike,
@@ -331,14 +331,19 @@ class RunDirectory:
             self._append(METRICS, {**line, "time": round(time.time(), 3)})
 
     def write_samples(
-        self, epoch: int, prompts: Sequence[str], answers: Sequence[SampleAnswer]
+        self, epoch: float, step: int, prompts: Sequence[str], answers: Sequence[SampleAnswer]
     ) -> None:
-        """Appends the answers to the sample prompts to samples.jsonl."""
+        """Appends the answers to the sample prompts to samples.jsonl.
+
+        Args:
+            epoch, step: that were done; the step is written where it lies within an epoch.
+        """
+        when = {"epoch": epoch} if epoch % 1 == 0 else {"epoch": epoch, "step": step}
         for prompt, answer in zip(prompts, answers, strict=False):
             self._append(
                 SAMPLES,
                 {
-                    "epoch": epoch,
+                    **when,
                     "prompt": prompt,
                     "answer": answer.text,
                     "tokens": answer.tokens,
@@ -422,11 +427,12 @@ def metrics_lines(event: Event, data: "PreparedData") -> list[dict[str, Any]]:
                 numbers_as_text["grad_norm"] = str(bad.grad_norm)
             part = data.validation_rows if bad.is_validation else data.train_rows
             rows = [Path(part.place(row)).name for row in bad.rows]
-            when = {"step": bad.step, "epoch": bad.epoch}
-            return [{**when, "not_finite": numbers_as_text, "rows": rows}]
+            return [
+                {"step": bad.step, "epoch": bad.epoch, "not_finite": numbers_as_text, "rows": rows}
+            ]
         case RanOutOfMemory():
             return [{"step": event.step, "out_of_memory": event.reason, **asdict(event.now)}]
-        case EpochEvaluated(evaluation=Evaluation() as evaluation):
+        case Evaluated(evaluation=Evaluation() as evaluation):
             return [asdict(evaluation)]
     return []
 

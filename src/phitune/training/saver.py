@@ -7,9 +7,10 @@ from contextlib import suppress
 from typing import Literal
 
 from phitune.config import Settings
+from phitune.data.steps import total_steps
 from phitune.text import ODD_BYTES
 from phitune.training.checkpoint import remove_older, write_checkpoint
-from phitune.training.events import EpochDone, Event, NumbersRefused, StepDone
+from phitune.training.events import EpochDone, EvaluationDone, Event, NumbersRefused, StepDone
 from phitune.training.out_of_memory import why_not_written
 from phitune.training.resume import STATE, Provenance
 from phitune.training.rundir import RunDirectory
@@ -19,8 +20,8 @@ AUTO_MINUTES = 10.0
 # After a disk was full or gone, it is tried again this much later.
 _RETRY_SECONDS = 30.0
 
-# When a checkpoint may be due: after a step, after an epoch (with a better adapter than all
-# before), and at the end, after which nothing follows.
+# When a checkpoint may be due: after a step, after an epoch, after a validation that found a better
+# adapter than all before, and at the end, after which nothing follows.
 Moment = Literal["step", "epoch", "best", "end"]
 
 
@@ -31,6 +32,8 @@ def moment_of(event: Event) -> Moment | None:
             return "step"
         case EpochDone(is_best=is_best):
             return "best" if is_best else "epoch"
+        case EvaluationDone(is_best=True):
+            return "best"
     return None
 
 
@@ -72,12 +75,12 @@ class Saver:
         run: RunDirectory,
         settings: Settings,
         seconds_before: float = 0.0,
-        saved: str | None = None,
+        saved: tuple[str, int] | None = None,
     ) -> None:
         """
         Args:
             seconds_before: what the run took until it was resumed.
-            saved: the checkpoint from which it was resumed.
+            saved: name and `validated_step` of the checkpoint from which it was resumed.
         """
         self.problem: str | None = None  # why the last one could not be written
         self._run = run
@@ -96,7 +99,8 @@ class Saver:
 
     def is_due(self, state: TrainingState, moment: Moment) -> bool:
         """Whether a state should be saved now: by the schedule, or since the last try failed."""
-        if state.name == self._saved:
+        # A validation makes another state of one that keeps its name.
+        if (state.name, state.validated_step) == self._saved:
             return False
         now = time.monotonic()
         if self.problem is not None and now - self._tried_at > _RETRY_SECONDS:
@@ -122,7 +126,7 @@ class Saver:
             )
         else:
             self.problem = None
-            self._saved, self._saved_step = state.name, state.step
+            self._saved, self._saved_step = (state.name, state.validated_step), state.step
             self._saved_at = time.monotonic()
             with suppress(OSError):  # What cannot be removed now is removed the next time.
                 remove_older(root, self._settings.keep_checkpoints, state.best_step)
@@ -132,10 +136,10 @@ class Saver:
     def _files(self, state: TrainingState, provenance: Provenance) -> Iterator[tuple[str, bytes]]:
         for name, tensors in state.tensors():
             yield name, as_bytes(tensors)
-        total_steps = self._settings.epochs * state.steps_per_epoch
+        steps = total_steps(self._settings, state.steps_per_epoch)
         content = {
             "progress": state.numbers(),
-            "schedule": {"step": state.step, "total_steps": total_steps},
+            "schedule": {"step": state.step, "total_steps": steps},
             "seconds": self.training_seconds,
             "logs": self._run.lengths(),
             "provenance": provenance.as_json(),

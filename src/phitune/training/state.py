@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from phitune.config import Settings
 from phitune.data.packing import Batch
+from phitune.data.steps import rows_after
 from phitune.model import ops
 from phitune.model.lora import Adapter
 from phitune.training.checkpoint import checkpoint_name
+from phitune.training.events import Evaluation
 
 # -------------------------------------------------------------------------------------------------
 # The optimizer, the learning rate as a function of the step, gradients, dropout.
@@ -127,6 +129,8 @@ class TrainingState:
 
     step: int = 0  # optimizer steps done
     epochs_done: int = -1  # with their validation; -1 before that of epoch 0
+    validated_step: int = 0  # the last one after which the adapter was evaluated
+    seconds_since_validation: float = 0.0  # of steps
     rows_in_step: int = 0  # rows of the current step whose gradients are accumulated
     seconds_in_step: float = 0.0
     bad_steps: int = 0  # latest steps in a row whose numbers were not finite
@@ -135,13 +139,19 @@ class TrainingState:
     first_validation_loss: float | None = None
     best_validation_loss: float | None = None
     best_step: int = 0
-    epochs_without_gain: int = 0
+    validations_without_gain: int = 0
     best: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def step_in_epoch(self) -> int:
         """Steps done of the current epoch."""
         return self.step - max(self.epochs_done, 0) * self.steps_per_epoch
+
+    @property
+    def epoch(self) -> float:
+        """Epochs that the steps make: a whole number at the end of one, else with a part."""
+        epochs, rest = divmod(self.step, self.steps_per_epoch)
+        return self.step / self.steps_per_epoch if rest else epochs
 
     @property
     def name(self) -> str:
@@ -153,8 +163,7 @@ class TrainingState:
 
     def rows_seen(self, rows: int, settings: Settings) -> int:
         """Training rows processed so far, in all epochs."""
-        of_epoch = min(self.step_in_epoch * settings.rows_per_step, rows)
-        return max(self.epochs_done, 0) * rows + of_epoch + self.rows_in_step
+        return rows_after(self.step, rows, settings) + self.rows_in_step
 
     def begin_step(self) -> None:
         """The gradients start from zero."""
@@ -162,12 +171,13 @@ class TrainingState:
         self.rows_in_step, self.seconds_in_step = 0, 0.0
         self.step_loss = torch.zeros_like(self.step_loss)
 
-    def end_epoch(self, validation_loss: float | None, *, is_best: bool) -> None:
-        self.epochs_done += 1
+    def count(self, evaluation: Evaluation | None, *, is_best: bool) -> None:
+        """The adapter was evaluated as it is."""
+        self.validated_step, self.seconds_since_validation = self.step, 0.0
         if is_best:
-            self.best = copy_of(self.adapter)
-            self.best_step, self.best_validation_loss = self.step, validation_loss
-        self.epochs_without_gain = 0 if is_best else self.epochs_without_gain + 1
+            self.best, self.best_step = copy_of(self.adapter), self.step
+            self.best_validation_loss = evaluation.validation_loss if evaluation else None
+        self.validations_without_gain = 0 if is_best else self.validations_without_gain + 1
 
     def restore_best(self) -> None:
         """Puts the adapter back to its best, where there was one."""
@@ -176,7 +186,7 @@ class TrainingState:
 
     def numbers(self) -> dict[str, Any]:
         """What is not a tensor."""
-        return {name: getattr(self, name) for name in _NUMBERS}
+        return {name: getattr(self, name) for name in NUMBERS}
 
     def tensors(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Name and tensors of each file, one file at a time; A [R, D] and B [O, R] of every pair,
@@ -200,7 +210,7 @@ class TrainingState:
             numbers: as `numbers` gave them.
             files: contents by name, as `as_bytes` made them of `tensors`.
         """
-        for name in _NUMBERS:
+        for name in NUMBERS:
             setattr(self, name, numbers[name])
         restore(self.adapter, load(files[ADAPTER]))
         device = self.step_loss.device
@@ -230,9 +240,11 @@ class TrainingState:
         }
 
 
-_NUMBERS = (
+NUMBERS = (
     "step",
     "epochs_done",
+    "validated_step",
+    "seconds_since_validation",
     "rows_in_step",
     "seconds_in_step",
     "bad_steps",
@@ -240,7 +252,7 @@ _NUMBERS = (
     "first_validation_loss",
     "best_validation_loss",
     "best_step",
-    "epochs_without_gain",
+    "validations_without_gain",
 )
 
 

@@ -27,7 +27,7 @@ from phitune.data.sources import hub_id
 from phitune.errors import SettingsError, without_tokens
 from phitune.model.files import SHIPPED_MODELS, is_hub_id
 from phitune.training.checkpoint import replace_file
-from phitune.training.events import EpochEvaluated, Evaluation, Event, StepDone
+from phitune.training.events import Evaluated, Evaluation, Event, StepDone
 from phitune.training.rundir import TRACKERS
 
 PROJECT = "phitune"  # trackio's and wandb's project, MLflow's experiment
@@ -105,7 +105,7 @@ class Trackers:
         Returns: warnings about trackers that failed, which get no more numbers.
         """
         match event:
-            case StepDone(metrics=line) | EpochEvaluated(evaluation=Evaluation() as line):
+            case StepDone(metrics=line) | Evaluated(evaluation=Evaluation() as line):
                 numbers = {key: value for key, value in asdict(line).items() if key not in _WHEN}
             case _:
                 return []

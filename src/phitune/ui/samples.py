@@ -1,11 +1,12 @@
-"""How the answers to the sample prompts changed from epoch to epoch, from samples.jsonl."""
+"""How the answers to the sample prompts changed while a run trained, from samples.jsonl."""
 
 import difflib
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from phitune.text import visible
 from phitune.ui.files import open_file, parsed
@@ -22,14 +23,15 @@ class Piece:
     """A part of an answer."""
 
     text: str
-    changed: bool  # it was not in the answer of the epoch before
+    changed: bool  # it was not in the answer before
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What was answered after an epoch."""
+    """What was answered after a validation."""
 
-    epoch: int
+    epoch: float  # whole at the end of one
+    step: int | None  # where it lies within an epoch
     tokens: int | None
     stopped: bool | None  # by itself
     pieces: list[Piece]
@@ -52,13 +54,13 @@ class Samples:
 
 
 def samples_of(path: Path) -> Samples:
-    """The answers in samples.jsonl, by prompt; of an epoch that was resumed the last ones."""
-    found: dict[str, dict[int, tuple[str, dict[str, Any]]]] = {}
+    """The answers in samples.jsonl, by prompt; of one that was asked again the last."""
+    found: dict[str, dict[float, tuple[str, dict[str, Any]]]] = {}
     left_out = 0
     for line in _lines(path):
         entry = parsed(line) if len(line) <= _LONGEST_LINE else None
         prompt, answer, epoch = ((entry or {}).get(key) for key in ("prompt", "answer", "epoch"))
-        if not (isinstance(prompt, str) and isinstance(answer, str) and type(epoch) is int):
+        if not (isinstance(prompt, str) and isinstance(answer, str) and _is_number(epoch)):
             left_out += 1
             continue
         if len(found) >= MOST_PROMPTS and prompt not in found:
@@ -70,6 +72,10 @@ def samples_of(path: Path) -> Samples:
             continue
         epochs[epoch] = (answer, entry or {})
     return Samples([_strip(prompt, epochs) for prompt, epochs in found.items()], left_out)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return type(value) is int or (type(value) is float and math.isfinite(value))
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -89,15 +95,16 @@ def _lines(path: Path) -> Iterator[bytes]:
         return
 
 
-def _strip(prompt: str, epochs: dict[int, tuple[str, dict[str, Any]]]) -> Strip:
+def _strip(prompt: str, epochs: dict[float, tuple[str, dict[str, Any]]]) -> Strip:
     answers, before = [], None
     for epoch in sorted(epochs):
         text, entry = epochs[epoch]
         text = visible(text if len(text) <= _LONGEST else text[:_LONGEST] + "...")
-        tokens, stopped = entry.get("tokens"), entry.get("stopped")
+        tokens, stopped, step = (entry.get(key) for key in ("tokens", "stopped", "step"))
         answers.append(
             Answer(
                 epoch,
+                step if type(step) is int else None,
                 tokens if type(tokens) is int else None,
                 stopped if type(stopped) is bool else None,
                 [Piece(text, changed=False)] if before is None else changes(before, text),

@@ -117,8 +117,8 @@ async function showSamples() {
   const before = [...document.querySelectorAll('.strip')].map((strip) => strip.scrollLeft);
   put($('#prompts'), ...prompts.map(({ prompt, answers }, index) => el('section', { 'aria-label': `Prompt ${index + 1}` },
     el('p.prompt', { dir: 'auto', tabindex: '0' }, prompt),
-    el('ol.strip', { tabindex: '0', 'aria-label': `Answers to prompt ${index + 1}, by epoch` }, answers.map((answer) => el('li', {},
-      el('small', {}, answer.epoch === 0 ? 'before training' : `epoch ${number(answer.epoch)}`, answer.tokens === null ? '' : ` · ${plural(answer.tokens, 'token')}`, answer.stopped === false ? ' · cut' : ''),
+    el('ol.strip', { tabindex: '0', 'aria-label': `Answers to prompt ${index + 1}, in the order of training` }, answers.map((answer) => el('li', {},
+      el('small', {}, answer.epoch === 0 ? 'before training' : answer.step === null ? `epoch ${number(answer.epoch)}` : `step ${count(answer.step)}`, answer.tokens === null ? '' : ` · ${plural(answer.tokens, 'token')}`, answer.stopped === false ? ' · cut' : ''),
       el('p.answer', { dir: 'auto' }, answer.pieces.map(({ text, changed }) => (changed ? el('mark', {}, text) : text)))))))),
   leftOut ? el('p.pale', {}, `${plural(leftOut, 'answer')} left out here; all are in samples.jsonl.`) : null);
   document.querySelectorAll('.strip').forEach((strip, index) => { strip.scrollLeft = before[index] ?? strip.scrollWidth; });

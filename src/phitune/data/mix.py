@@ -9,7 +9,6 @@ What is said of "an epoch" (its tokens) is the mean over epochs. No torch here.
 """
 
 import hashlib
-import random
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from phitune.data.order import shuffle
 from phitune.data.tokenizer import TokenizedExample
 
 if TYPE_CHECKING:
@@ -181,6 +181,6 @@ def _next_rows(rows: int, taken: int, seed: str, epoch: int) -> "array[int]":
     found = array("I")
     for turn in range(start // rows, -(-stop // rows)):
         order = array("I", range(rows))
-        random.Random(f"{seed}/{turn}").shuffle(order)
+        shuffle(order, f"{seed}/{turn}")
         found.extend(order[max(0, start - turn * rows) : stop - turn * rows])
     return found

@@ -7,7 +7,6 @@ epoch, so that a resumed run takes it up at any step.
 Shapes: T packed tokens, B rows, N trained tokens.
 """
 
-import random
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from phitune.data.mix import rows_of_epoch
+from phitune.data.order import shuffle
 from phitune.data.tokenizer import IGNORE_INDEX, TokenizedExample
 
 
@@ -126,7 +126,7 @@ def steps_of_epoch(
 def _in_steps(
     order: "array[int]", rows_per_step: int, seed: str, first_step: int
 ) -> Iterator[Sequence[int]]:
-    random.Random(seed).shuffle(order)
+    shuffle(order, seed)
     for start in range(first_step * rows_per_step, len(order), rows_per_step):
         yield order[start : start + rows_per_step]
 

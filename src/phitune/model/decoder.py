@@ -554,11 +554,7 @@ class Decoder(nn.Module):
 
     def fused_linears(self) -> dict[str, FusedLinear]:
         """Every linear layer, the head included, by the full names of the modules it holds."""
-        found: dict[str, FusedLinear] = {}
-        for module in self.modules():
-            if isinstance(module, FusedLinear):
-                found |= dict.fromkeys(module.columns, module)
-        return found
+        return _linears_in(self)
 
     def named_weights(self) -> dict[str, Tensor]:
         """Views of all base weights under transformers' names; writing to one fills the model.
@@ -582,12 +578,18 @@ class Decoder(nn.Module):
             ValueError: there are none, on the meta device.
         """
         module, _, kind = name.rpartition(".")
-        linear = self.fused_linears().get(module)
+        # One layer is looked through, and not all of them for each of their weights.
+        place: Decoder | DecoderLayer = self
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            if name.startswith(layer.prefix):
+                place = layer
+        linear = _linears_in(place).get(module)
         if linear is not None and linear.store is not None and kind == "weight":
             columns = linear.columns[module]
             rows = linear.dense(slice(columns.start, columns.stop))[::every]
         else:
-            rows = self.named_weights()[name].detach()[::every]
+            rows = place.named_weights()[name].detach()[::every]
         if rows.is_meta:
             raise ValueError(f"{name}: this decoder has names and shapes, and no numbers")
         return rows.cpu()
@@ -596,6 +598,14 @@ class Decoder(nn.Module):
     def has_numbers(self) -> bool:
         """Whether the weights are here; on the meta device there are only names and shapes."""
         return self.device.type != "meta"
+
+
+def _linears_in(place: nn.Module) -> dict[str, FusedLinear]:
+    found: dict[str, FusedLinear] = {}
+    for module in place.modules():
+        if isinstance(module, FusedLinear):
+            found |= dict.fromkeys(module.columns, module)
+    return found
 
 
 def _frequencies(config: ModelConfig) -> Tensor:

@@ -58,6 +58,11 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY_DISK))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first: one that began last would leave all workers but its own without work."""
+    items.sort(key=lambda item: item.get_closest_marker("longest") is None)
+
+
 _looked_through = {"modules": 0}
 
 

@@ -26,6 +26,7 @@ def test_held_out_questions_are_in_no_row_of_the_data_set() -> None:
 
 
 @pytest.mark.campaign
+@pytest.mark.longest
 @pytest.mark.parametrize("example", ["demo.yaml", "demo-chat.yaml"])
 def test_the_demo_teaches_the_habit_and_keeps_the_facts(example: str, tmp_path: Path) -> None:
     """The shipped model, the shipped rows, the guide's settings; judged on 120 unseen questions."""

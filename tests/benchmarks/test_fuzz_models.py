@@ -21,6 +21,7 @@ def test_a_damaged_folder_loads_or_is_refused_in_one_error() -> None:
 
 @LINUX
 @pytest.mark.campaign
+@pytest.mark.longest
 def test_any_damaged_folder_loads_or_is_refused_in_one_error() -> None:
     found = campaign(CASES, seed=0)
     assert found.failures == []

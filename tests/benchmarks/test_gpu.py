@@ -28,6 +28,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.campaign
+@pytest.mark.longest
 def test_rehearsal_reports_every_piece_and_measures_nothing(tmp_path: Path) -> None:
     done = run("--rehearse", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr

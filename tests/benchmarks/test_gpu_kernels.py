@@ -15,6 +15,7 @@ LEAST_SHARED = 99
 
 
 @pytest.mark.campaign
+@pytest.mark.longest
 def test_every_kernel_compiles_for_ampere_and_hopper_and_spills_nothing(tmp_path: Path) -> None:
     pytest.importorskip("triton", "3.6", reason="Triton 3.6 is made for Linux, and not installed")
     words = [sys.executable, SCRIPT, "--json", "--only", "layers", "--ranks", "8"]

@@ -13,6 +13,7 @@ PROGRAM = Path(__file__).parents[2] / "benchmarks" / "torture.py"
 
 
 @pytest.mark.campaign
+@pytest.mark.longest
 def test_killed_runs_end_as_if_nothing_had_happened() -> None:
     # A process of its own: it forks, which a process with threads should not.
     command = [sys.executable, str(PROGRAM), "--kills", str(KILLS), "--seed", "7", "--no_save"]

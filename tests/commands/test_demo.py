@@ -76,6 +76,7 @@ def test_make_demo_is_the_same_command() -> None:
 
 
 @pytest.mark.campaign
+@pytest.mark.longest
 @pytest.mark.skipif(
     not find_spec("hatchling"), reason="hatchling, which builds the wheel, is missing"
 )

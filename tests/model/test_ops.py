@@ -165,7 +165,7 @@ def test_hash_is_lowbias32() -> None:
     [
         ("phi", "aot_eager"),
         ("phi3", "aot_eager"),
-        ("phi", "inductor"),
+        pytest.param("phi", "inductor", marks=pytest.mark.longest),
     ],
 )
 def test_compiled_layers_equal_plain_ones_and_share_their_code(

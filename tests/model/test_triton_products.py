@@ -324,6 +324,7 @@ LEAST_SHARED = 99 * 1024  # bytes that a block may have of compute capability 8.
 
 
 @pytest.mark.campaign
+@pytest.mark.longest
 def test_they_compile_for_five_kinds_of_cards_and_fit_them() -> None:
     words = [sys.executable, SCRIPT, "--json", "--only", "products"]
     # What runs in the interpreter, as the tests' kernels do, cannot be compiled.

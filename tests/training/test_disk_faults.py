@@ -31,6 +31,7 @@ def disk() -> Iterator[Path]:
 
 
 @pytest.mark.campaign
+@pytest.mark.longest
 def test_runs_on_disks_that_fail_lose_no_checkpoint_and_claim_no_success(disk: Path) -> None:
     command = [sys.executable, str(PROGRAM), "--runs", str(RUNS), "--seed", "3", "--no_save"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=3600)

@@ -49,6 +49,7 @@ ON_A_CPU = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 85
 
 
 @pytest.mark.campaign
+@pytest.mark.longest
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone enforces these limits")
 def test_runs_under_real_limits_have_the_losses_of_those_without() -> None:
     command = [sys.executable, str(PROGRAM), "--cases", str(CASES), "--seed", "12", "--no_save"]

@@ -97,6 +97,7 @@ def step(root: Path, run: str) -> int:
 # --- from a file to a tested adapter --------------------------------------------------------------
 
 
+@pytest.mark.longest
 def test_from_the_form_to_an_exported_adapter(
     browser: Any, root: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -161,7 +161,8 @@ def test_from_the_form_to_an_exported_adapter(
         page.click("#columns button:has-text('Save') >> nth=0")
         page.click("#save")
         wait_until(lambda: (root / "kept.jsonl").is_file())
-        page.click("#setup summary") if not page.is_visible("#unload") else None
+        if not page.is_visible("#unload"):
+            page.click("#setup summary")
         page.click("#unload")
 
         # Exported, with its proof.

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from helpers.run_folders import step_line
 
-from phitune.ui.curves import MOST_BINS, AllCurves, Curves
+from phitune.ui.curves import MOST_BINS, TRAIN, AllCurves, Curves
 
 
 def written(path: Path, lines: list[Any]) -> None:
@@ -37,6 +37,19 @@ def test_few_points_are_the_means_of_neighbours_with_their_extremes(tmp_path: Pa
         assert train["loss_max"][at] == pytest.approx(max(group), rel=1e-5)
         assert train["tokens"][at] == 100 * step
         first = step
+
+
+def test_one_curve_alone_is_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [step_line(n, loss=1 / n) for n in range(1, 5000)]
+    lines[7] = {"step": 8, "loss": "odd"}
+    lines[9] = {"step": 10, "validation_loss": 2.0}
+    written(path, lines)
+    all_curves = AllCurves()
+    whole, alone = (all_curves.of(path, names).history(100) for names in (TRAIN, ("loss",)))
+    kept = ("step", "epoch", "tokens", "time", "loss", "loss_min", "loss_max")
+    assert alone["train"] == {name: whole["train"][name] for name in kept}
+    assert alone["validation"] == whole["validation"]
 
 
 def test_a_short_run_is_shown_line_by_line(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from phitune.errors import SettingsError
 from phitune.model.files import ASSETS
 from phitune.text import visible
 from phitune.training.rundir import METRICS
-from phitune.ui.curves import AllCurves
+from phitune.ui.curves import TRAIN, AllCurves
 from phitune.ui.jobs import Job, Jobs, Questions
 from phitune.ui.runs import RunRow, Runs, folder_of, is_run
 from phitune.ui.talk import Talk
@@ -88,11 +88,11 @@ class Site:
         last = self.jobs.log(job).strip().rpartition("\n")[2]
         return replace(row, state="failed", said=last or "did not start")
 
-    def history(self, run: str, points: int, names: tuple[str, ...] = ()) -> dict[str, Any]:
+    def history(self, run: str, points: int, names: tuple[str, ...] = TRAIN) -> dict[str, Any]:
         """The curves of a run; see `Curves.history`."""
         with self._lock:
-            curves = self._curves.of(folder_of(self.root, run) / METRICS)
-            return curves.history(points, names) if names else curves.history(points)
+            path = folder_of(self.root, run) / METRICS
+            return self._curves.of(path, names).history(points)
 
     def tail(self, run: str, mark: str) -> dict[str, Any]:
         """What is new of them; see `Curves.tail`."""

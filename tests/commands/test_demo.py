@@ -1,15 +1,13 @@
 """`phitune demo`: from an installed wheel too, in a folder that has nothing of the clone."""
 
 import io
-import os
 import subprocess
 import sys
-import sysconfig
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import yaml
+from helpers import runs
 from helpers.command_line import phitune
 
 from phitune.commands import demo
@@ -77,48 +75,13 @@ def test_make_demo_is_the_same_command() -> None:
 
 @pytest.mark.campaign
 @pytest.mark.longest
-@pytest.mark.skipif(
-    not find_spec("hatchling"), reason="hatchling, which builds the wheel, is missing"
-)
-def test_an_installed_wheel_runs_it_without_a_clone(tmp_path: Path) -> None:
-    build = [
-        sys.executable,
-        "-m",
-        "hatchling",
-        "build",
-        "-t",
-        "wheel",
-        "-d",
-        str(tmp_path / "dist"),
-    ]
-    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
-    [wheel] = (tmp_path / "dist").glob("phitune-*.whl")
-
-    # An environment of its own with this one's packages behind it, but for the one under test.
-    environment = tmp_path / "env"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
-    python = environment / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps"]
-    subprocess.run([*pip, "--no-index", str(wheel)], check=True)
-    [site] = (environment / "lib").glob("python*/site-packages")
-    (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-
-    place = tmp_path / "place"
-    place.mkdir()
-    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    where = "import phitune; print(phitune.__file__)"
-    found = subprocess.check_output([python, "-c", where], cwd=place, env=variables, text=True)
-    assert Path(found.strip()).is_relative_to(environment)
-    done = subprocess.run(
-        [environment / "bin" / "phitune", "demo"],
-        cwd=place,
-        env=variables,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Ahoy!" in done.stdout
-    assert "\nNext:\n" in done.stdout
+def test_an_installed_wheel_runs_it_without_a_clone(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    place = runs.installed_demo(tmp_path_factory)
+    said = (place / "said").read_text()
+    assert "Ahoy!" in said
+    assert "\nNext:\n" in said
     assert (place / "output" / "demo" / "summary.json").is_file()
 
 

@@ -2,6 +2,9 @@
 
 import os
 import shutil
+import subprocess
+import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +13,7 @@ from filelock import FileLock
 
 from phitune.model.files import ASSETS
 
+ROOT = Path(__file__).parents[2]
 # The format that each shipped model was made for.
 FORMATS = {"tiny-phi-2": "instruct", "tiny-phi-3.5": "chat"}
 
@@ -61,3 +65,47 @@ def trained_run(factory: pytest.TempPathFactory, model: str) -> Path:
         Phi2LoRATrainer(output_dir=folder / "run", config=settings).train()
 
     return once(factory, model, build) / "run"
+
+
+def installed_demo(factory: pytest.TempPathFactory) -> Path:
+    """`phitune demo` of a wheel that is built and installed, in a folder that has nothing of the
+    clone; skips where hatchling, which builds it, is missing.
+
+    Returns: the folder, with `said`, what it printed.
+    """
+    pytest.importorskip("hatchling")
+
+    def build(folder: Path) -> None:
+        wheels = folder / "dist"
+        words = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(wheels)]
+        subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
+        [wheel] = wheels.glob("phitune-*.whl")
+
+        # An environment of its own with this one's packages behind it, but for the one under test.
+        environment = folder / "env"
+        subprocess.run(
+            [sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True
+        )
+        python = environment / "bin" / "python"
+        pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps"]
+        subprocess.run([*pip, "--no-index", str(wheel)], check=True)
+        [site] = (environment / "lib").glob("python*/site-packages")
+        (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+
+        place = folder / "place"
+        place.mkdir()
+        variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        where = "import phitune; print(phitune.__file__)"
+        found = subprocess.check_output([python, "-c", where], cwd=place, env=variables, text=True)
+        assert Path(found.strip()).is_relative_to(environment)
+        done = subprocess.run(
+            [environment / "bin" / "phitune", "demo"],
+            cwd=place,
+            env=variables,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        (place / "said").write_text(done.stdout)
+
+    return once(factory, "installed-demo", build) / "place"

@@ -225,3 +225,20 @@ def test_a_row_that_may_fit_is_counted_to_the_last_token(tmp_path: Path) -> None
     coder = coder_of(resolve({"model_name": "tiny-phi-2"}).settings)
     row = coder.encode_example(Example((Turn("user", "q"), Turn("assistant", fits)), path, 21))
     assert report.tokens.row_tokens_with_end_tokens.maximum == len(row.input_ids) > 75_000
+
+
+def test_the_tokens_of_a_run_are_those_that_max_steps_leaves(
+    chat: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"dataset_path": chat, "model_name": "tiny-phi-3.5", "batch_size": 1}
+    given |= {"gradient_accumulation_steps": 1, "validation_split": 0, "epochs": 4}
+    whole = make(resolve(given).settings).tokens
+    assert whole
+    steps = whole.epoch.train_rows
+    part = make(resolve({**given, "max_steps": steps // 2}).settings).tokens
+    assert part
+    assert (whole.epochs, part.epochs) == (4, steps // 2 / steps)
+    words = f"check {chat} --model_name tiny-phi-3.5 --batch_size 1 --max_steps {steps // 2}"
+    main([*words.split(), "--gradient_accumulation_steps", "1", "--validation_split", "0"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"epochs: {round(part.epochs * part.epoch.tokens):,} tokens" in said

@@ -218,6 +218,25 @@ def test_hours_are_epochs_times_tokens_over_the_rate(planned: Json) -> None:
     assert names[2:6] == ["A10G", "L4", "A100 80GB", "H100"]
 
 
+def test_max_steps_takes_its_part_of_the_hours(
+    planned: Json, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = flags(model_name=PHI_2, memory="24GB", device="cuda", dataset_path=CAPTAIN)
+    whole = planned(*words, "--epochs", "1")
+    part = planned(*words, "--epochs", "9", "--max_steps", "2", "--validate_every", "1")
+    assert part["rows"]["steps_per_epoch"] == whole["rows"]["steps_per_epoch"]
+    assert part["steps"]["in_all"] == 2
+    share = 2 / whole["rows"]["steps_per_epoch"]
+    for before, now in zip(whole["speeds"], part["speeds"], strict=True):
+        assert now["hours"] == pytest.approx(share * before["hours"], rel=1e-3)
+    named = (*words, "--max_steps", "2", "--validate_every", "1")
+    text = " ".join(" ".join(shown(capsys, *named)).split())
+    assert "an estimate, not measured: 2 steps at" in text
+    assert "by max_steps), a validation every 1 step, 2 in all" in text
+    # Three times a tenth of the rows, forward alone, beside a quarter of the others.
+    assert re.search(r"Validations add about (5|6|7)\d % to the time", text.replace("%", " %"))
+
+
 @pytest.mark.parametrize(
     ("model", "gflop", "all_layers"), [(PHI_2, 11.2, 1.28), (PHI_3_5, 15.6, 1.38)]
 )

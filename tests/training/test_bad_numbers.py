@@ -21,6 +21,7 @@ from phitune.model.engine import FusedEngine
 from phitune.model.files import ASSETS
 from phitune.model.lora import Adapter, LoraSpec, attach
 from phitune.training import loop
+from phitune.training.events import Event, StepDone
 from phitune.training.loop import RECENT, usual_loss
 from phitune.training.state import gradient_norm
 
@@ -115,6 +116,29 @@ def test_a_validation_row_that_is_at_fault_is_named(phi_folder: Path) -> None:
     assert bad.is_validation
     assert bad.rows == (BAD,)
     assert bad.tried == len(rows)
+
+
+def test_a_validation_within_an_epoch_that_is_not_finite_ends_the_run_with_the_best_before_it(
+    phi_folder: Path,
+) -> None:
+    engine, adapter = prepared(phi_folder)
+    given = {"epochs": 1, "batch_size": 2, "gradient_accumulation_steps": 1, "lora_dropout": 0}
+    settings = Settings.model_validate({**given, "validate_every": "1"})
+    training = Training(engine, adapter, Data(ROWS, random_rows([8])), settings)
+    adapters: list[bytes] = []
+
+    def break_it(event: Event) -> bool:
+        if isinstance(event, StepDone):
+            adapters.append(bytes_of(adapter))
+            if event.metrics.step == 2:
+                weight: Any = engine.decoder.layers[1].linears["dense"].weight
+                weight[0, 0] = math.nan
+        return False
+
+    with pytest.raises(NonFiniteError, match="step 2: the validation loss is nan"):
+        training.run(break_it)
+    assert bytes_of(adapter) == adapters[0] != adapters[1]
+    assert training.recorded.refused[0].is_validation
 
 
 def test_a_broken_model_is_not_held_against_every_row_of_a_long_validation(

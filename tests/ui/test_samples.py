@@ -37,6 +37,15 @@ def test_of_an_epoch_that_was_repeated_the_last_answer_counts(tmp_path: Path) ->
     assert [answer.pieces[0].text for answer in strip.answers] == ["new"]
 
 
+def test_answers_within_an_epoch_lie_between_those_of_its_ends(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    places: list[dict[str, float]] = [{"epoch": 1}, {"epoch": 0.5, "step": 3}, {"epoch": 0}]
+    lines = [{**place, "prompt": "a", "answer": str(place["epoch"])} for place in places]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (strip,) = samples_of(path).prompts
+    assert [(each.epoch, each.step) for each in strip.answers] == [(0, None), (0.5, 3), (1, None)]
+
+
 def test_any_file_can_be_read(tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
     assert samples_of(path).prompts == []

@@ -7,7 +7,8 @@
                         checkpoint lies between two micro-batches
 
 It is written beside its place, flushed and renamed. A name says where it lies: after a step, after
-the epoch that a step ended, or between two micro-batches of a step. What is in the files is the
+the epoch that a step ended, or between two micro-batches of a step. A validation within an epoch
+keeps the name, and takes the place of what was written before it. What is in the files is the
 matter of `state.py`; here they are bytes. No torch, no pickle.
 """
 

@@ -275,7 +275,8 @@ class Resumption:
             )
 
         before, after = rate(then, step), rate(now, step + 1)
-        if total_steps(then, steps_per_epoch) > step and after == rate(then, step + 1):
+        as_planned = total_steps(then, steps_per_epoch) > step and after == rate(then, step + 1)
+        if as_planned or after == before:
             return None
         way = "up" if after > before else "down"
         return (

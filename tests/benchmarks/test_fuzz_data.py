@@ -43,7 +43,6 @@ def test_every_kind_of_odd_rows_is_tried() -> None:
 
 
 @pytest.mark.campaign
-@pytest.mark.longest
 def test_any_damaged_file_is_read_or_refused_by_file_and_line() -> None:
     found = campaign(CASES, start=0)
     # Both happen, in text and in compressed files: the damage is neither nothing nor everything.

@@ -95,6 +95,7 @@ benchmarks: setup
 	$(BIN)/python benchmarks/serve.py
 	$(BIN)/python benchmarks/serve_llama.py
 	$(BIN)/python benchmarks/data_scale.py
+	$(BIN)/python benchmarks/max_steps.py
 	$(BIN)/python benchmarks/data_report.py
 
 # Twenty thousand damaged data files, as many model and adapter folders, as many odd settings and

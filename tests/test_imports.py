@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "cli": {"commands", *FREE_TO_ALL},
     "commands": {
         "apple",
+        "follower",
         "layers",
         "serving",
         "trainer",
@@ -34,10 +35,12 @@ MAY_IMPORT = {
         "data",
         *FREE_TO_ALL,
     },
+    "follower": {"apple", "training", "model", "data", *FREE_TO_ALL},
     "layers": {"apple", "plan", "model", "data", *FREE_TO_ALL},
     "apple": {"model", *FREE_TO_ALL},
     "trainer": {
         "apple",
+        "follower",
         "progress",
         "export",
         "inference",

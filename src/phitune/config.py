@@ -613,6 +613,14 @@ class Settings(BaseModel):
         "threads of the CPU, or auto: as many as train fastest, measured before the first step",
         group=_MACHINE,
     )
+    processes: Whole = knob(
+        1,
+        "processes of this machine that compute each step together, a GPU or some cores for each;"
+        " the result is the same",
+        group=_MACHINE,
+        ge=1,
+        le=64,
+    )
     engine: Literal["fused", "reference"] = knob(
         "fused",
         "fused: hand-written backward pass; reference: plain PyTorch, to compare with",

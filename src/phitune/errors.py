@@ -78,6 +78,12 @@ class CheckpointError(PhituneError):
     exit_code = 1
 
 
+class LostProcessError(PhituneError):
+    """Of several processes that train together one is gone, or failed; the run can be resumed."""
+
+    exit_code = 1
+
+
 class SavedAdapterError(PhituneError):
     """The adapter on disk is not the one in memory; such a run must not count as a success."""
 

@@ -21,10 +21,9 @@ from torch import Tensor
 
 from phitune.apple.choice import (
     check_reference,
-    fast_engine,
+    engine_of,
     limit_memory,
     load_decoder_on,
-    reference_engine,
 )
 from phitune.check.report import check_before_training
 from phitune.config import MINIATURES, Resolved, Settings, as_flags, resolve, to_yaml
@@ -40,6 +39,7 @@ from phitune.environment import NO_ROOM, find_folders
 from phitune.errors import (
     CheckpointError,
     Interrupted,
+    LostProcessError,
     ModelError,
     NonFiniteError,
     OutOfMemoryError,
@@ -47,6 +47,8 @@ from phitune.errors import (
     SettingsError,
 )
 from phitune.export.card import write_adapter_card
+from phitune.follower import begin_together
+from phitune.follower import facts_of as facts_of_run
 from phitune.inference.answers import sample_answers
 from phitune.inference.bases import BaseLosses, base_losses
 from phitune.inference.evaluate import evaluate_at_end
@@ -104,12 +106,15 @@ from phitune.training.checkpoint import checkpoints_of
 from phitune.training.events import (
     Ending,
     Evaluated,
+    MicroBatchDone,
     NumbersRefused,
+    Paused,
     RanOutOfMemory,
 )
 from phitune.training.interrupt import Stop, StopRequested, stop_signals
 from phitune.training.loop import ending_of, fit, start_state
 from phitune.training.out_of_memory import dry_run, why_not_written
+from phitune.training.processes import Processes, first_process
 from phitune.training.resume import (
     START_ADAPTER,
     Provenance,
@@ -201,6 +206,10 @@ def _changed(
         for prompt, answer in first.items()
         if prompt not in last_shown or last_shown[prompt].text != answer.text
     }
+
+
+def _keeps_freed(plan: MemoryPlan, budget: Memory) -> bool:
+    return _PLENTY * plan.bytes <= budget.bytes
 
 
 def _remedy(error: OSError) -> str:
@@ -382,6 +391,9 @@ class LoRATrainer:
         if resumption and resumption.summary:
             return self._already_finished(resumption)
         with ExitStack() as held:
+            processes = first_process(self.settings.processes, self.settings.device)
+            held.enter_context(processes.taking_part())
+
             # One process per run directory. That of a new run is made only when the model is there.
             if resumption:
                 held.enter_context(run_lock(resumption.folder))
@@ -401,13 +413,14 @@ class LoRATrainer:
             steps = Steps(rows_per_epoch(data.train_rows), self.settings)
 
             # Memory: what fits, by arithmetic.
-            budget = memory_budget(self.settings.device)
+            budget = memory_budget(self.settings.device).shared(processes.on_this_device)
             limit_memory(self.settings.device, budget.bytes)
             process_limit = held.enter_context(ProcessMemoryLimit(self.settings.device))
-            plan = self._plan_memory(data, budget)
+            plan = self._plan_memory(data, budget, processes)
             self._show_settings(data, steps)
             try:
                 # The model, and the engine that computes on it.
+                processes.start_others()
                 rows = pack(first_rows(data.train_rows, CALIBRATION_TOKENS)).to(self.device)
                 model, engine = self._load(plan, budget, rows)
                 provenance = self._provenance(data, engine)
@@ -419,14 +432,21 @@ class LoRATrainer:
                 state = start_state(
                     engine, model.adapter, rows_per_epoch(data.train_rows), self.settings
                 )
-                provenance = self._dry_run(provenance, engine, state, data, process_limit)
-                provenance = self._choose_threads(provenance, engine, state, data)
+                provenance = self._dry_run(
+                    provenance, engine, state, data, processes, process_limit
+                )
+                provenance = self._choose_threads(provenance, engine, state, data, processes)
+                processes.tell("job", self._job(provenance, plan, budget))
                 release_freed_memory()  # Threads and small things come next.
 
                 # Training: each event is shown, written, and saved when a checkpoint is due.
                 facts = facts_of(data)  # Now, while the files are what was read.
-                with stop_signals(self._say) as stop:
+                with stop_signals(self._say, processes.ask_to_stop) as stop:
                     run = self._open_run(state)
+                    facts_of_all = facts_of_run(
+                        data, self.tokenizer, self._base_fingerprint, engine
+                    )
+                    begin_together(processes, facts_of_all, engine, state)
                     prompts = self._sample_prompts(data)
                     first_samples, is_adapter_saved = self._first_samples(run, prompts), True
                     last_shown: dict[str, Answer] = {}
@@ -437,7 +457,10 @@ class LoRATrainer:
                     )
                     saver, is_through = self._saver(run), False
                     try:
-                        for event in fit(engine, state, data, self.settings):
+                        for event in fit(engine, state, data, self.settings, processes):
+                            if isinstance(event, Paused):  # Asked here, or in another process.
+                                stop.signal = stop.signal or event.signal
+                                break
                             status.show(event)
                             with stop.showing():
                                 view.show(event)
@@ -475,7 +498,9 @@ class LoRATrainer:
                                 self._save(saver, state, moment, provenance)
                             # What is written of a step counts only once the state counts it.
                             is_written = isinstance(event, Evaluated)
-                            if stop.requested and not (is_written or refused):
+                            # Of several processes all have to come to the end of the step.
+                            is_part = isinstance(event, MicroBatchDone) and processes.size > 1
+                            if stop.requested and not (is_written or is_part or refused):
                                 break
                         if not refused:
                             self._save(saver, state, "end", provenance)
@@ -483,6 +508,12 @@ class LoRATrainer:
                     except OutOfMemoryError:
                         self._save(saver, state, "end", provenance)
                         raise
+                    except LostProcessError as error:
+                        self._save(saver, state, "end", provenance)
+                        raise LostProcessError(
+                            f"{error}; step {state.step} is saved, resume with:"
+                            f" {self._resume_command}"
+                        ) from None
                     finally:
                         with stop.showing():
                             view.close()
@@ -612,9 +643,9 @@ class LoRATrainer:
         )
         return Outcome(**vars(ending), run_directory=resumption.folder.absolute(), answers=answers)
 
-    def _plan_memory(self, data: PreparedData, budget: Memory) -> MemoryPlan:
+    def _plan_memory(self, data: PreparedData, budget: Memory, processes: Processes) -> MemoryPlan:
         """Settles the batch size and the recomputed layers; returns the plan that follows."""
-        settings = self.settings
+        settings = self.settings.model_copy(update={"processes": processes.size})
         chosen, plan, why = settle_memory(
             settings, self.model_config, self.target_modules, data, budget.bytes, self._scheme
         )
@@ -689,25 +720,11 @@ class LoRATrainer:
         # The plan follows the fused engine's buffers and knows nothing of autograd's.
         if self.settings.engine == "fused":
             self._say(memory_line(plan, budget))
-        engine = self._build_engine(model.decoder, keep_freed=_PLENTY * plan.bytes <= budget.bytes)
+        engine = engine_of(model.decoder, self.settings, keep_freed=_keeps_freed(plan, budget))
         if self.verbose:
             for name, choice in engine.choices.items():
                 self._say(f"{name}: {choice}")
         return model, engine
-
-    def _build_engine(self, decoder: Decoder, *, keep_freed: bool) -> Engine:
-        settings = self.settings
-        layers = settings.recompute_layers
-        count = self.model_config.num_hidden_layers if layers == "all" else layers or 0
-        if settings.engine == "reference":
-            return reference_engine(decoder, count, torch_compile=settings.torch_compile)
-        return fast_engine(
-            decoder,
-            settings.lora_dropout,
-            count,
-            torch_compile=settings.torch_compile,
-            keep_freed=keep_freed,
-        )
 
     def _provenance(self, data: PreparedData, engine: Engine) -> Provenance:
         """What this run is made of; compared with the checkpoint's where it is resumed.
@@ -744,11 +761,12 @@ class LoRATrainer:
         engine: Engine,
         state: TrainingState,
         data: PreparedData,
+        processes: Processes,
         process_limit: ProcessMemoryLimit,
     ) -> Provenance:
         """Tries what a run needs the most memory for, and splits a step further where it must."""
         hold_reserve()
-        for tried in dry_run(engine, state, data, self.settings):
+        for tried in dry_run(engine, state, data, self.settings, processes):
             if isinstance(tried, RanOutOfMemory):
                 process_limit.renew()
                 tried = replace(tried, step=self._steps_before)
@@ -759,12 +777,24 @@ class LoRATrainer:
         return provenance
 
     def _choose_threads(
-        self, provenance: Provenance, engine: Engine, state: TrainingState, data: PreparedData
+        self,
+        provenance: Provenance,
+        engine: Engine,
+        state: TrainingState,
+        data: PreparedData,
+        processes: Processes,
     ) -> Provenance:
-        """The threads of a new run that trains on a CPU: by measurement, unless they are given."""
+        """The threads of a new run that trains on a CPU: by measurement, unless they are given.
+
+        Several processes share the processors.
+        """
         if self._resumption or self.settings.threads != "auto" or engine.device_name != "cpu":
             return provenance
-        if not are_chosen_by_the_user():
+        if are_chosen_by_the_user():
+            pass
+        elif processes.local_size > 1:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes.local_size))
+        else:
             seconds = measure_threads(engine, state, data, self.settings)
             if self.verbose and len(seconds) > 1:
                 figures = [f"{n}: {1000 * each:.1f} ms" for n, each in seconds.items()]
@@ -776,6 +806,15 @@ class LoRATrainer:
         self._take(self.resolved.choose(threads=threads))
         effective = with_absolute_paths(self.resolved)
         return replace(provenance, effective=effective, threads=threads)
+
+    def _job(self, provenance: Provenance, plan: MemoryPlan, budget: Memory) -> dict[str, Any]:
+        """What another process has to know to load the same, see follower.py."""
+        return {
+            "settings": with_absolute_paths(self.resolved).settings.model_dump(mode="json"),
+            "modules": self.target_modules,
+            "quantization": provenance.quantization,
+            "keep_freed": _keeps_freed(plan, budget),
+        }
 
     def _start_fingerprint(self) -> dict[str, str]:
         """That of the adapter which this run started from, where there is one."""

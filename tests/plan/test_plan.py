@@ -328,7 +328,13 @@ def test_batch_size_auto_is_the_trainers(planned: Json, device: Device, memory: 
 
     model = AdaptedModel(config, modules, 8, base, device)
     sizes = (1, 2, 4, 8, 16, 32)
-    plans = {size: fewest_recomputed(model, rows.largest(size), budget) for size in sizes}
+    plans = {
+        # Of several micro-batches the sum of those that are done is kept.
+        size: fewest_recomputed(
+            model, replace(rows.largest(size), partial_sums=int(size < 32)), budget
+        )
+        for size in sizes
+    }
     batch_size = largest_batch(plans, budget)
     expected = plans[batch_size]
     assert plan["settings"]["batch_size"] == batch_size
@@ -869,7 +875,9 @@ def test_a_memory_alone_is_a_gpus_or_a_machines(
     lines = shown(capsys, "--memory", "24GB")
     text = "\n".join(lines)
     assert re.match(r"Fits: [\d.]+ of 20\.6 GiB on a 24 GB GPU, about .* on an A10G", text)
-    assert re.search(r"^Fits: [\d.]+ of 20\.1 GiB on a CPU with 24 GB of RAM, ", text, re.MULTILINE)
+    assert re.search(
+        r"^Fits: [\d.]+ of 20\.1\d? GiB on a CPU with 24 GB of RAM, ", text, re.MULTILINE
+    )
     assert "this machine has no GPU to tell which memory is meant by 24GB" in text
     commands = [line for line in lines if line.startswith("phitune ")]
     assert [settings_of(command).device for command in commands] == ["cuda", "cpu"]

@@ -64,10 +64,10 @@ def test_lines_wait_for_room_and_none_is_torn(disk: Path) -> None:
 def test_a_checkpoint_is_not_written_while_lines_are_missing(disk: Path) -> None:
     run = RunDirectory(disk / "run")
     run.empty()
-    run.write_samples(0, ["?"], [SHORT])
+    run.write_samples(0, 0, ["?"], [SHORT])
     assert run.lengths()[SAMPLES]["lines"] == 1
     fill(disk)
-    run.write_samples(1, ["?"], [LONG])
+    run.write_samples(1, 1, ["?"], [LONG])
     with pytest.raises(OSError, match="No space"):
         run.lengths()
     make_room(disk)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from phitune.config import Settings
 from phitune.errors import SettingsError
 from phitune.model.architecture import ModelConfig
 from phitune.model.decoder import Decoder
@@ -96,6 +97,22 @@ def fast_engine(
 
     assert isinstance(decoder, MlxDecoder)
     return MlxEngine(decoder, dropout_rate, recompute_layers)
+
+
+def engine_of(decoder: Decoder, settings: Settings, *, keep_freed: bool) -> Engine:
+    """The engine that settings ask for.
+
+    Args:
+        keep_freed: see `FusedEngine`.
+    """
+    layers = settings.recompute_layers
+    count = decoder.config.num_hidden_layers if layers == "all" else layers or 0
+    compiles = settings.torch_compile
+    if settings.engine == "reference":
+        return reference_engine(decoder, count, torch_compile=compiles)
+    return fast_engine(
+        decoder, settings.lora_dropout, count, torch_compile=compiles, keep_freed=keep_freed
+    )
 
 
 def limit_memory(device_name: str, budget: int) -> None:

@@ -357,12 +357,15 @@ def _how_long(plan: Plan) -> str:
     """On machines like this device, for a sentence."""
     if not plan.estimates:
         return ""
-    times = [
-        f"{_duration(speed.hours)} on {with_article(speed.machine.name)}"
-        for speed in plan.estimates
-    ]
+    times = [f"{_duration(speed.hours)} on {_machines(plan, speed)}" for speed in plan.estimates]
     rows = "" if plan.rows.source else f" for {plural(len(plan.rows.train), 'row')}"
     return f", about {' or '.join(times)}{rows}"
+
+
+def _machines(plan: Plan, speed: Speed) -> str:
+    """What a time is for, each process having a GPU of its own."""
+    count, name = plan.settings.processes, speed.machine.name
+    return f"{count} x {name}" if count > 1 and plan.device == "cuda" else with_article(name)
 
 
 def _time_fact(plans: list[Plan]) -> str:
@@ -602,8 +605,9 @@ def _speeds(plan: Plan) -> RenderableType:
     table = table_of("machine", "GB", "TFLOP/s", "MFU", "batch", "recompute", "tokens/s", "time")
     for speed in plan.speeds:
         machine = speed.machine
+        count = plan.settings.processes if machine.device == "cuda" else 1
         row = [
-            machine.name,
+            f"{count} x {machine.name}" if count > 1 else machine.name,
             f"{machine.memory_gb:.3g}",
             f"{machine.tflops(speed.base):.3g} {speed.base}",
             f"{machine.mfu:.0%}",

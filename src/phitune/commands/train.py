@@ -1,11 +1,13 @@
 """`phitune train`: a training run, with one flag for each field of `config.Settings`."""
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from phitune.commands.options import DataOptions, parse_with_settings, switch
 
 if TYPE_CHECKING:
+    from phitune.follower import Follower
     from phitune.trainer import LoRATrainer
 
 
@@ -32,24 +34,41 @@ class TrainOptions(DataOptions):
 class TrainingJob:
     """What `phitune train` was asked for."""
 
-    trainer: "LoRATrainer"
+    trainer: "LoRATrainer | Follower"
     as_json: bool  # standard output gets the outcome alone
 
 
 def job_of(argv: list[str]) -> TrainingJob:
-    """The run that the flags ask for.
+    """The run that the flags ask for; a part of it where process 0 of several leads.
 
     Raises:
         PhituneError: settings or model files that cannot be used.
     """
+    if os.environ.get("WORLD_SIZE"):
+        _hush_torch()
+    if int(os.environ.get("RANK") or 0) > 0:
+        from phitune.follower import Follower
+        from phitune.training.processes import Member
+
+        if member := Member.from_environment():
+            return TrainingJob(Follower(member), as_json=False)
     options, flags = parse_with_settings(TrainOptions, argv)
 
     from phitune.config import resolve
+
+    resolved = resolve(flags, options.config)
+    if resolved.settings.processes > 1:
+        _hush_torch()
     from phitune.trainer import LoRATrainer
 
     trainer = LoRATrainer(
-        config=resolve(flags, options.config),
+        config=resolved,
         verbose=options.verbose,
         to_stderr=options.as_json,
     )
     return TrainingJob(trainer, options.as_json)
+
+
+def _hush_torch() -> None:
+    """Of a process that is gone phitune says one sentence; torch prints a page. Before it loads."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -149,7 +149,11 @@ def micro_batches(rows: Sequence[TokenizedExample], step: Sequence[int], size: i
     return [next_micro_batch(rows, step, first, size) for first in range(0, len(step), size)]
 
 
+def batch_of(rows: Sequence[TokenizedExample], number: int, size: int) -> Batch:
+    """The batch of this number among all rows in order, for evaluation."""
+    return pack([rows[row] for row in range(len(rows))[number * size :][:size]])
+
+
 def batches(rows: Sequence[TokenizedExample], batch_size: int) -> Iterator[Batch]:
-    """All rows in order, for evaluation."""
-    for start in range(0, len(rows), batch_size):
-        yield pack(rows[start : start + batch_size])
+    """All of them."""
+    return (batch_of(rows, number, batch_size) for number in range(-(-len(rows) // batch_size)))

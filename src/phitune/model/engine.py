@@ -114,6 +114,10 @@ class ReferenceEngine(Engine):
     def _loss_and_gradients(
         self, batch: Packed, dropout: ops.Dropout | None, weight: float
     ) -> Tensor:  # scalar
+        # As gradients that were cleared: zeros, whichever micro-batch of a step is the first here.
+        for parameter in self.decoder.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         loss = self._loss_sum(batch, dropout) * weight
         loss.backward()
         return loss.detach()

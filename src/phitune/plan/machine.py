@@ -52,6 +52,24 @@ class Memory:
         """Bytes that a run plans with, the same share as in training."""
         return round(BUDGET_SHARE[device] * self.bytes)
 
+    def shared(self, processes: int) -> "Memory":
+        """What each of several processes may take."""
+        if processes == 1:
+            return self
+        return Memory(self.bytes // processes, f"{self.source}, for each of {processes} processes")
+
+
+def check_processes(number: int, device: str) -> None:
+    """
+    Raises:
+        SettingsError: several processes would have one GPU of Apple's among them.
+    """
+    if number > 1 and device not in ("cpu", "cuda"):
+        raise SettingsError(
+            f"processes {number}: device {device} is one GPU, which one process has to itself;"
+            " leave it out"
+        )
+
 
 def parse_memory(text: str) -> int:
     """ "24GB", "24G" or "24" (10**9 bytes each) and "24GiB" (2**30) as bytes.

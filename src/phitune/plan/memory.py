@@ -27,6 +27,7 @@ from phitune.model.architecture import (
     ModelConfig,
     layer_linears,
 )
+from phitune.text import plural
 
 GIB = 2**30
 
@@ -75,6 +76,7 @@ class Shape:
 
     lengths: tuple[int, ...]  # tokens of each sequence
     target_tokens: int  # trained positions among them
+    partial_sums: int = 0  # of a step's gradients, see training/sums.py
 
     @property
     def tokens(self) -> int:
@@ -203,6 +205,12 @@ class StepMemory:
         # The first layer with a backward: below the lowest adapter no gradient is needed.
         self.lowest = 0 if self.adapts_embedding else min(adapted, default=len(self.layers))
 
+    def _partial_sums(self) -> list[Term]:
+        count = self.asked.partial_sums
+        size = count * self.trained_parameters * _FP32
+        what = f"{plural(count, 'sum')} of gradients, beside those of the micro-batch"
+        return [Term("partial sums", size, what)] if count else []
+
     def plan(self, recompute_layers: int) -> MemoryPlan:
         """As `plan_memory`."""
         kept = [self.kept(layer, recompute_layers) for layer in self.layers]
@@ -210,6 +218,7 @@ class StepMemory:
         loss = self.logits() if peak.name == "loss" else 0
         terms = [
             *self.fixed_terms,
+            *self._partial_sums(),
             Term("activations, stored", peak.stored, self._stored_note(kept, recompute_layers)),
             Term(
                 "activations, recomputed",

@@ -9,7 +9,7 @@ Nothing here loads torch.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from phitune.config import Settings
@@ -27,10 +27,25 @@ from phitune.plan.memory import (
 )
 from phitune.plan.rows import Rows
 
+# Groups of a step's micro-batches, and so the most processes that can have work in it: more of them
+# would have more sums travel. See training/sums.py.
+SPANS = 8
+
 
 def smaller_part(micro_batch: int, rows_per_step: int) -> int:
     """Half of a micro-batch of two rows or more, or the next smaller part that divides the step."""
     return next(size for size in range(micro_batch // 2, 0, -1) if rows_per_step % size == 0)
+
+
+def partial_sums(micro_batches: int, processes: int) -> int:
+    """How many sums of gradients a process holds, beside those that it computes (sums.py).
+
+    That of all before; one of several processes has the spans of a step that it computed, then one
+    that it sends or receives.
+    """
+    if processes == 1:
+        return int(micro_batches > 1)
+    return 1 + max(2, -(-min(SPANS, micro_batches) // processes))
 
 
 def fewest_recomputed(model: AdaptedModel, shape: Shape, budget: int) -> MemoryPlan:
@@ -81,6 +96,7 @@ class Run:
     rows_per_step: int
     recompute_layers: int | None  # None: as few as fit
     scheme: Scheme | None = None  # how the model's files are quantised; None: they are not
+    processes: int = 1
 
     @property
     def num_layers(self) -> int:
@@ -101,12 +117,11 @@ class Run:
         """What training would do with this micro-batch."""
         if self.recompute_layers is not None:
             return self.plan_with(batch_size, place, self.recompute_layers)
-        shape = self.rows.largest(batch_size)
-        return fewest_recomputed(self._model(place), shape, place.budget)
+        return fewest_recomputed(self._model(place), self._shape(batch_size), place.budget)
 
     def plan_with(self, batch_size: int, place: Placement, recompute_layers: int) -> MemoryPlan:
         """What it takes with this many layers recomputed."""
-        return plan_memory(self._model(place), self.rows.largest(batch_size), recompute_layers)
+        return plan_memory(self._model(place), self._shape(batch_size), recompute_layers)
 
     def largest(self, place: Placement) -> tuple[int, MemoryPlan]:
         """What `--batch_size auto` takes, and its plan."""
@@ -121,6 +136,10 @@ class Run:
             if plan.bytes <= place.budget:
                 return batch_size, plan
         return self.largest(place)
+
+    def _shape(self, batch_size: int) -> Shape:
+        waiting = partial_sums(-(-self.rows_per_step // batch_size), self.processes)
+        return replace(self.rows.largest(batch_size), partial_sums=waiting)
 
     def _model(self, place: Placement) -> AdaptedModel:
         return AdaptedModel(

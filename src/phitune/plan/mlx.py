@@ -43,7 +43,7 @@ _ADAPTER_COPIES, _OPTIMIZER_COPIES = 4, 2
 # torch's integers of a token: ids, labels, positions, the trained positions and the row key.
 _BATCH_BYTES = 3 * 8 + 8 + 4
 # Terms of a plan that are torch's or the program's: MLX does not count them.
-_NOT_MLX = ("adapter", "optimizer", "beside MLX", "program")
+_NOT_MLX = ("adapter", "partial sums", "optimizer", "beside MLX", "program")
 
 
 def mlx_bytes(plan: MemoryPlan) -> int:

@@ -32,6 +32,7 @@ from phitune.plan.machine import (
     MACHINES,
     Machine,
     Memory,
+    check_processes,
     device_kind,
     gpu_name,
     is_apple_silicon,
@@ -200,6 +201,7 @@ def settle_memory(
         settings.rows_per_step,
         forced_recomputation(settings, config),
         scheme,
+        settings.processes,
     )
     place = place_of(run, settings, device_kind(settings.device)[0], budget)
     if settings.batch_size == "auto":
@@ -249,7 +251,8 @@ def what_would_fit(
     effective = settings.rows_per_step
     least = {"batch_size": 1, "gradient_accumulation_steps": effective, "recompute_layers": "all"}
     layers = config.num_hidden_layers
-    run = Run(config, modules, settings.lora_r, rows_of(data), effective, layers, scheme)
+    rows, count = rows_of(data), settings.processes
+    run = Run(config, modules, settings.lora_r, rows, effective, layers, scheme, count)
     place = place_of(run, settings, device_kind(settings.device)[0], budget)
     # Where the arithmetic says that this fits, less memory was there than could be seen.
     there = min(budget, round(_AT_MOST_THERE * run.plan(1, place).bytes))
@@ -386,6 +389,8 @@ def speeds(run: Run, settings: Settings, batch_size: int | None) -> list[Speed]:
 
 def _speed(machine: Machine, base: Base, batch: BatchOption, run: Run, settings: Settings) -> Speed:
     rate = machine.mfu * machine.tflops(base) * 1e12 / (run.cost.step * batch.time)
+    if machine.device == "cuda":  # Each process has a GPU; those of a CPU share its cores.
+        rate *= settings.processes
     steps = Steps(run.rows.per_epoch, settings)
     tokens = run.rows.tokens * steps.in_all // steps.an_epoch
     return Speed(machine, base, batch, rate, tokens / rate / 3600)
@@ -685,13 +690,17 @@ def make_plan(resolved: Resolved, memory: str | None = None, preset: str | None 
         settings.rows_per_step,
         forced_recomputation(settings, config),
         read_scheme(folder) if folder else None,
+        settings.processes,
     )
 
     # Where it runs.
     device, device_source = device_kind(settings.device)
+    check_processes(settings.processes, device)
     if preset and settings.device == PRESETS[preset].device:
         device_source = "the preset's"
     there = given or (PRESETS[preset].memory if preset else memory_here(settings.device, device))
+    if device == "cpu":
+        there = there.shared(settings.processes)
     machines = machines_like(device, PRESETS[preset].machine if preset and not given else there)
     if device == "cuda" and not given and not preset:
         machines = machine_called(gpu_name(settings.device))

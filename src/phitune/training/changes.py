@@ -25,6 +25,7 @@ CHANGEABLE = (
     "engine",
     "device",
     "threads",
+    "processes",
     "save_every",
     "keep_checkpoints",
     "cache",

@@ -150,6 +150,16 @@ class MicroBatchDone:
 
 
 @dataclass(frozen=True)
+class Paused:
+    """Of several processes one was asked to stop; the last event, and the same in all of them.
+
+    All that they have summed of the current step is in the state of process 0.
+    """
+
+    signal: str
+
+
+@dataclass(frozen=True)
 class StepDone:
     """The optimizer made an update."""
 
@@ -209,6 +219,7 @@ Event = (
     RanOutOfMemory
     | DryRunDone
     | MicroBatchDone
+    | Paused
     | StepDone
     | RowTried
     | NumbersRefused

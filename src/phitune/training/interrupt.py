@@ -71,8 +71,14 @@ class Stop:
 
 
 @contextmanager
-def stop_signals(say: Callable[[str], None]) -> Iterator[Stop]:
-    """Listens for the signals of `EXIT_CODES`; only the main thread can."""
+def stop_signals(
+    say: Callable[[str], None], tell: Callable[[str], None] = lambda name: None
+) -> Iterator[Stop]:
+    """Listens for the signals of `EXIT_CODES`; only the main thread can.
+
+    Args:
+        tell: is told the name of the first signal, for others who have to stop too.
+    """
     stop = Stop()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -82,6 +88,7 @@ def stop_signals(say: Callable[[str], None]) -> Iterator[Stop]:
                 f"stopped at once by {name}; nothing more was saved", EXIT_CODES[name]
             )
         stop.signal = name
+        tell(name)
         if name == "SIGHUP":
             stop.hang_up()
         with stop.showing():

@@ -12,13 +12,13 @@ import math
 import statistics
 import time
 from collections.abc import Generator, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from phitune.config import Settings
-from phitune.data.packing import batches, next_micro_batch, pack, steps_of_epoch
+from phitune.data.packing import batch_of, next_micro_batch, pack, steps_of_epoch
 from phitune.data.steps import ValidationTimes, steps_per_epoch, total_steps
 from phitune.data.tokenizer import TokenizedExample
 from phitune.errors import MAX_LISTED, OutOfMemoryError
@@ -37,12 +37,14 @@ from phitune.training.events import (
     MicroBatchDone,
     NonFinite,
     NumbersRefused,
+    Paused,
     RowTried,
     StepDone,
     StepMetrics,
     Validating,
 )
 from phitune.training.out_of_memory import split_further
+from phitune.training.processes import ALONE, Processes
 from phitune.training.state import (
     TrainingState,
     build_adamw,
@@ -66,17 +68,26 @@ class TrainingData(Protocol):
 
 
 def fit(
-    engine: Engine, state: TrainingState, data: TrainingData, settings: Settings
+    engine: Engine,
+    state: TrainingState,
+    data: TrainingData,
+    settings: Settings,
+    processes: Processes = ALONE,
 ) -> Iterator[Event]:
     """Trains the state's adapter in place, until all steps are done or patience ends.
 
     Where memory runs out, the current step or validation begins again, split further.
+
+    Of several processes each computes a part of every step and validation, and comes to the same
+    state. At a `MicroBatchDone` each has a part of the step's gradients; at all other events,
+    `Paused` among them, process 0 has all of them.
 
     Args:
         state: of a new run (`start_state`) or of a checkpoint.
 
     Raises:
         OutOfMemoryError: a step does not fit however it is split; its gradients are dropped.
+        LostProcessError: another process is gone.
     """
     train_rows, parameters = data.train_rows, state.adapter.parameters()
     steps_in_all = total_steps(settings, state.steps_per_epoch)
@@ -85,7 +96,7 @@ def fit(
 
     # The base model or the start adapter, before the first step.
     if state.epochs_done < 0:
-        evaluation = yield from validate(engine, state, data, settings, epoch=0)
+        evaluation = yield from validate(engine, state, data, settings, processes, epoch=0)
         if evaluation and not math.isfinite(evaluation.validation_loss):
             yield from refuse_validation(engine, state, data, evaluation, adapter_at_start)
             return
@@ -105,35 +116,20 @@ def fit(
         ):
             # Before the next step: what is due after the one before it.
             if validation_is_due(state, settings) and not (
-                yield from evaluate_within_epoch(engine, state, data, settings, adapter_at_start)
+                yield from evaluate_within_epoch(
+                    engine, state, data, settings, processes, adapter_at_start
+                )
             ):
                 return
             if is_over(state, settings):
                 break
 
-            # Gradients: summed over the step's trained tokens, one micro-batch after the other.
-            step, device = state.step + 1, engine.device
+            step, started = state.step + 1, time.perf_counter() - state.seconds_in_step
             num_tokens = sum(len(train_rows[row].input_ids) for row in rows)
-            num_target_tokens = sum(train_rows[row].num_target_tokens for row in rows)
-            started = time.perf_counter() - state.seconds_in_step
-            while state.rows_in_step < len(rows):
-                batch = next_micro_batch(train_rows, rows, state.rows_in_step, state.micro_batch)
-                dropout = dropout_of(batch, settings, step, device)
-                try:
-                    state.step_loss += engine.loss_and_gradients(
-                        batch.to(device), dropout, 1 / num_target_tokens
-                    )
-                except OutOfMemoryError as error:
-                    yield split_further(engine, state, settings, error)  # The step begins again.
-                    started = time.perf_counter()
-                    continue
-                state.rows_in_step += len(batch.slots)
-                state.seconds_in_step = time.perf_counter() - started
-                yield MicroBatchDone(len(batch.slots))
-            state.has_fitted = True
+            yield from sum_gradients(engine, state, data, settings, processes, rows)
 
             # No update where the numbers are not finite.
-            loss = state.step_loss.item()
+            loss = state.take_total().item()
             norm = gradient_norm(parameters)
             learning_rate = learning_rate_at(
                 step,
@@ -163,7 +159,7 @@ def fit(
             clip_gradients(parameters, norm, settings.max_grad_norm)
             state.optimizer.step()
             state.step, state.bad_steps = step, 0
-            state.seconds_since_validation += time.perf_counter() - started
+            state.seconds_since_validation += state.seconds_in_step
             state.begin_step()
             usual = usual_loss(state.recent_losses, loss)
             state.recent_losses = [*state.recent_losses, loss][-RECENT:]
@@ -186,7 +182,9 @@ def fit(
             continue
         is_best = False
         if validation_is_due(state, settings):
-            evaluated = yield from evaluate(engine, state, data, settings, adapter_at_start)
+            evaluated = yield from evaluate(
+                engine, state, data, settings, processes, adapter_at_start
+            )
             if evaluated is None:
                 return
             state.count(evaluated.evaluation, is_best=evaluated.is_best)
@@ -196,7 +194,7 @@ def fit(
 
     # The last step is validated, wherever the run was resumed.
     if state.validated_step < state.step:
-        yield from evaluate_within_epoch(engine, state, data, settings, adapter_at_start)
+        yield from evaluate_within_epoch(engine, state, data, settings, processes, adapter_at_start)
 
 
 def start_state(
@@ -207,7 +205,6 @@ def start_state(
         adapter,
         build_adamw(adapter.parameters(), settings.weight_decay),
         steps_per_epoch(num_rows, settings.rows_per_step),
-        torch.zeros((), device=engine.device),
         settings.micro_batch,
     )
 
@@ -250,6 +247,65 @@ def ending_of(state: TrainingState, settings: Settings) -> Ending:
 
 
 # -------------------------------------------------------------------------------------------------
+# The gradients of a step.
+
+
+def sum_gradients(
+    engine: Engine,
+    state: TrainingState,
+    data: TrainingData,
+    settings: Settings,
+    processes: Processes,
+    rows: Sequence[int],
+) -> Iterator[Event]:
+    """Computes the micro-batches of a step that are missing; their sum is in `state.sums` then.
+
+    Args:
+        rows: of the step, by number.
+    """
+    train_rows, device = data.train_rows, engine.device
+    num_target_tokens = sum(train_rows[row].num_target_tokens for row in rows)
+    while True:
+        sums, failed = state.sums_of(len(rows)), None
+        started = time.perf_counter() - state.seconds_in_step
+        spans = (*sums.begun, *processes.share(sums.missing))
+        left = [(each, number) for each in spans for number in sums.left_of(each)]
+        for span, number in left:
+            if processes.stopping:
+                break
+            places = sums.rows_of(number)
+            batch = next_micro_batch(train_rows, rows, places.start, state.micro_batch)
+            dropout = dropout_of(batch, settings, state.step + 1, device)
+            state.go_on_with(span)
+            try:
+                loss = engine.loss_and_gradients(batch.to(device), dropout, 1 / num_target_tokens)
+            except OutOfMemoryError as error:
+                failed = str(error)
+                break
+            state.add_micro_batch(span, loss)
+            state.seconds_in_step = time.perf_counter() - started
+            yield MicroBatchDone(len(places))
+        seconds = time.perf_counter() - started
+        met = processes.meet({"failed": failed, "signal": processes.stopping, "seconds": seconds})
+        if reason := _any(met, "failed"):
+            yield split_further(engine, state, settings, OutOfMemoryError(reason))
+            continue  # The step begins again.
+        rows_here = state.rows_in_step
+        processes.collect(state)
+        if (of_others := state.rows_in_step - rows_here) > 0:
+            yield MicroBatchDone(of_others)
+        if signal := _any(met, "signal"):
+            yield Paused(signal)
+        state.seconds_in_step = met[0]["seconds"]  # One clock decides when to validate.
+        if processes.size > 1:
+            total = sums.total if processes.rank == 0 else state.room_for_a_sum()
+            processes.spread(total)
+            sums.total = total
+        state.has_fitted = True
+        return
+
+
+# -------------------------------------------------------------------------------------------------
 # Validation.
 
 
@@ -268,10 +324,11 @@ def evaluate_within_epoch(
     state: TrainingState,
     data: TrainingData,
     settings: Settings,
+    processes: Processes,
     adapter_at_start: dict[str, Tensor],  # A [R, D] and B [O, R] by name
 ) -> Generator[Event, None, bool]:
     """Evaluates and counts it. Returns: whether the run goes on."""
-    evaluated = yield from evaluate(engine, state, data, settings, adapter_at_start)
+    evaluated = yield from evaluate(engine, state, data, settings, processes, adapter_at_start)
     if evaluated is None:
         return False
     state.count(evaluated.evaluation, is_best=evaluated.is_best)
@@ -284,10 +341,11 @@ def evaluate(
     state: TrainingState,
     data: TrainingData,
     settings: Settings,
+    processes: Processes,
     adapter_at_start: dict[str, Tensor],  # A [R, D] and B [O, R] by name
 ) -> Generator[Event, None, Evaluated | None]:
     """Validates, and compares with the best so far; None where the loss is not finite."""
-    evaluation = yield from validate(engine, state, data, settings, state.epoch)
+    evaluation = yield from validate(engine, state, data, settings, processes, state.epoch)
     loss, best = evaluation.validation_loss if evaluation else None, state.best_validation_loss
     if evaluation and not math.isfinite(evaluation.validation_loss):
         yield from refuse_validation(engine, state, data, evaluation, adapter_at_start)
@@ -298,27 +356,49 @@ def evaluate(
 
 
 def validate(
-    engine: Engine, state: TrainingState, data: TrainingData, settings: Settings, epoch: float
+    engine: Engine,
+    state: TrainingState,
+    data: TrainingData,
+    settings: Settings,
+    processes: Processes,
+    epoch: float,
 ) -> Generator[Event, None, Evaluation | None]:
     """Mean loss over the trained tokens of all validation rows, without dropout."""
     rows = data.validation_rows
     if not rows:
         return None
     while True:
-        loss_sum = torch.zeros((), device=engine.device, dtype=torch.float32)
-        num_target_tokens = done = 0
+        losses: list[Tensor] = []  # scalar each, of this process's batches
+        done = num_target_tokens = 0
+        failed = None
         try:
-            for batch in batches(rows, state.micro_batch):
-                # Not in place: a sum in fp64 stays one, however the rows are cut.
-                loss_sum = loss_sum + engine.loss_sum(batch.to(engine.device))
+            for number in processes.share(range(-(-len(rows) // state.micro_batch))):
+                if processes.stopping:
+                    break
+                batch = batch_of(rows, number, state.micro_batch)
+                losses.append(engine.loss_sum(batch.to(engine.device)))
                 num_target_tokens += batch.num_target_tokens
-                done += len(batch.slots)
-                yield Validating(done, len(rows))
+                done += processes.size * len(batch.slots)  # The others are about as far.
+                yield Validating(min(done, len(rows)), len(rows))
         except OutOfMemoryError as error:
-            yield split_further(engine, state, settings, error)  # The validation begins again.
-            continue
+            failed = str(error)
+        found = torch.stack(losses).tolist() if losses and not failed else []
+        said = {"failed": failed, "signal": processes.stopping, "losses": found}
+        met = processes.meet({**said, "num_target_tokens": num_target_tokens})
+        if reason := _any(met, "failed"):
+            yield split_further(engine, state, settings, OutOfMemoryError(reason))
+            continue  # The validation begins again.
+        if signal := _any(met, "signal"):
+            yield Paused(signal)
         state.has_fitted = True
-        return Evaluation(state.step, epoch, (loss_sum / num_target_tokens).item())
+        # Rounded once: the order of the rows does not matter, nor who computed them.
+        loss = math.fsum(loss for said in met for loss in said["losses"])
+        return Evaluation(state.step, epoch, loss / sum(said["num_target_tokens"] for said in met))
+
+
+def _any(met: Sequence[dict[str, Any]], name: str) -> Any:
+    """What the first process with something to say under a name said."""
+    return next((said[name] for said in met if said[name]), None)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -17,9 +17,11 @@ from phitune.errors import OutOfMemoryError
 from phitune.model.device import guard_memory, is_out_of_memory
 from phitune.model.engine import Engine
 from phitune.plan.machine import peak_memory
-from phitune.plan.micro_batch import smaller_part
+from phitune.plan.micro_batch import partial_sums, smaller_part
 from phitune.training.events import DryRunDone, RanOutOfMemory, StepSplit
+from phitune.training.processes import ALONE, Processes
 from phitune.training.state import TrainingState, as_bytes, copy_of, dropout_of
+from phitune.training.sums import StepSums
 
 
 def split_further(
@@ -59,7 +61,11 @@ def next_split(split: StepSplit, rows_per_step: int, num_layers: int) -> StepSpl
 
 
 def dry_run(
-    engine: Engine, state: TrainingState, data: PreparedData, settings: Settings
+    engine: Engine,
+    state: TrainingState,
+    data: PreparedData,
+    settings: Settings,
+    processes: Processes = ALONE,
 ) -> Iterator[RanOutOfMemory | DryRunDone]:
     """Tries what takes the most memory of a run: its largest micro-batch, validation, checkpoint.
 
@@ -75,15 +81,18 @@ def dry_run(
     def attempt() -> DryRunDone:
         started = time.perf_counter()
         kept = [copy_of(state.adapter) for _ in ("the start", "the best")]  # As in training.
-        for parameter in state.adapter.parameters():  # As in the second micro-batch of a step.
+        for parameter in state.adapter.parameters():  # As in the last micro-batch of a step.
             parameter.grad = torch.zeros_like(parameter)
+        micro_batches = settings.rows_per_step // state.micro_batch
+        kept += [copy_of(state.adapter) for _ in range(partial_sums(micro_batches, processes.size))]
         batch = pack(train_rows[: state.micro_batch])
         dropout = dropout_of(batch, settings, step=1, device=engine.device)
         weight = 1 / batch.num_target_tokens
-        engine.loss_and_gradients(batch.to(engine.device), dropout, weight).item()
+        loss = engine.loss_and_gradients(batch.to(engine.device), dropout, weight)
         if validation_rows:
             engine.loss_sum(pack(validation_rows[: state.micro_batch]).to(engine.device)).item()
-        state.rows_in_step = len(batch.slots)  # A checkpoint that has gradients in it.
+        state.sums = StepSums(len(batch.slots), len(batch.slots))  # A checkpoint with gradients.
+        state.add_micro_batch(0, loss)
         for _, tensors in state.tensors():
             as_bytes(tensors)
         state.begin_step()
@@ -98,7 +107,7 @@ def dry_run(
             return
         except OutOfMemoryError as error:
             reason = error.with_traceback(None)  # Which would hold the tensors of the attempt.
-        state.rows_in_step = 0  # The rows of a dry run are not rows of the run.
+        state.begin_step()  # The rows of a dry run are not rows of the run.
         yield split_further(engine, state, settings, reason)
 
 

@@ -40,7 +40,7 @@ from phitune.training.checkpoint import (
 )
 from phitune.training.events import RanOutOfMemory
 from phitune.training.rundir import CHECKPOINTS, CONFIG, read_summary, refuse_if_held
-from phitune.training.state import NUMBERS, learning_rate_at
+from phitune.training.state import SAVED_NUMBERS, learning_rate_at
 
 # -------------------------------------------------------------------------------------------------
 # What a run is made of: settings, data, base model, versions, machine.
@@ -415,7 +415,7 @@ def _resumption(folder: Path, found: list[Path], resolved: Resolved) -> Resumpti
     try:
         state = json.loads(files[STATE])
         saved = Provenance.from_json(state["provenance"])
-        progress = {name: state["progress"][name] for name in NUMBERS}
+        progress = {name: state["progress"][name] for name in SAVED_NUMBERS}
     except (ValueError, KeyError, TypeError) as error:
         raise ResumeError(
             f"{checkpoint}: was written by another version of phitune ({error})"

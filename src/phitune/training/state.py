@@ -21,6 +21,7 @@ from phitune.model import ops
 from phitune.model.lora import Adapter
 from phitune.training.checkpoint import checkpoint_name
 from phitune.training.events import Evaluation
+from phitune.training.sums import Span, StepSums
 
 # -------------------------------------------------------------------------------------------------
 # The optimizer, the learning rate as a function of the step, gradients, dropout.
@@ -109,7 +110,7 @@ def dropout_of(
 ADAPTER, BEST = "adapter.safetensors", "best.safetensors"
 OPTIMIZER, GRADIENTS = "optimizer.safetensors", "gradients.safetensors"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-_STEP_LOSS = "step_loss"
+_TOTAL = "total"
 
 
 @dataclass
@@ -119,7 +120,6 @@ class TrainingState:
     adapter: Adapter
     optimizer: torch.optim.AdamW
     steps_per_epoch: int
-    step_loss: Tensor  # scalar, of the current step's micro-batches that are done
 
     # How the step is split; not in a checkpoint, since the result does not depend on it.
     micro_batch: int  # rows
@@ -131,7 +131,7 @@ class TrainingState:
     epochs_done: int = -1  # with their validation; -1 before that of epoch 0
     validated_step: int = 0  # the last one after which the adapter was evaluated
     seconds_since_validation: float = 0.0  # of steps
-    rows_in_step: int = 0  # rows of the current step whose gradients are accumulated
+    sums: StepSums = field(default_factory=StepSums)  # of the current step's gradients
     seconds_in_step: float = 0.0
     bad_steps: int = 0  # latest steps in a row whose numbers were not finite
     recent_losses: list[float] = field(default_factory=list)
@@ -141,6 +141,11 @@ class TrainingState:
     best_step: int = 0
     validations_without_gain: int = 0
     best: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def rows_in_step(self) -> int:
+        """Rows of the current step whose gradients are summed."""
+        return self.sums.rows_done
 
     @property
     def step_in_epoch(self) -> int:
@@ -168,8 +173,47 @@ class TrainingState:
     def begin_step(self) -> None:
         """The gradients start from zero."""
         self.optimizer.zero_grad()
-        self.rows_in_step, self.seconds_in_step = 0, 0.0
-        self.step_loss = torch.zeros_like(self.step_loss)
+        self.sums, self.seconds_in_step = StepSums(), 0.0
+
+    def sums_of(self, rows: int) -> StepSums:
+        """The sums of the current step, of so many rows; those of another split are dropped."""
+        if (self.sums.rows, self.sums.micro_batch) != (rows, self.micro_batch):
+            self.begin_step()
+            self.sums = StepSums(rows, self.micro_batch)
+        return self.sums
+
+    def go_on_with(self, span: int) -> None:
+        """The adapter's gradients are what is summed of a span so far, if anything is."""
+        if of_it := self.sums.spans.get(span):
+            for parameter, found in zip(self.adapter.parameters(), of_it.found, strict=False):
+                parameter.grad = found
+
+    def add_micro_batch(self, span: int, loss: Tensor) -> None:
+        """The gradients of the next micro-batch of a span were added to the adapter's.
+
+        Args:
+            loss: scalar.
+        """
+        gradients = [parameter.grad for parameter in self.adapter.parameters()]
+        found = [gradient for gradient in gradients if gradient is not None]
+        before = self.sums.spans.get(span)
+        loss = loss.float() if before is None else before.found[-1] + loss.float()
+        self.sums.spans[span] = Span(1 + (before.done if before else 0), [*found, loss])
+        if self.sums.is_whole(span):
+            self.sums.finish(span, found)
+
+    def room_for_a_sum(self) -> list[Tensor]:
+        """Tensors of the shapes of a step's gradients, and of its loss (scalar)."""
+        parameters = self.adapter.parameters()
+        loss = torch.empty((), dtype=torch.float32, device=parameters[0].device)
+        return [*map(torch.empty_like, parameters), loss]
+
+    def take_total(self) -> Tensor:
+        """The step's gradients become the adapter's. Returns: scalar, the loss."""
+        *gradients, loss = self.sums.total
+        for parameter, gradient in zip(self.adapter.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        return loss
 
     def count(self, evaluation: Evaluation | None, *, is_best: bool) -> None:
         """The adapter was evaluated as it is."""
@@ -186,7 +230,15 @@ class TrainingState:
 
     def numbers(self) -> dict[str, Any]:
         """What is not a tensor."""
-        return {name: getattr(self, name) for name in NUMBERS}
+        return {
+            **{name: getattr(self, name) for name in NUMBERS},
+            "rows_in_step": self.rows_in_step,
+            "step_split": [self.sums.rows, self.sums.micro_batch],
+            "step_sums": {
+                "in_total": self.sums.spans_in_total,
+                "spans": [[span, of_it.done] for span, of_it in self.sums.spans.items()],
+            },
+        }
 
     def tensors(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Name and tensors of each file, one file at a time; A [R, D] and B [O, R] of every pair,
@@ -195,13 +247,8 @@ class TrainingState:
         if self.best:
             yield BEST, self.best
         yield OPTIMIZER, self._moments()
-        if self.rows_in_step:
-            gradients = {
-                name: parameter.grad
-                for name, parameter in self._parameters().items()
-                if parameter.grad is not None
-            }
-            yield GRADIENTS, {**gradients, _STEP_LOSS: self.step_loss}
+        if self.sums.known:
+            yield GRADIENTS, self._gradients()
 
     def load(self, numbers: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
         """Takes over what a checkpoint holds. The adapter must be of the same shape.
@@ -210,10 +257,9 @@ class TrainingState:
             numbers: as `numbers` gave them.
             files: contents by name, as `as_bytes` made them of `tensors`.
         """
-        for name in NUMBERS:
-            setattr(self, name, numbers[name])
+        self.take_numbers(numbers)
         restore(self.adapter, load(files[ADAPTER]))
-        device = self.step_loss.device
+        device = self.adapter.parameters()[0].device
         if BEST in files:
             self.best = {name: tensor.to(device) for name, tensor in load(files[BEST]).items()}
         moments = load(files[OPTIMIZER])
@@ -223,10 +269,43 @@ class TrainingState:
                 part: tensor.to(device) for part, tensor in kept.items()
             }
         if GRADIENTS in files:
-            gradients = {name: t.to(device) for name, t in load(files[GRADIENTS]).items()}
-            self.step_loss = gradients.pop(_STEP_LOSS)
-            for name, gradient in gradients.items():
-                self._parameters()[name].grad = gradient
+            tensors = load(files[GRADIENTS])
+
+            def found(name: str) -> list[Tensor]:
+                return [tensors[f"{name}.{part}"].to(device) for part in self._parts_of_a_sum()]
+
+            sums = numbers["step_sums"]
+            self.sums.spans_in_total = sums["in_total"]
+            self.sums.total = found(_TOTAL) if sums["in_total"] else []
+            for span, done in sums["spans"]:
+                self.sums.spans[span] = Span(done, found(f"span {span}"))
+
+    def take_numbers(self, numbers: Mapping[str, Any]) -> None:
+        """What is not a tensor, as `numbers` gave it."""
+        for name in NUMBERS:
+            setattr(self, name, numbers[name])
+        self.sums = StepSums(*numbers["step_split"])
+
+    def tensors_of_update(self) -> list[Tensor]:
+        """What an update changes: A [R, D], B [O, R] and AdamW's state of each."""
+        found = []
+        for parameter in self.adapter.parameters():
+            of_it = self.optimizer.state[parameter]
+            found += [parameter, *(of_it[part] for part in _MOMENTS)]
+        return found
+
+    def _gradients(self) -> dict[str, Tensor]:  # each [R, D] or [O, R], and losses, scalar
+        sums = {f"span {span}": of_it.found for span, of_it in self.sums.spans.items()}
+        if self.sums.total:
+            sums[_TOTAL] = self.sums.total
+        return {
+            f"{name}.{part}": tensor
+            for name, found in sums.items()
+            for part, tensor in zip(self._parts_of_a_sum(), found, strict=True)
+        }
+
+    def _parts_of_a_sum(self) -> list[str]:
+        return [*self.adapter.tensors(), "loss"]
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return dict(zip(self.adapter.tensors(), self.adapter.parameters(), strict=True))
@@ -245,7 +324,6 @@ NUMBERS = (
     "epochs_done",
     "validated_step",
     "seconds_since_validation",
-    "rows_in_step",
     "seconds_in_step",
     "bad_steps",
     "recent_losses",
@@ -254,6 +332,8 @@ NUMBERS = (
     "best_step",
     "validations_without_gain",
 )
+# With those of the current step's sums.
+SAVED_NUMBERS = (*NUMBERS, "rows_in_step", "step_split", "step_sums")
 
 
 def as_bytes(tensors: Mapping[str, Tensor]) -> bytes:

@@ -10,7 +10,7 @@ PHI_2_CONFIG ?= config.json
 PHI_2_FOLDER ?= phi-2
 
 .PHONY: setup demo test campaigns browser screenshots lint check format docs models full-size export-memory export-gguf \
-  benchmarks busy peers mlx-peers mac gpu fuzz torture disk-faults memory-limits kernels gpu-kernels clean
+  benchmarks busy peers mlx-peers mac gpu fuzz torture disk-faults memory-limits kernels scale gpu-kernels clean
 
 setup: $(INSTALLED)
 
@@ -110,6 +110,11 @@ fuzz: setup
 # A hundred kills, each run gone on with to its end; some minutes.
 torture: setup
 	$(BIN)/python benchmarks/torture.py
+
+# Several processes: cost, speed, kills, two machines as network namespaces, which need root. Twenty
+# minutes.
+scale: setup
+	$(BIN)/python benchmarks/scale.py
 
 # Two hundred runs on disks that fill up or fail; needs the right to mount a tmpfs.
 disk-faults: setup

@@ -616,10 +616,10 @@ class Settings(BaseModel):
     processes: Whole = knob(
         1,
         "processes of this machine that compute each step together, a GPU or some cores for each;"
-        " the result is the same",
+        " their number changes no bit of the result",
         group=_MACHINE,
         ge=1,
-        le=64,
+        le=8,
     )
     engine: Literal["fused", "reference"] = knob(
         "fused",

@@ -17,7 +17,7 @@ from phitune.data.prepare import PreparedData, prepare_data
 from phitune.data.tokenizer import TextTokenizer
 from phitune.errors import ResumeError, listing
 from phitune.model.architecture import read_model_config
-from phitune.model.device import DTYPES, deterministic, torch_device
+from phitune.model.device import DTYPES, choose_device, deterministic, torch_device
 from phitune.model.engine import Engine
 from phitune.model.files import EXAMPLE_DATASET, fetch_weights, find_model
 from phitune.model.lora import attach
@@ -25,9 +25,10 @@ from phitune.model.quantization import quantization_from_json
 from phitune.model.start_adapter import spec_of
 from phitune.model.weights import weights_fingerprint
 from phitune.training.events import Paused
+from phitune.training.group import EndedError, Group, Member
 from phitune.training.interrupt import stop_signals
 from phitune.training.loop import fit, start_state
-from phitune.training.processes import EndedError, Group, Member, Processes
+from phitune.training.processes import Processes
 from phitune.training.resume import data_fingerprints, differences
 from phitune.training.state import TrainingState
 
@@ -47,7 +48,7 @@ def begin_together(
         {
             "facts": dict(facts),
             "threads": torch.get_num_threads(),
-            "split": [state.micro_batch, engine.recompute_layers],
+            "recompute_layers": engine.recompute_layers,
             "numbers": state.numbers(),
             "spans": state.sums.known,
         }
@@ -61,7 +62,7 @@ def begin_together(
     first = there[0]
     if processes.rank:
         torch.set_num_threads(first["threads"])
-        state.micro_batch, engine.recompute_layers = first["split"]
+        engine.recompute_layers = first["recompute_layers"]
         state.take_numbers(first["numbers"])
         state.sums.elsewhere = frozenset(first["spans"])
     processes.spread(state.tensors_of_update())
@@ -99,7 +100,9 @@ class Follower:
                 device = settings.device
                 if device.startswith("cuda"):
                     device = f"cuda:{self.member.local_rank}"
-                processes.device = torch_device(device)
+                processes.device = torch_device(choose_device(device))
+                if processes.device.type == "cuda":
+                    torch.cuda.set_device(processes.device)
                 with deterministic(processes.device, wanted=settings.deterministic):
                     engine, state, data, facts = _prepared(settings, device, job)
                     begin_together(processes, facts, engine, state)

@@ -106,15 +106,15 @@ from phitune.training.checkpoint import checkpoints_of
 from phitune.training.events import (
     Ending,
     Evaluated,
-    MicroBatchDone,
     NumbersRefused,
     Paused,
     RanOutOfMemory,
 )
+from phitune.training.group import first_process
 from phitune.training.interrupt import Stop, StopRequested, stop_signals
 from phitune.training.loop import ending_of, fit, start_state
 from phitune.training.out_of_memory import dry_run, why_not_written
-from phitune.training.processes import Processes, first_process
+from phitune.training.processes import Processes
 from phitune.training.resume import (
     START_ADAPTER,
     Provenance,
@@ -136,7 +136,11 @@ from phitune.training.rundir import (
 from phitune.training.saver import Moment, Saver, moment_of
 from phitune.training.state import TrainingState, copy_of, restore
 from phitune.training.status import Status, watched
-from phitune.training.threads import are_chosen_by_the_user, measure_threads
+from phitune.training.threads import (
+    are_chosen_by_the_user,
+    measure_threads,
+    threads_are_torchruns,
+)
 from phitune.training.trackers import Trackers, check_trackers, tracker_names
 from phitune.untrusted import write_object
 
@@ -388,11 +392,11 @@ class LoRATrainer:
             KeyboardInterrupt: a signal stopped it; a checkpoint of where it was is written.
         """
         resumption = self._resumption
-        if resumption and resumption.summary:
-            return self._already_finished(resumption)
         with ExitStack() as held:
             processes = first_process(self.settings.processes, self.settings.device)
             held.enter_context(processes.taking_part())
+            if resumption and resumption.summary:
+                return self._already_finished(resumption)
 
             # One process per run directory. That of a new run is made only when the model is there.
             if resumption:
@@ -498,9 +502,9 @@ class LoRATrainer:
                                 self._save(saver, state, moment, provenance)
                             # What is written of a step counts only once the state counts it.
                             is_written = isinstance(event, Evaluated)
-                            # Of several processes all have to come to the end of the step.
-                            is_part = isinstance(event, MicroBatchDone) and processes.size > 1
-                            if stop.requested and not (is_written or is_part or refused):
+                            # Several processes pause together, and none has computed in vain.
+                            is_alone = processes.size == 1
+                            if stop.requested and is_alone and not (is_written or refused):
                                 break
                         if not refused:
                             self._save(saver, state, "end", provenance)
@@ -511,8 +515,7 @@ class LoRATrainer:
                     except LostProcessError as error:
                         self._save(saver, state, "end", provenance)
                         raise LostProcessError(
-                            f"{error}; step {state.step} is saved, resume with:"
-                            f" {self._resume_command}"
+                            f"{error}; resume with: {self._resume_command}"
                         ) from None
                     finally:
                         with stop.showing():
@@ -573,7 +576,7 @@ class LoRATrainer:
                     raise
                 reason = first_line(error)
             # Only here, behind the clause, nothing holds the tensors of what failed any more.
-            raise self._out_of_memory(reason, data, budget.bytes)
+            raise self._out_of_memory(reason, data, budget.bytes, processes)
 
     # ---------------------------------------------------------------------------------------------
     # Before training.
@@ -790,10 +793,10 @@ class LoRATrainer:
         """
         if self._resumption or self.settings.threads != "auto" or engine.device_name != "cpu":
             return provenance
-        if are_chosen_by_the_user():
+        if processes.on_this_device > 1 and threads_are_torchruns():
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes.on_this_device))
+        elif are_chosen_by_the_user():
             pass
-        elif processes.local_size > 1:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes.local_size))
         else:
             seconds = measure_threads(engine, state, data, self.settings)
             if self.verbose and len(seconds) > 1:
@@ -1138,10 +1141,13 @@ class LoRATrainer:
             remedy += ", or download the model's files again"
         return NonFiniteError(f"{refused.numbers}{remedy}")
 
-    def _out_of_memory(self, reason: str, data: PreparedData, budget: int) -> OutOfMemoryError:
+    def _out_of_memory(
+        self, reason: str, data: PreparedData, budget: int, processes: Processes
+    ) -> OutOfMemoryError:
         """The error that names the settings which would fit, as far as arithmetic can tell."""
+        settings = self.settings.model_copy(update={"processes": processes.size})
         fitting = what_would_fit(
-            self.settings, self.model_config, self.target_modules, data, budget, self._scheme
+            settings, self.model_config, self.target_modules, data, budget, self._scheme
         )
         message = f"out of memory on {self.settings.device}: {reason}\n{fitting}"
         if checkpoints_of(self._output_dir / CHECKPOINTS):

@@ -108,12 +108,15 @@ GUESSES = {
 }
 # What has no counterpart is left out, and said to be.
 LEFT_OUT = {
-    "train --max_steps 60 --epochs 3": ("train --epochs 3", "--max_steps 60"),
+    "train --dataloader_num_workers 4 --epochs 3": (
+        "train --epochs 3",
+        "--dataloader_num_workers 4",
+    ),
     "train --warmup_steps 100 data.jsonl": ("train data.jsonl", "--warmup_steps 100"),
     "chat output/done --dataset_path data.jsonl": ("chat output/done", "--dataset_path data.jsonl"),
     "lora --model phi-2 --train --data data.jsonl --iters 600": (
-        "train --model_name phi-2 --dataset_path data.jsonl",
-        "--train; --iters 600",
+        "train --model_name phi-2 --dataset_path data.jsonl --max_steps 600",
+        "--train",
     ),
 }
 

@@ -96,16 +96,17 @@ def test_processes_of_one_machine_are_one_process(place: Path) -> None:
 
 
 def test_a_signal_to_one_stops_all_and_a_kill_of_one_ends_all(place: Path) -> None:
-    """Both in the same run, which goes on in between."""
+    """Both in the same run, which goes on in between, first on fewer processes."""
     process = begun("--output_dir", "run")
     first, second = psutil.Process(process.pid).children()
     second.terminate()
+    second.terminate()  # As by a scheduler and by torchrun.
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143, err
     assert "interrupted by SIGTERM after step" in err
     assert not psutil.wait_procs([first, second], timeout=5)[1]
 
-    process = begun("--resume", "run")
+    process = begun("--resume", "run", "--processes", "3")
     first, second = psutil.Process(process.pid).children()
     started = time.monotonic()
     second.kill()
@@ -135,6 +136,27 @@ def begun(*words: str) -> subprocess.Popen[str]:
         assert time.monotonic() < until
         time.sleep(0.05)
     return process
+
+
+def test_torchrun_starts_a_lost_run_again_and_leaves_a_finished_one_alone(place: Path) -> None:
+    words = [*TORCHRUN, "--standalone", "--nproc_per_node", "2", "--max-restarts", "2"]
+    words += [*TRAIN[1:], *FLAGS, "--max_steps", "12", "--save_every", "2"]
+    words += ["--output_dir", "run", "--resume", "auto"]
+    agent = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics, until = Path("run/metrics.jsonl"), time.monotonic() + 240
+    while not (metrics.is_file() and '"step": 4' in metrics.read_text()):
+        assert agent.poll() is None, agent.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    psutil.Process(agent.pid).children()[-1].kill()
+    _, err = agent.communicate(timeout=240)
+    assert agent.returncode == 0, err
+    whole = run(*TRAIN, *FLAGS, "--max_steps", "12", "--save_every", "2", "--output_dir", "whole")
+    assert whole.returncode == 0, whole.stderr
+    same("run", "whole")
+    again = run(*words)
+    assert again.returncode == 0, again.stderr
+    assert "this run is finished" in again.stdout
 
 
 def test_settings_that_torchrun_contradicts_are_refused(place: Path) -> None:

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from phitune.training.processes import Group, Member, Processes
+from phitune.training.group import Group, Member
+from phitune.training.processes import Processes
 
 _LONGEST = 60.0  # seconds; a test that waits for ever says nothing
 

@@ -19,10 +19,11 @@ from phitune.follower import begin_together
 from phitune.model.architecture import resolve_targets
 from phitune.model.engine import FusedEngine, ReferenceEngine
 from phitune.model.lora import LoraSpec, attach
-from phitune.training import processes as module
+from phitune.training import group as module
 from phitune.training.events import Event, MicroBatchDone, Paused, StepDone
+from phitune.training.group import Member, first_process
 from phitune.training.loop import fit
-from phitune.training.processes import ALONE, Member, Processes, first_process
+from phitune.training.processes import ALONE, Processes
 
 # Seven rows in steps of six, three micro-batches: the last step of an epoch has a single one.
 TRAIN, VALIDATION = random_rows([9, 12, 5, 20, 7, 11, 30]), random_rows([8, 16, 6], seed=1)
@@ -38,15 +39,18 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are f
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_PULSE", 0.1)
     monkeypatch.setattr(module, "_LOST", 3.0)
+    monkeypatch.setattr(module, "_PIECE", 1000)  # Bytes: every sum is sent in many pieces.
 
 
-def training_of(folder: Path, engine: str = "fused", threads: int = 1) -> Training:
+def training_of(
+    folder: Path, engine: str = "fused", threads: int = 1, settings: Settings = SETTINGS
+) -> Training:
     torch.set_num_threads(threads)
     decoder = open_decoder(folder, torch.float32)
     modules = resolve_targets(decoder.config, ["all-linear", "embed_tokens", "lm_head"], None)
     adapter = attach(decoder, LoraSpec(4, 16, 0.1, modules), seed=0)
     made = FusedEngine(decoder, 0.1) if engine == "fused" else ReferenceEngine(decoder)
-    return Training(made, adapter, Data(TRAIN, VALIDATION), SETTINGS)
+    return Training(made, adapter, Data(TRAIN, VALIDATION), settings)
 
 
 def run(
@@ -234,7 +238,7 @@ def test_a_process_that_stands_still_is_lost(phi_folder: Path) -> None:
     others: list[int] = []
     first, second = _with_pid_of_second(work, others)
     assert isinstance(first, LostProcessError)
-    assert "process 1 was not heard of for 3 s" in str(first)
+    assert "process 1 was not heard of any more" in str(first)
     assert second == -signal.SIGKILL
 
 
@@ -246,6 +250,77 @@ def _with_pid_of_second(work: Callable[[Processes], Any], others: list[int]) -> 
         return work(group)
 
     return together(2, wrapped)
+
+
+def test_a_group_that_stood_still_itself_goes_on(phi_folder: Path) -> None:
+    """As after Ctrl-Z and fg, or a machine that slept: nobody is lost."""
+
+    def work(group: Processes) -> Any:
+        pids = group.meet(os.getpid())
+        if group.rank == 0 and os.fork() == 0:
+            time.sleep(0.3)
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+            time.sleep(4.0)
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+            os._exit(0)
+        until = time.monotonic() + 5.0
+        while not group.meet(time.monotonic() > until)[0]:
+            time.sleep(0.05)
+        return "done"
+
+    assert together(2, work) == ["done", "done"]
+
+
+def test_numbers_that_are_not_finite_are_refused_by_all_alike(phi_folder: Path) -> None:
+    def work(group: Processes) -> Any:
+        training = training_of(phi_folder)
+        real, calls = training.engine._loss_and_gradients, 0
+
+        def spoiled(*args: Any) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            loss = real(*args)
+            return loss * float("nan") if group.rank == 1 and calls == 2 else loss
+
+        training.engine._loss_and_gradients = spoiled  # type: ignore[method-assign]
+        found = run(training, group)
+        return found, training.recorded.refused
+
+    (first, refused), (other, refused_there) = together(2, work)
+    same(first, other, "rows")
+    assert [(each.step, each.rows) for each in refused] == [
+        (each.step, each.rows) for each in refused_there
+    ]
+    assert [each.step for each in refused] == [3]
+    assert len(first["steps"]) == 2  # It gives up at once, by default.
+
+
+@pytest.mark.parametrize("validate_every", ["1", "0.00001m"])
+def test_all_validate_at_the_same_steps(phi_folder: Path, validate_every: str) -> None:
+    """After each step, or by one clock; also where a step was begun when it was resumed."""
+    single = SETTINGS.model_copy(update={"batch_size": 1})
+    alone = training_of(phi_folder, settings=single)
+    micro_batches = 0
+
+    def in_a_step(event: Event) -> bool:
+        nonlocal micro_batches
+        micro_batches += isinstance(event, MicroBatchDone)
+        return micro_batches == 4  # One of step 2, and step 1 was not validated.
+
+    saved = run(alone, ALONE, watch=in_a_step)["snapshot"]
+    assert saved[0]["step"] == 1
+    changed = single.model_copy(update={"validate_every": validate_every})
+
+    def work(group: Processes) -> dict[str, Any]:
+        return run(training_of(phi_folder, settings=changed), group, saved)
+
+    first, other = together(2, work)
+    same(first, other, "rows", "state")  # The best adapter of before is process 0's alone.
+    assert len(first["evaluations"]) >= 3
+    after = run(training_of(phi_folder, settings=changed), ALONE, saved)
+    same(after, first, "rows", "numbers")
 
 
 def test_one_that_would_train_on_other_rows_ends_all(phi_folder: Path) -> None:
@@ -299,6 +374,16 @@ def test_environment_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_PORT", "29500")
     member = Member.from_environment()
     assert member == Member(1, 2, 1, 2, "127.0.0.1", 29500)
-    assert {**os.environ, **member.environment()}["LOCAL_RANK"] == "1"
+    with pytest.raises(SettingsError, match=r"this is process 1 of 2: only process 0 can lead"):
+        first_process(1, "cpu")
+    for name, value in Member(0, 2, 0, 2, "127.0.0.1", 29500).environment().items():
+        monkeypatch.setenv(name, value)
+    assert Member.from_environment() == Member(0, 2, 0, 2, "127.0.0.1", 29500)
     with pytest.raises(SettingsError, match=r"processes 4: torchrun has started 2"):
         first_process(4, "cpu")
+    monkeypatch.setenv("WORLD_SIZE", "9")
+    with pytest.raises(SettingsError, match=r"processes 9: at most 8 have work in a step"):
+        first_process(1, "cpu")
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    with pytest.raises(SettingsError, match=r"WORLD_SIZE is many"):
+        Member.from_environment()

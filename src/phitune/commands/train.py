@@ -44,13 +44,12 @@ def job_of(argv: list[str]) -> TrainingJob:
     Raises:
         PhituneError: settings or model files that cannot be used.
     """
-    if os.environ.get("WORLD_SIZE"):
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         _hush_torch()
-    if int(os.environ.get("RANK") or 0) > 0:
         from phitune.follower import Follower
-        from phitune.training.processes import Member
+        from phitune.training.group import Member
 
-        if member := Member.from_environment():
+        if (member := Member.from_environment()) and member.rank:
             return TrainingJob(Follower(member), as_json=False)
     options, flags = parse_with_settings(TrainOptions, argv)
 

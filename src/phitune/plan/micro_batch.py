@@ -109,8 +109,11 @@ class Run:
 
     @cached_property
     def batch_sizes(self) -> list[int]:
-        """Every micro-batch that divides the rows of a step, the largest first."""
-        sizes = range(self.rows_per_step, 0, -1)
+        """Every micro-batch that divides the rows of a step, the largest first.
+
+        Each process has one at least.
+        """
+        sizes = range(max(1, self.rows_per_step // self.processes), 0, -1)
         return [size for size in sizes if self.rows_per_step % size == 0]
 
     def plan(self, batch_size: int, place: Placement) -> MemoryPlan:

@@ -10,6 +10,7 @@ arithmetic as the run itself.
 Memory is in bytes.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,7 +43,7 @@ from phitune.plan.machine import (
     parse_memory,
 )
 from phitune.plan.memory import GIB, QUANTIZED, Base, Device, MemoryPlan
-from phitune.plan.micro_batch import Placement, Run, forced_recomputation, smaller_part
+from phitune.plan.micro_batch import SPANS, Placement, Run, forced_recomputation, smaller_part
 from phitune.plan.presets import PRESETS, Preset
 from phitune.plan.rows import (
     ASSUMED_ROWS,
@@ -390,7 +391,8 @@ def speeds(run: Run, settings: Settings, batch_size: int | None) -> list[Speed]:
 def _speed(machine: Machine, base: Base, batch: BatchOption, run: Run, settings: Settings) -> Speed:
     rate = machine.mfu * machine.tflops(base) * 1e12 / (run.cost.step * batch.time)
     if machine.device == "cuda":  # Each process has a GPU; those of a CPU share its cores.
-        rate *= settings.processes
+        spans = min(SPANS, run.rows_per_step // batch.batch_size)
+        rate *= spans / math.ceil(spans / settings.processes)
     steps = Steps(run.rows.per_epoch, settings)
     tokens = run.rows.tokens * steps.in_all // steps.an_epoch
     return Speed(machine, base, batch, rate, tokens / rate / 3600)

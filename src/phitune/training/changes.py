@@ -25,7 +25,6 @@ CHANGEABLE = (
     "engine",
     "device",
     "threads",
-    "processes",
     "save_every",
     "keep_checkpoints",
     "cache",
@@ -64,6 +63,7 @@ WHY_NOT = {
     "overwrite": "a resumed run replaces nothing",
     "resume": "it says which run this is",
     "resume_with": "it is this list itself",
+    "processes": "it is no part of the run: give --processes, or torchrun another number",
 }
 
 

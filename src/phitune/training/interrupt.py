@@ -9,11 +9,15 @@ import errno
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from phitune.errors import EXIT_CODES, Interrupted
+
+# Seconds. A scheduler may signal torchrun and its processes, and torchrun signals them again.
+_AGAIN = 5.0
 
 
 class StopRequested(BaseException):
@@ -28,6 +32,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal: str | None = None
+        self.asked_at = 0.0  # on the clock of time.monotonic
         # Looked at now: a terminal that was closed is none any more.
         self._terminals = [number for number in (0, 1, 2) if os.isatty(number)]
 
@@ -80,14 +85,17 @@ def stop_signals(
         tell: is told the name of the first signal, for others who have to stop too.
     """
     stop = Stop()
+    in_group = os.environ.get("WORLD_SIZE", "1") != "1"
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
+        if stop.requested and in_group and time.monotonic() - stop.asked_at < _AGAIN:
+            return
         if stop.requested:
             raise Interrupted(
                 f"stopped at once by {name}; nothing more was saved", EXIT_CODES[name]
             )
-        stop.signal = name
+        stop.signal, stop.asked_at = name, time.monotonic()
         tell(name)
         if name == "SIGHUP":
             stop.hang_up()

@@ -12,6 +12,7 @@ import math
 import statistics
 import time
 from collections.abc import Generator, Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,7 @@ from phitune.data.packing import batch_of, next_micro_batch, pack, steps_of_epoc
 from phitune.data.steps import ValidationTimes, steps_per_epoch, total_steps
 from phitune.data.tokenizer import TokenizedExample
 from phitune.errors import MAX_LISTED, OutOfMemoryError
+from phitune.model.device import guard_memory
 from phitune.model.engine import Engine
 from phitune.model.lora import Adapter
 from phitune.plan.machine import memory_in_use
@@ -279,22 +281,22 @@ def sum_gradients(
             state.go_on_with(span)
             try:
                 loss = engine.loss_and_gradients(batch.to(device), dropout, 1 / num_target_tokens)
+                guard_memory(partial(state.add_micro_batch, span, loss), device)
             except OutOfMemoryError as error:
                 failed = str(error)
                 break
-            state.add_micro_batch(span, loss)
             state.seconds_in_step = time.perf_counter() - started
             yield MicroBatchDone(len(places))
         seconds = time.perf_counter() - started
         met = processes.meet({"failed": failed, "signal": processes.stopping, "seconds": seconds})
-        if reason := _any(met, "failed"):
+        if reason := _first_said(met, "failed"):
             yield split_further(engine, state, settings, OutOfMemoryError(reason))
             continue  # The step begins again.
         rows_here = state.rows_in_step
         processes.collect(state)
         if (of_others := state.rows_in_step - rows_here) > 0:
             yield MicroBatchDone(of_others)
-        if signal := _any(met, "signal"):
+        if signal := _first_said(met, "signal"):
             yield Paused(signal)
         state.seconds_in_step = met[0]["seconds"]  # One clock decides when to validate.
         if processes.size > 1:
@@ -311,7 +313,8 @@ def sum_gradients(
 
 def validation_is_due(state: TrainingState, settings: Settings) -> bool:
     """Whether the adapter is evaluated before the next step, or at the end of the epoch."""
-    if state.rows_in_step or state.step <= state.validated_step:
+    has_begun = state.sums.known or state.sums.elsewhere
+    if has_begun or state.step <= state.validated_step:
         return False
     times = ValidationTimes(settings, state.steps_per_epoch)
     if times.seconds is not None and state.seconds_since_validation >= times.seconds:
@@ -385,10 +388,10 @@ def validate(
         found = torch.stack(losses).tolist() if losses and not failed else []
         said = {"failed": failed, "signal": processes.stopping, "losses": found}
         met = processes.meet({**said, "num_target_tokens": num_target_tokens})
-        if reason := _any(met, "failed"):
+        if reason := _first_said(met, "failed"):
             yield split_further(engine, state, settings, OutOfMemoryError(reason))
             continue  # The validation begins again.
-        if signal := _any(met, "signal"):
+        if signal := _first_said(met, "signal"):
             yield Paused(signal)
         state.has_fitted = True
         # Rounded once: the order of the rows does not matter, nor who computed them.
@@ -396,7 +399,7 @@ def validate(
         return Evaluation(state.step, epoch, loss / sum(said["num_target_tokens"] for said in met))
 
 
-def _any(met: Sequence[dict[str, Any]], name: str) -> Any:
+def _first_said(met: Sequence[dict[str, Any]], name: str) -> Any:
     """What the first process with something to say under a name said."""
     return next((said[name] for said in met if said[name]), None)
 

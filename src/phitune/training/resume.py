@@ -479,6 +479,9 @@ def _read_or_why(folder: Path) -> dict[str, bytes] | str:
         return str(error)
 
 
+_OF_THE_COMMAND = ("overwrite", "resume", "resume_with", "processes")
+
+
 def _settings(
     folder: Path, saved: Provenance, resolved: Resolved, changes: Mapping[str, str]
 ) -> tuple[Resolved, Resolved]:
@@ -492,7 +495,7 @@ def _settings(
     auto = resolved.settings.resume == AUTO
     differing = []
     for name in Settings.model_fields:
-        if name in changes or name in ("output_dir", "overwrite", "resume", "resume_with"):
+        if name in changes or name in (*_OF_THE_COMMAND, "output_dir"):
             continue
         then = getattr(saved.asked.settings, name)
         in_effect = getattr(saved.effective.settings, name)
@@ -509,7 +512,8 @@ def _settings(
             hint += f" To change them in this run: {command}"
         raise ResumeError(f"{folder}: the run has other settings:\n{listing(lines)}\n{hint}")
     where = dict.fromkeys(changes, "in --resume_with")
-    texts: dict[str, Any] = {**changes}
+    # The result does not depend on the number of processes, so that of this command counts.
+    texts: dict[str, Any] = {"processes": resolved.settings.processes, **changes}
     if "sample_prompts" in texts:
         texts["sample_prompts"] = [texts["sample_prompts"]]
     now_in_effect, now_asked = (

@@ -194,8 +194,9 @@ class TrainingState:
         Args:
             loss: scalar.
         """
-        gradients = [parameter.grad for parameter in self.adapter.parameters()]
-        found = [gradient for gradient in gradients if gradient is not None]
+        parameters = self.adapter.parameters()
+        found = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        assert len(found) == len(parameters)
         before = self.sums.spans.get(span)
         loss = loss.float() if before is None else before.found[-1] + loss.float()
         self.sums.spans[span] = Span(1 + (before.done if before else 0), [*found, loss])

@@ -29,6 +29,12 @@ def are_chosen_by_the_user() -> bool:
     return any(os.environ.get(name) for name in _VARIABLES)
 
 
+def threads_are_torchruns() -> bool:
+    """Whether the user left their number open: torchrun sets one where nobody set any."""
+    of_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    return of_torchrun or not are_chosen_by_the_user()
+
+
 def measure_threads(
     engine: Engine, state: TrainingState, data: TrainingData, settings: Settings
 ) -> dict[int, float]:

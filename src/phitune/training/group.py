@@ -44,7 +44,7 @@ from phitune.training.sums import Span
 # Seconds. A process says so often that it is there; one that did not for longer is lost.
 _PULSE, _LOST = 2.0, 15.0
 # The store answers, and a piece of a tensor arrives, within this time.
-_ANSWER = 25.0
+_ANSWER = 20.0
 # One that was never heard of may still be loading torch, or waiting for its machine.
 _COMING = 600.0
 # Process 0 waits so long after an error for those who may still ask it why.
@@ -416,6 +416,7 @@ class Clerk:
     """Asks the store in a thread of its own, so that a machine that is gone is not waited for."""
 
     def __init__(self) -> None:
+        self._waits = False  # for an answer that did not come in time
         self._asked: queue.Queue[tuple[Callable[[], Any], queue.Queue[Any]]] = queue.Queue()
         threading.Thread(target=self._run, name="clerk", daemon=True).start()
 
@@ -428,8 +429,9 @@ class Clerk:
         answer: queue.Queue[Any] = queue.Queue(1)
         self._asked.put((question, answer))
         try:
-            found = answer.get(timeout=seconds)
+            found = answer.get(timeout=0.0 if self._waits else seconds)
         except queue.Empty:
+            self._waits = True
             raise TimeoutError(f"no answer within {seconds:.0f} s") from None
         if isinstance(found, RuntimeError):
             raise found

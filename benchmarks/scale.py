@@ -58,7 +58,7 @@ TRAIN = [sys.executable, "-m", "phitune", "train"]
 
 
 def forked(size: int, work: Callable[[Processes], Any]) -> Any:
-    """Does some work in so many processes. Returns: what process 0 came to."""
+    """Does some work in `size` processes. Returns: what process 0 came to."""
     import socket
 
     listening = socket.create_server(("127.0.0.1", 0))

@@ -55,9 +55,10 @@ def begin_together(
     )
     for rank, other in enumerate(there):
         if found := differences(there[0]["facts"], other["facts"]):
+            lines = [f"{each.name}: {each.now}, on process 0 {each.then}" for each in found]
             raise ResumeError(
-                f"process {rank} would train on something else than process 0 (then: process 0,"
-                f" now: process {rank}):\n{listing([str(each) for each in found])}"
+                f"process {rank} would not train on what process 0 trains on:\n{listing(lines)}\n"
+                "Give all machines the same files and versions."
             )
     first = there[0]
     if processes.rank:

@@ -795,9 +795,7 @@ class LoRATrainer:
             return provenance
         if processes.on_this_device > 1 and threads_are_torchruns():
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes.on_this_device))
-        elif are_chosen_by_the_user():
-            pass
-        else:
+        elif not are_chosen_by_the_user():
             seconds = measure_threads(engine, state, data, self.settings)
             if self.verbose and len(seconds) > 1:
                 figures = [f"{n}: {1000 * each:.1f} ms" for n, each in seconds.items()]

@@ -149,7 +149,7 @@ def test_all_stop_when_one_is_asked_to_and_nothing_is_computed_twice(
 
     first, other = together(2, work)
     assert first["numbers"]["step"] == other["numbers"]["step"] == 0
-    # Whoever was asked had one micro-batch; of the other's, those that it had by then.
+    # The process that was asked did one micro-batch, the other what it had begun.
     assert first["numbers"]["rows_in_step"] in (2, 4, 6)
     assert other["numbers"]["rows_in_step"] == 0
     rest = run(training_of(phi_folder), ALONE, first["snapshot"])
@@ -331,8 +331,8 @@ def test_one_that_would_train_on_other_rows_ends_all(phi_folder: Path) -> None:
 
     for error in together(2, work):
         assert isinstance(error, ResumeError)
-        assert "process 1 would train on something else than process 0" in str(error)
-        assert "those of 1" in str(error)
+        assert "process 1 would not train on what process 0 trains on" in str(error)
+        assert "training rows: those of 1, on process 0 those of 0" in str(error)
 
 
 def test_what_ends_one_is_said_by_the_others(phi_folder: Path) -> None:

@@ -5,8 +5,8 @@ update from the same sum. Process 0 alone reads settings, writes the run directo
 user; what it knows it tells the others.
 
 They are started by torchrun, or by `start_others`. Small things go through torch's key-value store,
-where whoever waits also sees who is gone; tensors through its process group: gloo, and NCCL between
-CUDA devices.
+where a waiting process also sees which one is gone; tensors through its process group: gloo, and
+NCCL between CUDA devices.
 """
 
 import itertools
@@ -198,7 +198,7 @@ class Group(Processes):
         return asked.decode() if asked else None
 
     def ask_to_stop(self, by: str) -> None:
-        with suppress(LostProcessError):  # Whoever is gone is missed at the next meeting.
+        with suppress(LostProcessError):  # A lost process is reported at the next meeting.
             self._ask(lambda store: store.set("stop", by))
 
     def tell(self, name: str, said: Any) -> None:
@@ -492,7 +492,7 @@ class Pulse:
 
 
 def first_process(size: int, device_name: str) -> Processes:
-    """Process 0 of so many, or of as many as torchrun has started.
+    """Process 0 of a group: of `size` processes, or of those that torchrun has started.
 
     Raises:
         SettingsError: torchrun has started another number, the device is one for all, or there are

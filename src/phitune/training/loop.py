@@ -298,6 +298,7 @@ def sum_gradients(
             yield MicroBatchDone(of_others)
         if signal := _first_said(met, "signal"):
             yield Paused(signal)
+            raise AssertionError("no event follows a pause")
         state.seconds_in_step = met[0]["seconds"]  # One clock decides when to validate.
         if processes.size > 1:
             total = sums.total if processes.rank == 0 else state.room_for_a_sum()
@@ -393,6 +394,7 @@ def validate(
             continue  # The validation begins again.
         if signal := _first_said(met, "signal"):
             yield Paused(signal)
+            raise AssertionError("no event follows a pause")
         state.has_fitted = True
         # Rounded once: the order of the rows does not matter, nor who computed them.
         loss = math.fsum(loss for said in met for loss in said["losses"])

@@ -31,7 +31,7 @@ class Processes:
         return None
 
     def ask_to_stop(self, by: str) -> None:
-        """Has all of them stop after their micro-batch; alone, whoever iterates just leaves.
+        """Has all of them stop after their micro-batch; a process alone just leaves the loop.
 
         Args:
             by: the signal's name.

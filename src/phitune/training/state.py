@@ -176,7 +176,7 @@ class TrainingState:
         self.sums, self.seconds_in_step = StepSums(), 0.0
 
     def sums_of(self, rows: int) -> StepSums:
-        """The sums of the current step, of so many rows; those of another split are dropped."""
+        """The sums of the current step of `rows` rows; those of another split are dropped."""
         if (self.sums.rows, self.sums.micro_batch) != (rows, self.micro_batch):
             self.begin_step()
             self.sums = StepSums(rows, self.micro_batch)

@@ -51,13 +51,15 @@ PRESET_FILES = tuple(f"examples/{name}.yaml" for name in PRESETS)
 # data/valid.jsonl, data/second.jsonl, data/texts.jsonl, examples/ and a run in output/my_model, but
 # for what is listed here.
 STAND_INS = {
-    # Models of 16 channels under these names in the hub's cache, with the tokenizer and the family
-    # of a shipped one, and so many layers: commands choose some of Phi-2's. Those of Phi-2's family
-    # end every answer at once.
-    "microsoft/phi-2": ("tiny-phi-2", 32),
-    "microsoft/phi-1_5": ("tiny-phi-2", 4),
-    "microsoft/Phi-3.5-mini-instruct": ("tiny-phi-3.5", 4),
+    # Models of 16 channels and 4 layers under these names in the hub's cache, with the tokenizer
+    # and the family of a shipped one. Those of Phi-2's family end every answer at once.
+    "microsoft/phi-2": "tiny-phi-2",
+    "microsoft/phi-1_5": "tiny-phi-2",
+    "microsoft/Phi-3.5-mini-instruct": "tiny-phi-3.5",
 }
+LAYERS = 4
+# Phi-2's own number, for commands that choose some of them by number.
+ALL_LAYERS = 32
 ADDED = {
     # One epoch on the device that every machine has, whatever the command or its file says.
     "phitune train": "--device cpu --epochs 1",
@@ -148,23 +150,33 @@ def commands_of(name: str) -> list[Command]:
 
 
 def chains_of(documents: Iterable[str]) -> list[list[Command]]:
-    """What is to be run, each command once: in one chain, and in their order, those of a document
-    that are about the same run, such as its training and what is done with the adapter."""
+    """What is to be run, each command once, whatever the order of its flags: in one chain, and in
+    their order, those of a document that are about the same run, such as its training and what is
+    done with the adapter."""
     chains: dict[tuple[str, str], list[Command]] = {}
-    seen = set(NOT_RUN)
+    seen = set()
     for document in documents:
         for command in commands_of(document):
-            if command.text not in seen and not command.shown:
-                seen.add(command.text)
+            if command.text in NOT_RUN or command.shown:
+                continue
+            if (what := _flag_by_flag(command)) not in seen:
+                seen.add(what)
                 named = _RUN.search(command.text)
                 about = named[0] if named else command.text
                 chains.setdefault((document, about), []).append(command)
     return list(chains.values())
 
 
-def _fill_hub(home: Path) -> None:
+def _flag_by_flag(command: Command) -> frozenset[str]:
+    """What it is run as: the program and its flags, each with its values."""
+    if command.kind == "python":
+        return frozenset([command.text])
+    return frozenset(re.split(r" (?=--)", shlex.join(written_out(command))))
+
+
+def _fill_hub(home: Path, layers: int = LAYERS) -> None:
     """HF_HOME with the models of `STAND_INS` in its cache."""
-    for name, (shipped, layers) in STAND_INS.items():
+    for name, shipped in STAND_INS.items():
         repository = home / "hub" / f"models--{name.replace('/', '--')}"
         snapshot = repository / "snapshots" / ("0" * 40)
         (repository / "refs").mkdir(parents=True)
@@ -195,6 +207,12 @@ def _fill_hub(home: Path) -> None:
 @pytest.fixture(scope="session")
 def documents_hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs.once(tmp_path_factory, "documents-hub", _fill_hub)
+
+
+@pytest.fixture(scope="session")
+def deep_hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One whose models have all of Phi-2's layers, which takes eight times as long."""
+    return runs.once(tmp_path_factory, "deep-hub", lambda home: _fill_hub(home, ALL_LAYERS))
 
 
 def _furnish(folder: Path) -> None:
@@ -308,7 +326,11 @@ CHAINS = chains_of((*DOCUMENTS, *PRESET_FILES))
 @pytest.mark.campaign
 @pytest.mark.usefixtures("short_general_text", "short_proof")
 @pytest.mark.parametrize("chain", CHAINS, ids=lambda chain: chain[0].place)
-def test_every_command_in_the_documents_runs(place_with_run: Path, chain: list[Command]) -> None:
+def test_every_command_in_the_documents_runs(
+    place_with_run: Path, deep_hub: Path, chain: list[Command], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if any("--layers" in command.text for command in chain):
+        runs.use_hub(monkeypatch, deep_hub)
     for command in chain:
         code, printed = run(command)
         assert code == 0, f"{command.place}: exit code {code}\n{command.text}\n{printed[-2000:]}"

@@ -49,6 +49,15 @@ class Reply:
         assert events[-2:] == ["data: [DONE]", ""], self.body[-300:]
         return [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
 
+    @property
+    def texts(self) -> list[str]:
+        """Of a completion's choices, whole or streamed."""
+        parts = self.chunks if self.body.startswith("data: ") else [self.json]
+        texts: dict[int, str] = {}
+        for choice in (choice for part in parts for choice in part["choices"]):
+            texts[choice["index"]] = texts.get(choice["index"], "") + choice["text"]
+        return list(texts.values())
+
 
 def request(
     port: int, method: str, path: str, body: bytes | None, headers: Mapping[str, str]

@@ -3,16 +3,25 @@
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers.models import CONFIGS, VOCAB_SIZE, random_folder
 from helpers.rows import logits_of, open_decoder
+from torch import Tensor
 
 from phitune.data.packing import pack
 from phitune.data.tokenizer import IGNORE_INDEX, TokenizedExample
 from phitune.inference.batching import MOST_SCORED, Batcher, Progress, Request, Token
-from phitune.inference.generate import Bias, Decoding, Sampling, generate, shared_prefix
+from phitune.inference.generate import (
+    Bias,
+    Decoding,
+    Sampling,
+    generate,
+    next_tokens,
+    shared_prefix,
+)
 from phitune.model.architecture import resolve_targets
 from phitune.model.decoder import Decoder
 from phitune.model.lora import Adapter, Adapters, AdapterSet, LoraSpec, attach, detach
@@ -292,6 +301,50 @@ def test_a_request_that_cannot_be_taken_is_refused(tmp_path: Path) -> None:
     batcher.add(Request([1], 5))
     with pytest.raises(ValueError, match="every slot"):
         batcher.add(Request([1], 5))
+
+
+def test_an_error_of_one_request_is_told_of_that_one_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, adapters = with_adapters("phi", tmp_path)
+    draws = Sampling(0.9, seed=5)
+    requests = [
+        Request(prompt_of(9, 1), 6, 0),
+        Request(prompt_of(5, 2), 6, 1, sampling=draws, logprobs=1, scores_prompt=True),
+        Request(prompt_of(7, 3), 6, None, sampling=replace(draws, seed=6)),
+        Request(prompt_of(8, 4), 6, 0, sampling=draws),
+    ]
+    expected = answered(Batcher(decoder, adapters, 4, 64), *requests)
+    calls = 0
+
+    def fail_later(logits: Tensor, sampling: Sampling, *others: Any) -> list[int]:
+        nonlocal calls
+        calls += sampling.seed == 6
+        if sampling.seed == 6 and calls == 3:
+            raise ArithmeticError("probabilities that are none")
+        return next_tokens(logits, sampling, *others)
+
+    monkeypatch.setattr("phitune.inference.batching.next_tokens", fail_later)
+    batcher = Batcher(decoder, adapters, 4, 64)
+    rows = [batcher.add(request) for request in requests]
+    found: dict[int, list[int]] = {row: [] for row in rows}
+    errors = []
+    while batcher.active:
+        for each in batcher.step():
+            if each.error:
+                errors.append((each.row, str(each.error)))
+                assert each.token is None
+                assert batcher.free == 1
+            elif each.token:
+                found[each.row].append(each.token.id)
+    assert errors == [(rows[2], "probabilities that are none")]
+    expected[2] = expected[2][:2]
+    assert list(found.values()) == expected
+    # Its slot is as good as any other.
+    monkeypatch.undo()
+    assert answered(batcher, requests[2]) == answered(
+        Batcher(decoder, adapters, 1, 64), requests[2]
+    )
 
 
 def test_prefixes_are_compared_to_their_first_difference() -> None:

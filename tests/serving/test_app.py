@@ -7,15 +7,17 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers.adapters import endless_adapter, random_adapter
-from helpers.serving import JSON, Running, model_with, running
+from helpers.serving import JSON, Reply, Running, model_with, running
+from torch import Tensor
 
 from phitune.data.conversation import Turn
 from phitune.inference.batching import Batcher
-from phitune.inference.generate import Sampling
+from phitune.inference.generate import Sampling, next_tokens
 from phitune.inference.loaded import LoadedModel
 from phitune.model.files import ASSETS
 from phitune.serving.app import ServerLimits, openapi
@@ -393,6 +395,75 @@ def test_a_fault_of_ours_ends_one_request_and_not_the_server(model: LoadedModel)
         assert server.chat().status == 200
         assert [str(fault) for fault in server.faults] == ["a fault"]
         server.faults.clear()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_fault_in_one_answer_ends_that_one_alone(model: LoadedModel, *, stream: bool) -> None:
+    """Of three that are answered in one batch, the draws of one fail at its fifth token."""
+    asked = {"model": "endless", "max_tokens": 30, "stream": stream}
+    others = [{"temperature": 0}, {"temperature": 0.8, "seed": 1, "model": "odd"}]
+    bad = {"temperature": 0.8, "seed": 99}
+    with running(model) as server:
+        expected = [server.complete("a", **asked | fields).texts for fields in others]
+        together = threading.Barrier(3)
+        calls = 0
+
+        def fail(logits: Tensor, sampling: Sampling, *rest: Any) -> list[int]:
+            nonlocal calls
+            calls += sampling.seed == 99
+            if sampling.seed == 99 and calls == 5:
+                raise RuntimeError("probability tensor contains inf")
+            return next_tokens(logits, sampling, *rest)
+
+        replies: dict[int, Reply] = {}
+
+        def ask(number: int) -> None:
+            together.wait()
+            replies[number] = server.complete("a", **asked | [*others, bad][number])
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("phitune.inference.batching.next_tokens", fail)
+            threads = [threading.Thread(target=ask, args=(number,)) for number in range(3)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        assert [replies[number].texts for number in range(2)] == expected
+        failed = replies[2]
+        if stream:
+            *pieces, last, end = failed.body.split("\n\n")
+            assert (failed.status, len(pieces), end) == (200, 4, "")
+            error = json.loads(last.removeprefix("data: "))["error"]
+        else:
+            assert failed.status == 500
+            error = failed.error
+        assert (error["code"], error["type"]) == ("internal_error", "server_error")
+        assert "probability" not in failed.body
+        assert [str(fault) for fault in server.faults] == ["probability tensor contains inf"]
+        server.faults.clear()
+        server.wait_until_idle()
+
+
+def test_faults_outside_of_the_batch_have_errors_of_the_same_form(model: LoadedModel) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("a fault")
+
+    for place, stream, reported in (
+        ("phitune.serving.app.Service.asked", False, 0),  # uvicorn's log has it.
+        ("phitune.inference.batching.Batcher.add", False, 1),
+        ("phitune.inference.batching.Batcher.add", True, 1),
+        ("phitune.serving.answer.AnswerStream.add", True, 1),
+        ("phitune.serving.openai.Reply.whole", False, 1),
+    ):
+        with running(model) as server:
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr(place, fail)
+                reply = server.chat(stream=stream)
+            assert (reply.status, reply.error["code"]) == (500, "internal_error"), place
+            assert server.chat().status == 200
+            server.wait_until_idle()
+            assert len(server.faults) == reported, place
+            server.faults.clear()
 
 
 def test_a_key_is_needed_by_all_but_health(model: LoadedModel) -> None:

@@ -86,6 +86,7 @@ class Progress:
     prompt: tuple[Token, ...] = ()
     end: End | None = None  # why its answer ends with this step
     reused: int = 0  # tokens of the prompt that some slot held already
+    error: Exception | None = None  # what made this request fail, and no other
 
 
 @dataclass(eq=False)
@@ -188,7 +189,8 @@ class Batcher:
         Args:
             most_new: tokens of prompts, at least one, that are computed beside those of answers.
 
-        Returns: of each request that something is told of; one that ends has left its slot.
+        Returns: of each request that something is told of; one that ends or fails has left its
+            slot.
 
         Raises:
             RuntimeError, MemoryError: of torch or MLX; what the slots hold is no longer known, see
@@ -200,18 +202,20 @@ class Batcher:
         adapters = Adapters(self._adapters, [row.request.choice for row in rows])
         logits = self._cache.compute(pieces, adapters)  # [N, V]
 
-        # The logits after the last token of each piece that ends its sequence.
-        ending, lasts, first = [], [], 0
+        best: list[int] = logits.argmax(-1).tolist()  # [N]
+
+        told, first = [], 0
         for row, piece in zip(rows, pieces, strict=True):
-            following = first + piece.scored
-            if row.request.scores_prompt and not row.answer:
-                self._score(row, piece, logits[first:following])
-            if piece.stop == len(row.sequence):
-                ending.append(row)
-                lasts.append(following - 1)
-            first = following
-        tokens = self._next_tokens(ending, logits[lasts]) if ending else []
-        return [self._advanced(row, token) for row, token in zip(ending, tokens, strict=True)]
+            part = slice(first, first + piece.scored)
+            first = part.stop
+            try:
+                progress = self._progress(row, piece, logits[part], best[part])
+            except Exception as error:  # Of this request: the others' logits are there.
+                self.remove(row.id)
+                progress = Progress(row.id, error=error)
+            if progress is not None:
+                told.append(progress)
+        return told
 
     # --- what a step computes -----------------------------------------------------------------
 
@@ -277,6 +281,21 @@ class Batcher:
 
     # --- what its logits say --------------------------------------------------------------------
 
+    def _progress(
+        self, row: _Row, piece: Piece, logits: Tensor, best: Sequence[int]
+    ) -> Progress | None:
+        """What a piece brought its request; None where its prompt goes on.
+
+        Args:
+            logits: [n, V], of the piece's scored tokens.
+            best: n, the most probable next tokens.
+        """
+        if row.request.scores_prompt and not row.answer:
+            self._score(row, piece, logits)
+        if piece.stop < len(row.sequence):
+            return None
+        return self._advanced(row, self._next_token(row, logits[-1], best[-1]))
+
     def _score(self, row: _Row, piece: Piece, logits: Tensor) -> None:
         """Notes how probable tokens of a prompt were. logits: [n, V], after those of the piece."""
         assert row.request.logprobs is not None
@@ -287,22 +306,16 @@ class Batcher:
         logits = logits[: len(following)]
         row.scores += _with_logprobs(following, logits, row.request.logprobs)
 
-    def _next_tokens(self, rows: Sequence[_Row], logits: Tensor) -> list[Token]:
-        """logits: [rows, V]."""
-        found = logits.argmax(-1).tolist()
-        tokens = []
-        for row, token, scores in zip(rows, found, logits, strict=True):
-            request, sampling = row.request, row.request.sampling
-            changed = biased(scores, request.bias, row.answer) if request.bias else scores
-            if request.bias or sampling.temperature or sampling.repetition_penalty != 1.0:
-                (token,) = next_tokens(
-                    changed.unsqueeze(0), sampling, [row.sequence], [row.generator]
-                )
-            if request.logprobs is None:
-                tokens.append(Token(token))
-            else:
-                tokens += _with_logprobs([token], scores.unsqueeze(0), request.logprobs)
-        return tokens
+    def _next_token(self, row: _Row, logits: Tensor, best: int) -> Token:
+        """logits: [V]."""
+        request, sampling, token = row.request, row.request.sampling, best
+        if request.bias or sampling.temperature or sampling.repetition_penalty != 1.0:
+            changed = biased(logits, request.bias, row.answer) if request.bias else logits
+            (token,) = next_tokens(changed.unsqueeze(0), sampling, [row.sequence], [row.generator])
+        if request.logprobs is None:
+            return Token(token)
+        (found,) = _with_logprobs([token], logits.unsqueeze(0), request.logprobs)
+        return found
 
     def _advanced(self, row: _Row, token: Token) -> Progress:
         """Puts a token behind a sequence, whose request leaves if that was its last."""

@@ -301,6 +301,12 @@ def _unavailable(why: str, seconds: int = 5) -> RequestError:
     return RequestError(why, code="unavailable", status=503, retry_after=seconds)
 
 
+def _refusal(failed: Failed) -> RequestError:
+    if failed.out_of_memory:
+        return _unavailable("out of memory; try again with a shorter prompt", 10)
+    return RequestError("internal error", code="internal_error", status=500)
+
+
 class _Choice:
     """One answer of a reply, while it comes."""
 
@@ -384,7 +390,7 @@ class _Answering(Response):
             route = "/v1/chat/completions" if self._asked.is_chat else "/v1/completions"
             self._service.metrics.requests[route, self.status_code] += 1
         if work.done() and not work.cancelled() and (error := work.exception()):
-            if isinstance(error, OSError):  # It left while we were sending.
+            if isinstance(error, OSError):
                 self._service.metrics.hung_up += 1
                 return
             raise error
@@ -411,6 +417,10 @@ class _Answering(Response):
             await self._fail(error, send, sent=sent)
         except RequestError as error:
             await self._fail(error, send, sent=sent)
+        except OSError:  # It left while we were sending.
+            raise
+        except Exception as error:  # A fault of ours ends this request, and not the server.
+            await self._fail(_refusal(self._service.worker.failed(error)), send, sent=sent)
 
     async def _fail(self, error: RequestError, send: Send, *, sent: bool) -> None:
         self.status_code = error.status
@@ -462,9 +472,7 @@ class _Answering(Response):
             if index not in left:
                 continue
             if isinstance(told, Failed):
-                if told.out_of_memory:
-                    raise _unavailable("out of memory; try again with a shorter prompt", 10)
-                raise RequestError(told.reason, code="internal_error", status=500)
+                raise _refusal(told)
             if first:
                 first = False
                 metrics.first_token.note(time.monotonic() - self._started)
@@ -571,6 +579,11 @@ def make_app(service: Service, access: Access) -> Starlette:
         body = RequestError(message, code=code, status=error.status_code).body
         return JSONResponse(body, error.status_code, error.headers)
 
+    async def fault(request: Request, _: Exception) -> Response:
+        return await refused(
+            request, _refusal(Failed(out_of_memory=False))
+        )  # The server reports it.
+
     async def left(_: Request, __: Exception) -> Response:
         metrics.hung_up += 1
         return Response(status_code=499)
@@ -603,6 +616,7 @@ def make_app(service: Service, access: Access) -> Starlette:
             RequestError: refused,
             HTTPException: not_found,
             ClientDisconnect: left,
+            Exception: fault,
         },
         lifespan=lifespan,
     )

@@ -27,8 +27,7 @@ _SMOOTHING = 0.3  # weight of the last step in an average
 class Failed:
     """A request that could not be computed."""
 
-    reason: str
-    out_of_memory: bool
+    out_of_memory: bool  # else by a fault of ours
 
 
 Update = Progress | Failed
@@ -142,26 +141,33 @@ class Worker:
                 self._cancelled.append(ticket)
                 self._wake.notify()
 
+    def failed(self, error: Exception) -> Failed:
+        """What is said of an error to who asked; what is a fault of ours is reported."""
+        if is_out_of_memory(error):
+            return Failed(out_of_memory=True)
+        self._report(error)
+        return Failed(out_of_memory=False)
+
     # --- the thread -----------------------------------------------------------------------------
 
     def _work(self) -> None:
         while self._is_ready():
-            is_answering = self._batcher.answering > 0
-            most_new = self._pace.most_new() if is_answering else MOST_NEW
-            started = time.perf_counter()
-            try:
-                told = self._batcher.step(most_new)
-            except (RuntimeError, MemoryError) as error:
-                self._fail(error)
-                continue
-            except Exception as error:  # A fault of ours ends these requests, and not the server.
-                self._fail(error)
-                continue
+            self._step()
+
+    def _step(self) -> None:
+        """Computes a step, and delivers what it brings."""
+        is_answering = self._batcher.answering > 0
+        most_new = self._pace.most_new() if is_answering else MOST_NEW
+        started = time.perf_counter()
+        try:
+            told = self._batcher.step(most_new)
             seconds = time.perf_counter() - started
             if is_answering:
                 self._pace.note(seconds, self._batcher.new_tokens)
             self._metrics.note_step(seconds, self._batcher)
             self._deliver(told)
+        except Exception as error:  # A fault of ours ends these requests, and not the server.
+            self._fail(error)
 
     def _is_ready(self) -> bool:
         """Waits for something to compute, and takes requests into slots; False at the end."""
@@ -177,8 +183,7 @@ class Worker:
                 while self._waiting and self._batcher.free:
                     ticket = self._waiting.popleft()
                     if not ticket.cancelled:
-                        ticket.row = self._batcher.add(ticket.request)
-                        self._tickets[ticket.row] = ticket
+                        self._admit(ticket)
                 if any(ticket.cancelled for ticket in self._waiting):
                     self._waiting = deque(each for each in self._waiting if not each.cancelled)
                 self._metrics.waiting = len(self._waiting)
@@ -187,26 +192,34 @@ class Worker:
                     return True
                 self._wake.wait()
 
+    def _admit(self, ticket: Ticket) -> None:
+        """Takes a request into a free slot."""
+        try:
+            ticket.row = self._batcher.add(ticket.request)
+        except Exception as error:  # Of this request alone.
+            ticket.ended = True
+            _put(ticket.loop, [(ticket, self.failed(error))])
+        else:
+            self._tickets[ticket.row] = ticket
+
     def _deliver(self, told: Sequence[Progress]) -> None:
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, Update]]] = {}
         for each in told:
             ticket = self._tickets[each.row]
-            if each.end:
+            if each.end or each.error:
                 ticket.ended = True
                 del self._tickets[each.row]
-            by_loop.setdefault(ticket.loop, []).append((ticket, each))
+            update = self.failed(each.error) if each.error else each
+            by_loop.setdefault(ticket.loop, []).append((ticket, update))
         for loop, updates in by_loop.items():
             _put(loop, updates)
 
     def _fail(self, error: Exception) -> None:
         """Ends all requests that are in slots."""
-        out_of_memory = is_out_of_memory(error)
-        if not out_of_memory:
-            self._report(error)
-        reason = "out of memory" if out_of_memory else "internal error"
+        failed = self.failed(error)
         for ticket in self._tickets.values():
             ticket.ended = True
-            _put(ticket.loop, [(ticket, Failed(reason, out_of_memory))])
+            _put(ticket.loop, [(ticket, failed)])
         self._tickets.clear()
         self._batcher.clear()
 

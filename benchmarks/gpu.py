@@ -15,6 +15,7 @@ whatever ends the run. What there was no time for says so. Nothing is estimated.
 """
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -23,6 +24,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -182,6 +185,15 @@ def run(bench: Bench, options: argparse.Namespace, results: dict[str, Any]) -> N
         save(results, options.out)
 
 
+def keep_imports() -> None:
+    """Imports the peers, and has nothing that is imported be looked through when memory is freed
+    after each measurement: half the time of a rehearsal."""
+    for name in PEERS:
+        with suppress(ImportError):
+            import_module(name)
+    gc.freeze()
+
+
 def main() -> int:
     options = read_options()
     has_gpu = torch.cuda.is_available() and torch.version.cuda is not None
@@ -215,6 +227,8 @@ def main() -> int:
         "pieces": {name: {"status": "not yet measured"} for name in PIECES},
     }
     save(results, options.out)
+    if bench.rehearses:
+        keep_imports()
     run(bench, options, results)
     results["minutes_taken"] = round((time.monotonic() - started) / 60, 2)
     save(results, options.out)

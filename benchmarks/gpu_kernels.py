@@ -85,7 +85,7 @@ class Built:
     registers: int
     spilled_bytes: int
     shared_bytes: int
-    instructions: int | None  # None where there is no cuobjdump
+    instructions: int | None  # None where they are not counted
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -186,7 +186,7 @@ def launches_of_products(rank: int) -> list[Launch]:
     return found
 
 
-def build(launch: Launch, model: str, rank: int, capability: int) -> Built:
+def build(launch: Launch, model: str, rank: int, capability: int, *, count: bool) -> Built:
     """Compiles a kernel as Triton would at its first launch: the same alignments are known."""
     constants = dict(launch.constants)
     options = {
@@ -225,7 +225,7 @@ def build(launch: Launch, model: str, rank: int, capability: int) -> Built:
         registers,
         spilled,
         compiled.metadata.shared,
-        instructions(compiled.asm["cubin"]),
+        instructions(compiled.asm["cubin"]) if count else None,
     )
 
 
@@ -261,13 +261,17 @@ def instructions(cubin: bytes) -> int | None:
 
 
 def build_all(
-    capabilities: Sequence[int], ranks: Sequence[int], only: Sequence[str]
+    capabilities: Sequence[int], ranks: Sequence[int], only: Sequence[str], *, count: bool
 ) -> Iterator[Built]:
-    """Every kernel at the first rank; at others those that depend on it, where pairs are many."""
+    """Every kernel at the first rank; at others those that depend on it, where pairs are many.
+
+    Args:
+        count: count their machine instructions, which is half of the time.
+    """
     if "products" in only:
         for launch in launches_of_products(ranks[0]):
             for capability in capabilities:
-                yield build(launch, PRODUCTS, ranks[0], capability)
+                yield build(launch, PRODUCTS, ranks[0], capability, count=count)
     if "layers" not in only:
         return
     for model, config in models().items():
@@ -276,7 +280,7 @@ def build_all(
                 if rank != ranks[0] and (model != "Phi-2" or "," not in launch.what):
                     continue
                 for capability in capabilities:
-                    yield build(launch, model, rank, capability)
+                    yield build(launch, model, rank, capability, count=count)
 
 
 def table(built: list[Built]) -> list[str]:
@@ -320,8 +324,10 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=list(RANKS))
     parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS))
     parser.add_argument("--json", action="store_true", help="print, and write nothing")
+    parser.add_argument("--no_instructions", action="store_true", help="do not count them")
     words = parser.parse_args()
-    built = list(build_all(words.capabilities, words.ranks, words.only))
+    kinds = words.capabilities, words.ranks, words.only
+    built = list(build_all(*kinds, count=not words.no_instructions))
     rows = [asdict(each) for each in built]
     if words.json:
         print(json.dumps(rows))

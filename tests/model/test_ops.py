@@ -163,7 +163,6 @@ def test_hash_is_lowbias32() -> None:
 @pytest.mark.parametrize(
     ("kind", "backend"),
     [
-        ("phi", "aot_eager"),
         ("phi3", "aot_eager"),
         pytest.param("phi", "inductor", marks=pytest.mark.longest),
     ],

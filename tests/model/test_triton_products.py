@@ -326,7 +326,7 @@ LEAST_SHARED = 99 * 1024  # bytes that a block may have of compute capability 8.
 @pytest.mark.campaign
 @pytest.mark.longest
 def test_they_compile_for_five_kinds_of_cards_and_fit_them() -> None:
-    words = [sys.executable, SCRIPT, "--json", "--only", "products"]
+    words = [sys.executable, SCRIPT, "--json", "--no_instructions", "--only", "products"]
     # What runs in the interpreter, as the tests' kernels do, cannot be compiled.
     compiled = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(words, capture_output=True, text=True, env=compiled)

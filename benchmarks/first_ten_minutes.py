@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -42,11 +43,31 @@ class Step:
         return self.output.count("\n")
 
 
+# Runs a command in a folder, with what is piped into it. Returns: its exit code and its output.
+Shell = Callable[[str, Path, str], tuple[int, str]]
+
+
+def shell(command: str, folder: Path, lines: str) -> tuple[int, str]:
+    """A process of its own, as of a newcomer."""
+    done = subprocess.run(
+        [sys.executable, "-m", *shlex.split(command)],
+        cwd=folder,
+        env={**os.environ, "COLUMNS": COLUMNS, "HF_HUB_OFFLINE": "1"},
+        input=lines,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        check=False,
+    )
+    return done.returncode, done.stdout
+
+
 class Newcomer:
     """Types a first command, and copies the others from what was printed."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, shell: Shell) -> None:
         self.folder = folder
+        self.shell = shell
         self.steps: list[Step] = []
 
     def types(self, command: str, lines: str = "") -> str:
@@ -59,19 +80,10 @@ class Newcomer:
             AssertionError: it failed.
         """
         began = time.monotonic()
-        done = subprocess.run(
-            [sys.executable, "-m", *shlex.split(command)],
-            cwd=self.folder,
-            env={**os.environ, "COLUMNS": COLUMNS, "HF_HUB_OFFLINE": "1"},
-            input=lines,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            check=False,
-        )
-        self.steps.append(Step(command, done.stdout, time.monotonic() - began))
-        assert done.returncode == 0, f"{command}: exit code {done.returncode}\n{done.stdout}"
-        return done.stdout
+        code, output = self.shell(command, self.folder, lines)
+        self.steps.append(Step(command, output, time.monotonic() - began))
+        assert code == 0, f"{command}: exit code {code}\n{output}"
+        return output
 
     def copies(self, name: str, lines: str = "") -> str:
         """The output of the last command of that name in the last output.
@@ -86,14 +98,14 @@ class Newcomer:
         raise AssertionError(f"no phitune {name} to copy from:\n{self.steps[-1].output}")
 
 
-def play(folder: Path) -> Newcomer:
+def play(folder: Path, shell: Shell = shell) -> Newcomer:
     """From the file to the exported model, in a new folder.
 
     Raises:
         AssertionError: where a newcomer would be stuck, or misled.
     """
     write_rows(folder)
-    newcomer = Newcomer(folder)
+    newcomer = Newcomer(folder, shell)
     checked = newcomer.types(
         f"phitune check facts.jsonl --validation_path asked.jsonl --model_name {MODEL}"
         f" --learning_rate {LEARNING_RATE}"

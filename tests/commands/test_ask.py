@@ -30,19 +30,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_only_the_answer_is_printed(run: Path) -> None:
-    chat = Chat(open_model([run]), choice=0)
+    chat = Chat(open_model([run]), choice=0, limits=Limits(32))
     tuned, base = ("".join(chat.ask(QUESTION)), "The capital of Portugal is Lisbon.")
     assert tuned != base
     for line, answer in (
         (f"ask '{QUESTION}' {BASE}", base),
         (f"ask {BASE} What is the capital of Portugal?", base),
-        (f"ask --adapter_path {run} '{QUESTION}'", tuned),
-        (f"ask {run} '{QUESTION}'", tuned),
-        (f"ask {run}/adapter What is the capital of Portugal?", tuned),
+        (f"ask --adapter_path {run} '{QUESTION}' --max_new_tokens 32", tuned),
+        (f"ask {run} '{QUESTION}' --max_new_tokens 32", tuned),
+        (f"ask --max_new_tokens 32 {run}/adapter What is the capital of Portugal?", tuned),
     ):
         done = phitune(line)
         assert (done.returncode, done.stdout) == (0, f"{answer}\n")
-        cut = "phitune: cut off at 256 tokens; --max_new_tokens allows more\n"
+        cut = "phitune: cut off at 32 tokens; --max_new_tokens allows more\n"
         assert done.stderr == ("" if chat.exchanges[0].answer.stopped or answer == base else cut)
 
 

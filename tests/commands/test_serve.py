@@ -175,11 +175,11 @@ def test_sigterm_finishes_what_is_being_answered() -> None:
     assert "tiny-phi-2" in server.said
     assert max(map(len, server.said.splitlines())) <= 60
     told: list[bytes] = []
-    asked: dict[str, Any] = {"model": "base", "prompt": "One", "max_tokens": 1500, "stream": True}
+    asked: dict[str, Any] = {"model": "base", "prompt": "One", "max_tokens": 500, "stream": True}
     asked |= {"logit_bias": {str(token): -100 for token in ends()}, "seed": 1}
     asking = threading.Thread(target=lambda: told.append(server.post("/completions", **asked)))
     asking.start()
-    server.post("/completions", model="base", prompt="One", max_tokens=100)
+    server.post("/completions", model="base", prompt="One", max_tokens=20)
     server.signal(signal.SIGTERM)
     code, err = server.end()
     asking.join()

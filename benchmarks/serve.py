@@ -20,7 +20,6 @@ import http.client
 import json
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -37,7 +36,7 @@ from decode import MODELS, both_sides
 from machine import save
 from safetensors.torch import load_file, save_file
 from serve_llama import write_gguf
-from serving import ask, serving
+from serving import ask, serving, start_child
 
 from phitune.data.coder import Coder
 from phitune.data.tokenizer import TextTokenizer
@@ -244,7 +243,7 @@ def serve_transformers(folder: str, threads: int) -> None:
 @contextmanager
 def transformers_serving(folder: Path, threads: int) -> Iterator[str]:
     words = [sys.executable, __file__, "--transformers", str(folder), "--threads", str(threads)]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    process = start_child(words)
     assert process.stdout is not None
     try:
         yield process.stdout.readline().strip()

@@ -1,44 +1,80 @@
 """`phitune serve` as a process of its own, and a plain client, for benchmarks of the server."""
 
+import ctypes
 import http.client
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 ROOT = Path(__file__).parents[1]
+PR_SET_PDEATHSIG = 1  # of prctl(2)
+
+
+@dataclass(frozen=True)
+class Server:
+    """One that runs."""
+
+    address: str  # such as http://127.0.0.1:1
+    process: int
+
+
+def start_child(words: Sequence[str], **how: Any) -> subprocess.Popen[str]:
+    """Starts a program that tells its address, and ends with this one, however this one ends."""
+    before = None
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+
+        def before() -> None:
+            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    return subprocess.Popen(words, stdout=subprocess.PIPE, text=True, preexec_fn=before, **how)
 
 
 @contextmanager
-def serving(*flags: str, threads: int | None = None) -> Iterator[str]:
-    """Starts the server on a port that is free. Yields: its address, such as http://127.0.0.1:1."""
-    count = {"OMP_NUM_THREADS": str(threads)} if threads else {}
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), **count}
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "phitune", "serve", *flags, "--port", "0"],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
+def serving_process(
+    *flags: str, threads: int | None = None, log: IO[str] | None = None
+) -> Iterator[Server]:
+    """Starts the server on a port that is free.
+
+    Args:
+        log: where what it says of faults goes, with tracebacks.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    if log:
+        environment["PHITUNE_DEBUG"] = "1"
+    words = [sys.executable, "-u", "-m", "phitune", "serve", *flags, "--port", "0"]
+    process = start_child(words, env=environment, stderr=log)
     assert process.stdout is not None
     try:
         said = []
         for line in process.stdout:
             said.append(line)
             if found := re.match(r"address +(http://\S+)/v1", line):
-                yield found[1]
+                yield Server(found[1], process.pid)
                 return
         raise SystemExit("".join(["phitune serve did not start:\n", *said]))
     finally:
         process.terminate()
         process.wait()
         process.stdout.close()
+
+
+@contextmanager
+def serving(*flags: str, threads: int | None = None) -> Iterator[str]:
+    """The same for who needs its address alone."""
+    with serving_process(*flags, threads=threads) as server:
+        yield server.address
 
 
 def ask(

@@ -14,7 +14,7 @@ Here is the event loop alone; what computes is the worker's thread.
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -123,6 +123,11 @@ class Service:
         self.names |= {name: choice for choice, name in enumerate(names)}
         # One thread, for the tokenizers' and the templates' sake.
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encoder")
+
+    @property
+    def callable_names(self) -> list[str]:
+        """What `model` may be."""
+        return list(dict.fromkeys([*self.names, BASE]))
 
     # --- from a request to rows -----------------------------------------------------------------
 
@@ -563,7 +568,7 @@ def make_app(service: Service, access: Access) -> Starlette:
         return PlainTextResponse(metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def document(_: Request) -> Response:
-        return JSONResponse(openapi())
+        return JSONResponse(openapi(service.callable_names))
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestError)
@@ -626,9 +631,9 @@ def _route(request: Request) -> str:
     return request.url.path if request.url.path.startswith("/v1/") else "other"
 
 
-def openapi() -> dict[str, Any]:
-    """What this server understands, as an OpenAPI document."""
-    schemas: dict[str, Any] = {}
+def openapi(names: Sequence[str]) -> dict[str, Any]:
+    """What a server understands that has these models, as an OpenAPI document."""
+    schemas: dict[str, Any] = {"Error": _ERROR}
     paths: dict[str, Any] = {}
     for path, kind in (
         ("/v1/chat/completions", ChatRequest),
@@ -636,17 +641,27 @@ def openapi() -> dict[str, Any]:
     ):
         schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas |= schema.pop("$defs", {})
+        schema["properties"]["model"]["enum"] = list(names)
         schemas[kind.__name__] = schema
         content = {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}
-        replies = {str(code): {"description": what} for code, what in _STATUSES.items()}
+        answer = _content({"application/json": _ANSWER, "text/event-stream": {}})
+        replies = {"200": {"description": "the answer, or a stream of it", **answer}}
+        error = _content({"application/json": {"$ref": "#/components/schemas/Error"}})
+        for code, what in _ERRORS.items():
+            replies[str(code)] = {"description": what, **error}
         paths[path] = {
             "post": {
                 "requestBody": {"required": True, "content": {"application/json": content}},
                 "responses": replies,
             }
         }
-    for path in ("/v1/models", "/health", "/metrics"):
-        paths[path] = {"get": {"responses": {"200": {"description": "as it is now"}}}}
+    for path, kind_of in (
+        ("/v1/models", "application/json"),
+        ("/health", "application/json"),
+        ("/metrics", "text/plain"),
+    ):
+        reply = {"description": "as it is now", **_content({kind_of: {}})}
+        paths[path] = {"get": {"responses": {"200": reply}}}
     return {
         "openapi": "3.1.0",
         "info": {"title": "phitune serve", "version": "1"},
@@ -655,13 +670,42 @@ def openapi() -> dict[str, Any]:
     }
 
 
-_STATUSES = {
-    200: "the answer, or a stream of it",
+def _content(kinds: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {"content": {kind: {"schema": schema} for kind, schema in kinds.items()}}
+
+
+_ANSWER = {
+    "type": "object",
+    "required": ["id", "object", "created", "model", "choices", "usage"],
+}
+_OR_NULL = {"type": ["string", "null"]}
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": _OR_NULL,
+                "code": _OR_NULL,
+            },
+        }
+    },
+}
+_ERRORS = {
     400: "a field that is not supported, or a wrong value; error.param names it",
+    401: "no key, or a wrong one",
+    403: "a page of another site",
     404: "no such model",
+    408: "the body did not come in time",
     413: "the body is too large",
     415: "no JSON",
+    421: "another Host than this server's",
     429: "too many requests wait; Retry-After says when to come again",
-    503: "no slot became free in time, or the server is about to end",
+    500: "a fault of the server",
+    503: "no slot became free in time, no memory, or the server is about to end",
     504: "the answer took too long",
 }

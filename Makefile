@@ -10,7 +10,7 @@ PHI_2_CONFIG ?= config.json
 PHI_2_FOLDER ?= phi-2
 
 .PHONY: setup demo test campaigns browser screenshots lint check format docs models full-size export-memory export-gguf \
-  benchmarks busy peers mlx-peers mac gpu fuzz torture disk-faults memory-limits kernels scale gpu-kernels clean
+  benchmarks busy peers mlx-peers mac gpu fuzz serve-hour torture disk-faults memory-limits kernels scale gpu-kernels clean
 
 setup: $(INSTALLED)
 
@@ -106,6 +106,11 @@ fuzz: setup
 	$(BIN)/python benchmarks/fuzz_models.py
 	$(BIN)/python benchmarks/fuzz_templates.py
 	$(BIN)/python benchmarks/fuzz_serve.py
+
+# An hour of random traffic to the server, at two fifths of a core, and schemathesis beside it.
+serve-hour: setup
+	$(BIN)/python -m pip install -q schemathesis
+	$(BIN)/python benchmarks/serve_hour.py
 
 # A hundred kills, each run gone on with to its end; some minutes.
 torture: setup

@@ -99,7 +99,7 @@ def one(draws: random.Random, address: str) -> str:
         headers |= dict([draws.choice(HEADERS)])
     elif kind == 3:
         return hang_up(draws, str(place.hostname), place.port or 80, path, body)
-    connection = http.client.HTTPConnection(place.netloc, timeout=60)
+    connection = http.client.HTTPConnection(place.netloc, timeout=700)
     try:
         if "Content-Length" in headers or "Transfer-Encoding" in headers:
             body = b"0\r\n\r\n"

@@ -1,6 +1,7 @@
 """Opening a base and adapters: what travels with them is used, what does not fit is refused."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,15 @@ def test_a_base_without_adapters() -> None:
     assert model.adapters == ()
     chat = opened(model_name="tiny-phi-3.5", prompt_format="chat")
     assert isinstance(chat.coder(None).prompt_format, ChatFormat)
+
+
+def test_few_programs_of_products_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    for name in names:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    opened(model_name="tiny-phi-2")
+    assert [os.environ[name] for name in names] == ["32", "32"]
 
 
 @pytest.mark.parametrize("name", ["instruct", "chat"])

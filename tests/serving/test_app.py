@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import re
 import socket
 import threading
 import time
@@ -538,6 +539,15 @@ def test_metrics_are_prometheus_text(server: Running) -> None:
             float(value)
     assert server.metric("phitune_answer_tokens_total") > 0
     assert 'phitune_requests_total{route="/v1/chat/completions",status="200"}' in text
+
+
+def test_odd_paths_make_no_metrics_of_their_own(server: Running) -> None:
+    for path in ("/v1/models/odd%22name", "/v1/models/x/y"):
+        assert server.request("GET", path).status == 404
+    text = server.request("GET", "/metrics").body
+    assert 'phitune_requests_total{route="/v1/models",status="404"}' in text
+    routes = set(re.findall(r'route="(.*?)",', text))
+    assert routes <= {"/v1/chat/completions", "/v1/completions", "/v1/models", "other"}
 
 
 def test_adapters_folders_are_names(tmp_path: Path) -> None:

@@ -30,7 +30,13 @@ from phitune.inference.generate import (
 from phitune.model.adapter_config import CONFIG_FILE
 from phitune.model.architecture import ModelConfig, notes_on_config, read_model_config
 from phitune.model.decoder import Decoder
-from phitune.model.device import DTYPES, choose_device, choose_precision, is_out_of_memory
+from phitune.model.device import (
+    DTYPES,
+    choose_device,
+    choose_precision,
+    is_out_of_memory,
+    limit_product_caches,
+)
 from phitune.model.files import ASSETS, SHIPPED_MODELS, fetch_weights, find_model, is_hub_id
 from phitune.model.lora import WEIGHTS_FILE, Adapter, Adapters, AdapterSet, detach, load_adapter
 from phitune.model.quantization import (
@@ -227,6 +233,7 @@ def open_model(
         held, _ = choose_for_folder(read_scheme(folder), asked, "auto", chosen)
     fetch_weights(model_name, folder)
     limit_memory(chosen, memory_budget(chosen).bytes)
+    limit_product_caches()  # Prompts have all lengths.
     decoder = prepare_for_inference(load_decoder_on(folder, config, dtype, chosen, held))
     adapters = []
     for path, adapter_path, coder in zip(adapter_paths, folders, coders, strict=True):

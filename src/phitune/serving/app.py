@@ -628,17 +628,22 @@ def make_app(service: Service, access: Access) -> Starlette:
 
 
 def _route(request: Request) -> str:
-    return request.url.path if request.url.path.startswith("/v1/") else "other"
+    """As it is counted: one of a few, whatever paths are asked for."""
+    path = request.url.path
+    return path if path in _POSTS else "/v1/models" if path.startswith("/v1/models") else "other"
+
+
+_POSTS: dict[str, type[ChatRequest | CompletionRequest]] = {
+    "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest,
+}
 
 
 def openapi(names: Sequence[str]) -> dict[str, Any]:
     """What a server understands that has these models, as an OpenAPI document."""
     schemas: dict[str, Any] = {"Error": _ERROR}
     paths: dict[str, Any] = {}
-    for path, kind in (
-        ("/v1/chat/completions", ChatRequest),
-        ("/v1/completions", CompletionRequest),
-    ):
+    for path, kind in _POSTS.items():
         schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas |= schema.pop("$defs", {})
         schema["properties"]["model"]["enum"] = list(names)

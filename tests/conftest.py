@@ -48,13 +48,15 @@ _MANY_MODULES = 100
 
 def pytest_configure(config: pytest.Config) -> None:
     """Keeps the tests' folders in memory where there is room: waiting for a disk to confirm each of
-    the many checkpoints is a third of the time. The long tests, with real limits of memory and real
-    disks, stay on disk.
+    the many checkpoints is a third of the time. Programs with real limits of memory or real disks
+    make their folders elsewhere.
     """
-    if config.option.markexpr != "not campaign" or not MEMORY_DISK.is_mount():
+    if not MEMORY_DISK.is_mount():
         return
-    free = os.statvfs(MEMORY_DISK)
-    if min(free.f_bavail * free.f_frsize, psutil.virtual_memory().available / 4) > _ROOM:
+    disk = os.statvfs(MEMORY_DISK)
+    if disk.f_flag & os.ST_NOEXEC and config.option.markexpr != "not campaign":
+        return  # A campaign starts what it has installed there.
+    if min(disk.f_bavail * disk.f_frsize, psutil.virtual_memory().available / 4) > _ROOM:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY_DISK))
 
 

@@ -16,6 +16,9 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from helpers.command_line import phitune
+
+from phitune.training.group import Member
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ROWS = [{"prompt": f"What is {n}?", "response": f"It is {n}, matey."} for n in range(23)]
@@ -81,17 +84,16 @@ def same(run: str, expected: str) -> None:
     assert not [name for name in theirs if ours[name] != theirs[name]]
 
 
+def train_alone(folder: str, *length: str) -> None:
+    """The run of one process that the others are held against; in this one."""
+    assert phitune(["train", *FLAGS, *length, "--output_dir", folder]).returncode == 0
+
+
 def test_processes_of_one_machine_are_one_process(place: Path) -> None:
-    """By --processes, and by torchrun."""
-    for words, name in (
-        ((*TRAIN, *FLAGS, *SHORT), "one"),
-        ((*TRAIN, *FLAGS, *SHORT, "--processes", "3"), "three"),
-        ((*TORCHRUN, "--standalone", "--nproc_per_node", "2", *TRAIN[1:], *FLAGS, *SHORT), "two"),
-    ):
-        found = run(*words, "--output_dir", name)
-        assert found.returncode == 0, found.stderr
-        assert found.stdout.count("adapter of step") == 1  # Process 0 alone speaks.
-    same("two", "one")
+    train_alone("one", *SHORT)
+    found = run(*TRAIN, *FLAGS, *SHORT, "--processes", "3", "--output_dir", "three")
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count("adapter of step") == 1  # Process 0 alone speaks.
     same("three", "one")
 
 
@@ -151,18 +153,20 @@ def test_torchrun_starts_a_lost_run_again_and_leaves_a_finished_one_alone(place:
     psutil.Process(agent.pid).children()[-1].kill()
     _, err = agent.communicate(timeout=240)
     assert agent.returncode == 0, err
-    whole = run(*TRAIN, *FLAGS, "--max_steps", "12", "--save_every", "2", "--output_dir", "whole")
-    assert whole.returncode == 0, whole.stderr
+    train_alone("whole", "--max_steps", "12", "--save_every", "2")
     same("run", "whole")
     again = run(*words)
     assert again.returncode == 0, again.stderr
     assert "this run is finished" in again.stdout
 
 
-def test_settings_that_torchrun_contradicts_are_refused(place: Path) -> None:
-    words = (*TORCHRUN, "--standalone", "--nproc_per_node", "2", *TRAIN[1:], *FLAGS)
-    found = run(*words, "--processes", "3", "--output_dir", "run")
-    assert found.returncode != 0
+def test_settings_that_torchrun_contradicts_are_refused(
+    place: Path, free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in Member(0, 2, 0, 2, "127.0.0.1", free_port).environment().items():
+        monkeypatch.setenv(name, value)
+    found = phitune(["train", *FLAGS, "--processes", "3", "--output_dir", "run"])
+    assert found.returncode == 2
     assert "processes 3: torchrun has started 2; leave it out" in found.stderr
     assert not Path("run").exists()
 
@@ -225,6 +229,7 @@ GIVEN: dict[str, Callable[[int], dict[str, str]]] = {
 
 @pytest.mark.parametrize("name", [*GIVEN])
 def test_commands_of_the_examples_run(name: str, place: Path, free_port: int) -> None:
+    """And processes of torchrun are one process, however it is told of them."""
     command = commands()[name].replace("29500", str(free_port))
     command = re.sub(r"(?<= )/(data|output)/", rf"{place}/\1/", command)
     command += f" {shlex.join([*FLAGS[2:], *SHORT])}"
@@ -233,5 +238,8 @@ def test_commands_of_the_examples_run(name: str, place: Path, free_port: int) ->
     words = ["bash", "-c", command]
     found = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
     assert found.returncode == 0, found.stderr
+    assert found.stdout.count("adapter of step") == 1
     (summary,) = place.rglob("summary.json")
     assert json.loads(summary.read_text())["steps"] == 6
+    train_alone("one", *SHORT)
+    same(str(summary.parent), "one")

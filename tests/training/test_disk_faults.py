@@ -32,9 +32,12 @@ def disk() -> Iterator[Path]:
 
 @pytest.mark.campaign
 @pytest.mark.longest
-def test_runs_on_disks_that_fail_lose_no_checkpoint_and_claim_no_success(disk: Path) -> None:
+def test_runs_on_disks_that_fail_lose_no_checkpoint_and_claim_no_success(
+    disk: Path, tmp_path: Path
+) -> None:
     command = [sys.executable, str(PROGRAM), "--runs", str(RUNS), "--seed", "3", "--no_save"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
+    place = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3600, env=place)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["checkpoints_verified"] > 0

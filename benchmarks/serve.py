@@ -175,7 +175,7 @@ def joining(address: str, new: int, number: int) -> dict[str, float]:
     ended = time.perf_counter()
     for thread in threads:
         thread.join()
-    delays, longest, steps = [], [], []
+    delays, longest, before, steps = [], [], [], []
     for each in others:
         gaps = [(a, b - a) for a, b in zip(each.times, each.times[1:], strict=False)]
         usual = [gap for at, gap in gaps if at + gap < began]
@@ -184,10 +184,12 @@ def joining(address: str, new: int, number: int) -> dict[str, float]:
         steps.append(step)
         delays.append((sum(during) - len(during) * step) / step / (JOINING / 512))
         longest.append(max(during) / step)
+        before.append(max(usual[len(usual) // 2 :]) / step)
     return {
         "seconds_a_step": statistics.median(steps),
         "steps_of_delay_for_512_tokens": statistics.median(delays),
         "longest_wait_in_steps": max(longest),
+        "longest_wait_before_in_steps": max(before),
         "seconds_to_first_token": ended - began,
     }
 
@@ -349,6 +351,7 @@ def main() -> None:
     ]
     late = statistics.median(each["steps_of_delay_for_512_tokens"] for each in joins)
     longest = statistics.median(each["longest_wait_in_steps"] for each in joins)
+    before = statistics.median(each["longest_wait_before_in_steps"] for each in joins)
     first = statistics.median(each["seconds_to_first_token"] for each in joins)
     step = statistics.median(each["seconds_a_step"] for each in joins)
     lines += [
@@ -356,7 +359,7 @@ def main() -> None:
         f"A prompt of {JOINING:,} tokens that joins 8 streams has its first token after"
         f" {first:.1f} s; meanwhile the others are delayed by {late:.1f} of their steps"
         f" ({step * 1e3:.0f} ms) for each 512 tokens, and wait at most {longest:.1f} steps for a"
-        " token.",
+        f" token ({before:.1f} before it came).",
         "",
         "| the base alone, fp32 | 1 request | 8 at once |",
         "|---|---|---|",

@@ -1,5 +1,6 @@
 """The batch that requests join and leave: each is answered as if it were alone."""
 
+import itertools
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -288,6 +289,35 @@ def test_penalties_and_biases_decide_what_comes(tmp_path: Path) -> None:
     assert told(presence_penalty=20.0, logits=biased) == [5, 6, *[5] * 10]
     assert told(frequency_penalty=7.0, logits=biased)[:4] == [5, 5, 6, 5]
     assert len(set(told(frequency_penalty=100.0))) == 12
+
+
+def test_of_a_long_piece_its_own_adapter_alone_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, adapters = with_adapters("phi", tmp_path, 3)
+    counts, choice = [40, 3, 1, 33, 50, 2], [0, 2, None, 1, None, 1]
+    ids = torch.tensor(prompt_of(sum(counts), 5))
+    positions = torch.cat([torch.arange(count) for count in counts])
+    cu_seqlens = [0, *itertools.accumulate(counts)]
+    products: list[tuple[int, ...]] = []
+
+    def noted(x: Tensor, weight: Tensor) -> Tensor:
+        products.append((len(x), weight.shape[1]))  # tokens, columns of adapters
+        return torch.matmul(x, weight)
+
+    monkeypatch.setattr(torch, "mm", noted)
+    logits = []
+    for given in (
+        (choice, counts),
+        ([each for each, count in zip(choice, counts, strict=True) for _ in range(count)],),
+    ):
+        adapters.choose(*given)
+        with torch.no_grad():
+            logits.append(decoder.logits(decoder(ids, positions, cu_seqlens)))
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+    rank = products[0][1]
+    assert products[:4] == [(40, rank), (4, 3 * rank), (33, rank), (2, 3 * rank)]
+    assert products[-1][0] == sum(counts)
 
 
 def test_a_request_that_cannot_be_taken_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ E head_dim, N trained positions, V vocabulary, R rank, X all ranks on a layer, K
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,16 @@ class LoraPair(nn.Module):
         )
 
 
+ALL = slice(None)
+
+
+class Stretch(NamedTuple):
+    """Tokens that follow one another."""
+
+    tokens: slice
+    adapter: int | None  # of all of them; None where each has its own
+
+
 class LoraBank:
     """The adapters of one layer side by side, for inference; see `lora.AdapterSet`.
 
@@ -80,21 +90,36 @@ class LoraBank:
         lora_B: [O, X].
         factors: [K + 1, X], the scaling of each adapter's own columns; the last row, of zeros, is
             the base model's.
+        parts: K + 1, the columns of each adapter; none are the base model's.
     """
 
-    def __init__(self, lora_A: Tensor, lora_B: Tensor, factors: Tensor) -> None:
-        self.lora_A, self.lora_B, self.factors = lora_A, lora_B, factors
+    def __init__(
+        self, lora_A: Tensor, lora_B: Tensor, factors: Tensor, parts: Sequence[slice]
+    ) -> None:
+        self.lora_A, self.lora_B, self.factors, self.parts = lora_A, lora_B, factors, parts
         self.chosen: Tensor | None = None  # [T, X] or [1, X]; None where all is the base model
+        self._stretches: Sequence[Stretch] = ()
 
-    def choose(self, rows: Tensor | None) -> None:
-        """rows: [T] rows of the factors, [1] for all tokens; None for the base model."""
+    def choose(self, rows: Tensor | None, stretches: Sequence[Stretch]) -> None:
+        """
+        Args:
+            rows: [T] rows of the factors, [1] for all tokens; None for the base model.
+            stretches: all T tokens.
+        """
         self.chosen = None if rows is None else self.factors[rows]
+        self._stretches = stretches
 
     def add_to(self, out: Tensor, x: Tensor) -> Tensor:
         """Adds the chosen adapters' part to a linear layer's output. out: [T, O], x: [T, D]."""
         if self.chosen is None:
             return out
-        return out.addmm_(torch.mm(x, self.lora_A.t()).mul_(self.chosen), self.lora_B.t())
+        for stretch in self._stretches:
+            part = ALL if stretch.adapter is None else self.parts[stretch.adapter]
+            if part is ALL or part.start < part.stop:
+                low = torch.mm(x[stretch.tokens], self.lora_A[part].t())
+                low.mul_(self.chosen[stretch.tokens, part])
+                out[stretch.tokens].addmm_(low, self.lora_B[:, part].t())
+        return out
 
     def add_to_rows(self, out: Tensor, input_ids: Tensor) -> Tensor:
         """The same for rows of the embedding. out: [T, D], input_ids: [T]."""

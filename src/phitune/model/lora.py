@@ -10,6 +10,7 @@ adapter_config.json may say is in adapter_config.py: only plain LoRA is read.
 Shapes: R rank, D in, O out, V vocabulary, T tokens, K adapters, X all their ranks on a layer.
 """
 
+import itertools
 import math
 import re
 import zlib
@@ -33,7 +34,7 @@ from phitune.model.adapter_config import (
     read_adapter_config,
 )
 from phitune.model.architecture import EMBEDDING_MODULE, FAMILIES, LM_HEAD, ModelConfig
-from phitune.model.decoder import Decoder, LoraBank, LoraPair
+from phitune.model.decoder import ALL, Decoder, LoraBank, LoraPair, Stretch
 from phitune.model.llama_layout import is_in_parts, joined, parts_of
 from phitune.model.tensors import read_header
 from phitune.untrusted import write_object
@@ -459,6 +460,11 @@ def _peft_config(adapter: Adapter, base_model_name: str) -> dict[str, Any]:
 # base model, whose factors are all zero) is still two small products a layer:
 #
 #     out = x W^T + b + (factors * x A^T) B^T
+#
+# Of a long piece of one sequence, its own adapter's columns alone are computed.
+
+# The tokens of one sequence from which that pays.
+_LONG = 32
 
 
 class AdapterSet:
@@ -469,6 +475,7 @@ class AdapterSet:
         self.count = len(adapters)
         # The choice in effect; another object after each change.
         self.chosen: tuple[int, ...] = ()
+        self._stretches: list[Stretch] = []
         self._device = decoder.device
         self._banks: list[LoraBank] = []
         for linear in {id(found): found for found in decoder.fused_linears().values()}.values():
@@ -487,6 +494,7 @@ class AdapterSet:
                 like.new_zeros(rank, width),  # [X, D]
                 like.new_zeros(outputs, rank),  # [O, X]
                 like.new_zeros(self.count + 1, rank),  # [K + 1, X]
+                self._parts([(index, pair.lora_A.shape[0]) for index, pair in pairs]),
             )
             place = 0
             for index, pair in pairs:
@@ -500,22 +508,39 @@ class AdapterSet:
             self._banks.append(bank)
         self._put_on_embedding(decoder, adapters)
 
-    def choose(self, choice: Sequence[int | None]) -> None:
+    def choose(self, choice: Sequence[int | None], counts: Sequence[int] | None = None) -> None:
         """Chooses the adapter of each token in the forward passes that follow.
 
         Args:
-            choice: [T] numbers of adapters, None for the base model; or one for all tokens.
+            choice: numbers of adapters, None for the base model: of each token, or one for all; of
+                each sequence, where there are counts.
+            counts: of the tokens of each sequence.
         """
-        numbers = tuple(self.count if index is None else index for index in choice)
-        if len(set(numbers)) == 1:
-            numbers = numbers[:1]
-        if numbers == self.chosen:
+        numbers = [self.count if index is None else index for index in choice]
+        of_tokens, stretches = tuple(numbers), [Stretch(ALL, None)]
+        if counts is not None:
+            both = list(zip(numbers, counts, strict=True))
+            of_tokens = tuple(number for number, count in both for _ in range(count))
+            stretches = _stretches(both)
+        if len(set(of_tokens)) == 1:
+            if any(stretch.adapter is not None for stretch in stretches):
+                stretches = [Stretch(ALL, of_tokens[0])]
+            of_tokens = of_tokens[:1]
+        if (of_tokens, stretches) == (self.chosen, self._stretches):
             return
-        self.chosen = numbers
-        is_base = numbers == (self.count,)
-        rows = None if is_base else torch.tensor(numbers, device=self._device)
+        self.chosen, self._stretches = of_tokens, stretches
+        is_base = of_tokens == (self.count,)
+        rows = None if is_base else torch.tensor(of_tokens, device=self._device)
         for bank in self._banks:
-            bank.choose(rows)
+            bank.choose(rows, stretches)
+
+    def _parts(self, ranks: Sequence[tuple[int, int]]) -> list[slice]:
+        """The columns of each adapter, of which some may have several pairs, one after another."""
+        widths = [0] * (self.count + 1)
+        for index, rank in ranks:
+            widths[index] += rank
+        stops = itertools.accumulate(widths)
+        return [slice(stop - width, stop) for width, stop in zip(widths, stops, strict=True)]
 
     def _put_on_embedding(self, decoder: Decoder, adapters: Sequence[Adapter]) -> None:
         table = decoder.embed_tokens.weight  # [V, D]
@@ -535,6 +560,7 @@ class AdapterSet:
                 dtype=table.dtype,
                 device=self._device,
             ),
+            self._parts([(index, pair.lora_A.shape[0]) for index, pair in pairs]),
         )
         place = 0
         for index, pair in pairs:
@@ -543,6 +569,19 @@ class AdapterSet:
             place = part.stop
         decoder.embed_tokens.bank = bank
         self._banks.append(bank)
+
+
+def _stretches(sequences: Sequence[tuple[int, int]]) -> list[Stretch]:
+    """Of the adapter and the tokens of each sequence."""
+    found: list[Stretch] = []
+    start = 0
+    for adapter, count in sequences:
+        tokens, alone = slice(start, start + count), count >= _LONG
+        if found and found[-1].adapter is None and not alone:
+            tokens = slice(found.pop().tokens.start, tokens.stop)
+        found.append(Stretch(tokens, adapter if alone else None))
+        start += count
+    return found
 
 
 @dataclass(frozen=True)
@@ -554,12 +593,4 @@ class Adapters:
 
     def choose(self, counts: Sequence[int] | None = None) -> None:
         """For the forward passes that follow: of so many tokens of each prompt, or one of each."""
-        self.on_decoder.choose(
-            self.choice
-            if counts is None
-            else [
-                choice
-                for choice, count in zip(self.choice, counts, strict=True)
-                for _ in range(count)
-            ]
-        )
+        self.on_decoder.choose(self.choice, counts)

@@ -2,7 +2,8 @@
 
 Requests wait in a queue of bounded length. What a step brings is delivered to the event loop that
 asked, one call for all requests of a step. How much of a joining prompt a step computes follows
-from how long steps take: those who are answered meanwhile wait at most twice as long for a token.
+from how long steps take: those who are answered meanwhile wait about half as long again for a
+token.
 
 Knows no text and no HTTP.
 """
@@ -18,8 +19,9 @@ from phitune.inference.batching import MOST_NEW, Batcher, Progress, Request
 from phitune.model.device import is_out_of_memory
 from phitune.serving.metrics import Metrics
 
-# Tokens of prompts that a step computes at least beside answers.
-_LEAST_NEW = 32
+# Tokens of prompts that a step computes at least beside answers, and how much longer it may take
+# with them. Smaller pieces take longer in all, larger ones keep the others waiting.
+_LEAST_NEW, _LONGER = 32, 0.5
 _SMOOTHING = 0.3  # weight of the last step in an average
 
 
@@ -61,17 +63,19 @@ class Pace:
         self._token = 0.0  # more seconds for each token of a prompt
 
     def most_new(self) -> int:
-        """So many that a step with them takes about twice as long."""
+        """So many that a step with them takes half as long again."""
         if not self._step or not self._token:
-            return _LEAST_NEW * 2
-        return max(_LEAST_NEW, min(MOST_NEW, int(self._step / self._token)))
+            return _LEAST_NEW
+        return max(_LEAST_NEW, min(MOST_NEW, int(_LONGER * self._step / self._token)))
 
     def note(self, seconds: float, new: int) -> None:
         """Takes the seconds of a step that computed `new` tokens of prompts beside answers."""
         if not new:
             self._step = _average(self._step, seconds)
         elif self._step:
-            self._token = _average(self._token, max(seconds - self._step, 1e-6) / new)
+            token = max(seconds - self._step, 1e-6) / new
+            # Tokens far into a prompt cost more: that is believed at once.
+            self._token = max(token, _average(self._token, token))
 
 
 def _average(so_far: float, last: float) -> float:

@@ -3,7 +3,7 @@
 Requests wait in a queue of bounded length. What a step brings is delivered to the event loop that
 asked, one call for all requests of a step. How much of a joining prompt a step computes follows
 from how long steps take: those who are answered meanwhile wait about half as long again for a
-token.
+token, and longer where more people wait for their first one than are being answered.
 
 Knows no text and no HTTP.
 """
@@ -62,11 +62,15 @@ class Pace:
         self._step = 0.0  # seconds of a step without prompts
         self._token = 0.0  # more seconds for each token of a prompt
 
-    def most_new(self) -> int:
-        """So many that a step with them takes half as long again."""
+    def most_new(self, joining: float) -> int:
+        """
+        Args:
+            joining: requests that wait for their first token, for each that is being answered.
+        """
+        longer = max(_LONGER, joining)
         if not self._step or not self._token:
-            return _LEAST_NEW
-        return max(_LEAST_NEW, min(MOST_NEW, int(_LONGER * self._step / self._token)))
+            return int(min(MOST_NEW, _LEAST_NEW * longer / _LONGER))
+        return max(_LEAST_NEW, min(MOST_NEW, int(longer * self._step / self._token)))
 
     def note(self, seconds: float, new: int) -> None:
         """Takes the seconds of a step that computed `new` tokens of prompts beside answers."""
@@ -160,13 +164,14 @@ class Worker:
 
     def _step(self) -> None:
         """Computes a step, and delivers what it brings."""
-        is_answering = self._batcher.answering > 0
-        most_new = self._pace.most_new() if is_answering else MOST_NEW
+        answering, most_new = self._batcher.answering, MOST_NEW
+        if answering:
+            most_new = self._pace.most_new(self._batcher.active / answering - 1)
         started = time.perf_counter()
         try:
             told = self._batcher.step(most_new)
             seconds = time.perf_counter() - started
-            if is_answering:
+            if answering:
                 self._pace.note(seconds, self._batcher.new_tokens)
             self._metrics.note_step(seconds, self._batcher)
             self._deliver(told)

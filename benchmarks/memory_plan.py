@@ -1,6 +1,6 @@
 """Does the planner tell the truth? Predicted against measured peak, over a grid of settings.
 
-    python benchmarks/memory_plan.py [--device cuda] [--quantized]
+    python benchmarks/memory_plan.py [--device cuda] [--quantized | --placed]
 
 On a CPU every allocation of torch is counted: the profiler tells of each as it happens, so the peak
 is exact, not sampled, and includes what operations allocate inside. On a GPU it is torch's
@@ -8,13 +8,14 @@ max_memory_allocated. The models are random ones of a few layers; each setting t
 steps, so that the optimizer's moments are there.
 
 Writes results/memory_plan[_cuda].json and .md; with --quantized, of bases in fewer bits alone,
-memory_plan_quantized.
+memory_plan_quantized; with --placed, of bases elsewhere than on the device, memory_plan_placed.
 """
 
 import argparse
 import gc
 import itertools
 import json
+import mmap
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,11 +28,17 @@ from torch.profiler import ProfilerActivity, profile
 from phitune.config import Settings
 from phitune.data.packing import pack
 from phitune.data.tokenizer import IGNORE_INDEX, TokenizedExample
-from phitune.model.architecture import ModelConfig, known_model_config, resolve_targets
+from phitune.model.architecture import (
+    BasePlacement,
+    ModelConfig,
+    known_model_config,
+    resolve_targets,
+)
 from phitune.model.decoder import Decoder
 from phitune.model.device import DTYPES
 from phitune.model.engine import FusedEngine
 from phitune.model.lora import LoraSpec, attach
+from phitune.model.residence import Copied, Elsewhere, InFiles, MappedWeight, Residence
 from phitune.model.stores import new_store
 from phitune.plan.memory import QUANTIZED, AdaptedModel, MemoryPlan, Shape, plan_memory
 from phitune.training.state import build_adamw, dropout_of
@@ -61,6 +68,7 @@ class Setting:
     targets: tuple[str, ...] = ("all-linear",)
     dropout: float = 0.05
     products: str = "exact"  # of a quantised base
+    placement: BasePlacement = "device"
 
     @property
     def name(self) -> str:
@@ -69,6 +77,7 @@ class Setting:
             f"{self.kind} {self.precision}, {self.recompute_layers} of {self.layers} recomputed,"
             f" rows {lengths}, {self.trained:.0%} trained, r {self.rank}, {' '.join(self.targets)}"
             + (f", products {self.products}" if self.precision in QUANTIZED else "")
+            + (f", base in {self.placement}" if self.placement != "device" else "")
         )
 
 
@@ -98,6 +107,13 @@ def grid() -> list[Setting]:
         ((512,) * 4, (256,)),
     ):
         settings.append(Setting(kind, held, 6, recompute, lengths, 0.6, 8, products=products))
+    # A base in files, or beside a GPU.
+    for kind, precision, recompute, lengths, placement in itertools.product(
+        ("phi", "phi3"), ("fp32", "bf16"), (0, 6), ((512,) * 4, (256,)), ("disk", "ram")
+    ):
+        settings.append(
+            Setting(kind, precision, 6, recompute, lengths, 0.6, 8, placement=placement)
+        )
     base = Setting("phi", "fp32", 6, 0, (512,) * 4, 0.6, 8)
     for kind, changes in itertools.product(("phi", "phi3"), more.values()):
         settings.append(replace(base, kind=kind, **changes))
@@ -128,7 +144,8 @@ def predicted(setting: Setting, config: ModelConfig, device: str) -> MemoryPlan:
     precision: Any = setting.precision
     kind: Any = device
     low = setting.products == "low"
-    model = AdaptedModel(config, modules, setting.rank, precision, kind, low)
+    there = setting.placement
+    model = AdaptedModel(config, modules, setting.rank, precision, kind, low, there)
     return plan_memory(model, shape, setting.recompute_layers)
 
 
@@ -140,12 +157,14 @@ def zero_weights(decoder: Decoder) -> None:
 
 def decoder_of(setting: Setting, config: ModelConfig, device: str) -> Decoder:
     """A model of zeros, held as the setting says."""
+    if setting.placement != "device":
+        return placed_decoder(setting, config, device)
     if setting.precision not in QUANTIZED:
         decoder = Decoder(config, DTYPES[setting.precision], device)
         zero_weights(decoder)
         return decoder
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    decoder = Decoder(config, dtype, device, is_quantized=True)
+    decoder = Decoder(config, dtype, device, has_stores=True)
     kind: Any = setting.precision
     for layer in decoder.layers:
         for linear in layer.linears.values():
@@ -159,6 +178,32 @@ def decoder_of(setting: Setting, config: ModelConfig, device: str) -> Decoder:
             weight.zero_()
         assert name
     return decoder
+
+
+def placed_decoder(setting: Setting, config: ModelConfig, device: str) -> Decoder:
+    """A model of zeros, the layers' weights mapped: memory that torch did not take."""
+    dtype = DTYPES[setting.precision]
+    decoder = Decoder(config, dtype, device, has_stores=True)
+    linears = [list(layer.linears.values()) for layer in decoder.layers]
+    mapped = [
+        [[mapped_zeros(tuple(linear.weight.shape), dtype)] for linear in layer] for layer in linears
+    ]
+    residence: Residence = InFiles(mapped)
+    if device != "cpu":
+        residence = Copied(residence.far, dtype, torch.device(device))
+    for index, layer in enumerate(linears):
+        for number, linear in enumerate(layer):
+            linear.hold_in(Elsewhere(residence, index, number, torch.device(device)))
+    for weight in decoder.named_weights().values():
+        if not weight.is_meta:
+            weight.zero_()
+    return decoder
+
+
+def mapped_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> MappedWeight:
+    size = shape[0] * shape[1] * dtype.itemsize
+    there = mmap.mmap(-1, size)
+    return MappedWeight(torch.frombuffer(there, dtype=dtype).view(shape), there, range(size))
 
 
 def run(setting: Setting, config: ModelConfig, device: str) -> None:
@@ -208,10 +253,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--only", type=int, help="the first so many settings")
     parser.add_argument("--quantized", action="store_true", help="bases in fewer bits alone")
+    parser.add_argument("--placed", action="store_true", help="bases off the device alone")
     options = parser.parse_args()
-    settings = grid()
+    # Of a CPU, RAM is the device.
+    settings = [each for each in grid() if options.device != "cpu" or each.placement != "ram"]
     if options.quantized:
         settings = [setting for setting in settings if setting.precision in QUANTIZED]
+    if options.placed:
+        settings = [setting for setting in settings if setting.placement != "device"]
     results = []
     for setting in settings[: options.only]:
         config = narrow_config(setting.kind, setting.layers)
@@ -230,7 +279,8 @@ def main() -> None:
         print(
             f"{error:+7.2%}  {there / MIB:8.1f} MiB  {plan.peak_at:8}  {setting.name}", flush=True
         )
-    parts = ["memory_plan", "quantized" * options.quantized, options.device.removeprefix("cpu")]
+    which = "quantized" * options.quantized + "placed" * options.placed
+    parts = ["memory_plan", which, options.device.removeprefix("cpu")]
     write(results, options.device, "_".join(filter(None, parts)))
 
 

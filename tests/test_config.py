@@ -83,6 +83,7 @@ def test_data_may_be_named_without_a_flag(
         ("phi-3.5", "microsoft/Phi-3.5-mini-instruct"),
         ("microsoft/phi-3.5-mini", "microsoft/Phi-3.5-mini-instruct"),
         ("phi4-mini", "microsoft/Phi-4-mini-instruct"),
+        ("Phi-4", "microsoft/phi-4"),
         ("tiny-phi-2", "tiny-phi-2"),
         ("me/phi-2", "me/phi-2"),
     ],

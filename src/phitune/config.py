@@ -608,6 +608,12 @@ class Settings(BaseModel):
         " are, by 8-bit activations), auto: low for int8 where this machine does it exactly",
         group=_MACHINE,
     )
+    base_placement: Literal["auto", "device", "ram", "disk"] = knob(
+        "device",
+        "where the frozen layers lie: device; ram (beside a GPU) or disk (the model's files), each"
+        " layer read as it is needed, to the same bits; auto: the first in which it fits",
+        group=_MACHINE,
+    )
     threads: AutoCount = knob(
         "auto",
         "threads of the CPU, or auto: as many as train fastest, measured before the first step",
@@ -1020,6 +1026,17 @@ def validated(values: Mapping[str, Any], where: Mapping[str, str]) -> Settings:
         raise SettingsError(
             "recompute_layers and gradient_checkpointing false contradict each other;"
             " remove one of them"
+        )
+    in_fewer_bits = settings.quantization not in ("none", "auto")
+    if settings.base_placement in ("ram", "disk") and in_fewer_bits:
+        raise SettingsError(
+            f"base_placement {settings.base_placement} and quantization {settings.quantization}:"
+            " layers in fewer bits lie on the device; remove one of them"
+        )
+    if settings.base_placement != "device" and settings.engine == "reference":
+        raise SettingsError(
+            f"base_placement {settings.base_placement} and engine reference: autograd keeps what it"
+            " computes with on the device; remove one of them"
         )
     return settings
 

@@ -127,8 +127,9 @@ def _prepared(
     data = prepare_data(settings, settings.dataset_path or EXAMPLE_DATASET, coder)
     fetch_weights(settings.model_name, folder)
     found = job["quantization"]
-    quantization = quantization_from_json(found) if found else None
-    decoder = load_decoder_on(folder, config, DTYPES[settings.precision], device, quantization)
+    held = quantization_from_json(found) if found else settings.base_placement
+    assert held != "auto"  # Process 0 has chosen.
+    decoder = load_decoder_on(folder, config, DTYPES[settings.precision], device, held)
     base = weights_fingerprint(decoder)
     adapter = attach(decoder, spec_of(settings, tuple(job["modules"])), settings.seed)
     engine = engine_of(decoder, settings, keep_freed=job["keep_freed"])

@@ -83,7 +83,12 @@ from phitune.model.quantization import (
 from phitune.model.scheme import read_scheme
 from phitune.model.start_adapter import find_start_adapter, sha256_there, spec_of
 from phitune.model.weights import weights_fingerprint
-from phitune.plan.machine import Memory, ProcessMemoryLimit, memory_budget
+from phitune.plan.machine import (
+    Memory,
+    ProcessMemoryLimit,
+    check_base_placement,
+    memory_budget,
+)
 from phitune.plan.memory import GIB, MemoryPlan
 from phitune.plan.plan import check_against_model, settle_memory, what_would_fit
 from phitune.progress import (
@@ -342,12 +347,15 @@ class LoRATrainer:
             settings = self.settings
             torch.manual_seed(settings.seed)
             fetch_weights(settings.model_name, self.model_folder)
+            placement = settings.base_placement
+            if placement == "auto":
+                raise SettingsError("base_placement auto: train() chooses it, by the data; name it")
             decoder = load_decoder_on(
                 self.model_folder,
                 self.model_config,
                 DTYPES[settings.precision],
                 settings.device,
-                self._quantization(),
+                self._quantization() or placement,
                 None if self._resumption else rows,
             )
             self._base_fingerprint = weights_fingerprint(decoder)
@@ -622,6 +630,7 @@ class LoRATrainer:
             chosen["device"] = device
         if settings.precision == "auto":
             chosen["precision"] = choose_precision(settings.precision, device)
+        check_base_placement(settings.base_placement, device.partition(":")[0])
         return chosen
 
     def _check_output_dir(self) -> None:
@@ -653,8 +662,8 @@ class LoRATrainer:
             settings, self.model_config, self.target_modules, data, budget.bytes, self._scheme
         )
         self._take(self.resolved.choose(**chosen))
-        if why:
-            self._say(f"quantization auto: {why}")
+        for name, reason in why.items():
+            self._say(f"{name} auto: {reason}")
         if settings.batch_size not in ("auto", self.settings.batch_size):
             self._say(
                 f"memory: batch_size {settings.batch_size} does not fit"
@@ -720,6 +729,8 @@ class LoRATrainer:
         if found := model.decoder.quantization:
             in_groups = f"{found.kind}, multiplied by MLX as it is held, in groups of 64"
             self._say(f"quantization: {in_groups if model.decoder.is_mlx else found.in_words}")
+        if residence := model.decoder.residence:
+            self._say(f"base_placement {self.settings.base_placement}: {residence.in_words}")
         # The plan follows the fused engine's buffers and knows nothing of autograd's.
         if self.settings.engine == "fused":
             self._say(memory_line(plan, budget))

@@ -410,6 +410,52 @@ def test_auto_takes_the_most_faithful_base_that_fits(
     assert "H100" in in_full
 
 
+@pytest.mark.parametrize(
+    ("model", "memory", "device", "placement", "because"),
+    [
+        (PHI_3_5, "24GB", "cuda", "device", "device: one row at a time takes"),
+        (PHI_3_5, "12GB", "mps", "device", "which does not fit, and no other place would do in"),
+        (PHI_2, "4GB", "cuda", "ram", "4.7 GiB of the machine's RAM, read twice for each micro-"),
+        ("microsoft/phi-4", "12GB", "cuda", "ram", "RAM, read twice for each micro-batch"),
+        (PHI_2, "4GiB", "cpu", "disk", "disk, since with the base on the device one row at a"),
+    ],
+)
+def test_auto_takes_the_first_place_of_the_base_in_which_it_fits(
+    planned: Json, model: str, memory: str, device: str, placement: str, because: str
+) -> None:
+    asked = {"model_name": model, "memory": memory, "device": device, "max_length": 512}
+    asked |= {"batch_size": 1, "precision": "fp32" if device == "mps" else "auto"}
+    code = 4 if device == "mps" else 0
+    plan = planned(*flags(base_placement="auto", **asked), code=code)
+    assert plan["settings"]["base_placement"] == placement
+    assert because in plan["placement_because"]
+    named = planned(*flags(base_placement=placement, **asked), code=code)
+    assert named["terms"] == plan["terms"]
+    if placement == "device":
+        assert named["placement_because"] is None
+        return
+    assert f"--base_placement {placement}" in plan["train_command"]
+    # Of the base there is what is no layer, on a GPU two layers, and one that is expanded.
+    on_device = planned(*flags(**asked), code=4)
+    held, in_full = (
+        {term["name"]: term["bytes"] for term in each["terms"]} for each in (plan, on_device)
+    )
+    assert held["weights"] < in_full["weights"] / 4
+    assert held["expanded layer"] > 0
+    assert f"--base_placement {placement} (same result, slower)" in " ".join(on_device["remedies"])
+
+
+def test_a_base_in_fewer_bits_lies_on_the_device(planned: Json) -> None:
+    asked = flags(model_name=PHI_3_5, memory="24GB", device="cuda", base_placement="ram")
+    plan = planned(*asked, "--quantization", "auto")
+    assert (plan["base"], plan["settings"]["quantization"]) == ("bf16", "none")
+    sizes = {each["base"]: each["all_bytes"] for each in plan["bases"]}
+    on_device = planned(*flags(model_name=PHI_3_5, memory="24GB", device="cuda"))
+    expected = {each["base"]: each["all_bytes"] for each in on_device["bases"]}
+    assert (sizes["int8"], sizes["nf4"]) == (expected["int8"], expected["nf4"])
+    assert sizes["bf16"] < expected["bf16"]
+
+
 def test_auto_says_so_where_nothing_fits(planned: Json) -> None:
     asked = flags(model_name=PHI_3_5, memory="2GB", device="cuda", quantization="auto")
     plan = planned(*asked, code=4)
@@ -579,6 +625,7 @@ def test_built_in_figures_are_those_of_config_json(shared: Path, name: str, fold
         ("microsoft/Phi-3-mini-4k-instruct", 3.82e9),
         (PHI_3_5, 3.82e9),
         ("microsoft/Phi-4-mini-instruct", 3.84e9),
+        ("microsoft/phi-4", 14.66e9),
     ],
 )
 def test_well_known_models_need_no_files(planned: Json, name: str, parameters: float) -> None:
@@ -878,7 +925,7 @@ def test_a_memory_alone_is_a_gpus_or_a_machines(
     assert re.search(
         r"^Fits: [\d.]+ of 20\.1\d? GiB on a CPU with 24 GB of RAM, ", text, re.MULTILINE
     )
-    assert "this machine has no GPU to tell which memory is meant by 24GB" in text
+    assert "nothing here tells whose memory 24GB is" in text
     commands = [line for line in lines if line.startswith("phitune ")]
     assert [settings_of(command).device for command in commands] == ["cuda", "cpu"]
     plan = planned("--memory", "24GB")

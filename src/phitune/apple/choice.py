@@ -10,12 +10,13 @@ import torch
 
 from phitune.config import Settings
 from phitune.errors import SettingsError
-from phitune.model.architecture import ModelConfig
+from phitune.model.architecture import BasePlacement, ModelConfig
 from phitune.model.decoder import Decoder
 from phitune.model.device import MLX, torch_device
 from phitune.model.engine import Engine, FusedEngine, ReferenceEngine
 from phitune.model.fused import Packed
 from phitune.model.quantization import Quantization, load_quantized
+from phitune.model.residence import load_placed
 from phitune.model.weights import load_decoder
 
 
@@ -24,13 +25,13 @@ def load_decoder_on(
     config: ModelConfig,
     dtype: torch.dtype,
     device_name: str,
-    quantization: Quantization | None = None,
+    held: Quantization | BasePlacement | None = None,
     rows: Packed | None = None,
 ) -> Decoder:
     """Builds the decoder of a model folder on a device; see `weights.load_decoder`.
 
     Args:
-        quantization: how its layers are held; None for full precision.
+        held: its layers in fewer bits, or in another place; None for neither.
         rows: of the data, see `quantization.load_quantized`.
 
     Returns: for "mlx" an `MlxDecoder`.
@@ -39,16 +40,19 @@ def load_decoder_on(
         ModelError: files missing or damaged, or tensors that do not fit the configuration.
     """
     device = torch_device(device_name)
-    if device_name != MLX and quantization is None:
-        return load_decoder(folder, config, dtype, device)
-    if device_name != MLX and quantization:
-        return load_quantized(folder, config, dtype, device, quantization, rows)
-    from phitune.apple.decoder import load_mlx_decoder
+    if device_name == MLX:
+        from phitune.apple.decoder import load_mlx_decoder
 
-    bits = {"int8": 8, "int4": 4}[quantization.kind] if quantization else None
-    decoder = load_mlx_decoder(folder, config, dtype, bits)
-    decoder.quantization = quantization
-    return decoder
+        quantization = held if isinstance(held, Quantization) else None
+        bits = {"int8": 8, "int4": 4}[quantization.kind] if quantization else None
+        decoder = load_mlx_decoder(folder, config, dtype, bits)
+        decoder.quantization = quantization
+        return decoder
+    if isinstance(held, Quantization):
+        return load_quantized(folder, config, dtype, device, held, rows)
+    if held in ("ram", "disk"):
+        return load_placed(folder, config, dtype, device, held)
+    return load_decoder(folder, config, dtype, device)
 
 
 def check_reference(device_name: str) -> None:

@@ -194,6 +194,8 @@ def show(plan: Plan, console: Console) -> None:
     facts = {**_data_facts(plan), "memory": _memory_fact(plan)}
     if plan.base_because:
         facts["base"] = plan.base_because
+    if plan.placement_because:
+        facts["weights"] = plan.placement_because
     if plan.fits:
         if plan.chosen.recompute_layers:
             facts["layers"] = _recomputation(plan)
@@ -211,8 +213,8 @@ def show_both(plans: list[Plan], console: Console) -> None:
     for plan in plans:
         _print_verdict(plan, console)
     note = (
-        f"Both, since this machine has no GPU to tell which memory is meant by {plans[0].given};"
-        " --device cuda or --device cpu shows one in more detail."
+        f"Both, as nothing here tells whose memory {plans[0].given} is; --device cuda or cpu shows"
+        " one."
     )
     console.print(Text(note, "dim"))
     console.print()
@@ -517,6 +519,7 @@ def _header(plan: Plan) -> RenderableType:
         f" in {len(layers)} of {plan.config.num_hidden_layers} layers",
         "device": f"{plan.device}, base in {plan.base} ({plan.device_source})",
         **({"base": plan.base_because} if plan.base_because else {}),
+        **({"weights": plan.placement_because} if plan.placement_because else {}),
         "rows": data,
         "batch": f"{_batch_words(plan)}; {together}"
         f" {largest.tokens:,} tokens, and {largest.target_tokens:,} of them have a loss",
@@ -802,6 +805,7 @@ class DevicePlan:
     device: Device  # the kind of device that is planned for
     base: Base  # precision of the frozen base
     base_because: str | None  # why auto or the model's files make it that; null: it was named
+    placement_because: str | None  # where its layers lie and the price; null: on the device
     rows: PlannedRows
     steps: PlannedSteps
     memory: PlannedMemory
@@ -849,6 +853,7 @@ def as_json(plan: Plan) -> DevicePlan:
         device=plan.device,
         base=plan.base,
         base_because=plan.base_because or None,
+        placement_because=plan.placement_because or None,
         rows=PlannedRows(
             source=rows.source,
             upper_bound=rows.source is None,

@@ -134,7 +134,7 @@ def _original_losses(
         merge: adds the adapter to the weights, which are rounded as an export rounds them.
     """
     device = torch.device("cpu") if like.is_mlx else like.device
-    decoder = Decoder(like.config, like.dtype, device, is_quantized=True)
+    decoder = Decoder(like.config, like.dtype, device, has_stores=True)
     weights = checked_weights(decoder, folder)
     load_weights(decoder, folder, without_layers=True)
     put_on(decoder, adapter)

@@ -33,9 +33,9 @@ def is_worthwhile(device: torch.device) -> bool:
     return device.type in ("cuda", "mps")
 
 
-def has_graphs(device: torch.device) -> bool:
-    """Whether the step can be captured."""
-    return device.type == "cuda"
+def has_graphs(decoder: Decoder) -> bool:
+    """Whether the step can be captured: on a GPU, with all weights there."""
+    return decoder.device.type == "cuda" and decoder.residence is None
 
 
 class OneTokenStep:
@@ -82,7 +82,7 @@ class OneTokenStep:
     def __call__(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
         """tokens, positions: B each. Returns: logits [B, V], overwritten by the next step."""
         self._inputs.copy_(torch.tensor([tokens, positions]))
-        if self._steps == STEPS_BEFORE_CAPTURE and has_graphs(self._decoder.device):
+        if self._steps == STEPS_BEFORE_CAPTURE and has_graphs(self._decoder):
             self._run = captured(self._compute)
         self._steps += 1
         return self._run()

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
@@ -21,6 +21,9 @@ from pydantic_core import ErrorDetails
 from phitune.errors import ModelError, SettingsError, listing
 from phitune.model.scheme import parse_scheme
 from phitune.untrusted import read_object
+
+# Where the frozen layers' weights lie: on the device, in its machine's RAM, in the model's files.
+BasePlacement = Literal["device", "ram", "disk"]
 
 # -------------------------------------------------------------------------------------------------
 # Sizes of the buffers that the engine works in, shared with the planner.
@@ -286,6 +289,20 @@ _KNOWN_MODELS = {
         head_dim=128,
         tie_word_embeddings=True,
     ),
+    "microsoft/phi-4": replace(
+        _PHI3,
+        vocab_size=100_352,
+        hidden_size=5120,
+        intermediate_size=17_920,
+        num_hidden_layers=40,
+        num_attention_heads=40,
+        num_key_value_heads=10,
+        head_dim=128,
+        rotary_dim=128,
+        rope_theta=250_000.0,
+        max_position_embeddings=16_384,
+        sliding_window=None,
+    ),
 }
 
 
@@ -320,7 +337,7 @@ def known_model_config(name: str) -> ModelConfig | None:
     """The sizes of a well-known hub model, for a plan without its files; None for any other.
 
     The sizes in config.json on the model's page. A test holds Phi-2 and Phi-3.5 against that file,
-    and the other three against their number of parameters. The rotary scaling is left out
+    and the others against their number of parameters. The rotary scaling is left out
     (`long_rope` is None): it decides numbers, not sizes, so a decoder must not be built from this.
     """
     return _KNOWN_MODELS.get(name)

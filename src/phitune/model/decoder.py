@@ -32,6 +32,7 @@ from phitune.model.stores import Store
 
 if TYPE_CHECKING:
     from phitune.model.quantization import Quantization
+    from phitune.model.residence import Residence
 
 META = torch.device("meta")
 
@@ -139,7 +140,7 @@ class FusedLinear(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
         *,
-        is_quantized: bool = False,
+        has_stores: bool = False,
     ) -> None:
         super().__init__()
         self.in_features, self.device = spec.in_features, device
@@ -148,10 +149,10 @@ class FusedLinear(nn.Module):
         for name, out_features in spec.parts:
             self.columns[prefix + name] = range(stop, stop + out_features)
             stop += out_features
-        place = META if is_quantized else device
+        place = META if has_stores else device
         self.weight = _frozen(stop, spec.in_features, dtype=dtype, device=place)
         self.bias = _frozen(stop, dtype=dtype, device=device) if spec.bias else None
-        # The weight in fewer bits; `weight` then has a shape and a type, and no numbers.
+        # The weight in fewer bits or elsewhere; `weight` then has shape and type, and no numbers.
         self.store: Store | None = None
         self.low_bits: int | None = None  # of its numbers, where they are multiplied as they are
         self.answering: Products | None = None  # of the store, without gradients
@@ -295,7 +296,7 @@ class DecoderLayer(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
         *,
-        is_quantized: bool = False,
+        has_stores: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
@@ -316,7 +317,7 @@ class DecoderLayer(nn.Module):
         )
         self.linears = nn.ModuleDict(
             {
-                name: FusedLinear(self.prefix, spec, dtype, device, is_quantized=is_quantized)
+                name: FusedLinear(self.prefix, spec, dtype, device, has_stores=has_stores)
                 for name, spec in layer_linears(config).items()
             }
         )
@@ -427,7 +428,7 @@ class Decoder(nn.Module):
     """A frozen Phi model. Its weights are not initialized until `weights.load_weights` has run.
 
     Args:
-        is_quantized: the layers' weights get stores; see quantization.py.
+        has_stores: the layers' weights get stores; see quantization.py and residence.py.
     """
 
     def __init__(
@@ -436,11 +437,12 @@ class Decoder(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         *,
-        is_quantized: bool = False,
+        has_stores: bool = False,
     ) -> None:
         super().__init__()
         device = torch.device(device)
         self.quantization: Quantization | None = None  # how the layers' weights are held
+        self.residence: Residence | None = None  # where they are, if not on the device
         family = FAMILIES[config.model_type]
         self.config = config
         self.dtype = dtype
@@ -450,7 +452,7 @@ class Decoder(nn.Module):
         self._frequency_table: Tensor | None = None  # [2 or 1, rotary_dim / 2], on the device
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, device)
         self.layers = nn.ModuleList(
-            _LAYERS[config.model_type](config, index, dtype, device, is_quantized=is_quantized)
+            _LAYERS[config.model_type](config, index, dtype, device, has_stores=has_stores)
             for index in range(config.num_hidden_layers)
         )
         self.final_norm = Norm(
@@ -612,7 +614,7 @@ class Decoder(nn.Module):
         linear = _linears_in(place).get(module)
         if linear is not None and linear.store is not None and kind == "weight":
             columns = linear.columns[module]
-            rows = linear.dense(slice(columns.start, columns.stop))[::every]
+            rows = linear.store.some(self.dtype, range(columns.start, columns.stop, every))
         else:
             rows = place.named_weights()[name].detach()[::every]
         if rows.is_meta:

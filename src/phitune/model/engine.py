@@ -205,6 +205,8 @@ class FusedEngine(Engine):
             assert isinstance(layer, DecoderLayer)
             fused_layer = FUSED_LAYERS[decoder.config.model_type]
             self.layers.append(fused_layer(layer, backend, dropout_rate))
+        if decoder.residence is not None:
+            self.choices["weights of the layers"] = decoder.residence.in_words
         self.final_norm = FusedNorm(decoder.final_norm, backend)
         self.head = WidenedLinear(decoder.lm_head, backend, dropout_rate)
         if self.device.type == "cuda":

@@ -92,7 +92,7 @@ def products_of_store(
 ) -> Products:
     """Exact products of a store, with X further columns. like: of the precision and device."""
     lora_B = like.new_zeros(store.shape[0], extra_columns)  # [O, X]
-    if expands_by_triton(like.device):
+    if store.kind is not None and expands_by_triton(like.device):
         from phitune.model.triton_products import ExpandedOnCuda
 
         return ExpandedOnCuda(store, lora_B, gemm, scratch)

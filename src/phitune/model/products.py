@@ -101,6 +101,12 @@ class Expanded(Products):
         """wide: [T, D + X], bias: [O]. Returns: [T, O]."""
         return self.gemm.forward(wide, self._weight(rows), bias)
 
+    def forward_onto(self, total: Tensor, wide: Tensor, bias: Tensor | None) -> Tensor:
+        """total: [T, O]. Returns: [T, O]."""
+        if self.gemm.adds and bias is None:
+            return total.addmm_(wide, self._weight(ALL).t())
+        return super().forward_onto(total, wide, bias)
+
     def backward(self, grad_out: Tensor, rows: slice = ALL) -> Tensor:
         """grad_out: [T, O]. Returns: [T, D + X]."""
         return self.gemm.backward(grad_out, self._weight(rows))

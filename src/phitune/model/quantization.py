@@ -208,7 +208,7 @@ def load_quantized(
         ModelError: files missing or damaged, or layers that cannot be held so.
     """
     weights = weights_in(folder, Decoder(config, dtype, META))
-    decoder = Decoder(config, dtype, device, is_quantized=True)
+    decoder = Decoder(config, dtype, device, has_stores=True)
     left_in_full = _left_in_full(decoder, weights, quantization.kind)
     for linear in left_in_full.values():
         linear.hold_in_full()

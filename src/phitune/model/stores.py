@@ -22,10 +22,11 @@ CPU = torch.device("cpu")
 
 
 class Store(ABC):
-    """The weight of one linear layer, [O, D], in fewer bits."""
+    """The weight of one linear layer, [O, D], in fewer bits or in another place."""
 
-    kind: StoreKind
+    kind: StoreKind | None = None  # None: in full
     shape: tuple[int, int]
+    is_in_files = False  # whether it has its numbers without being given them
 
     @abstractmethod
     def put(self, start: int, piece: Tensor) -> None:
@@ -52,10 +53,18 @@ class Store(ABC):
     def dense(self, dtype: torch.dtype, rows: slice = ALL) -> Tensor:
         """Rows as the numbers they stand for. Returns: [n, D]."""
         start, stop, _ = rows.indices(self.shape[0])
-        device = next(iter(self.tensors().values())).device
         return self.expand(
-            rows, torch.empty(stop - start, self.shape[1], dtype=dtype, device=device)
+            rows, torch.empty(stop - start, self.shape[1], dtype=dtype, device=self.device)
         )
+
+    def some(self, dtype: torch.dtype, rows: range) -> Tensor:
+        """Rows that are evenly spaced, for a look at them. Returns: [n, D]."""
+        return self.dense(dtype, slice(rows.start, rows.stop))[:: rows.step]
+
+    @property
+    def device(self) -> torch.device:
+        """Where `expand` writes."""
+        return next(iter(self.tensors().values())).device
 
 
 # Numbers that are expanded at a time: fewer, and threads wait for each other more than they work;

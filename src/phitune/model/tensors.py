@@ -68,6 +68,7 @@ class TensorHeader(Weight):
     file: Path
     shape: tuple[int, ...]
     dtype: str  # in the names of the format
+    start: int  # of its numbers, in bytes of the file
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Returns: [n, ...]."""
@@ -117,10 +118,11 @@ def read_header(file: Path) -> dict[str, TensorHeader]:
             header = opened.read(length)
         with safe_open(file, framework="pt") as tensors:
             found = {}
-            for name in _names(header):
+            for name, entry in _entries(header).items():
                 tensor = tensors.get_slice(name)
                 shape = tuple(tensor.get_shape())
-                found[name] = TensorHeader(name, file, shape, tensor.get_dtype())
+                start = 8 + length + entry["data_offsets"][0]
+                found[name] = TensorHeader(name, file, shape, tensor.get_dtype(), start)
         _check_limits(found)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(
@@ -130,16 +132,16 @@ def read_header(file: Path) -> dict[str, TensorHeader]:
     return found
 
 
-def _names(header: bytes) -> list[str]:
-    """The tensors in a header that the library has read, in their order in it.
+def _entries(header: bytes) -> dict[str, Any]:
+    """The tensors in a header that the library has read, by name and in their order in it.
 
     Raises:
         ValueError: a name is there twice, of which the library takes the last.
     """
-    entries = json.loads(header, object_pairs_hook=_without_repeats)
+    entries: dict[str, Any] = json.loads(header, object_pairs_hook=_without_repeats)
     if not header.startswith(b"{") or entries.pop("__metadata__", {}) is None:
         raise ValueError("its header is not an object, or its __metadata__ is not one of texts")
-    return list(entries)
+    return entries
 
 
 def _check_limits(tensors: Mapping[str, TensorHeader]) -> None:

@@ -86,7 +86,8 @@ def load_weights(
         if without_layers and linear not in (None, decoder.lm_head) and kind == "weight":
             continue
         if linear is not None and linear.store is not None and kind == "weight":
-            weight.put_into(linear.store, linear.columns[module].start)
+            if not linear.store.is_in_files:
+                weight.put_into(linear.store, linear.columns[module].start)
         else:
             for start, piece in pieces_of(weight, destination):
                 destination[start : start + len(piece)].copy_(piece)

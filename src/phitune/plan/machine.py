@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from phitune.errors import SettingsError
+from phitune.model.architecture import BasePlacement
 from phitune.plan.memory import GIB, PROGRAM_BYTES, Base, Device
 from phitune.text import in_bytes
 
@@ -68,6 +69,32 @@ def check_processes(number: int, device: str) -> None:
         raise SettingsError(
             f"processes {number}: device {device} is one GPU, which one process has to itself;"
             " leave it out"
+        )
+
+
+def placements_on(device: str) -> tuple[BasePlacement, ...]:
+    """Where a device can have the frozen layers' weights, the fastest first."""
+    places: dict[str, tuple[BasePlacement, ...]] = {
+        "cpu": ("device", "disk"),
+        "cuda": ("device", "ram", "disk"),
+    }
+    return places.get(device, ("device",))
+
+
+def check_base_placement(asked: str, device: str) -> None:
+    """
+    Raises:
+        SettingsError: the device has no such place.
+    """
+    places = ("auto", *placements_on(device))
+    if asked not in places:
+        why = {
+            "cpu": "a CPU's device memory is the RAM",
+            "mps": "its memory is the RAM, and files are read for CPUs and CUDA alone",
+            "mlx": "its memory is the RAM, and MLX maps no files",
+        }[device]
+        raise SettingsError(
+            f"base_placement {asked}: not on {device}: {why}; use {' or '.join(places)}"
         )
 
 

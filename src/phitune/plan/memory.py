@@ -23,6 +23,7 @@ from phitune.model.architecture import (
     EMBED_TOKENS,
     FAMILIES,
     LM_HEAD,
+    BasePlacement,
     LinearSpec,
     ModelConfig,
     layer_linears,
@@ -68,6 +69,7 @@ class AdaptedModel:
     base: Base  # precision of the frozen weights; int8 and nf4 compute in fp32 on a CPU, else bf16
     device: Device = "cpu"
     low: bool = False  # whether quantised weights are multiplied as they are
+    placement: BasePlacement = "device"  # of the layers' weights, see model/residence.py
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,12 @@ def frozen_weights(model: AdaptedModel) -> Term:
     return Term("weights", sum(term.bytes for term in terms), step.model_note)
 
 
+def layer_bytes(config: ModelConfig, base: Base) -> int:
+    """Of all layers' linear weights."""
+    step = FusedStep(AdaptedModel(config, (), 0, base), Shape((1,), 0))
+    return round(step.parameters_in_layers * _WEIGHT_BYTES[base])
+
+
 def saved_bytes_per_token(
     config: ModelConfig, modules: Sequence[str], rank: int, element_bytes: int, layer: int
 ) -> int:
@@ -184,7 +192,7 @@ class StepMemory:
         self.config, self.modules, self.rank = model.config, set(model.modules), model.rank
         self.base, self.device = model.base, model.device
         self.asked, self.shape = asked, padded
-        self.low = model.low
+        self.low, self.placement = model.low, model.placement
         in_full = model.base == "fp32" or (model.base in QUANTIZED and model.device == "cpu")
         self.element = 4 if in_full else 2
         self.linears = layer_linears(model.config)
@@ -303,7 +311,8 @@ class StepMemory:
     @property
     def model_note(self) -> str:
         billions = (self.parameters_in_layers + self.other_parameters) / 1e9
-        return f"{billions:.2f} B parameters in {self.base}"
+        note = f"{billions:.2f} B parameters in {self.base}"
+        return note if self.placement == "device" else f"{note}, those of the layers elsewhere"
 
     def loss_rows(self) -> int:
         """Of logits that exist at a time."""
@@ -339,8 +348,12 @@ class FusedStep(StepMemory):
     @cached_property
     def fixed_terms(self) -> list[Term]:
         config, rank = self.config, self.rank
-        weights = round(self.parameters_in_layers * _WEIGHT_BYTES[self.base])
-        weights += self.other_parameters * self.element
+        in_layers = round(self.parameters_in_layers * _WEIGHT_BYTES[self.base])
+        weights = self.other_parameters * self.element
+        if self.placement == "device":
+            weights += in_layers
+        elif self.device != "cpu":  # The layer that is computed, and the one on its way.
+            weights += min(2, len(self.layers)) * in_layers // len(self.layers)
         widening = working_A = grad_A = keys = scratch = 0
         if self.base == "int8":
             outputs_of_layer = sum(out for spec in self.linears.values() for _, out in spec.parts)
@@ -366,7 +379,7 @@ class FusedStep(StepMemory):
             grad_A += (self.head_columns - rank) * hidden * _FP32
             keys += hidden * _FP32
         parameters = self.trained_parameters
-        expands = self.base in QUANTIZED and not self.low
+        expands = self.placement != "device" or (self.base in QUANTIZED and not self.low)
         return [
             Term("weights", weights + widening, self.model_note),
             Term(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from phitune.config import Settings
-from phitune.model.architecture import ModelConfig
+from phitune.model.architecture import BasePlacement, ModelConfig
 from phitune.model.scheme import Scheme
 from phitune.plan.cost import Cost, token_cost
 from phitune.plan.memory import (
@@ -83,6 +83,7 @@ class Placement:
     device: Device
     budget: int
     low: bool = False  # whether quantised weights are multiplied as they are
+    base_placement: BasePlacement = "device"  # of the layers' weights
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,13 @@ class Run:
 
     def _model(self, place: Placement) -> AdaptedModel:
         return AdaptedModel(
-            self.config, self.modules, self.rank, place.base, place.device, place.low
+            self.config,
+            self.modules,
+            self.rank,
+            place.base,
+            place.device,
+            place.low,
+            place.base_placement,
         )
 
 

@@ -11,15 +11,16 @@ Memory is in bytes.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phitune.config import Resolved, Settings, as_flags, not_default
+from phitune.config import DEFAULT_BATCH_SIZE, Resolved, Settings, as_flags, not_default
 from phitune.data.steps import Steps
 from phitune.errors import ModelError, SettingsError, listing
 from phitune.model.architecture import (
+    BasePlacement,
     ModelConfig,
     known_model_config,
     read_model_config,
@@ -33,6 +34,7 @@ from phitune.plan.machine import (
     MACHINES,
     Machine,
     Memory,
+    check_base_placement,
     check_processes,
     device_kind,
     gpu_name,
@@ -41,8 +43,9 @@ from phitune.plan.machine import (
     machines_like,
     memory_here,
     parse_memory,
+    placements_on,
 )
-from phitune.plan.memory import GIB, QUANTIZED, Base, Device, MemoryPlan
+from phitune.plan.memory import GIB, QUANTIZED, Base, Device, MemoryPlan, layer_bytes
 from phitune.plan.micro_batch import SPANS, Placement, Run, forced_recomputation, smaller_part
 from phitune.plan.presets import PRESETS, Preset
 from phitune.plan.rows import (
@@ -70,18 +73,37 @@ def place_of(run: Run, settings: Settings, device: Device, budget: int) -> Place
     """Where a run with these settings is planned.
 
     Of the bases that the settings allow it is the most faithful that fits with one row at a time,
-    as a smaller micro-batch leaves the result as it is and fewer bits do not.
+    as a smaller micro-batch leaves the result as it is and fewer bits do not; in the first place
+    that the settings allow and where it fits.
     """
     places = _places(run, settings, device, budget)
     return next((place for place in places if _fits_at_all(run, place)), places[-1])
 
 
 def _places(run: Run, settings: Settings, device: Device, budget: int) -> list[Placement]:
-    """With each base that the settings allow, the most faithful first."""
+    """With each base and place of it that the settings allow, the most faithful first.
+
+    Raises:
+        SettingsError: the model's files have the layers in fewer bits, which lie on the device.
+    """
     return [
-        Placement(base, device, budget, _multiplies_low(run, settings, base, device))
+        Placement(base, device, budget, _multiplies_low(run, settings, base, device), there)
         for base in _bases(run, settings, device)
+        for there in _base_placements(settings, base, device)
     ]
+
+
+def _base_placements(settings: Settings, base: Base, device: Device) -> Sequence[BasePlacement]:
+    """Where the layers' weights may lie, the fastest first."""
+    asked = settings.base_placement
+    if base in QUANTIZED and asked in ("ram", "disk"):
+        raise SettingsError(
+            f"base_placement {asked}: the layers are held in {base}, and those lie on the device;"
+            " leave it out"
+        )
+    if asked == "auto" and base not in QUANTIZED:
+        return placements_on(device)
+    return [asked] if asked != "auto" and asked in placements_on(device) else ["device"]
 
 
 def _bases(run: Run, settings: Settings, device: Device) -> list[Base]:
@@ -91,9 +113,10 @@ def _bases(run: Run, settings: Settings, device: Device) -> list[Base]:
     in_full: Base = "fp32" if device == "cpu" else "bf16"
     if settings.precision != "auto":
         in_full = settings.precision
-    if settings.quantization == "auto":
+    elsewhere = settings.base_placement in ("ram", "disk")
+    if settings.quantization == "auto" and not elsewhere:
         return [in_full, *QUANTIZED]
-    if settings.quantization == "none":
+    if settings.quantization == "none" or elsewhere:
         return [in_full]
     return ["int8" if settings.quantization == "int8" else "nf4"]
 
@@ -148,6 +171,36 @@ def why_this_base(run: Run, settings: Settings, place: Placement) -> str:
     )
 
 
+def why_this_placement(run: Run, settings: Settings, place: Placement) -> str:
+    """What is to be said of where the layers' weights lie; "" where that is the device as asked.
+
+    Args:
+        settings: as they were asked for.
+    """
+    there = place.base_placement
+    if settings.base_placement != "auto":
+        return "" if there == "device" else f"{there}, as asked: {_price(run, place)}"
+    takes = f"{run.plan(1, replace(place, base_placement='device')).bytes / GIB:.2f} GiB"
+    if there == "device":
+        does = (
+            "fits" if _fits_at_all(run, place) else "does not fit, and no other place would do in"
+        )
+        return f"device: one row at a time takes {takes}, which {does} {place.budget / GIB:.2f} GiB"
+    return (
+        f"{there}, since with the base on the device one row at a time takes {takes} of"
+        f" {place.budget / GIB:.2f} GiB: {_price(run, place)}"
+    )
+
+
+def _price(run: Run, place: Placement) -> str:
+    """What it costs that the layers' weights are not on the device."""
+    often = "read twice for each micro-batch, three times where they are recomputed"
+    if place.base_placement == "ram":
+        amount = layer_bytes(run.config, place.base) / GIB
+        return f"{amount:.1f} GiB of the machine's RAM, {often}"
+    return f"the layers in the model's files are {often}, from memory as far as there is any left"
+
+
 # -------------------------------------------------------------------------------------------------
 # What training asks.
 
@@ -180,7 +233,7 @@ def settle_memory(
     data: "PreparedData",
     budget: int,
     scheme: Scheme | None,
-) -> tuple[dict[str, Any], MemoryPlan, str]:
+) -> tuple[dict[str, Any], MemoryPlan, dict[str, str]]:
     """What the settings left open of the base, the batch and of recomputation, and the plan.
 
     A micro-batch that does not fit, with as many layers recomputed as the settings allow, is split.
@@ -192,7 +245,7 @@ def settle_memory(
         scheme: how the model's files are quantised; None where they are not.
 
     Returns: the values chosen, by the name of their setting, the plan of the largest micro-batch,
-        and why "auto" took this base; "" where it was named.
+        and by the name of its setting why "auto" took this base and this place of it.
     """
     run = Run(
         config,
@@ -214,9 +267,11 @@ def settle_memory(
         while plan.bytes > budget and batch_size > 1 and settings.engine == "fused":
             batch_size = smaller_part(batch_size, settings.rows_per_step)
             plan = run.plan(batch_size, place)
-    chosen, why = _settled_base(run, settings, place), ""
-    if chosen:
-        why = why_this_base(run, settings, place)
+    chosen, why = _settled_base(run, settings, place), {}
+    if settings.quantization == "auto":
+        why["quantization"] = why_this_base(run, settings, place)
+    if settings.base_placement == "auto":
+        why["base_placement"] = why_this_placement(run, settings, place)
     if batch_size != settings.batch_size:
         steps = settings.rows_per_step // batch_size
         chosen |= {"batch_size": batch_size, "gradient_accumulation_steps": steps}
@@ -226,12 +281,15 @@ def settle_memory(
 
 
 def _settled_base(run: Run, settings: Settings, place: Placement) -> dict[str, Any]:
-    """The setting that "auto" stands for; nothing where it was named."""
+    """The settings that "auto" stands for; none where they were named."""
+    found: dict[str, Any] = {}
+    if settings.base_placement == "auto":
+        found["base_placement"] = place.base_placement
     if settings.quantization != "auto":
-        return {}
+        return found
     if place.base not in QUANTIZED or _kind_of_files(run, settings, place.device):
-        return {"quantization": "none"}  # Which is what the files have.
-    return asks_for(place.base, place.device)
+        return {**found, "quantization": "none"}  # Which is what the files have.
+    return {**found, **asks_for(place.base, place.device)}
 
 
 def what_would_fit(
@@ -302,8 +360,10 @@ def asks_for(base: Base, device: Device) -> dict[str, Any]:
 
 
 def on_base(place: Placement, base: Base) -> Placement:
-    """The same place with another base."""
-    return replace(place, base=base, low=base == "int8" and place.device == "cpu")
+    """The same place with another base; in fewer bits it lies on the device."""
+    low = base == "int8" and place.device == "cpu"
+    there = "device" if base in QUANTIZED else place.base_placement
+    return replace(place, base=base, low=low, base_placement=there)
 
 
 def base_options(run: Run, batch_size: int, place: Placement) -> list[BaseOption]:
@@ -379,6 +439,8 @@ def speeds(run: Run, settings: Settings, batch_size: int | None) -> list[Speed]:
     found = []
     for machine in MACHINES:
         place = place_of(run, settings, machine.device, machine.memory.budget(machine.device))
+        if _reads_slowly(place):
+            continue
         size, plan = run.fitting(batch_size, place)
         batch = _batch_option(run, size, plan, place.budget)
         if not batch.fits:
@@ -398,6 +460,11 @@ def _speed(machine: Machine, base: Base, batch: BatchOption, run: Run, settings:
     return Speed(machine, base, batch, rate, tokens / rate / 3600)
 
 
+def _reads_slowly(place: Placement) -> bool:
+    """Whether the time is as much that of reading weights, of which nothing was measured."""
+    return place.device == "cuda" and place.base_placement != "device"
+
+
 # Below this hidden size no machine comes near the share of its peak that is assumed.
 SMALL_MODEL = 1024
 
@@ -410,7 +477,8 @@ def _estimates(
     machines: tuple[Machine, ...],
 ) -> list[Speed]:
     """What these settings are expected to take on the machines that stand for the device."""
-    if chosen.bytes > place.budget or run.config.hidden_size < SMALL_MODEL:
+    is_small = run.config.hidden_size < SMALL_MODEL
+    if chosen.bytes > place.budget or is_small or _reads_slowly(place):
         return []
     batch = _batch_option(run, settings.micro_batch, chosen, place.budget)
     return [_speed(machine, place.base, batch, run, settings) for machine in machines]
@@ -513,6 +581,8 @@ def remedies(run: Run, settings: Settings, place: Placement) -> list[Remedy]:
         if fits := _if_it_fits(words, changes, run, smaller, place):
             found += fits
             break
+    if settings.engine == "fused":
+        found += _if_placed(run, batch_size, place)
     if place.base == "fp32":
         changes = {"precision": "bf16"}
         found += _if_it_fits("--precision bf16", changes, run, batch_size, bf16)
@@ -537,10 +607,13 @@ def remedies(run: Run, settings: Settings, place: Placement) -> list[Remedy]:
     if place.base == "fp32":
         changes["precision"] = "bf16"
     words = " ".join(as_flags(changes))
+    allowed_too = allowed if stores_by_order else {}
     if stores_by_order:
         words += f", {allow}"
         changes |= allowed
     together = _if_it_fits(f"{words} together", changes, freed, 1, bf16)
+    if not together and settings.engine == "fused":
+        together = _if_placed(freed, 1, place, {**_micro_batch(1, effective), **allowed_too})
     for base in QUANTIZED:
         if together or place.base in QUANTIZED:
             break
@@ -557,6 +630,26 @@ def remedies(run: Run, settings: Settings, place: Placement) -> list[Remedy]:
             f" {least / GIB:.2f} GiB; a smaller model or more memory does"
         )
     ]
+
+
+def _if_placed(
+    run: Run, batch_size: int, place: Placement, besides: Mapping[str, Any] | None = None
+) -> list["Remedy"]:
+    """The remedy of a base elsewhere than on the device, in the first place where it fits.
+
+    Args:
+        besides: other settings that it takes.
+    """
+    if place.base in QUANTIZED or place.base_placement != "device":
+        return []
+    for there in placements_on(place.device)[1:]:
+        changes = {**(besides or {}), "base_placement": there}
+        elsewhere = replace(place, base_placement=there)
+        together = " together" if besides else ""
+        words = f"{' '.join(as_flags(changes))}{together} (same result, slower)"
+        if found := _if_it_fits(words, changes, run, batch_size, elsewhere):
+            return found
+    return []
 
 
 def _if_quantized(run: Run, batch_size: int, place: Placement, base: Base) -> list["Remedy"]:
@@ -591,6 +684,7 @@ class Plan:
     """The answer of `phitune plan`."""
 
     settings: Settings
+    chooses_batch: bool  # "auto" was asked for, and is decided in `settings`
     preset: str | None
     config: ModelConfig
     figures: str  # where the sizes of the model come from
@@ -601,6 +695,7 @@ class Plan:
     given: str | None  # the memory as typed; None: that of the preset or of this machine
     base: Base  # precision or bits of the frozen base
     base_because: str  # why "auto" or the model's files make it that; "": the settings name it
+    placement_because: str  # where its layers lie, and the price; "": on the device
     rows: Rows
     steps: Steps
     memory: Memory
@@ -640,6 +735,9 @@ class Plan:
         changes = self.advised if self.fits else self.remedies[0].changes
         if not self.fits and not changes:
             return None
+        if not self.fits and self.chooses_batch:  # With more room it may be a larger one.
+            steps = self.settings.rows_per_step // DEFAULT_BATCH_SIZE
+            changes = {"batch_size": "auto", "gradient_accumulation_steps": steps, **changes}
         settings = not_default(self.settings.model_copy(update=changes))
         return command_line("train", *as_flags({"dataset_path": _YOUR_DATA, **settings}))
 
@@ -698,6 +796,7 @@ def make_plan(resolved: Resolved, memory: str | None = None, preset: str | None 
     # Where it runs.
     device, device_source = device_kind(settings.device)
     check_processes(settings.processes, device)
+    check_base_placement(settings.base_placement, device)
     if preset and settings.device == PRESETS[preset].device:
         device_source = "the preset's"
     there = given or (PRESETS[preset].memory if preset else memory_here(settings.device, device))
@@ -726,6 +825,7 @@ def make_plan(resolved: Resolved, memory: str | None = None, preset: str | None 
         chosen = run.plan(settings.micro_batch, place)
     return Plan(
         settings=settings,
+        chooses_batch=is_auto,
         preset=preset,
         config=config,
         figures=figures,
@@ -736,6 +836,7 @@ def make_plan(resolved: Resolved, memory: str | None = None, preset: str | None 
         given=memory,
         base=place.base,
         base_because=because,
+        placement_because=why_this_placement(run, asked, place),
         rows=rows,
         steps=Steps(rows.per_epoch, resolved.settings),
         memory=there,

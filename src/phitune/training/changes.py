@@ -24,6 +24,7 @@ CHANGEABLE = (
     "deterministic",
     "engine",
     "device",
+    "base_placement",
     "threads",
     "save_every",
     "keep_checkpoints",

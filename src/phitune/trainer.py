@@ -87,9 +87,10 @@ from phitune.plan.machine import (
     Memory,
     ProcessMemoryLimit,
     check_base_placement,
+    free_memory,
     memory_budget,
 )
-from phitune.plan.memory import GIB, MemoryPlan
+from phitune.plan.memory import GIB, Base, MemoryPlan, layer_bytes
 from phitune.plan.plan import check_against_model, settle_memory, what_would_fit
 from phitune.progress import (
     Position,
@@ -664,6 +665,8 @@ class LoRATrainer:
         self._take(self.resolved.choose(**chosen))
         for name, reason in why.items():
             self._say(f"{name} auto: {reason}")
+        if self.settings.base_placement == "ram":
+            self._check_ram(processes, was_asked=settings.base_placement == "ram")
         if settings.batch_size not in ("auto", self.settings.batch_size):
             self._say(
                 f"memory: batch_size {settings.batch_size} does not fit"
@@ -672,6 +675,26 @@ class LoRATrainer:
                 " the same effective batch"
             )
         return plan
+
+    def _check_ram(self, processes: Processes, *, was_asked: bool) -> None:
+        """Whether the RAM beside a GPU can hold the layers; else they stay in the files.
+
+        Raises:
+            SettingsError: it cannot, and it was asked for.
+        """
+        base: Base = "fp32" if self.settings.precision == "fp32" else "bf16"
+        needed = processes.on_this_machine * layer_bytes(self.model_config, base)
+        there = free_memory()
+        if needed <= there.budget("cpu"):
+            return
+        takes = (
+            f"base_placement ram: the layers take {needed / GIB:.1f} GiB of RAM, and a run may take"
+            f" {there.budget('cpu') / GIB:.1f} GiB ({there.source})"
+        )
+        if was_asked:
+            raise SettingsError(f"{takes}; use --base_placement disk")
+        self._say(f"{takes}; they stay in the model's files")
+        self._take(self.resolved.choose(base_placement="disk"))
 
     def _take(self, resolved: Resolved) -> None:
         self.resolved, self.settings = resolved, resolved.settings

@@ -16,10 +16,11 @@ from helpers.rows import random_rows
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from phitune import trainer
 from phitune.apple.choice import load_decoder_on
 from phitune.cli import main
 from phitune.data.packing import pack
-from phitune.errors import ModelError
+from phitune.errors import ModelError, SettingsError
 from phitune.inference.generate import Decoding, generate
 from phitune.model import residence
 from phitune.model.architecture import BasePlacement, read_model_config, resolve_targets
@@ -29,6 +30,8 @@ from phitune.model.lora import Adapter, LoraSpec, attach
 from phitune.model.residence import Copied, InFiles, Residence, following_layer, map_weights
 from phitune.model.tensors import Weight, read_header
 from phitune.model.weights import weights_fingerprint, weights_in
+from phitune.plan.machine import Memory
+from phitune.training.processes import ALONE
 
 CPU = torch.device("cpu")
 # On a CPU "ram" is what it is beside a GPU, without the GPU.
@@ -254,6 +257,26 @@ def test_what_cannot_be_is_refused(
     assert main([*TRAIN, "--output_dir", str(tmp_path / "run"), *words]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("was_asked", [True, False])
+def test_ram_that_cannot_hold_the_layers_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch, was_asked: bool
+) -> None:
+    """As beside a GPU, for which this trainer is not."""
+    job = trainer.LoRATrainer(config={"model_name": "tiny-phi-2", "device": "cpu"})
+    job._take(job.resolved.choose(base_placement="ram"))
+    job._check_ram(ALONE, was_asked=was_asked)
+    assert job.settings.base_placement == "ram"
+    monkeypatch.setattr(trainer, "free_memory", lambda: Memory(2**20, "a thimble"))
+    if was_asked:
+        with pytest.raises(
+            SettingsError, match=r"of RAM, .* \(a thimble\); use --base_placement disk"
+        ):
+            job._check_ram(ALONE, was_asked=True)
+    else:
+        job._check_ram(ALONE, was_asked=False)
+        assert job.settings.base_placement == "disk"
 
 
 class Packed(Weight):

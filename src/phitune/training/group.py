@@ -140,6 +140,10 @@ class Group(Processes):
         self._pulse = Pulse(PrefixStore(run, self._open_store()), self.rank, self.size)
 
     @property
+    def on_this_machine(self) -> int:  # type: ignore[override]
+        return self._member.local_size
+
+    @property
     def on_this_device(self) -> int:  # type: ignore[override]
         return self._member.local_size if self.device.type == "cpu" else 1
 

@@ -19,6 +19,7 @@ class Processes:
 
     rank, size = 0, 1
     device = torch.device("cpu")  # of the tensors that travel
+    on_this_machine = 1
     on_this_device = 1  # how many of them share the memory of this one's device
 
     @property

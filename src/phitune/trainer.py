@@ -1120,7 +1120,7 @@ class LoRATrainer:
         Args:
             prompts: the first one is asked, where it fits on the line.
         """
-        named = ("--adapter_path", run.path)
+        named = ("--adapter_path", run.path, *self._placed_elsewhere())
         short = [
             prompt
             for prompt in prompts
@@ -1143,6 +1143,12 @@ class LoRATrainer:
         self.console.print("Next:")
         for command in commands:
             self.console.print(f"  {escape(command)}", soft_wrap=True)
+
+    def _placed_elsewhere(self) -> list[str]:
+        """The flag without which a base that did not fit would not fit now."""
+        if self.settings.base_placement == "device":
+            return []
+        return as_flags({"base_placement": self.settings.base_placement})
 
     def _interrupted(self, stop: Stop, state: TrainingState) -> Interrupted:
         return stop.interrupted(

@@ -733,7 +733,7 @@ def test_a_quantised_folder_is_trained_on_and_answers_as_it_is(
     assert record["kind"] == "nf4"
     assert record["origin"] == "as the folder has it (bitsandbytes nf4)"
     for asked in ("trained", "none"):
-        decoder = open_model([run], device="cpu", precision="fp32", quantization=asked).decoder
+        decoder = open_model([run], device="cpu", precision="fp32", held=asked).decoder
         assert decoder.quantization is not None
         assert json.loads(json.dumps(decoder.quantization.as_json())) == record
         for name, numbers in expected.items():
@@ -750,6 +750,6 @@ def test_a_quantised_folder_is_trained_on_and_answers_as_it_is(
         pair = pairs[name.removesuffix(".weight")]
         whole = numbers + pair.scaling * (pair.lora_B @ pair.lora_A).detach()
         assert torch.allclose(merged.rows_of(name), whole, rtol=0, atol=1e-6), name
-    again = open_model([run], device="cpu", quantization="int8").decoder.quantization
+    again = open_model([run], device="cpu", held="int8").decoder.quantization
     assert again is not None
     assert again.origin == "made again of bitsandbytes nf4"

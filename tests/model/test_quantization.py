@@ -273,4 +273,4 @@ def test_a_resumed_run_is_the_same_bit_for_bit(
     # Answers come from the base that was trained on.
     loaded = open_model([whole], device="cpu")
     assert loaded.decoder.quantization == record
-    assert open_model([whole], device="cpu", quantization="none").decoder.quantization is None
+    assert open_model([whole], device="cpu", held="none").decoder.quantization is None

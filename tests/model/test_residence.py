@@ -234,6 +234,12 @@ def test_a_run_is_the_same_bytes_and_may_go_on_elsewhere(tmp_path: Path) -> None
             assert "base_placement: device" in (tmp_path / name / "config.yaml").read_text()
     assert adapter_of(tmp_path / "a") == adapter_of(tmp_path / "b") == adapter_of(tmp_path / "c")
 
+    words = ("--adapter_path", str(tmp_path / "c"), "Say a.", "--max_new_tokens", "5")
+    answers = [phitune(["ask", *words, "--base_placement", each]) for each in ("device", "disk")]
+    assert answers[0].returncode == 0
+    assert answers[0].stdout == answers[1].stdout
+    assert f"--adapter_path {tmp_path / 'c'} --base_placement disk 'Say" in done.stdout
+
     goes_on = ("--resume_with", "max_steps=5,base_placement=device")
     assert phitune(["train", "--resume", str(tmp_path / "c"), *goes_on]).returncode == 0
     stays = ("--resume_with", "max_steps=5")
@@ -257,6 +263,20 @@ def test_what_cannot_be_is_refused(
     assert main([*TRAIN, "--output_dir", str(tmp_path / "run"), *words]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--base_placement", "ram", "--device", "cpu"), "use auto or device or disk"),
+        (("--base_placement", "disk", "--quantization", "int8"), "leave one of them out"),
+    ],
+)
+def test_answers_refuse_it_too(
+    capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], said: str
+) -> None:
+    assert main(["ask", "--model_name", "tiny-phi-2", "Hello", *flags]) == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("was_asked", [True, False])

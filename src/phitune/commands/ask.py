@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import model_validator
 
 from phitune.commands.options import (
+    BaseOptions,
     ModelOptions,
-    QuantizationOptions,
     SamplingOptions,
     has_adapter,
     option,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 STDIN = "-"
 
 
-class AskOptions(SamplingOptions, QuantizationOptions, ModelOptions):
+class AskOptions(SamplingOptions, BaseOptions, ModelOptions):
     """Ask a model one question. At a terminal the answer is shown while it comes; through a pipe
     it is all that is printed."""
 
@@ -170,7 +170,7 @@ def _question(words: list[str]) -> str:
 
 
 def _open(options: AskOptions) -> "Chat":
-    model = options.open_model(options.quantization)
+    model = options.open_model(options.held)
 
     from phitune.inference.chat import Chat, Limits
 

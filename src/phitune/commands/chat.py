@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from phitune.commands.options import (
+    BaseOptions,
     Count,
-    QuantizationOptions,
     RunOptions,
     SamplingOptions,
     option,
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from phitune.inference.chat import Chat
 
 
-class ChatOptions(SamplingOptions, QuantizationOptions, RunOptions):
+class ChatOptions(SamplingOptions, BaseOptions, RunOptions):
     """Chat with a model. Answers are shown token by token; /help lists the commands of the chat.
     Piped input is answered line by line, and only the answers are printed."""
 
@@ -136,7 +136,7 @@ def _at_a_terminal(options: ChatOptions) -> int:
 
 
 def _open(options: ChatOptions) -> "Chat":
-    model = options.open_model(options.quantization)
+    model = options.open_model(options.held)
 
     from phitune.inference.chat import Chat, Limits
 

@@ -25,9 +25,9 @@ from rich.text import Text
 
 from phitune import __version__
 from phitune.commands.options import (
+    BaseOptions,
     Count,
     OutputFile,
-    QuantizationOptions,
     RunOptions,
     SamplingOptions,
     option,
@@ -58,7 +58,7 @@ _LESS_MEMORY = (
 )
 
 
-class CompareOptions(SamplingOptions, QuantizationOptions, RunOptions):
+class CompareOptions(SamplingOptions, BaseOptions, RunOptions):
     """Ask the base model and adapters the same questions and show the answers side by side. The
     base model is in memory once, and one batch answers a question with all of them."""
 
@@ -130,7 +130,7 @@ def run(argv: list[str]) -> int:
 
     with memory_errors(_LESS_MEMORY):
         with _status("loading the model"):
-            model = options.open_model(options.quantization)
+            model = options.open_model(options.held)
         asked = Asked(
             model.model_name,
             source,

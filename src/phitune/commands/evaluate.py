@@ -18,9 +18,9 @@ from rich.text import Text
 
 from phitune import __version__
 from phitune.commands.options import (
+    BaseOptions,
     Count,
     OutputFile,
-    QuantizationOptions,
     RunOptions,
     Seed,
     one_of,
@@ -59,7 +59,7 @@ _REMEDY = "Name the data to evaluate on with --dataset_path."
 _HARNESS = "LM Evaluation Harness, instead of all this"
 
 
-class EvaluateOptions(QuantizationOptions, RunOptions):
+class EvaluateOptions(BaseOptions, RunOptions):
     """Measure what a fine-tune changed: loss, answers and forgetting of the base and the tuned
     model on the same rows, with 95 % confidence intervals for every difference."""
 
@@ -229,7 +229,7 @@ def _open(options: EvaluateOptions, run: "Run | None") -> "LoadedModel":
     if run and options.precision == "auto":
         precision = run.precision_on(options.device)
         options = options.model_copy(update={"precision": precision})
-    return options.open_model(options.quantization)
+    return options.open_model(options.held)
 
 
 def _tasks(options: EvaluateOptions, console: Console) -> "TasksDocument":

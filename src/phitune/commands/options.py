@@ -54,8 +54,7 @@ from phitune.text import quoted, visible
 
 if TYPE_CHECKING:
     from phitune.inference.generate import Sampling
-    from phitune.inference.loaded import LoadedModel
-    from phitune.model.quantization import AskedQuantization
+    from phitune.inference.loaded import AskedBase, LoadedModel
 
 # -------------------------------------------------------------------------------------------------
 # How a command declares its options.
@@ -221,7 +220,7 @@ class ModelOptions(Options):
             )
         return self
 
-    def open_model(self, quantization: "AskedQuantization" = "trained") -> "LoadedModel":
+    def open_model(self, held: "AskedBase" = "trained") -> "LoadedModel":
         """The model; without adapter and name the default base model. Its warnings are printed."""
         from phitune.inference.loaded import open_model
 
@@ -234,7 +233,7 @@ class ModelOptions(Options):
             prompt_format=self.prompt_format,
             device=self.device,
             precision=self.precision,
-            quantization=quantization,
+            held=held,
         )
         for warning in model.warnings:
             print(f"warning: {visible(warning)}", file=sys.stderr)
@@ -250,6 +249,33 @@ class QuantizationOptions(Options):
         " nf4 or int4 (MLX's)",
         group="model",
     )
+
+
+class BaseOptions(QuantizationOptions):
+    """The same, and where it lies."""
+
+    base_placement: Literal["device", "ram", "disk"] = option(
+        "device",
+        "where the base's layers lie: device; ram (beside a GPU) or disk (the model's files), in"
+        " full precision, all of them read for each token: slow, and in little memory",
+        group="model",
+    )
+
+    @property
+    def held(self) -> "AskedBase":
+        """How the base is held, and where.
+
+        Raises:
+            SettingsError: fewer bits are asked for as well.
+        """
+        if self.base_placement == "device":
+            return self.quantization
+        if self.quantization not in ("trained", "none"):
+            raise SettingsError(
+                f"--base_placement {self.base_placement} and --quantization {self.quantization}:"
+                " layers in fewer bits lie on the device; leave one of them out"
+            )
+        return self.base_placement
 
 
 class RunOptions(ModelOptions):

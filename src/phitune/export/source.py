@@ -63,7 +63,7 @@ class Source(TrainedAdapter):
             prompt_format=self.format_name,
             device=device,
             precision=precision,
-            quantization="none" if merge_into == "original" else "trained",
+            held="none" if merge_into == "original" else "trained",
         )
         if merge_into == "trained":
             for linear in set(loaded.decoder.fused_linears().values()):

@@ -28,7 +28,12 @@ from phitune.inference.generate import (
     prepare_for_inference,
 )
 from phitune.model.adapter_config import CONFIG_FILE
-from phitune.model.architecture import ModelConfig, notes_on_config, read_model_config
+from phitune.model.architecture import (
+    BasePlacement,
+    ModelConfig,
+    notes_on_config,
+    read_model_config,
+)
 from phitune.model.decoder import Decoder
 from phitune.model.device import (
     DTYPES,
@@ -48,8 +53,11 @@ from phitune.model.quantization import (
     quantization_from_json,
 )
 from phitune.model.scheme import read_scheme
-from phitune.plan.machine import memory_budget
+from phitune.plan.machine import check_base_placement, memory_budget
 from phitune.untrusted import own_file, read_object
+
+# How a base is held that answers, or where.
+AskedBase = AskedQuantization | Literal["ram", "disk"]
 
 TOKENIZER_FILE, CARD_FILE = "tokenizer.json", "README.md"
 _CONVERSATIONS = re.compile(r"^conversations: (true|false)$", re.MULTILINE)
@@ -178,7 +186,7 @@ def open_model(
     prompt_format: FormatName | None = None,
     device: str = "auto",
     precision: Literal["auto", "fp32", "bf16"] = "auto",
-    quantization: AskedQuantization = "trained",
+    held: AskedBase = "trained",
 ) -> LoadedModel:
     """Loads a base model once, and adapters beside it.
 
@@ -187,8 +195,9 @@ def open_model(
         model_name: of the base; by default the one the adapters name.
         prompt_format: by default the one the adapter was trained in, as its chat template tells;
             without an adapter, or where it has none, the base model's own; else instruct.
-        quantization: how the base is held; "trained": as the adapters were trained on it; "none":
-            in full, or as its files have it that are quantised already.
+        held: how the base is held; "trained": as the adapters were trained on it; "none": in full,
+            or as its files have it that are quantised already; "ram", "disk": in full, its layers
+            there.
 
     Raises:
         ModelError: files missing, damaged or of another base.
@@ -224,17 +233,23 @@ def open_model(
     chosen = choose_device(device)
     dtype = DTYPES[choose_precision(precision, chosen)]
     warnings += notes_on_config(folder)
-    held = None
-    if quantization == "trained":
-        held, notes = held_as_trained(folders, chosen)
-        warnings += notes
-    if held is None:  # Files that are quantised already are held as they are.
-        asked = "none" if quantization == "trained" else quantization
-        held, _ = choose_for_folder(read_scheme(folder), asked, "auto", chosen)
+    as_loaded: Quantization | BasePlacement | None = None
+    if held == "ram" or held == "disk":
+        check_base_placement(held, chosen.partition(":")[0])
+        as_loaded = held
+        if any(trained_quantization(each) for each in folders):
+            warnings.append("trained on a base in fewer bits; with --base_placement it is in full")
+    else:
+        if held == "trained":
+            as_loaded, notes = held_as_trained(folders, chosen)
+            warnings += notes
+        if as_loaded is None:  # Files that are quantised already are held as they are.
+            asked = "none" if held == "trained" else held
+            as_loaded, _ = choose_for_folder(read_scheme(folder), asked, "auto", chosen)
     fetch_weights(model_name, folder)
     limit_memory(chosen, memory_budget(chosen).bytes)
     limit_product_caches()  # Prompts have all lengths.
-    decoder = prepare_for_inference(load_decoder_on(folder, config, dtype, chosen, held))
+    decoder = prepare_for_inference(load_decoder_on(folder, config, dtype, chosen, as_loaded))
     adapters = []
     for path, adapter_path, coder in zip(adapter_paths, folders, coders, strict=True):
         adapter = load_adapter(decoder, adapter_path)

@@ -9,7 +9,7 @@ DEMO_OUTPUT ?= output/demo
 PHI_2_CONFIG ?= config.json
 PHI_2_FOLDER ?= phi-2
 
-.PHONY: setup demo test campaigns browser screenshots lint check format docs models full-size export-memory export-gguf \
+.PHONY: setup demo test campaigns browser screenshots lint check format docs models full-size placement export-memory export-gguf \
   benchmarks busy peers mlx-peers mac gpu fuzz serve-hour torture disk-faults memory-limits kernels scale gpu-kernels clean
 
 setup: $(INSTALLED)
@@ -69,6 +69,11 @@ models: setup
 # Peak memory of loading and training a full-size model; needs a config.json of Phi-2.
 full-size: setup
 	$(BIN)/python benchmarks/full_size.py --config $(PHI_2_CONFIG)
+
+# A full-size model whose base lies in its files, in a cgroup of 4 GiB, which needs root; needs a
+# config.json of Phi-2. Ten minutes.
+placement: setup
+	$(BIN)/python benchmarks/placement.py --config $(PHI_2_CONFIG)
 
 # Peak memory of merging a full-size model; needs a folder with Phi-2's config.json and tokenizer.
 export-memory: setup

@@ -353,14 +353,19 @@ class DecoderLayer(nn.Module):
         value = value.unflatten(-1, (self.config.num_key_value_heads, head_dim))
         return ops.rotate(query, rotary), ops.rotate(key, rotary), value
 
+    @property
+    def fused_linears(self) -> dict[str, FusedLinear]:
+        """Its linear layers by their names here, such as qkv_fc1."""
+        found = self.linears.items()
+        return {name: linear for name, linear in found if isinstance(linear, FusedLinear)}
+
     def named_weights(self) -> dict[str, Tensor]:
         """Of norms [D], and of linear layers [O, D] and [O]."""
         found: dict[str, Tensor] = {}
         for name, norm in self.norms.items():
             assert isinstance(norm, Norm)
             found |= norm.named_weights(self.prefix + name)
-        for linear in self.linears.values():
-            assert isinstance(linear, FusedLinear)
+        for linear in self.fused_linears.values():
             found |= linear.named_weights()
         return found
 

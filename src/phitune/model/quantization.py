@@ -254,11 +254,7 @@ def _linears(decoder: Decoder) -> list[tuple[str, FusedLinear]]:
 
 
 def _linears_of(layer: DecoderLayer) -> list[tuple[str, FusedLinear]]:
-    return [
-        (layer.prefix + name, linear)
-        for name, linear in layer.linears.items()
-        if isinstance(linear, FusedLinear)
-    ]
+    return [(layer.prefix + name, linear) for name, linear in layer.fused_linears.items()]
 
 
 def _store(quantization: Quantization, name: str, linear: FusedLinear) -> Store:

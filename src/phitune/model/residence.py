@@ -351,7 +351,7 @@ def _mapped(
 
 def _linears_of(layer: torch.nn.Module) -> list[FusedLinear]:
     assert isinstance(layer, DecoderLayer)
-    return [linear for linear in layer.linears.values() if isinstance(linear, FusedLinear)]
+    return list(layer.fused_linears.values())
 
 
 def _shape(linear: FusedLinear) -> tuple[int, int]:

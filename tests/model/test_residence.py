@@ -250,7 +250,7 @@ def test_a_run_is_the_same_bytes_and_may_go_on_elsewhere(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--base_placement", "ram", "--device", "cpu"), "use auto or device or disk"),
+        (("--base_placement", "ram", "--device", "cpu"), "use device or disk"),
         (("--base_placement", "disk", "--quantization", "nf4"), "in fewer bits lie on the device"),
         (("--base_placement", "disk", "--engine", "reference"), "remove one of them"),
         (("--base_placement", "auto", "--engine", "reference"), "remove one of them"),
@@ -268,7 +268,7 @@ def test_what_cannot_be_is_refused(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--base_placement", "ram", "--device", "cpu"), "use auto or device or disk"),
+        (("--base_placement", "ram", "--device", "cpu"), "use device or disk"),
         (("--base_placement", "disk", "--quantization", "int8"), "leave one of them out"),
     ],
 )

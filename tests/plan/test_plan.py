@@ -501,6 +501,11 @@ def test_a_folder_that_is_quantised_is_planned_as_it_is(
     other = planned(*flags(quantization="int8", **where))
     assert other["base"] == "int8"
     assert other["base_because"] is None
+    # Such files are not mapped.
+    small = {**where, "memory": "400MiB", "quantization": asked}
+    assert main(["plan", *flags(base_placement="disk", **small)]) == 2
+    placed = planned(*flags(base_placement="auto", **small), code=4)
+    assert placed["settings"]["base_placement"] == "device"
 
 
 @pytest.mark.parametrize(

@@ -238,7 +238,10 @@ def open_model(
         check_base_placement(held, chosen.partition(":")[0])
         as_loaded = held
         if any(trained_quantization(each) for each in folders):
-            warnings.append("trained on a base in fewer bits; with --base_placement it is in full")
+            warnings.append(
+                "an adapter was trained on a base in fewer bits; with --base_placement"
+                f" {held} the base is in full"
+            )
     else:
         if held == "trained":
             as_loaded, notes = held_as_trained(folders, chosen)

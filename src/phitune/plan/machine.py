@@ -86,8 +86,8 @@ def check_base_placement(asked: str, device: str) -> None:
     Raises:
         SettingsError: the device has no such place.
     """
-    places = ("auto", *placements_on(device))
-    if asked not in places:
+    places = placements_on(device)
+    if asked not in ("auto", *places):
         why = {
             "cpu": "a CPU's device memory is the RAM",
             "mps": "its memory is the RAM, and files are read for CPUs and CUDA alone",

@@ -84,16 +84,18 @@ def _places(run: Run, settings: Settings, device: Device, budget: int) -> list[P
     """With each base and place of it that the settings allow, the most faithful first.
 
     Raises:
-        SettingsError: the model's files have the layers in fewer bits, which lie on the device.
+        SettingsError: the layers cannot lie where they are asked to, as the model's files are.
     """
     return [
         Placement(base, device, budget, _multiplies_low(run, settings, base, device), there)
         for base in _bases(run, settings, device)
-        for there in _base_placements(settings, base, device)
+        for there in _base_placements(run, settings, base, device)
     ]
 
 
-def _base_placements(settings: Settings, base: Base, device: Device) -> Sequence[BasePlacement]:
+def _base_placements(
+    run: Run, settings: Settings, base: Base, device: Device
+) -> Sequence[BasePlacement]:
     """Where the layers' weights may lie, the fastest first."""
     asked = settings.base_placement
     if base in QUANTIZED and asked in ("ram", "disk"):
@@ -101,8 +103,14 @@ def _base_placements(settings: Settings, base: Base, device: Device) -> Sequence
             f"base_placement {asked}: the layers are held in {base}, and those lie on the device;"
             " leave it out"
         )
+    if asked == "disk" and run.scheme is not None:
+        raise SettingsError(
+            f"base_placement disk: the model's files are {run.scheme.name}, which is expanded while"
+            " it is loaded; leave it out, or name the unquantised model"
+        )
     if asked == "auto" and base not in QUANTIZED:
-        return placements_on(device)
+        is_plain = run.scheme is None
+        return [there for there in placements_on(device) if there != "disk" or is_plain]
     return [asked] if asked != "auto" and asked in placements_on(device) else ["device"]
 
 

@@ -20,7 +20,7 @@ from phitune import trainer
 from phitune.apple.choice import load_decoder_on
 from phitune.cli import main
 from phitune.data.packing import pack
-from phitune.errors import ModelError, SettingsError
+from phitune.errors import ModelError, OutOfMemoryError, SettingsError
 from phitune.inference.generate import Decoding, generate
 from phitune.model import residence
 from phitune.model.architecture import BasePlacement, read_model_config, resolve_targets
@@ -162,6 +162,28 @@ def test_beside_a_gpu_there_are_two_layers_on_it_and_each_is_copied_once_a_way(
         gradients_of(engine, adapter, [pack(ROWS)], p=0.1)
     # The highest two are there when the way back begins, the lowest two when the next way begins.
     assert copied == [0, 1, 2, 3, 4, 2, 1, 0, 2, 3, 4, 2, 1, 0]
+
+
+def test_a_copy_that_failed_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = random_folder(CONFIGS["phi"](), tmp_path / "model")
+    expected = gradients(folder, "device", torch.float32, 0)["validation"]
+    decoder, _ = opened(folder, "ram")
+    engine, beside = FusedEngine(decoder, 0.1), decoder.residence
+    assert isinstance(beside, Copied)
+    for failing in (0, 1, 2):
+        with monkeypatch.context() as patched:
+            original = beside._copy
+
+            def copy(layer: int, slot: int, fails: int = failing, then: Any = original) -> None:
+                if layer == fails:
+                    raise MemoryError
+                then(layer, slot)
+
+            patched.setattr(beside, "_copy", copy)
+            beside._holds = [None, None]
+            with pytest.raises(OutOfMemoryError):
+                engine.loss_sum(pack(ROWS[:2]))
+        assert torch.equal(engine.loss_sum(pack(ROWS[:2])), expected)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -59,13 +59,14 @@ class Residence(ABC):
         """Has a layer's weights near, and those that come after it on their way."""
         if layer == self._at:
             return
-        before, self._at = self._at, layer
+        before, self._at = self._at, None  # Where memory runs out now, nothing is near.
         self.bring(layer)
         following = following_layer(before, layer, len(self.far))
         if following is not None:
             self.bring(following)
         if before is not None and before != following:
             self.leave(before)
+        self._at = layer
 
     @abstractmethod
     def bring(self, layer: int) -> None:
@@ -253,15 +254,16 @@ class Copied(Residence):
         slot = layer % 2
         if self._holds[slot] == layer:
             return
-        self._holds[slot] = layer
+        self._holds[slot] = None  # Where memory runs out now, it is copied again.
         if self._stream is None:
             self._copy(layer, slot)
-            return
-        # What is computed with the layer that was in the slot comes first.
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            self._copy(layer, slot)
-            self._copied[slot] = self._stream.record_event()
+        else:
+            # What is computed with the layer that was in the slot comes first.
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(self._stream):
+                self._copy(layer, slot)
+                self._copied[slot] = self._stream.record_event()
+        self._holds[slot] = layer
 
     def _copy(self, layer: int, slot: int) -> None:
         for parts, place in zip(self.far[layer], self._slots[slot], strict=True):
